@@ -1,0 +1,161 @@
+"""What a user may ask for. One set of pydantic models, shared by the command line, the HTTP API, Python and the database.
+
+Nothing here imports torch or reads a file; names of criteria, operators and so on are checked against the registries, so a
+request with an unknown name is refused before a job exists. A preset fills in the fields the request leaves out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from selfpruner import names
+
+Metric = Literal["kl", "nll"]
+Tokens = Annotated[int, Field(ge=16, le=100_000_000)]
+
+
+class Strict(BaseModel):
+    """No unknown field, no NaN or infinity, nothing changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Source(Strict):
+    """One source of text.
+
+    ``source`` is ``auto``, ``self`` (the dense model writes), ``c4`` (hub), ``pydoc`` (the documentation that ships with
+    Python), ``hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]``, or a path of a ``.txt`` or ``.jsonl`` file.
+    """
+
+    source: str = Field(default="auto", min_length=1, max_length=1024)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+
+    @field_validator("source")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if "\x00" in value:
+            raise ValueError("contains a null byte")
+        return value
+
+
+class TextConfig(Strict):
+    """Token batches made from a weighted mixture of sources: ``sequences`` of ``length`` tokens each."""
+
+    sources: tuple[Source, ...] = Field(default=(Source(),), min_length=1, max_length=16)
+    sequences: int = Field(default=64, ge=1, le=65_536)
+    length: int = Field(default=512, ge=16, le=32_768)
+
+
+class Stage(Strict):
+    """One fidelity: ``tokens`` per plan, and how many of the best (``keep``) go on to the next stage."""
+
+    tokens: Tokens
+    keep: int = Field(ge=1, le=10_000)
+
+
+class LlmLimits(Strict):
+    """Caps on what the proposer may use over the whole job. Reaching one turns the LLM operators off, with an event."""
+
+    calls: int = Field(default=200, ge=0, le=1_000_000)
+    tokens: int = Field(default=2_000_000, ge=0, le=10_000_000_000)
+    cost: float = Field(default=5.0, ge=0, le=1e6, description="in the currency of the server's prices, usually USD")
+
+
+class SearchConfig(Strict):
+    """A whole job: which model, how much to remove, with what, judged how."""
+
+    model: str = Field(default="smollm2-135m", min_length=1, max_length=1024)
+    rate: float = Field(gt=0, lt=1, description="removed / original parameters")
+    of: Literal["decoder", "model"] = "decoder"
+    preset: Literal["default", "evolution", "self-pruner"] = "default"
+
+    pattern: str = "structured"
+    criterion: str = "obs"
+    compensation: str = "least_squares"
+    granularity: Literal["layer", "block"] = "block"
+    attention: Literal["all", "q_head", "kv_group", "none"] = "all"
+    ffn_step: int | None = Field(default=None, ge=8, le=65_536, multiple_of=8)
+    drop_blocks: bool = False
+
+    calibration: TextConfig = TextConfig(sequences=64, length=512)
+    fitness_text: TextConfig = TextConfig(sequences=96, length=256)
+    report_text: TextConfig = TextConfig(sequences=32, length=512)
+
+    fitness: Metric = "kl"
+    probe_tokens: Tokens = 1024
+    population: int = Field(default=6, ge=1, le=1000)
+    crossover_offspring: int = Field(default=6, ge=0, le=1000)
+    mutation_offspring: int = Field(default=6, ge=0, le=1000)
+    generations: int = Field(default=7, ge=0, le=10_000)
+    stages: tuple[Stage, ...] = Field(default=(Stage(tokens=1024, keep=6), Stage(tokens=3072, keep=4)), min_length=1, max_length=6)
+    final_tokens: Tokens = 8192
+    initial: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "initialize")
+    operators: tuple[str, ...] = ("select", "crossover", "mutate", "level_switch", "recombine")
+
+    proposer: str = Field(default="local", min_length=1, max_length=64)
+    limits: LlmLimits = LlmLimits()
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """Fields the request leaves out come from the preset; fields it names win."""
+        if isinstance(data, dict):
+            preset = PRESETS.get(str(data.get("preset", "default")))
+            if preset is not None:
+                return {**preset, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> SearchConfig:
+        names.check("pattern", self.pattern, names.PATTERNS)
+        names.check("criterion", self.criterion, names.CRITERIA)
+        names.check("compensation", self.compensation, names.COMPENSATIONS)
+        for name in self.initial:
+            names.check("initial operator", name, names.INITIAL_OPERATORS, param="initial")
+        for name in self.operators:
+            names.check("operator", name, names.OFFSPRING_OPERATORS, param="operators")
+        if "uniform" not in self.initial and self.preset != "self-pruner":
+            raise ValueError("initial must contain 'uniform': every result is compared with it")
+        if "\x00" in self.model:
+            raise ValueError("model contains a null byte")
+        return self
+
+    @property
+    def uses_llm(self) -> bool:
+        return any(name in names.LLM_OPERATORS for name in (*self.initial, *self.operators))
+
+    def fingerprint(self, *fields: str) -> str:
+        """Sixteen hex digits over the given fields (all when none is given): equal configs, equal fingerprints."""
+        body = self.model_dump(mode="json", include=set(fields) or None)
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "evolution": {
+        "initial": ("uniform", "ramp", "sensitivity"),
+        "operators": ("level_switch", "recombine"),
+    },
+    # Self-Pruner, arXiv 2502.14413: one rate per layer, Wanda-sp without compensation, an LLM for all four operators,
+    # population 30, 10 offspring by crossover and 10 by mutation, 20 generations, likelihood as the fitness.
+    "self-pruner": {
+        "granularity": "layer",
+        "criterion": "wanda_sp",
+        "compensation": "none",
+        "fitness": "nll",
+        "initial": ("initialize",),
+        "operators": ("select", "crossover", "mutate"),
+        "population": 30,
+        "crossover_offspring": 10,
+        "mutation_offspring": 10,
+        "generations": 20,
+        "stages": ({"tokens": 2048, "keep": 30},),
+    },
+}

@@ -1,0 +1,170 @@
+"""Every error selfpruner raises on purpose.
+
+    SelfprunerError                 anything below; carries message, code, param
+      ConfigError                   a request that can never work (unknown name, rate outside (0, 1), ...)
+        UnknownNameError            a name that is not registered; lists the known ones
+        BudgetError                 no plan of the search space meets the target rate
+      ModelError                    a model that cannot be used
+        ModelNotFoundError          no folder, file, hub id or embedded name matches
+        UnsupportedModelError       an architecture without an adapter
+        UnsafeModelError            pickle weights, remote code, a hostile header
+      TextError                     calibration, fitness or report text that cannot be used
+      ProposerError                 an LLM call that gave no usable reply (code is the outcome)
+      WorkerError                   a worker process that died, froze or failed a task
+        OutOfMemoryError            the device's memory was exhausted
+        CancelledTaskError          the task was cancelled on request
+      StoreError                    the database refused
+        NotFoundError               no such job, candidate or checkpoint
+        ConflictError               the object is in a state that does not allow the action
+      ExportError                   a checkpoint that could not be written or verified
+        CorruptCheckpointError      a file that does not match its manifest
+      DiskFullError                 no space left where something had to be written
+
+A message says what was wrong and what to do next. ``code`` is stable and meant for programs; ``param`` names the field of
+the request that caused it, when one did. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+class SelfprunerError(Exception):
+    """Base of the tree. ``type`` groups codes the way the HTTP API does: ``invalid_request_error`` or ``server_error``."""
+
+    code: str = "internal_error"
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+        self.param = param
+
+    def to_dict(self) -> dict[str, Any]:
+        """The body of the HTTP error object: ``{message, type, param, code}``."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+
+class ConfigError(SelfprunerError):
+    code = "invalid_value"
+    type = "invalid_request_error"
+
+
+class UnknownNameError(ConfigError):
+    """An unregistered name. ``what`` is the kind of thing ("criterion"), ``known`` the registered names."""
+
+    code = "unknown_name"
+
+    def __init__(self, what: str, name: str, known: Iterable[str], *, param: str | None = None) -> None:
+        names = sorted(known)
+        close = get_close_matches(name, names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}.", param=param or what)
+
+
+class BudgetError(ConfigError):
+    code = "budget_unreachable"
+
+
+class ModelError(SelfprunerError):
+    code = "model_unusable"
+    type = "invalid_request_error"
+
+
+class ModelNotFoundError(ModelError):
+    code = "model_not_found"
+
+
+class UnsupportedModelError(ModelError):
+    code = "model_unsupported"
+
+
+class UnsafeModelError(ModelError):
+    code = "model_unsafe"
+
+
+class TextError(SelfprunerError):
+    code = "text_unusable"
+    type = "invalid_request_error"
+
+
+class ProposerError(SelfprunerError):
+    """A failed LLM call; ``code`` is one of the outcomes in ``proposers.base.OUTCOMES``."""
+
+    code = "proposer_failed"
+
+
+class WorkerError(SelfprunerError):
+    code = "worker_failed"
+
+
+class OutOfMemoryError(WorkerError):
+    code = "out_of_memory"
+
+
+class CancelledTaskError(WorkerError):
+    code = "cancelled"
+
+
+class StoreError(SelfprunerError):
+    code = "store_failed"
+
+
+class NotFoundError(StoreError):
+    code = "not_found"
+    type = "invalid_request_error"
+
+
+class ConflictError(StoreError):
+    code = "conflict"
+    type = "invalid_request_error"
+
+
+class ExportError(SelfprunerError):
+    code = "export_failed"
+
+
+class CorruptCheckpointError(ExportError):
+    code = "corrupt"
+
+
+class DiskFullError(SelfprunerError):
+    code = "disk_full"
+
+
+@contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turn "no space left" under this block into :class:`DiskFullError` naming ``path``; other errors pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"No space left while writing {path}. Free some space and resume the job.") from error
+        raise
+    except Exception as error:
+        # safetensors reports I/O errors as its own exception type, with the operating system's text in it.
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise DiskFullError(f"No space left while writing {path}. Free some space and resume the job.") from error
+        raise
+
+
+def from_dict(body: dict[str, Any]) -> SelfprunerError:
+    """Rebuild an error that crossed a process boundary as :meth:`SelfprunerError.to_dict`; the class is found by its code."""
+    code = str(body.get("code") or "internal_error")
+
+    def classes(base: type[SelfprunerError]) -> Iterator[type[SelfprunerError]]:
+        yield base
+        for child in base.__subclasses__():
+            yield from classes(child)
+
+    found = next((cls for cls in classes(SelfprunerError) if cls.code == code), SelfprunerError)
+    error = found.__new__(found)
+    SelfprunerError.__init__(error, str(body.get("message", "")), code=code, param=body.get("param"))
+    return error

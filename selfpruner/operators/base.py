@@ -1,0 +1,75 @@
+"""The contract of an operator: it makes plans from candidates. One file per family, one line in the registry.
+
+An operator sees a :class:`Context` and returns offspring; it never evaluates, stores or draws from a global random generator.
+LLM operators and classical ones are alike to the loop.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from selfpruner.search.records import Candidate
+from selfpruner.space import Plan, SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Offspring:
+    """A plan with its origin. ``operator`` is recorded as given (a ramp adds its slope to the event, not to the name)."""
+
+    plan: Plan
+    operator: str
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A proposal that became no candidate, and why; shown to the LLM in the next prompt."""
+
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an operator may know.
+
+    ``population`` is sorted, best first, evaluated candidates only; ``history`` holds every evaluated candidate, best first.
+    ``sensitivities`` gives per block the KL (nats/token) when only that block is at ``probe_levels``; empty before probing.
+    ``seen`` holds the hashes of all plans made so far.
+    """
+
+    space: SearchSpace
+    generation: int
+    generations: int
+    population: Sequence[Candidate] = ()
+    history: Sequence[Candidate] = ()
+    sensitivities: Sequence[float] = ()
+    probe_levels: Sequence[int] = ()
+    seen: frozenset[str] = frozenset()
+    rejected: Sequence[Rejected] = ()
+    model_name: str = ""
+    metric: str = "kl"
+    stale_generations: int = 0
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+class Operator(Protocol):
+    """``propose`` returns at most about ``count`` offspring, all legal and within budget; fewer, or none, is allowed.
+
+    Raises ProposerError when an LLM gave nothing usable; the loop counts such failures.
+    """
+
+    name: str
+
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]: ...
+
+
+class ParentSelection(Protocol):
+    """An operator that chooses parents instead of making plans (the LLM's ``select``)."""
+
+    name: str
+
+    async def select(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, Candidate]]: ...

@@ -1,0 +1,108 @@
+"""What the search keeps: evaluations, candidates, LLM calls, events. Plain values, and the protocol of whoever stores them.
+
+Resume is replay. The loop is a deterministic function of config, seed, recorded LLM replies and evaluation results, so after a
+restart it runs from the start and asks the recorder before it asks a worker or an LLM. Writing the same thing twice must
+therefore change nothing: an evaluation is keyed by (plan, window), an LLM call by its sequence number, an event by its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Level = Literal["info", "warn", "error"]
+CandidateStatus = Literal["pending", "evaluated", "infeasible", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which tokens a plan was scored on: sequence numbers of one text. Equal names mean equal tokens."""
+
+    name: str
+    text: Literal["fitness", "report"]
+    sequences: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One plan on one window. ``kl`` and ``nll`` are nats per token; a reason is given when they are not finite."""
+
+    plan_hash: str
+    window: str
+    tokens: int
+    kl: float | None
+    nll: float | None
+    seconds: float
+    reason: str | None = None
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A plan in the population. ``fitness`` is on its latest and largest window; ``relative`` is that over the uniform
+    plan's fitness on the same tokens, so candidates of different generations can be compared (1 = uniform, lower is better)."""
+
+    plan_hash: str
+    levels: tuple[int, ...]
+    rates: tuple[float, ...]
+    generation: int
+    operator: str
+    parents: tuple[str, ...] = ()
+    status: CandidateStatus = "pending"
+    fitness: float | None = None
+    relative: float | None = None
+    window: str | None = None
+    tokens: int = 0
+    reason: str | None = None
+    survived: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LlmCall:
+    """One call of the proposer, also a failed one. ``outcome`` is one of ``proposers.base.OUTCOMES``."""
+
+    sequence: int
+    generation: int
+    operator: str
+    proposer: str
+    model: str
+    messages: tuple[Mapping[str, str], ...]
+    reply: str
+    outcome: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    cost: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a watcher sees. ``stage`` is preparing, probing, searching, reporting, exporting or done."""
+
+    stage: str
+    generation: int = 0
+    generations: int = 0
+    evaluations: int = 0
+    plans: int = 0
+    best_fitness: float | None = None
+    best_relative: float | None = None
+    best_plan: str | None = None
+    message: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Recorder(Protocol):
+    """Where a job's history goes. Every write is durable when the call returns; every write is idempotent."""
+
+    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None: ...
+    def save_evaluations(self, rows: Sequence[Evaluation]) -> None: ...
+    def find_llm_call(self, sequence: int) -> LlmCall | None: ...
+    def save_llm_call(self, call: LlmCall) -> None: ...
+    def save_candidates(self, rows: Sequence[Candidate]) -> None:
+        """Insert, or update the row of the same plan. ``parents``, ``operator`` and ``generation`` keep their first value."""
+
+    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+        """Append an event once: a second one with the same ``key`` is ignored."""
+
+    def progress(self, progress: Progress) -> None: ...

@@ -1,0 +1,339 @@
+"""Levels, costs, plans and the budget. Knows no tensors, no database and no LLM; imports nothing but the standard library.
+
+A *block* (the attention or the FFN of one layer) has a list of *options*, from level 0 = dense to the smallest. A *plan* is one
+level per block. The *budget* is met when ``target <= removed < target + step``: never less than asked, and less than one
+smallest FFN step more.
+
+What a rate vector may move is a *dial*: with granularity ``block`` every block is one, with ``layer`` the attention and FFN of
+a layer turn together along one chain of pairs, so that one rate per layer names one setting (Self-Pruner's genome).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from selfpruner.errors import BudgetError, ConfigError
+
+Kind = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a block keeps at one level. ``error`` is the squared error of the block's output over its dense energy, in [0, 1+]."""
+
+    parameters: int
+    error: float = 0.0
+    channels: int = 0
+    kv_groups: int = 0
+    heads_per_group: int = 0
+
+    @property
+    def heads(self) -> int:
+        return self.kv_groups * self.heads_per_group
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block's options, dense first, parameters strictly falling."""
+
+    layer: int
+    kind: Kind
+    options: tuple[Option, ...]
+
+    def __post_init__(self) -> None:
+        sizes = [option.parameters for option in self.options]
+        if not sizes or any(after >= before for before, after in pairwise(sizes)):
+            raise ConfigError(f"layer {self.layer} {self.kind}: options must get strictly smaller, got {sizes}")
+
+    def removed(self, level: int) -> int:
+        return self.options[0].parameters - self.options[level].parameters
+
+    def rate(self, level: int) -> float:
+        """Removed / original parameters of this block."""
+        return self.removed(level) / self.options[0].parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One level per block, attention before FFN, layer by layer. Its hash is its identity."""
+
+    levels: tuple[int, ...]
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(",".join(map(str, self.levels)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """A chain of settings ordered by what they remove; ``settings[i]`` gives the levels of ``blocks`` at position i."""
+
+    blocks: tuple[int, ...]
+    parameters: int
+    removed: tuple[int, ...]
+    settings: tuple[tuple[int, ...], ...]
+    fine: bool
+
+    def rate(self, position: int) -> float:
+        return self.removed[position] / self.parameters
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The legal plans of one model and target.
+
+    ``total`` is the denominator of the target rate in parameters (decoder or whole model); ``step`` the parameters of one FFN step.
+    """
+
+    blocks: tuple[Block, ...]
+    total: int
+    rate: float
+    step: int
+    granularity: Literal["layer", "block"] = "block"
+    dials: tuple[Dial, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dials", tuple(_dials(self)))
+        most = sum(block.removed(len(block.options) - 1) for block in self.blocks)
+        if most < self.target:
+            raise BudgetError(
+                f"A rate of {self.rate:g} asks to remove {self.target:,} parameters; this search space can remove at most {most:,} "
+                f"(rate {most / self.total:.3f}). Lower the rate, widen attention, or set drop_blocks.",
+                param="rate",
+            )
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+    @property
+    def target(self) -> int:
+        """Parameters to remove: the smallest whole number that reaches the rate."""
+        return math.ceil(self.rate * self.total - 1e-9)
+
+    @property
+    def layers(self) -> int:
+        return max(block.layer for block in self.blocks) + 1
+
+    def removed(self, plan: Plan) -> int:
+        return sum(block.removed(level) for block, level in zip(self.blocks, plan.levels, strict=True))
+
+    def meets_budget(self, plan: Plan) -> bool:
+        return self.target <= self.removed(plan) < self.target + self.step
+
+    def check(self, plan: Plan) -> None:
+        """Raise ConfigError unless every level of ``plan`` exists in its block."""
+        if len(plan.levels) != len(self.blocks):
+            raise ConfigError(f"a plan of this model has {len(self.blocks)} levels, got {len(plan.levels)}", param="plan")
+        for block, level in zip(self.blocks, plan.levels, strict=True):
+            if not 0 <= level < len(block.options):
+                raise ConfigError(
+                    f"layer {block.layer} {block.kind}: level {level} is not in 0..{len(block.options) - 1}", param="plan"
+                )
+
+    @property
+    def dense(self) -> Plan:
+        return Plan((0,) * len(self.blocks))
+
+    # -- rates ---------------------------------------------------------------------------------------------------------
+    def block_rates(self, plan: Plan) -> list[float]:
+        return [block.rate(level) for block, level in zip(self.blocks, plan.levels, strict=True)]
+
+    def layer_rates(self, plan: Plan) -> list[float]:
+        """Removed / original parameters of attention and FFN together, per layer."""
+        gone, whole = [0] * self.layers, [0] * self.layers
+        for block, level in zip(self.blocks, plan.levels, strict=True):
+            gone[block.layer] += block.removed(level)
+            whole[block.layer] += block.options[0].parameters
+        return [g / w for g, w in zip(gone, whole, strict=True)]
+
+    def rates(self, plan: Plan) -> list[float]:
+        """The plan as the search sees it: one rate per dial (layer or block)."""
+        return self.layer_rates(plan) if self.granularity == "layer" else self.block_rates(plan)
+
+    # -- projection ----------------------------------------------------------------------------------------------------
+    def project(self, rates: Sequence[float]) -> Plan:
+        """The plan nearest to ``rates`` that meets the budget.
+
+        ``rates`` has one number per dial, or one per layer (then every dial of the layer gets it). The rates are shifted
+        by one common amount until the budget fits (the Euclidean projection, apart from bounds), coarse dials
+        (attention) are rounded to the nearest setting, and the fine ones settle the rest by largest remainder, which
+        keeps the order of the rates. A plan that meets the budget projects to itself.
+
+        Raises ConfigError on a wrong length or a number that is not finite.
+        """
+        wanted = self._per_dial(rates)
+        shift = self._shift(wanted)
+        wanted = [min(max(w + shift, 0.0), dial.rate(-1)) for w, dial in zip(wanted, self.dials, strict=True)]
+        positions = [_nearest(d, w) if not d.fine else _floor(d, w) for d, w in zip(self.dials, wanted, strict=True)]
+        self._repair(positions, wanted)
+        return self._plan(positions)
+
+    def _per_dial(self, rates: Sequence[float]) -> list[float]:
+        if len(rates) == len(self.dials):
+            wanted = [float(rate) for rate in rates]
+        elif len(rates) == self.layers:
+            wanted = [float(rates[self.blocks[dial.blocks[0]].layer]) for dial in self.dials]
+        else:
+            raise ConfigError(
+                f"expected {len(self.dials)} rates (or {self.layers}, one per layer), got {len(rates)}", param="rates"
+            )
+        if not all(map(math.isfinite, wanted)):
+            raise ConfigError("rates must be finite numbers", param="rates")
+        return [min(max(w, 0.0), 1.0) for w in wanted]
+
+    def _shift(self, wanted: Sequence[float]) -> float:
+        """The common amount that makes the clipped rates remove exactly the target."""
+
+        def removed(shift: float) -> float:
+            return sum(d.parameters * min(max(w + shift, 0.0), d.rate(-1)) for w, d in zip(wanted, self.dials, strict=True))
+
+        low, high = -1.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if removed(middle) < self.target else (low, middle)
+        return high
+
+    def _repair(self, positions: list[int], wanted: Sequence[float]) -> None:
+        """Turn dials, one position at a time, until the budget is met; the dial furthest from its wanted rate goes first."""
+        removed = sum(d.removed[p] for d, p in zip(self.dials, positions, strict=True))
+        for _ in range(20 * sum(len(d.removed) for d in self.dials)):
+            if self.target <= removed < self.target + self.step:
+                return
+            way = 1 if removed < self.target else -1
+            moves = []
+            for index, (dial, position, rate) in enumerate(zip(self.dials, positions, wanted, strict=True)):
+                after = position + way
+                if 0 <= after < len(dial.removed):
+                    change = dial.removed[after] - dial.removed[position]
+                    lands = self.target <= removed + change < self.target + self.step
+                    overshoots = (removed + change >= self.target + self.step) if way > 0 else (removed + change < self.target)
+                    moves.append((not dial.fine, overshoots and not lands, -way * (rate - dial.rate(position)), index, change))
+            if not moves:
+                break
+            *_, index, change = min(moves)
+            positions[index] += way
+            removed += change
+        if not self.target <= removed < self.target + self.step:
+            raise BudgetError(
+                f"no plan near these rates removes {self.target:,} parameters within one step of {self.step:,}: choose a smaller ffn_step",
+                param="ffn_step",
+            )
+
+    def _plan(self, positions: Sequence[int]) -> Plan:
+        levels = [0] * len(self.blocks)
+        for dial, position in zip(self.dials, positions, strict=True):
+            for block, level in zip(dial.blocks, dial.settings[position], strict=True):
+                levels[block] = level
+        return Plan(tuple(levels))
+
+    # -- plain data ----------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "blocks": [asdict(block) for block in self.blocks],
+            "total": self.total,
+            "rate": self.rate,
+            "step": self.step,
+            "granularity": self.granularity,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
+        blocks = tuple(
+            Block(block["layer"], block["kind"], tuple(Option(**option) for option in block["options"])) for block in data["blocks"]
+        )
+        return cls(blocks, data["total"], data["rate"], data["step"], data["granularity"])
+
+
+def ffn_widths(width: int, step: int | None = None, *, drop: bool = False) -> list[int]:
+    """Channels kept at each FFN level: the full width, then the multiples of ``step`` below it; 0 only with ``drop``.
+
+    Without a step, about 1/24 of the width, rounded to a multiple of 8.
+    """
+    step = default_ffn_step(width) if step is None else step
+    if step >= width and not drop:
+        raise ConfigError(f"ffn_step {step} leaves nothing of an FFN of {width} channels; use less than {width}", param="ffn_step")
+    return [width, *range((width - 1) // step * step, 0, -step), *([0] if drop else [])]
+
+
+def default_ffn_step(width: int) -> int:
+    return max(8, round(width / 24 / 8) * 8)
+
+
+def attention_shapes(
+    kv_groups: int, heads_per_group: int, mode: Literal["all", "q_head", "kv_group", "none"], *, drop: bool = False
+) -> list[tuple[int, int]]:
+    """(KV groups, query heads per group) of every option of ``mode``, dense first; (0, 0) only with ``drop`` and not for ``none``."""
+    groups = range(kv_groups, 0, -1) if mode in ("all", "kv_group") else [kv_groups]
+    heads = range(heads_per_group, 0, -1) if mode in ("all", "q_head") else [heads_per_group]
+    return [(g, h) for g in groups for h in heads] + ([(0, 0)] if drop and mode != "none" else [])
+
+
+def without_dominated(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Options ordered by size, largest first, without those that another option of at most their size beats on error.
+
+    The dense option always stays.
+    """
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.parameters, o.error)):
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    dense = max(options, key=lambda o: o.parameters)
+    if kept[-1].parameters != dense.parameters:
+        kept.append(dense)
+    return tuple(reversed(kept))
+
+
+def _dials(space: SearchSpace) -> list[Dial]:
+    groups: list[tuple[int, ...]] = [(index,) for index in range(len(space.blocks))]
+    if space.granularity == "layer":
+        groups = [tuple(i for i, b in enumerate(space.blocks) if b.layer == layer) for layer in range(space.layers)]
+    dials = []
+    for group in groups:
+        chain = _chain([space.blocks[index] for index in group])
+        removed = tuple(gone for gone, _ in chain)
+        gaps = [after - before for before, after in pairwise(removed)]
+        parameters = sum(space.blocks[index].options[0].parameters for index in group)
+        dials.append(Dial(group, parameters, removed, tuple(s for _, s in chain), bool(gaps) and max(gaps) <= 2 * space.step))
+    return dials
+
+
+def _chain(blocks: Sequence[Block]) -> list[tuple[int, tuple[int, ...]]]:
+    """(removed, levels) in ascending order. For several blocks: the settings in which every coarse block is at the level
+    nearest to the joint rate, so that a joint rate determines the setting."""
+    if len(blocks) == 1:
+        return [(blocks[0].removed(level), (level,)) for level in range(len(blocks[0].options))]
+    fine = max(range(len(blocks)), key=lambda i: len(blocks[i].options))
+    settings: list[tuple[int, ...]] = [()]
+    for block in blocks:
+        settings = [(*s, level) for s in settings for level in range(len(block.options))]
+    whole = sum(block.options[0].parameters for block in blocks)
+    chain: dict[int, tuple[int, ...]] = {}
+    for setting in settings:
+        gone = sum(block.removed(level) for block, level in zip(blocks, setting, strict=True))
+        canonical = all(
+            i == fine or _nearest_level(block, gone / whole) == level
+            for i, (block, level) in enumerate(zip(blocks, setting, strict=True))
+        )
+        if canonical:
+            chain.setdefault(gone, setting)
+    # Everything at its smallest is always reachable, even where one block saturates before the other.
+    last = tuple(len(block.options) - 1 for block in blocks)
+    chain.setdefault(sum(block.removed(level) for block, level in zip(blocks, last, strict=True)), last)
+    return sorted(chain.items())
+
+
+def _nearest_level(block: Block, rate: float) -> int:
+    return min(range(len(block.options)), key=lambda level: (abs(block.rate(level) - rate), level))
+
+
+def _nearest(dial: Dial, rate: float) -> int:
+    return min(range(len(dial.removed)), key=lambda p: (abs(dial.rate(p) - rate), p))
+
+
+def _floor(dial: Dial, rate: float) -> int:
+    """The last position that removes no more than ``rate``, up to rounding (far below one parameter)."""
+    return bisect_right(dial.removed, rate * dial.parameters + 1e-4) - 1

@@ -1,0 +1,56 @@
+"""The pool protocol: how tasks reach whatever owns a device. Tasks and results are plain JSON data.
+
+Every call carries the whole *session* (the job's config): a worker prepares it when it does not hold it, so a replaced worker, a
+restarted server or a second job on the same model need no special case. Statistics are cached on disk, which makes
+preparing again cheap.
+
+    kind      payload                                            result
+    prepare   {}                                                 {space, model, texts, dtype, device, seconds, peak_mib}
+    evaluate  {plans: [[level]], text, sequences: [int]}         {rows: [{kl, nll, tokens, reason}], seconds}
+    propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
+    measure   {plans: {name: [level]}, criterion?, compensation?} {name: {parameters, prefill_tps, decode_tps}, ...}
+    export    {plan: [level], directory, card}                   {path, parameters, manifest_sha256, verification}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Json = dict[str, Any]
+OnProgress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a worker must hold to do a task: ``config`` is a dumped SearchConfig, ``cache`` a folder for statistics and texts."""
+
+    key: str
+    config: Mapping[str, Any]
+    cache: str
+
+
+class WorkerPool(Protocol):
+    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
+        """Do one task and return its result.
+
+        A worker that dies is replaced and the task run again; after ``max_attempts`` deaths on one task, or when the task
+        itself fails, a WorkerError (or the typed error the task raised, see ``errors.from_dict``) is raised. Cancelling the
+        awaiting asyncio task stops the work within seconds.
+        """
+
+    async def close(self) -> None: ...
+
+
+class TaskRuntime(Protocol):
+    """The torch side. Blocking; one call at a time. ``cancelled`` is polled between layers and steps."""
+
+    def handle(
+        self,
+        session: Session,
+        kind: str,
+        payload: Mapping[str, Any],
+        progress: Callable[[str], None],
+        cancelled: Callable[[], bool],
+    ) -> Json: ...
