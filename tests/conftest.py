@@ -1,0 +1,33 @@
+"""Shared fixtures: few torch threads, one tiny model per run, text to feed it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Child processes of the tests inherit these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama folder: 3 layers, hidden 32, 4 query heads, 2 KV heads of 8, FFN 64, vocabulary 128, tied. Read only."""
+    import torch
+
+    from tests.tiny_models import tiny_model
+
+    torch.set_num_threads(1)
+    return tiny_model(tmp_path_factory.mktemp("tiny_llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def sample_text() -> Callable[[int, int], str]:
+    """``sample_text(n_words, seed)``: reproducible English-like text."""
+    from tests.tiny_models import sample_text
+
+    return sample_text
