@@ -1,0 +1,27 @@
+"""Model families. To add one: a subclass of Architecture in its own file, a line in ``FAMILIES``, a subclass of the conformance test."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from selfpruner.architectures.base import Architecture, AttentionWeights, FfnWeights
+from selfpruner.architectures.llama import Llama
+from selfpruner.architectures.mistral import Mistral
+from selfpruner.architectures.qwen2 import Qwen2
+from selfpruner.architectures.qwen3 import Qwen3
+from selfpruner.errors import UnsupportedModelError
+
+FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3)}
+
+
+def describe(model: PreTrainedModel) -> Architecture:
+    """The architecture of a loaded model. Raises UnsupportedModelError naming the supported families."""
+    family = str(model.config.model_type)
+    if family not in FAMILIES:
+        raise UnsupportedModelError(
+            f"Models of type {family!r} are not supported. Supported: {', '.join(FAMILIES)}.", param="model"
+        )
+    return FAMILIES[family](model)
+
+
+__all__ = ["FAMILIES", "Architecture", "AttentionWeights", "FfnWeights", "describe"]

@@ -1,0 +1,7 @@
+"""Mistral: Llama's layout with one sliding window over all layers (v0.1; null since v0.2)."""
+
+from selfpruner.architectures.base import Architecture
+
+
+class Mistral(Architecture):
+    family = "mistral"

@@ -1,0 +1,62 @@
+"""The contract of a compensation: what the kept columns of a block's output matrix become, and the error that is left.
+
+W (d, n) is the block's output matrix and X (tokens, n) its inputs on the calibration text. Errors are squared errors of the
+block's output, ||X W^T - (X_kept W'^T + b)||_F^2, summed over tokens and outputs, as the statistics give them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from selfpruner.calibration.statistics import BlockStatistics
+
+
+class NestedRepair(Protocol):
+    """For blocks whose levels are prefixes of one order (FFN). W's columns are in keep-first order."""
+
+    def weights(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """(W' (d, k), bias to add (d,) or None) when the first k columns stay."""
+        ...
+
+    def errors(self) -> Tensor:
+        """(n + 1,): squared error left at every k, from k = 0 to n."""
+        ...
+
+
+class SubsetRepair(Protocol):
+    """For blocks whose options are arbitrary sets of columns (attention)."""
+
+    def weights(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(W' (d, k), bias to add (d,) or None) when the columns ``kept`` (k,), ascending, stay."""
+        ...
+
+    def error(self, kept: Tensor) -> float: ...
+
+
+class Compensation(Protocol):
+    """``adds_bias``: whether a pruned block gets an output bias, which counts in its parameters."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    adds_bias: ClassVar[bool]
+
+    def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedRepair:
+        """W (d, n) in the model's order; ``order`` (n,) is keep-first."""
+        ...
+
+    def subset(self, W: Tensor, stats: BlockStatistics) -> SubsetRepair: ...
+
+
+def energy(W: Tensor, moment: Tensor) -> float:
+    """tr(W moment W^T): the squared size of the block's output for a second moment (n, n) of its inputs."""
+    return float(((W @ moment) * W).sum())
+
+
+def suffix_energies(W: Tensor, moment: Tensor) -> Tensor:
+    """(n + 1,): tr(W_R moment_RR W_R^T) for R = the columns from k on, for every k at once."""
+    M = (W.T @ W) * moment
+    corner = M.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    return M.new_zeros(M.shape[0] + 1).index_copy_(0, torch.arange(M.shape[0], device=M.device), corner).clamp_min(0)

@@ -1,0 +1,32 @@
+"""FLAP's bias: what the removed inputs contribute on average becomes a bias of the output matrix."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from selfpruner.calibration.statistics import BlockStatistics
+from selfpruner.compensation.base import suffix_energies
+from selfpruner.compensation.none import Slice, SliceSubset
+
+
+class Bias:
+    """b = W_removed mean(X_removed); the error left is that of the removed inputs' fluctuation."""
+
+    name: ClassVar[str] = "bias"
+    source: ClassVar[str] = "An et al. 2023, arXiv 2312.11983"
+    adds_bias: ClassVar[bool] = True
+
+    def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
+        W, mean = W[:, order], stats.mean.to(W)[order]
+        return Slice(W, suffix_energies(W, _scatter(stats).to(W)[order][:, order]), mean)
+
+    def subset(self, W: Tensor, stats: BlockStatistics) -> SliceSubset:
+        return SliceSubset(W, _scatter(stats).to(W), stats.mean.to(W))
+
+
+def _scatter(stats: BlockStatistics) -> Tensor:
+    """Sum over tokens of (x - mean)(x - mean)^T, (n, n)."""
+    return stats.gram - stats.tokens * torch.outer(stats.mean, stats.mean)
