@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from selfpruner.errors import ProposerError
+
 # Typed outcomes of a call, as stored in llm_call.outcome. The first two gave plans.
 OUTCOMES: Mapping[str, str] = {
     "ok": "valid at once",
@@ -27,7 +29,10 @@ OUTCOMES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One chat call. ``schema`` is a JSON schema (object at the top, no additional properties) the reply must satisfy."""
+    """One chat call. ``schema`` is a JSON schema (object at the top, no additional properties) the reply must satisfy.
+
+    ``sequence`` numbers the calls of a job from 1.
+    """
 
     operator: str
     messages: tuple[Mapping[str, str], ...]
@@ -35,6 +40,7 @@ class Request:
     temperature: float
     max_tokens: int
     seed: int
+    sequence: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +55,16 @@ class Reply:
     cost: float = 0.0
 
 
+class CallError(ProposerError):
+    """A call that gave nothing usable. ``code`` is an outcome above; ``reply`` is what was received and what it cost."""
+
+    def __init__(self, message: str, *, code: str, reply: Reply | None = None) -> None:
+        super().__init__(message, code=code)
+        self.reply = reply
+
+
 class Proposer(Protocol):
-    """Raises :class:`selfpruner.errors.ProposerError` whose ``code`` is an outcome above; never anything else."""
+    """Raises :class:`CallError`; never anything else, apart from asyncio's cancellation."""
 
     name: str
     model: str

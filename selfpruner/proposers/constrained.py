@@ -1,0 +1,165 @@
+"""Grammar-constrained decoding with a model in memory: the reply is always valid JSON under the schema.
+
+The torch side of the local proposer; runs in a worker. It knows nothing of plans or prompts. The schema is compiled by
+xgrammar without free whitespace, so a schema of bounded arrays and numbers bounds the reply: :func:`longest_reply` is that
+bound in characters, and every token writes at least one. Decoding keeps a KV cache and skips the model wherever the grammar
+leaves a single token. Sampling happens on the CPU in float32 from a generator of its own: equal inputs give equal replies.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xgrammar
+from transformers import DynamicCache
+
+from selfpruner.errors import CancelledTaskError, ProposerError
+
+_MAX_GRAMMARS = 32
+
+
+@dataclass(slots=True)
+class _Compiler:
+    """One tokenizer's grammars. Compiling walks the whole vocabulary, so both are kept."""
+
+    vocabulary: list[bytes]
+    compiler: xgrammar.GrammarCompiler
+    grammars: dict[str, xgrammar.CompiledGrammar] = field(default_factory=dict)
+
+
+_COMPILERS: weakref.WeakKeyDictionary[Any, dict[int, _Compiler]] = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def complete(
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    schema: Mapping[str, Any],
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Answer ``messages`` with ``{text, prompt_tokens, completion_tokens, seconds}``; ``text`` fits ``schema``.
+
+    ``temperature`` 0 takes the likeliest token. A prompt longer than the context window loses its middle: the rules stand at
+    its beginning, the question at its end.
+
+    Raises ProposerError with code ``truncated`` when ``max_tokens`` does not suffice, ``rejected`` when the tokenizer cannot
+    write such a reply; CancelledTaskError when ``cancelled()`` turned true.
+    """
+    began = time.perf_counter()
+    head = model.get_output_embeddings().weight
+    compiled = _compiled(tokenizer, int(head.shape[0]))
+    matcher = xgrammar.GrammarMatcher(_grammar(compiled, schema), terminate_without_stop_token=True)
+    bitmask = xgrammar.allocate_token_bitmask(1, len(compiled.vocabulary))
+    longest = longest_reply(schema)
+    room = max_tokens if longest is None else min(max_tokens, longest)
+    prompt = _fit(_encode(tokenizer, messages), getattr(model.config, "max_position_embeddings", None), room)
+    generator = torch.Generator().manual_seed(seed)
+    cache = DynamicCache(config=model.config)
+    pending, written = prompt, list[int]()
+
+    while not matcher.is_terminated():
+        if cancelled():
+            raise CancelledTaskError("The proposal was cancelled.")
+        if len(written) >= max_tokens:
+            raise ProposerError(
+                f"The reply did not fit in {max_tokens} tokens; raise max_tokens or ask for fewer plans.", code="truncated"
+            )
+        matcher.fill_next_token_bitmask(bitmask)
+        allowed = _allowed(bitmask, len(compiled.vocabulary))
+        if not len(allowed):
+            raise ProposerError("This model's tokenizer cannot write JSON; choose another proposer.", code="rejected")
+        choice = 0
+        if len(allowed) > 1:
+            ids = torch.tensor([pending], device=head.device)
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            pending = []
+            choice = _sample(logits.float().cpu()[allowed], temperature, generator)
+        token = int(allowed[choice])
+        matcher.accept_token(token)
+        written.append(token)
+        pending = [*pending, token]
+    return {
+        "text": b"".join(compiled.vocabulary[token] for token in written).decode(),
+        "prompt_tokens": len(prompt),
+        "completion_tokens": len(written),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def longest_reply(schema: Mapping[str, Any]) -> int | None:
+    """Characters of the longest reply the schema allows, written without whitespace; None when it has no bound."""
+    kind = schema.get("type")
+    if kind == "object":
+        parts = [(len(json.dumps(key)) + 1, longest_reply(value)) for key, value in schema["properties"].items()]
+        if any(size is None for _, size in parts):
+            return None
+        return 2 + sum(key + (size or 0) for key, size in parts) + max(len(parts) - 1, 0)
+    if kind == "array":
+        item, most = longest_reply(schema["items"]), schema.get("maxItems")
+        return None if item is None or most is None else 2 + most * item + max(most - 1, 0)
+    if kind == "integer" and "minimum" in schema and "maximum" in schema:
+        return max(len(str(schema["minimum"])), len(str(schema["maximum"])))
+    return 5 if kind == "boolean" else None
+
+
+def _compiled(tokenizer: Any, vocabulary: int) -> _Compiler:
+    """The compiler of ``tokenizer`` for a model that scores ``vocabulary`` tokens."""
+    by_size = _COMPILERS.setdefault(tokenizer, {})
+    if vocabulary not in by_size:
+        # A stop token is named in any case, since xgrammar warns where the tokenizer has none; replies end with their last brace.
+        stop = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else vocabulary - 1
+        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary, stop_token_ids=stop)
+        by_size[vocabulary] = _Compiler(info.decoded_vocab, xgrammar.GrammarCompiler(info, max_threads=2))
+    return by_size[vocabulary]
+
+
+def _grammar(compiled: _Compiler, schema: Mapping[str, Any]) -> xgrammar.CompiledGrammar:
+    key = json.dumps(schema, sort_keys=False)
+    if key not in compiled.grammars:
+        if len(compiled.grammars) >= _MAX_GRAMMARS:
+            compiled.grammars.pop(next(iter(compiled.grammars)))
+        compiled.grammars[key] = compiled.compiler.compile_json_schema(key, any_whitespace=False, separators=(",", ":"))
+    return compiled.grammars[key]
+
+
+def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of the chat, ready for the answer; plain headings where the tokenizer has no chat template."""
+    chat = [dict(message) for message in messages]
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = "".join(f"{message['role']}:\n{message['content']}\n\n" for message in chat) + "assistant:\n"
+    return list(tokenizer(text)["input_ids"])
+
+
+def _fit(prompt: list[int], window: int | None, room: int) -> list[int]:
+    """``prompt`` without its middle where prompt and reply together would pass the context window."""
+    most = len(prompt) if window is None else max(window - room, min(window, 16))
+    if len(prompt) <= most:
+        return prompt
+    head = most // 3
+    return prompt[:head] + prompt[len(prompt) - (most - head) :]
+
+
+def _allowed(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Indices of the set bits, ascending. ``bitmask``: [1, ceil(vocabulary / 32)] int32."""
+    words = torch.nonzero(bitmask[0]).flatten()
+    bits = (bitmask[0, words, None] >> torch.arange(32, dtype=torch.int32)) & 1
+    indices = (words[:, None] * 32 + torch.arange(32))[bits.bool()]
+    return indices[indices < vocabulary]
+
+
+def _sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature <= 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(torch.softmax(logits / temperature, dim=0), 1, generator=generator))
