@@ -1,0 +1,167 @@
+"""A decoder whose layers differ in width: Llama, Mistral, Qwen2 and Qwen3 after structured pruning, for transformers >= 5.14.
+
+This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The config is the base
+family's, with ``per_layer_config`` naming what a layer has less of: ``num_attention_heads``, ``num_key_value_heads``,
+``intermediate_size``; 0 means that the layer has no attention, or no FFN, and no norm before it. Tensor names are Llama's.
+
+    base_model_type   the family the model was made from; informative
+    qk_norm           RMS norms on the heads of q and k (Qwen3)
+    attention_bias    biases on q, k and v
+    o_proj_bias       bias on o_proj; may differ by layer
+    mlp_bias          biases on gate_proj and up_proj
+    down_proj_bias    bias on down_proj; may differ by layer
+"""
+
+# The classes below take the place of the family's own, which are annotated with the family's own config.
+# mypy: disable-error-code="arg-type,assignment,no-any-return,no-untyped-call,operator"
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen2PreTrainedModel,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+
+@strict
+class SelfPrunerConfig(LlamaConfig):
+    """Llama's config with per-layer widths and the switches above. ``layer_types`` follows from ``sliding_window`` if absent."""
+
+    model_type = "selfpruner"
+
+    base_model_type: str = "llama"
+    qk_norm: bool = False
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """head_dim is explicit, so hidden_size need not divide by the heads; query heads must divide by the KV heads."""
+        for index, layer in enumerate(self.per_layer_config):
+            heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+            if (heads == 0) != (kv_heads == 0) or (kv_heads and heads % kv_heads):
+                raise ValueError(f"layer {index}: {heads} query heads do not divide into {kv_heads} KV heads")
+
+
+class SelfPrunerAttention(Qwen3Attention):
+    """Attention with the head counts, norms and biases of ``layer``, its own config; ``config`` is the model's."""
+
+    def __init__(self, config: SelfPrunerConfig, layer: SelfPrunerConfig, layer_idx: int) -> None:
+        super().__init__(layer, layer_idx)
+        if layer.o_proj_bias != layer.attention_bias:
+            self.o_proj = nn.Linear(layer.num_attention_heads * self.head_dim, layer.hidden_size, bias=layer.o_proj_bias)
+        if not layer.qk_norm:
+            self.q_norm = nn.Identity()
+            self.k_norm = nn.Identity()
+        # The model's config carries the attention implementation, also when it is switched later.
+        self.config = config
+
+
+class SelfPrunerMLP(nn.Module):
+    def __init__(self, layer: SelfPrunerConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(layer.hidden_size, layer.intermediate_size, bias=layer.mlp_bias)
+        self.up_proj = nn.Linear(layer.hidden_size, layer.intermediate_size, bias=layer.mlp_bias)
+        self.down_proj = nn.Linear(layer.intermediate_size, layer.hidden_size, bias=layer.down_proj_bias)
+        self.act_fn = ACT2FN[layer.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: SelfPrunerConfig, layer_idx: int) -> None:
+        super().__init__()
+        layer = config.per_layer_config[layer_idx]
+        self.layer_idx = layer_idx
+        self.head_dim = layer.head_dim
+        self.hidden_size = layer.hidden_size
+        self.has_attention = layer.num_attention_heads > 0
+        self.has_mlp = layer.intermediate_size > 0
+        if self.has_attention:
+            self.self_attn = SelfPrunerAttention(config, layer, layer_idx)
+            self.input_layernorm = Qwen2RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
+        if self.has_mlp:
+            self.mlp = SelfPrunerMLP(layer)
+            self.post_attention_layernorm = Qwen2RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.has_attention:
+            attended, _ = self.self_attn(
+                hidden_states=self.input_layernorm(hidden_states),
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            hidden_states = hidden_states + attended
+        elif past_key_values is not None:
+            # Zero heads, but as many positions as the other layers: the cache takes its length from any of them.
+            batch, length, _ = hidden_states.shape
+            nothing = hidden_states.new_empty(batch, 0, length, self.head_dim)
+            past_key_values.update(nothing, nothing, self.layer_idx)
+        if self.has_mlp:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class SelfPrunerPreTrainedModel(Qwen2PreTrainedModel):
+    config: SelfPrunerConfig
+    config_class = SelfPrunerConfig
+    _no_split_modules = ["SelfPrunerDecoderLayer"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": SelfPrunerDecoderLayer, "attentions": SelfPrunerAttention}  # noqa: RUF012
+
+
+class SelfPrunerModel(SelfPrunerPreTrainedModel, Qwen2Model):
+    def __init__(self, config: SelfPrunerConfig) -> None:
+        # Past Qwen2Model's constructor, which would build layers of one width; its forward is used as it is.
+        super(Qwen2Model, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([SelfPrunerDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in config.layer_types
+        self.post_init()
+
+
+class SelfPrunerForCausalLM(SelfPrunerPreTrainedModel, Qwen2ForCausalLM):
+    def __init__(self, config: SelfPrunerConfig) -> None:
+        super(Qwen2ForCausalLM, self).__init__(config)
+        self.model = SelfPrunerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = ["SelfPrunerConfig", "SelfPrunerForCausalLM", "SelfPrunerModel"]
