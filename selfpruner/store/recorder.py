@@ -1,0 +1,125 @@
+"""Where a search writes its history: :class:`selfpruner.search.records.Recorder` on the store.
+
+Resume is replay, so everything is written as if for the first time and what is there already stays: an evaluation, an LLM call and
+an event keep their first content; a candidate keeps its origin and takes its latest score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqlalchemy import func
+from sqlalchemy.dialects.sqlite import insert
+from sqlmodel import col, select
+
+from selfpruner.errors import StoreError
+from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress
+from selfpruner.store.database import Database
+from selfpruner.store.tables import CandidateRow, EvaluationRow, LlmCallRow
+from selfpruner.store.transaction import Transaction, storable
+
+Transactions = Callable[[], AbstractContextManager[Transaction]]
+
+
+class JobRecorder:
+    """Writes are durable when they return and harmless when repeated. Raises StoreError for a row no job can have (a fitness that
+    is not finite, an infeasible plan without its reason) and DiskFullError; then nothing of that call was written."""
+
+    def __init__(self, database: Database, transactions: Transactions, job_id: str) -> None:
+        self.job_id = job_id
+        self._database = database
+        self._transactions = transactions
+        self._progress: Progress | None = None
+
+    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
+        with self._database.reading() as session:
+            row = session.get(EvaluationRow, (self.job_id, plan_hash, window))
+        if row is None:
+            return None
+        return Evaluation(row.plan_hash, row.window, row.tokens, row.kl, row.nll, row.seconds, row.reason)
+
+    def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
+        if not rows:
+            return
+        with self._transactions() as write:
+            origin = {"job_id": self.job_id, "created_at": write.now}
+            values = [{**_fields(row), **origin, "reason": _text(row.reason)} for row in rows]
+            write.session.execute(insert(EvaluationRow).on_conflict_do_nothing(), values)
+
+    def find_llm_call(self, sequence: int) -> LlmCall | None:
+        with self._database.reading() as session:
+            row = session.get(LlmCallRow, (self.job_id, sequence))
+        if row is None:
+            return None
+        fields = row.model_dump(exclude={"job_id", "created_at"})
+        return LlmCall(**{**fields, "messages": tuple(row.messages)})
+
+    def save_llm_call(self, call: LlmCall) -> None:
+        texts = {"reply": storable(call.reply), "detail": storable(call.detail)}
+        with self._transactions() as write:
+            origin = {"job_id": self.job_id, "created_at": write.now, "messages": [dict(message) for message in call.messages]}
+            write.session.execute(insert(LlmCallRow).on_conflict_do_nothing(), {**_fields(call), **origin, **texts})
+
+    def save_candidates(self, rows: Sequence[Candidate]) -> None:
+        """Insert, or update the row of the same plan. A replay announces its plans as pending again: that overwrites nothing."""
+        if not rows:
+            return
+        with self._transactions() as write:
+            query = select(CandidateRow).where(CandidateRow.job_id == self.job_id)
+            wanted = col(CandidateRow.plan_hash).in_([row.plan_hash for row in rows])
+            known = {row.plan_hash: row for row in write.session.exec(query.where(wanted))}
+            highest = select(func.max(col(CandidateRow.sequence))).where(CandidateRow.job_id == self.job_id)
+            sequence = write.session.exec(highest).one() or 0
+            for candidate in rows:
+                row = known.get(candidate.plan_hash)
+                if row is None:
+                    sequence += 1
+                    row = known[candidate.plan_hash] = CandidateRow(
+                        job_id=self.job_id,
+                        plan_hash=candidate.plan_hash,
+                        sequence=sequence,
+                        created_at=write.now,
+                        generation=candidate.generation,
+                        operator=candidate.operator,
+                        parents=list(candidate.parents),
+                        levels=list(candidate.levels),
+                        rates=list(candidate.rates),
+                        **_score(candidate),
+                    )
+                    write.session.add(row)
+                elif candidate.status != "pending":
+                    row.sqlmodel_update(_score(candidate))
+
+    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+        with self._transactions() as write:
+            write.event(self.job_id, key, type, message, level=level, data=data)
+
+    def progress(self, progress: Progress) -> None:
+        """Kept on the job; saying the same again writes nothing."""
+        if progress == self._progress:
+            return
+        with self._transactions() as write:
+            write.job(self.job_id).progress = {**_fields(progress), "data": dict(progress.data)}
+        self._progress = progress
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    """The fields of a record. NaN is refused here: SQLite would store it as NULL and nobody would know."""
+    fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
+    for name, value in fields.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise StoreError(f"{type(row).__name__}.{name} is NaN. Give None and a reason instead.")
+    return fields
+
+
+def _text(text: str | None) -> str | None:
+    return None if text is None else storable(text)
+
+
+def _score(candidate: Candidate) -> dict[str, Any]:
+    fields = _fields(candidate)
+    kept = ("status", "fitness", "relative", "window", "tokens", "survived")
+    return {**{name: fields[name] for name in kept}, "reason": _text(candidate.reason)}
