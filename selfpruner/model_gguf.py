@@ -137,7 +137,7 @@ def _write(gguf: Path, folder: Path) -> None:
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
     _repair_tokenizer(tokenizer, metadata)
     tokenizer.save_pretrained(folder)
-    _tidy_tokenizer_config(folder / "tokenizer_config.json", clean.max_position_embeddings)
+    _tidy_tokenizer(folder, clean.vocab_size, clean.max_position_embeddings)
 
 
 def _repaired_numbers(metadata: dict[str, Any], architecture: str, rope_factors: Any) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _repair_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
     for name in ("bos", "eos", "padding", "unknown"):
         attribute = {"padding": "pad_token", "unknown": "unk_token"}.get(name, f"{name}_token")
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and getattr(tokenizer, attribute) is None:
+        if index is not None:
             setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(index)))
     # llama.cpp adds BOS to a sentencepiece vocabulary that does not say otherwise.
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama")
@@ -193,10 +193,21 @@ def _repair_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
         tokenizer.chat_template = template
 
 
-def _tidy_tokenizer_config(path: Path, context: int) -> None:
-    """Leave a file that every transformers release reads: no traces of the loading call, the class name all of them know."""
+def _tidy_tokenizer(folder: Path, vocabulary: int, context: int) -> None:
+    """Leave files that every transformers release reads, without what transformers adds to them.
+
+    That is: traces of the loading call, a class name only new releases know, and special tokens of GPT-2 that the file does not
+    have, which would get numbers beyond the model's ``vocabulary``.
+    """
+    path = folder / "tokenizer.json"
     body = json.loads(path.read_text())
-    for key in ("backend", "is_local", "local_files_only"):
+    surplus = {token["content"] for token in body["added_tokens"] if token["id"] >= vocabulary}
+    body["added_tokens"] = [token for token in body["added_tokens"] if token["content"] not in surplus]
+    path.write_text(json.dumps(body, ensure_ascii=False))
+
+    path = folder / "tokenizer_config.json"
+    body = json.loads(path.read_text())
+    for key in ("backend", "is_local", "local_files_only", *(key for key, value in body.items() if str(value) in surplus)):
         body.pop(key, None)
     body |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
