@@ -156,7 +156,10 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 
 def from_dict(body: dict[str, Any]) -> SelfprunerError:
-    """Rebuild an error that crossed a process boundary as :meth:`SelfprunerError.to_dict`; the class is found by its code."""
+    """Rebuild an error that crossed a process boundary as :meth:`SelfprunerError.to_dict`.
+
+    The class is found by its name where the sender added one as ``class``, else by its code.
+    """
     code = str(body.get("code") or "internal_error")
 
     def classes(base: type[SelfprunerError]) -> Iterator[type[SelfprunerError]]:
@@ -164,7 +167,9 @@ def from_dict(body: dict[str, Any]) -> SelfprunerError:
         for child in base.__subclasses__():
             yield from classes(child)
 
-    found = next((cls for cls in classes(SelfprunerError) if cls.code == code), SelfprunerError)
+    known = list(classes(SelfprunerError))
+    named = (cls for cls in known if cls.__name__ == body.get("class"))
+    found = next(named, None) or next((cls for cls in known if cls.code == code), SelfprunerError)
     error = found.__new__(found)
     SelfprunerError.__init__(error, str(body.get("message", "")), code=code, param=body.get("param"))
     return error

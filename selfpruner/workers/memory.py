@@ -1,0 +1,21 @@
+"""The most memory this process has held so far. Standard library only; POSIX."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+
+def peak_mib() -> float:
+    """Peak resident set size of this process in MiB.
+
+    Linux: VmHWM, because ``ru_maxrss`` starts at the size of the process that forked this one. Elsewhere ``ru_maxrss``, which
+    is bytes on macOS and KiB on the others.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:", 1)[1].split(None, 1)[0]) / 1024
+    except (OSError, IndexError, ValueError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

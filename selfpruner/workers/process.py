@@ -1,0 +1,261 @@
+"""A pool of worker processes, one per device.
+
+A worker starts with the first task that needs it and stays warm. When it dies or freezes it is replaced and its task
+run again, at most ``max_attempts`` times; a result that arrived before the death counts. Tasks wait in a queue when all
+workers are busy; a worker that already holds a session is preferred for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from selfpruner.errors import ConfigError, WorkerError, from_dict
+from selfpruner.workers.base import Json, OnProgress, Session
+from selfpruner.workers.link import Link
+
+CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
+_BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 5.0  # seconds before a worker that died twice in a row starts again
+_PASSED_OVER_MOST = 8  # times a waiting task may see tasks of a worker's own session go first
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One device and the worker on it, if one was started. ``task`` is the number of the task it was sent and has not answered."""
+
+    device: str
+    log: Path
+    link: Link | None = None
+    session: str | None = None
+    busy: bool = False
+    task: int | None = None
+    starts: int = 0
+    deaths: int = 0  # in a row, without a task done in between
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    session: str
+    slot: asyncio.Future[_Slot]
+    passed_over: int = field(default=0)
+
+
+class ProcessPool:
+    """A :class:`~selfpruner.workers.base.WorkerPool` of child processes on this machine.
+
+    Args:
+        devices: one worker is made for each, with this name as its device ("cpu", "cuda:0").
+        runtime: ``module:Class`` of the TaskRuntime; imported in the worker only.
+        log_dir: where workers log, one file each; a temporary folder that ``close`` removes when None.
+        max_attempts: how many workers one task may cost.
+        task_timeout: seconds one task may take once it has a worker, all attempts together; None for no limit.
+        heartbeat_timeout: seconds of silence after which a worker counts as frozen.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[str],
+        *,
+        runtime: str = "selfpruner.workers.runtime:Runtime",
+        log_dir: Path | None = None,
+        max_attempts: int = 3,
+        task_timeout: float | None = None,
+        heartbeat_timeout: float = 60.0,
+    ) -> None:
+        if not devices:
+            raise ConfigError("A worker pool needs at least one device.", param="devices")
+        self._runtime = runtime
+        self._max_attempts = max_attempts
+        self._task_timeout = task_timeout
+        self._heartbeat_timeout = heartbeat_timeout
+        self._temporary = None if log_dir else Path(tempfile.mkdtemp(prefix="selfpruner-workers-"))
+        folder = log_dir or self._temporary
+        assert folder is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._slots = [
+            _Slot(device, folder / f"worker-{index}-{re.sub(r'[^a-zA-Z0-9]+', '-', device)}.log")
+            for index, device in enumerate(devices)
+        ]
+        self._waiting: list[_Waiter] = []
+        self._numbers = itertools.count(1)
+        self._closing = asyncio.Event()
+        self._settling: set[asyncio.Task[None]] = set()
+
+    # -- what it is doing ----------------------------------------------------------------------------------------------
+    @property
+    def devices(self) -> list[str]:
+        return [slot.device for slot in self._slots]
+
+    @property
+    def pids(self) -> list[int | None]:
+        """One per device; None where no worker runs (not started yet, or dead and not needed since)."""
+        return [slot.link.pid if slot.link is not None and slot.link.alive else None for slot in self._slots]
+
+    @property
+    def busy(self) -> int:
+        return sum(slot.busy for slot in self._slots)
+
+    @property
+    def restarts(self) -> int:
+        """Workers that were started to replace another one."""
+        return sum(max(slot.starts - 1, 0) for slot in self._slots)
+
+    # -- tasks ---------------------------------------------------------------------------------------------------------
+    async def run(self, session: Session, kind: str, payload: Mapping[str, object], on_progress: OnProgress | None = None) -> Json:
+        """See :meth:`selfpruner.workers.base.WorkerPool.run`. Returns, or raises, only after the work has stopped."""
+        slot = await self._acquire(session.key)
+        task = {"op": "task", "session": asdict(session), "kind": kind, "payload": dict(payload)}
+        try:
+            async with asyncio.timeout(self._task_timeout) as limit:
+                return await self._attempts(slot, task, on_progress)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise WorkerError(
+                f"The task {kind!r} took longer than {self._task_timeout:g} s and was stopped. Allow more time or ask for less.",
+                code="task_timeout",
+            ) from None
+        finally:
+            if slot.task is None:
+                self._free(slot)
+            else:
+                settling = asyncio.create_task(self._settle(slot))
+                self._settling.add(settling)
+                settling.add_done_callback(self._settling.discard)
+                await asyncio.shield(settling)
+
+    async def close(self) -> None:
+        """End all workers; tasks still waiting or running fail with a WorkerError. Later calls do nothing."""
+        self._closing.set()
+        for waiter in self._waiting:
+            if not waiter.slot.done():
+                waiter.slot.set_exception(_closed())
+        self._waiting.clear()
+        while True:
+            await asyncio.gather(*(self._retire(slot) for slot in self._slots))
+            if not self.busy:
+                break
+            await asyncio.sleep(0.01)  # a task that was starting a worker notices that the pool closes
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    async def _attempts(self, slot: _Slot, task: Json, on_progress: OnProgress | None) -> Json:
+        for attempt in itertools.count(1):
+            link = await self._started(slot)
+            slot.task = next(self._numbers)
+            slot.session = task["session"]["key"]
+            await link.send({**task, "id": slot.task})
+            reply = await self._reply(slot, link, on_progress)
+            slot.task = None
+            if reply is not None:
+                slot.deaths = 0
+                if reply["op"] == "error":
+                    raise from_dict(reply["error"])
+                result: Json = reply["result"]
+                return result
+            slot.deaths += 1
+            await self._retire(slot)
+            if self._closing.is_set():
+                raise _closed()
+            if attempt >= self._max_attempts:
+                tries = f"{attempt} workers were lost" if attempt > 1 else "The worker was lost"
+                raise WorkerError(f"{tries} on the task {task['kind']!r}. The worker on {slot.device} {link.cause()}")
+        raise AssertionError("unreachable")
+
+    async def _reply(self, slot: _Slot, link: Link, on_progress: OnProgress | None) -> Json | None:
+        """The result or error of the slot's task; None when the worker died first."""
+        while (message := await link.inbox.get()) is not None:
+            if message["id"] != slot.task:
+                continue
+            if message["op"] != "progress":
+                return message
+            if on_progress is not None:
+                on_progress(message["text"])
+        return None
+
+    async def _settle(self, slot: _Slot) -> None:
+        """Stop a task nobody waits for any more: ask, then kill; then give the worker to the next one."""
+        link = slot.link
+        assert link is not None
+        try:
+            async with asyncio.timeout(CANCEL_GRACE):
+                await link.send({"op": "cancel", "id": slot.task})
+                answered = await self._reply(slot, link, None) is not None
+        except TimeoutError:
+            answered = False
+        slot.task = None
+        if not answered:
+            await self._retire(slot)
+        self._free(slot)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+    async def _started(self, slot: _Slot) -> Link:
+        """The slot's worker, a new one when it has none or it died."""
+        if slot.link is not None and slot.link.alive:
+            return slot.link
+        await self._retire(slot)
+        if slot.deaths > 1:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), min(_BACKOFF_FIRST * 2 ** (slot.deaths - 2), _BACKOFF_MOST))
+        if self._closing.is_set():
+            raise _closed()
+        try:
+            slot.link = await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout)
+        except OSError as error:
+            raise WorkerError(
+                f"No worker could be started on {slot.device}: {error}. Free memory or processes and try again."
+            ) from error
+        slot.starts += 1
+        return slot.link
+
+    async def _retire(self, slot: _Slot) -> None:
+        if slot.link is not None:
+            await slot.link.end()
+            slot.session = None
+
+    # -- the queue -----------------------------------------------------------------------------------------------------
+    async def _acquire(self, session: str) -> _Slot:
+        if self._closing.is_set():
+            raise _closed()
+        idle = [slot for slot in self._slots if not slot.busy]
+        if idle:
+            # The session's own worker; else one that holds no session; else any: `min` keeps the first.
+            slot = min(idle, key=lambda s: (s.session != session, s.session is not None))
+            slot.busy = True
+            return slot
+        waiter = _Waiter(session, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiter)
+        try:
+            return await waiter.slot
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif waiter.slot.done() and not waiter.slot.cancelled() and waiter.slot.exception() is None:
+                self._free(waiter.slot.result())
+            raise
+
+    def _free(self, slot: _Slot) -> None:
+        """Hand the slot to a waiting task: the oldest of its session, unless an older one was passed over too often."""
+        self._waiting = [waiter for waiter in self._waiting if not waiter.slot.done()]  # without those cancelled meanwhile
+        if not self._waiting:
+            slot.busy = False
+            return
+        oldest = self._waiting[0]
+        chosen = oldest
+        if oldest.passed_over < _PASSED_OVER_MOST:
+            chosen = next((w for w in self._waiting if w.session == slot.session), oldest)
+        if chosen is not oldest:
+            oldest.passed_over += 1
+        self._waiting.remove(chosen)
+        chosen.slot.set_result(slot)
+
+
+def _closed() -> WorkerError:
+    return WorkerError("The worker pool is closed. Start the server again, or make a new pool.", code="pool_closed")
