@@ -1,0 +1,25 @@
+"""``/v1/jobs/{id}/candidates``: the plans a search made, with their origin and fitness."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from server.errors import responses
+from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
+from server.schemas import CandidateObject, ListObject
+
+router = APIRouter(prefix="/v1/jobs/{job_id}/candidates", tags=["candidates"])
+
+
+@router.get("", responses=responses(404))
+def list_candidates(
+    job: OwnJob,
+    store: TheStore,
+    after: Cursor = None,
+    limit: Limit = 20,
+    order: Annotated[Literal["generation", "fitness"], Query(description="as they were made, or best first")] = "generation",
+) -> ListObject[CandidateObject]:
+    page = store.candidates(job.id, after, limit, order=order)
+    return ListObject[CandidateObject].of([CandidateObject.of(row) for row in page.data], page.has_more)
