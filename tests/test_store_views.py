@@ -1,0 +1,151 @@
+"""The five questions of a person who has only the sqlite3 shell, on a small history whose answers were worked out by hand."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfpruner.config import SearchConfig
+from selfpruner.search.records import Candidate, LlmCall
+from selfpruner.store.store import Store
+
+# What is the best plan of job X? Who were its parents? What did the LLM cost? What did each operator contribute?
+# How did fitness fall by generation?
+QUESTIONS = {
+    "best": "SELECT plan, operator, generation, relative, rates FROM best WHERE job_id = :job",
+    "parents": "SELECT depth, plan, operator, relative FROM lineage WHERE job_id = :job ORDER BY depth, relative",
+    "cost": "SELECT operator, calls, ok, failed, prompt_tokens + completion_tokens AS tokens, cost FROM llm_cost WHERE job_id = :job",
+    "operators": "SELECT operator, plans, evaluated, infeasible, failed, best_relative, improved FROM operator_report WHERE job_id = :job",
+    "fitness": "SELECT generation, min(relative) AS best, min(min(relative)) OVER (ORDER BY generation) AS so_far "
+    "FROM population WHERE job_id = :job AND status = 'evaluated' GROUP BY generation",
+}
+
+
+def plan(
+    name: str, operator: str, generation: int, relative: float | None, parents: str = "", status: str = "evaluated"
+) -> Candidate:
+    fitness = relative * 0.3 if relative is not None and status == "evaluated" else None
+    reason = None if status == "evaluated" else "no heads left"
+    return Candidate(
+        name, (1, 2), (0.123456, 0.2), generation, operator, tuple(parents), status, fitness, relative, "w0", 64, reason
+    )  # fmt: skip
+
+
+HISTORY = [
+    plan("U", "uniform", 0, 1.0),
+    plan("R", "ramp", 0, 0.95),  # better than U
+    plan("S", "sensitivity", 0, 0.97),
+    plan("I", "initialize", 0, None, status="infeasible"),
+    plan("M", "mutate", 1, 0.90, "R"),  # better than R
+    plan("L", "level_switch", 1, 0.93, "U"),
+    plan("C", "crossover", 2, 0.85, "ML"),  # better than M
+    plan("X", "mutate", 2, None, "M", status="failed"),
+    plan("P", "mutate", 2, None, "C", status="pending"),
+]
+
+
+def call(sequence: int, operator: str, outcome: str, prompt: int, completion: int, cost: float) -> LlmCall:
+    return LlmCall(sequence, 1, operator, "openai", "gpt", (), "", outcome, prompt, completion, 0.5, cost)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "store.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def job(store: Store) -> str:
+    for _ in range(2):  # the second job must not change the first one's answers
+        job_id = store.create_job(SearchConfig(rate=0.2))[0].id
+        recorder = store.recorder(job_id)
+        recorder.save_candidates(HISTORY)
+        recorder.save_llm_call(call(1, "mutate", "ok", 100, 20, 0.25))
+        recorder.save_llm_call(call(2, "mutate", "timeout", 100, 0, 0.125))
+        recorder.save_llm_call(call(3, "crossover", "repaired", 200, 40, 0.5))
+    return job_id
+
+
+def ask(store: Store, question: str, job_id: str = "") -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(store.path)) as shell:
+        return shell.execute(question, {"job": job_id}).fetchall()
+
+
+def test_the_best_plan(store: Store, job: str) -> None:
+    assert ask(store, QUESTIONS["best"], job) == [("C", "crossover", 2, 0.85, "[0.1235,0.2]")]
+
+
+def test_its_parents(store: Store, job: str) -> None:
+    assert ask(store, QUESTIONS["parents"], job) == [
+        (0, "C", "crossover", 0.85),
+        (1, "M", "mutate", 0.90),
+        (1, "L", "level_switch", 0.93),
+        (2, "R", "ramp", 0.95),
+        (2, "U", "uniform", 1.0),
+    ]
+
+
+def test_what_the_llm_cost(store: Store, job: str) -> None:
+    assert ask(store, QUESTIONS["cost"], job) == [("crossover", 1, 1, 0, 240, 0.5), ("mutate", 2, 1, 1, 220, 0.375)]
+    seconds = "SELECT job_id, proposer, model, seconds FROM llm_cost WHERE operator = 'mutate' AND job_id = :job"
+    assert ask(store, seconds, job) == [(job, "openai", "gpt", 1.0)]
+
+
+def test_what_each_operator_contributed(store: Store, job: str) -> None:
+    assert ask(store, QUESTIONS["operators"], job) == [
+        ("crossover", 1, 1, 0, 0, 0.85, 1),
+        ("initialize", 1, 0, 1, 0, None, 0),
+        ("level_switch", 1, 1, 0, 0, 0.93, 0),
+        ("mutate", 3, 1, 0, 1, 0.90, 1),
+        ("ramp", 1, 1, 0, 0, 0.95, 1),
+        ("sensitivity", 1, 1, 0, 0, 0.97, 0),
+        ("uniform", 1, 1, 0, 0, 1.0, 0),
+    ]
+
+
+def test_how_fitness_fell(store: Store, job: str) -> None:
+    assert ask(store, QUESTIONS["fitness"], job) == [(0, 0.95, 0.95), (1, 0.90, 0.90), (2, 0.85, 0.85)]
+
+
+def test_the_population_is_ranked(store: Store, job: str) -> None:
+    rows = ask(store, "SELECT plan, rank, parents, status, survived FROM population WHERE job_id = :job ORDER BY sequence", job)
+    assert [(row[0], row[1]) for row in rows] == [
+        ("U", 6), ("R", 4), ("S", 5), ("I", None), ("M", 2), ("L", 3), ("C", 1), ("X", None), ("P", None)
+    ]  # fmt: skip
+    assert rows[6][2:] == ('["M","L"]', "evaluated", 0)
+
+
+def test_the_result_decides_which_plan_is_best(store: Store, job: str) -> None:
+    ours = {"path": "/c", "parameters": 1, "bytes": 1, "manifest_sha256": "0" * 64, "verification": {}, "metrics": {}}
+    checkpoint = store.add_checkpoint(job, "M", **ours)
+    store.set_result(job, {"best_plan": "M"})
+    assert ask(store, "SELECT plan, model, rate, checkpoint, path FROM best WHERE job_id = :job", job) == [
+        ("M", "smollm2-135m", 0.2, checkpoint.id, "/c")
+    ]
+    assert [row[1] for row in ask(store, QUESTIONS["parents"], job)] == ["M", "R"]
+    store.set_result(job, {"best_plan": "not a candidate"})
+    assert ask(store, "SELECT plan FROM best WHERE job_id = :job", job) == [("C",)]
+
+
+def test_without_relative_fitness_decides(store: Store) -> None:
+    job_id = store.create_job(SearchConfig(rate=0.2, preset="self-pruner"))[0].id
+    assert ask(store, "SELECT count(*) FROM best") == [(0,)]
+    rows = [
+        Candidate(name, (1,), (0.2,), 0, "initialize", (), "evaluated", fitness)
+        for name, fitness in (("a", 3.0), ("b", 2.5), ("c", 2.75))
+    ]
+    store.recorder(job_id).save_candidates(rows)
+    assert ask(store, "SELECT plan, fitness FROM best") == [("b", 2.5)]
+    assert ask(store, "SELECT plan FROM population ORDER BY rank") == [("b",), ("c",), ("a",)]
+    assert ask(store, "SELECT evaluated, best_relative, improved FROM operator_report") == [(3, None, 1)]
+
+
+def test_lineage_ends_even_where_parents_form_a_circle(store: Store) -> None:
+    recorder = store.recorder(store.create_job(SearchConfig(rate=0.2))[0].id)
+    recorder.save_candidates([plan("A", "mutate", 0, 0.9, "B"), plan("B", "mutate", 0, 0.95, "A")])
+    assert ask(store, "SELECT plan, depth FROM lineage") == [("A", 0), ("B", 1)]
