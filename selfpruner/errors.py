@@ -27,7 +27,7 @@ the request that caused it, when one did. Nothing here imports torch.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -173,3 +173,17 @@ def from_dict(body: dict[str, Any]) -> SelfprunerError:
     error = found.__new__(found)
     SelfprunerError.__init__(error, str(body.get("message", "")), code=code, param=body.get("param"))
     return error
+
+
+def from_problems(problems: Sequence[Mapping[str, Any]]) -> ConfigError:
+    """pydantic's ``ValidationError.errors()`` as one error: the first problem by name, the others counted.
+
+    The input is never quoted: it may be huge, or a secret.
+    """
+    first = problems[0]
+    param = ".".join(str(part) for part in first["loc"])[:200] or None
+    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
+    message = "unknown field" if code == "unknown_field" else str(first["msg"]).removeprefix("Value error, ")
+    others = len(problems) - 1
+    more = f" ({others} more problem{'s' if others > 1 else ''})" if others else ""
+    return ConfigError((f"{param}: {message}" if param else message) + more, code=code, param=param)

@@ -92,23 +92,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _validation(_request: Request, error: Exception) -> JSONResponse:
-    """The first problem, with the others counted. The input itself is never echoed: it may be huge, or a secret."""
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
-    first = problems[0]
-    code, message, param = describe(first)
-    more = f" ({len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})" if len(problems) > 1 else ""
-    return error_reply(errors.ConfigError(message + more, code=code, param=param), 422)
-
-
-def describe(problem: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    """(code, message, param) of one pydantic problem."""
-    place = [str(part) for part in problem["loc"]]
-    if place and place[0] in ("body", "query", "path", "header"):
-        place = place[1:]
-    param = ".".join(place)[:200] or None
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(problem["type"], "invalid_value")
-    if code == "unknown_field":
-        message = "unknown field"
-    return code, f"{param}: {message}" if param else message, param
+    # Where the value came from (body, query, path, header) is the first part of its place; clients know it.
+    problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
+    return error_reply(errors.from_problems(problems))

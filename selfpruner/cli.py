@@ -1,0 +1,340 @@
+"""The command line: ``selfpruner``. A command prints its result on stdout; progress and errors go to stderr.
+
+Exit codes: 0 done, 1 failed (or the job did), 2 bad input, 130 interrupted. Errors are one line, never a traceback. Commands
+return their exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from selfpruner import options
+from selfpruner.errors import ConfigError, SelfprunerError, from_problems
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from selfpruner.client import Client
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Url = Annotated[str, typer.Option("--url", envvar="SELFPRUNER_URL", help="The server. Its token comes from SELFPRUNER_TOKEN.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(
+    help="Prune a language model without retraining, as well as that can be done.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("selfpruner"))
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+@app.command()
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="Address; others than loopback need SELFPRUNER_TOKEN.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one.", show_default="8000")] = None,
+    home: Annotated[Path | None, typer.Option(help="Database, cache and checkpoints.", show_default="~/.selfpruner")] = None,
+    devices: Annotated[str | None, typer.Option(help="One worker each: cpu or cuda:0,cuda:1.", show_default="auto")] = None,
+    model_root: Annotated[Path | None, typer.Option(help="Folder whose models requests may name.")] = None,
+    text_root: Annotated[Path | None, typer.Option(help="Folder whose text files requests may name.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Serve the HTTP API until SIGTERM or Ctrl-C. Every setting can be given as SELFPRUNER_NAME, too."""
+    from server import logs
+    from server.serving import serve as run_server
+    from server.settings import load_settings
+
+    given = {"host": host, "port": port, "home": home, "devices": devices, "model_root": model_root, "text_root": text_root}
+    settings = load_settings(**given)
+    logs.configure()
+
+    def ready(url: str) -> None:
+        print(json.dumps({"url": url, "pid": os.getpid()}) if as_json else f"selfpruner listens on {url}", flush=True)
+
+    return run_server(settings, ready)
+
+
+# -- jobs on a server --------------------------------------------------------------------------------------------------
+@app.command()
+def submit(
+    model: options.Model = None,
+    rate: options.Rate = None,
+    preset: options.Preset = None,
+    criterion: options.Criterion = None,
+    compensation: options.Compensation = None,
+    calibration: options.Calibration = None,
+    generations: options.Generations = None,
+    population: options.Population = None,
+    proposer: options.Proposer = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Kept with the job; repeatable.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key twice is one job.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job and exit by its result.")] = True,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> int:
+    """Send a search to a server and follow it: exit code 0 when it succeeded. Ctrl-C leaves the job running."""
+    body = options.read_config(
+        config,
+        settings,
+        calibration=calibration,
+        model=model,
+        rate=rate,
+        preset=preset,
+        criterion=criterion,
+        compensation=compensation,
+        generations=generations,
+        population=population,
+        proposer=proposer,
+        seed=seed,
+        device=device,
+    )
+    with _client(url) as client:
+        job = client.submit(body, metadata=_pairs(metadata), idempotency_key=idempotency_key)
+        if not wait:
+            _print(job, as_json, f"{job['id']} {job['status']}")
+            return 0
+        return _follow(client, job, as_json)
+
+
+@app.command()
+def jobs(
+    status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed or cancelled.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> int:
+    """List jobs, newest first."""
+    with _client(url) as client:
+        page = client.list(limit=limit, status=status)
+    if as_json:
+        print(json.dumps(page))
+        return 0
+    from rich.table import Table
+
+    table = Table("job", "status", "model", "rate", "created", "progress", box=None, padding=(0, 2), header_style="bold")
+    for job in page["data"]:
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
+        table.add_row(job["id"], job["status"], job["model"], f"{job['config']['rate']:g}", created, _summary(job))
+    _console().print(table if page["data"] else "No jobs.")
+    return 0
+
+
+@app.command()
+def show(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it ends; exit by its result.")] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> int:
+    """Show a job: state, best plans, checkpoint."""
+    with _client(url) as client:
+        job = client.get(job_id)
+        if follow:
+            return _follow(client, job, as_json)
+        if as_json:
+            print(json.dumps(job))
+        else:
+            _report(client, job)
+    return 0
+
+
+@app.command()
+def cancel(job_id: JobId, as_json: Json = False, url: Url = DEFAULT_URL) -> int:
+    """Stop a job for good."""
+    return _act(url, as_json, lambda client: client.cancel(job_id))
+
+
+@app.command()
+def pause(job_id: JobId, as_json: Json = False, url: Url = DEFAULT_URL) -> int:
+    """Stop a running job and keep what it found."""
+    return _act(url, as_json, lambda client: client.pause(job_id))
+
+
+@app.command()
+def resume(job_id: JobId, as_json: Json = False, url: Url = DEFAULT_URL) -> int:
+    """Queue a paused job again."""
+    return _act(url, as_json, lambda client: client.resume(job_id))
+
+
+@app.command()
+def events(
+    job_id: JobId,
+    after: Annotated[int, typer.Option(min=0, help="Only those after this number.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the job ends.")] = False,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> int:
+    """Print the events of a job; with --json one object per line."""
+    from selfpruner.live import printable
+
+    with _client(url) as client:
+        found = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
+        for event in found:
+            when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
+            line = f"{event['id']:>5} {when} {event['level']:5} {event['type']}: {event['message']}"
+            print(json.dumps(event) if as_json else printable(line).replace("\n", " "), flush=True)
+    return 0
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def _client(url: str) -> Client:
+    from selfpruner.client import Client
+
+    return Client(url, os.environ.get("SELFPRUNER_TOKEN") or None)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) -> int:
+    with _client(url) as client:
+        job = action(client)
+    _print(job, as_json, f"{job['id']} {job['status']}")
+    return 0
+
+
+def _follow(client: Client, job: dict[str, Any], as_json: bool) -> int:
+    """Watch a job to its end. stdout gets the result only, so that ``--json`` is one document."""
+    from selfpruner.live import LiveView
+
+    try:
+        with LiveView(f"{job['id']} {job['model']} rate {job['config']['rate']:g}") as view:
+            for name, data in client.follow(job["id"]):
+                if name == "job":
+                    job = data
+                    view.progress(job["progress"], job["status"])
+                else:
+                    view.event(data)
+    except KeyboardInterrupt:
+        print(
+            f"{job['id']} goes on. Watch it: selfpruner show -f {job['id']}   Stop it: selfpruner cancel {job['id']}",
+            file=sys.stderr,
+        )
+        return 130
+    if as_json:
+        print(json.dumps(job))
+    elif job["status"] == "succeeded":
+        _report(client, job)
+    if job["status"] == "failed":
+        _complain(f"{job['id']} failed: {job['error']['message']} ({job['error']['code']})")
+    elif job["status"] == "cancelled":
+        _complain(f"{job['id']} was cancelled")
+    return 0 if job["status"] == "succeeded" else 1
+
+
+def _report(client: Client, job: Mapping[str, Any]) -> None:
+    from itertools import islice
+
+    from rich.table import Table
+
+    from selfpruner.live import operators
+
+    console = _console()
+    console.print(f"{job['id']}  {job['status']}  {job['model']}  rate {job['config']['rate']:g}  {_summary(job)}")
+    if job["error"]:
+        console.print(f"error {job['error']['code']}: {job['error']['message']}")
+    best = list(islice(client.candidates(job["id"], "fitness"), 5))
+    if best:
+        table = Table("plan", "generation", "operator", "fitness", "against uniform", box=None, padding=(0, 2), header_style="bold")
+        for row in best:
+            relative = "" if row["relative"] is None else f"{100 * (row['relative'] - 1):+.1f} %"
+            fitness = row["status"] if row["fitness"] is None else f"{row['fitness']:.4f}"
+            table.add_row(row["id"], str(row["generation"]), row["operator"], fitness, relative)
+        console.print(table)
+    if contributed := operators(job["progress"] or {}):
+        console.print(contributed)
+    for checkpoint in client.checkpoints(job["id"]):
+        console.print(
+            f"checkpoint {checkpoint['path']}  {checkpoint['parameters']:,} parameters, {checkpoint['bytes'] / 1e6:,.1f} MB"
+        )
+
+
+def _summary(job: Mapping[str, Any]) -> str:
+    from selfpruner.live import facts
+
+    return facts(job["progress"], job["status"]).plain if job["progress"] else ""
+
+
+def _print(job: Mapping[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(job) if as_json else text)
+
+
+def _pairs(given: Sequence[str] | None) -> dict[str, str]:
+    pairs = {}
+    for item in given or ():
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--metadata {item!r} is not KEY=VALUE", param="metadata")
+        pairs[key] = value
+    return pairs
+
+
+def _complain(message: str) -> None:
+    print("selfpruner: " + " ".join(message.split()), file=sys.stderr)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        code = app(args=arguments, prog_name="selfpruner", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except typer.TyperException as error:
+        _complain(f"{error.format_message()} Try --help.")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        return 130
+    except SelfprunerError as error:
+        _complain(error.message)
+        return 2 if error.type == "invalid_request_error" else 1
+    except ValidationError as error:
+        _complain(from_problems(error.errors(include_url=False, include_input=False)).message)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has had enough; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("SELFPRUNER_DEBUG"):
+            raise
+        _complain(f"unexpected {type(error).__name__}: {error}. Set SELFPRUNER_DEBUG=1 to see where it comes from.")
+        return 1
+
+
+def main() -> NoReturn:
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""A client of the HTTP API: plain dicts in and out, errors as the same typed exceptions the server raised.
+
+with Client("http://127.0.0.1:8000") as client:
+    job = client.submit({"model": "smollm2-135m", "rate": 0.2})
+    for name, data in client.follow(job["id"]):
+        ...
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+from urllib.parse import quote
+
+import httpx
+
+from selfpruner.errors import SelfprunerError, from_dict
+
+Json = dict[str, Any]
+FINISHED = ("succeeded", "failed", "cancelled")
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+# A stream is silent for at most the server's keep-alive interval; longer means that the connection is dead.
+STREAM_SILENCE = 45.0
+
+
+class UnreachableError(SelfprunerError):
+    """No server answers, or what answers is not ours."""
+
+    code = "server_unreachable"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of an event stream."""
+
+    event: str = "message"
+    data: str = ""
+    id: str | None = None
+
+
+class Client:
+    """``token`` is the bearer token when the server wants one; ``transport`` replaces the network in tests.
+
+    Every method raises the server's error as its own type (see :mod:`selfpruner.errors`), or UnreachableError.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        token: str | None = None,
+        *,
+        timeout: float = 30.0,
+        retries: int = 3,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._retries = retries
+        self._sleep = sleep
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, transport=transport, trust_env=False)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise UnreachableError(f"{url!r} is no server address: {error}. Use one like {DEFAULT_URL}.") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # -- jobs ----------------------------------------------------------------------------------------------------------
+    def submit(
+        self, config: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None, idempotency_key: str | None = None
+    ) -> Json:
+        """Queue a search: the fields of SearchConfig. Sent again after a lost connection, it is still one job."""
+        body = {**config, **({"metadata": dict(metadata)} if metadata else {})}
+        headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
+        return self._json("POST", "/v1/jobs", json=body, headers=headers)
+
+    def get(self, job_id: str) -> Json:
+        return self._json("GET", f"/v1/jobs/{_id(job_id)}")
+
+    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> Json:
+        """One page, newest first: ``{data, has_more, first_id, last_id}``."""
+        return self._json("GET", "/v1/jobs", params=_given(after=after, limit=limit, status=status))
+
+    def cancel(self, job_id: str) -> Json:
+        return self._act(job_id, "cancel")
+
+    def pause(self, job_id: str) -> Json:
+        return self._act(job_id, "pause")
+
+    def resume(self, job_id: str) -> Json:
+        return self._act(job_id, "resume")
+
+    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[Json]:
+        """All candidates, page by page."""
+        return self._pages(f"/v1/jobs/{_id(job_id)}/candidates", {"order": order})
+
+    def checkpoints(self, job_id: str) -> Iterator[Json]:
+        return self._pages(f"/v1/jobs/{_id(job_id)}/checkpoints", {})
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
+        """The events so far, those after number ``after``."""
+        return self._pages(f"/v1/jobs/{_id(job_id)}/events", {"after": after})
+
+    def models(self) -> Json:
+        return self._json("GET", "/v1/models")
+
+    # -- following -----------------------------------------------------------------------------------------------------
+    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, Json]]:
+        """``(name, data)`` of everything that happens until the job has finished.
+
+        Events come once each, in order, under their type; ``("job", job)`` comes whenever its status or progress changed,
+        and last. A lost connection is opened again where it broke; UnreachableError after ``retries`` failures in a row.
+        """
+        path, failures = f"/v1/jobs/{_id(job_id)}/events", 0
+        while True:
+            try:
+                for message in self._messages(path, after):
+                    failures = 0
+                    data = json.loads(message.data)
+                    if message.id is not None:
+                        after = int(message.id)
+                    yield message.event, data
+                    if message.event == "job" and data["status"] in FINISHED:
+                        return
+            except (httpx.TransportError, httpx.StreamError) as error:
+                failures += 1
+                if failures > self._retries:
+                    raise self._unreachable(error) from None
+            else:
+                # The stream ended early because the server stops, or 204: the job had finished when it was opened.
+                job = self.get(job_id)
+                if job["status"] in FINISHED:
+                    yield "job", job
+                    return
+            self._sleep(min(2.0**failures, 10.0) / 2)
+
+    def _messages(self, path: str, after: int) -> Iterator[Message]:
+        headers = {"accept": "text/event-stream", **({"last-event-id": str(after)} if after else {})}
+        timeout = httpx.Timeout(self._http.timeout.connect, read=STREAM_SILENCE)
+        with self._http.stream("GET", path, headers=headers, timeout=timeout) as reply:
+            if reply.is_error:
+                reply.read()
+                raise _error(reply)
+            yield from parse_stream(_lines(reply.iter_bytes()))
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+    def _act(self, job_id: str, action: str) -> Json:
+        return self._json("POST", f"/v1/jobs/{_id(job_id)}/{action}", retry=False)
+
+    def _pages(self, path: str, params: Mapping[str, Any]) -> Iterator[Json]:
+        params = {"limit": 100, **params}
+        while True:
+            page = self._json("GET", path, params=params)
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            params = {**params, "after": page["last_id"]}
+
+    def _json(self, method: str, path: str, *, retry: bool = True, **request: Any) -> Json:
+        for attempt in range(self._retries + 1):
+            try:
+                reply = self._http.request(method, path, **request)
+                break
+            except httpx.TransportError as error:
+                if not retry or attempt == self._retries or isinstance(error, httpx.UnsupportedProtocol):
+                    raise self._unreachable(error) from None
+                self._sleep(0.2 * 2**attempt)
+        if reply.is_error:
+            raise _error(reply)
+        try:
+            body = reply.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise UnreachableError(f"What answers at {self.url} is not a selfpruner server.")
+        return body
+
+    def _unreachable(self, error: Exception) -> UnreachableError:
+        return UnreachableError(
+            f"No answer from {self.url} ({type(error).__name__}). Start a server with `selfpruner serve`, or name it with --url."
+        )
+
+
+@dataclass
+class _Draft:
+    event: str = "message"
+    data: list[str] = field(default_factory=list)
+    id: str | None = None
+
+
+def parse_stream(lines: Iterator[str]) -> Iterator[Message]:
+    """Messages of a text/event-stream (HTML standard, 9.2.6). One that the connection cut short is dropped, as it must be."""
+    draft = _Draft()
+    for line in lines:
+        if not line:
+            if draft.data:
+                yield Message(draft.event, "\n".join(draft.data), draft.id)
+            draft = _Draft()
+            continue
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "event":
+            draft.event = value
+        elif name == "data":
+            draft.data.append(value)
+        elif name == "id":
+            draft.id = value
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Complete lines. Not httpx's ``iter_lines``: that also splits at characters like U+2028, which JSON may hold."""
+    rest = b""
+    for chunk in chunks:
+        *complete, rest = (rest + chunk).split(b"\n")
+        for line in complete:
+            yield line.removesuffix(b"\r").decode("utf-8", "replace")
+
+
+def _error(reply: httpx.Response) -> SelfprunerError:
+    try:
+        body = reply.json()["error"]
+        error = from_dict(body)
+        error.type = str(body["type"])  # type: ignore[misc]  # an HTTP-only code has no class of its own
+        return error
+    except (ValueError, KeyError, TypeError):
+        return UnreachableError(f"{reply.url.copy_with(query=None)} answered {reply.status_code}, not as a selfpruner server does.")
+
+
+def _id(identity: str) -> str:
+    """An id as one segment of a path, whatever it holds."""
+    return quote(identity, safe="")
+
+
+def _given(**params: Any) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}

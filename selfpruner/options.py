@@ -1,0 +1,97 @@
+"""The search a command line asks for: common options, a JSON file, and ``--set key=value`` for every other field.
+
+Later ones win: file, then options, then ``--set``. The result is what a JSON request holds; SearchConfig judges it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from selfpruner import names
+from selfpruner.config import PRESETS
+from selfpruner.errors import ConfigError
+
+
+def _known(table: Mapping[str, object]) -> str:
+    return ", ".join(table)
+
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder or GGUF file.", show_default="smollm2-135m")
+]
+Rate = Annotated[float | None, typer.Option("--rate", "-r", help="Parameters to remove, over those of the decoder: 0.2 is 20 %.")]
+Preset = Annotated[str | None, typer.Option(help=f"Fills in what is not given: {_known(PRESETS)}.", show_default="default")]
+Criterion = Annotated[str | None, typer.Option(help=f"What to keep: {_known(names.CRITERIA)}.", show_default="obs")]
+Compensation = Annotated[
+    str | None, typer.Option(help=f"Repair of the kept weights: {_known(names.COMPENSATIONS)}.", show_default="least_squares")
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(help="Calibration text: auto, self, c4, pydoc, hub:DATASET, or a file; repeat to mix.", show_default="auto"),
+]
+Generations = Annotated[int | None, typer.Option(help="Generations of the search.", show_default="by preset")]
+Population = Annotated[int | None, typer.Option(help="Survivors of a generation.", show_default="by preset")]
+Proposer = Annotated[str | None, typer.Option(help="Who answers the LLM operators.", show_default="local")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same search.", show_default="0")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or cuda:N.", show_default="auto")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="JSON file with any fields of a search.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Any other field, JSON or text, dots for nested ones: -s limits.calls=50."
+    ),
+]
+
+
+def read_config(
+    file: Path | None,
+    settings: Sequence[str] | None,
+    *,
+    calibration: Sequence[str] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The request as plain JSON data. Raises ConfigError on a file that is not a JSON object or a setting without ``=``."""
+    body = _read(file) if file is not None else {}
+    body.update({name: value for name, value in options.items() if value is not None})
+    if calibration:
+        _set(body, "calibration.sources", [{"source": source} for source in calibration])
+    for setting in settings or ():
+        key, separator, text = setting.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {setting!r} is not KEY=VALUE; write for example --set generations=3", param="set")
+        _set(body, key.strip(), _value(text))
+    return body
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read {file}: {error.strerror or error}.", param="config") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}.", param="config") from None
+    if not isinstance(body, dict):
+        raise ConfigError(f'{file} must hold a JSON object such as {{"rate": 0.2}}.', param="config")
+    return body
+
+
+def _set(body: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        inner = body.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: {part} holds no fields", param=key)
+        body = inner
+    body[last] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
