@@ -509,7 +509,7 @@ def test_rows_are_plain_values(tmp_path: Path) -> None:
         job.status = "succeeded"
         assert store.job(job.id).status == "queued"
         events = store.events(job.id)
-    assert events.data[0].message == "The job is queued."
+    assert events.data[0].message == "Job queued."
     assert job.config["rate"] == 0.2
 
 

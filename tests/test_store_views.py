@@ -17,12 +17,23 @@ from selfpruner.store.store import Store
 # What is the best plan of job X? Who were its parents? What did the LLM cost? What did each operator contribute?
 # How did fitness fall by generation?
 QUESTIONS = {
-    "best": "SELECT plan, operator, generation, relative, rates FROM best WHERE job_id = :job",
-    "parents": "SELECT depth, plan, operator, relative FROM lineage WHERE job_id = :job ORDER BY depth, relative",
-    "cost": "SELECT operator, calls, ok, failed, prompt_tokens + completion_tokens AS tokens, cost FROM llm_cost WHERE job_id = :job",
-    "operators": "SELECT operator, plans, evaluated, infeasible, failed, best_relative, improved FROM operator_report WHERE job_id = :job",
-    "fitness": "SELECT generation, min(relative) AS best, min(min(relative)) OVER (ORDER BY generation) AS so_far "
-    "FROM population WHERE job_id = :job AND status = 'evaluated' GROUP BY generation",
+    "best": """
+        SELECT plan, operator, generation, relative, rates FROM best WHERE job_id = :job
+    """,
+    "parents": """
+        SELECT depth, plan, operator, relative FROM lineage WHERE job_id = :job ORDER BY depth, relative
+    """,
+    "cost": """
+        SELECT operator, calls, ok, failed, prompt_tokens + completion_tokens AS tokens, cost FROM llm_cost WHERE job_id = :job
+    """,
+    "operators": """
+        SELECT operator, plans, evaluated, infeasible, failed, best_relative, improved
+        FROM operator_report WHERE job_id = :job
+    """,
+    "fitness": """
+        SELECT generation, min(relative) AS best, min(min(relative)) OVER (ORDER BY generation) AS so_far
+        FROM population WHERE job_id = :job AND status = 'evaluated' GROUP BY generation
+    """,
 }
 
 

@@ -55,7 +55,7 @@ class Transaction:
         if job.error is not None:
             self.event(job.id, f"status/{number}", "job.failed", str(job.error.get("message", "")), level="error", data=job.error)
         else:
-            self.event(job.id, f"status/{number}", f"job.{job.status}", f"The job is {job.status}.")
+            self.event(job.id, f"status/{number}", f"job.{job.status}", f"Job {job.status}.")
 
     def event(
         self, job_id: str, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None
