@@ -38,7 +38,8 @@ class Context:
 
     ``population`` is sorted, best first, evaluated candidates only; ``history`` holds every evaluated candidate, best first.
     ``sensitivities`` gives per block the KL (nats/token) when only that block is at ``probe_levels``; empty before probing.
-    ``seen`` holds the hashes of all plans made so far.
+    ``seen`` holds the hashes of all plans made so far. ``parents`` are pairs that a ParentSelection chose for this generation;
+    operators that need parents take those first, and draw their own when there are none.
     """
 
     space: SearchSpace
@@ -50,6 +51,7 @@ class Context:
     probe_levels: Sequence[int] = ()
     seen: frozenset[str] = frozenset()
     rejected: Sequence[Rejected] = ()
+    parents: Sequence[tuple[Candidate, Candidate]] = ()
     model_name: str = ""
     metric: str = "kl"
     stale_generations: int = 0

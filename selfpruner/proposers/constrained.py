@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import xgrammar
+from jinja2 import TemplateError
 from transformers import DynamicCache
 
 from selfpruner.errors import CancelledTaskError, ProposerError
@@ -136,7 +137,12 @@ def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of the chat, ready for the answer; plain headings where the tokenizer has no chat template."""
     chat = [dict(message) for message in messages]
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError:
+            # Some templates know no system message (Mistral, Gemma): its text opens the first user message instead.
+            merged = {"role": "user", "content": "\n\n".join(message["content"] for message in chat)}
+            text = tokenizer.apply_chat_template([merged], tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     text = "".join(f"{message['role']}:\n{message['content']}\n\n" for message in chat) + "assistant:\n"
     return list(tokenizer(text)["input_ids"])

@@ -1,0 +1,212 @@
+"""The one way from LLM operators to a proposer: counted, capped, recorded, replayed.
+
+Every call is an ``llm_call`` row, numbered from 1, failures included. A row that exists already is replayed by its number
+instead of calling, so a resumed job sees the replies it saw before. The caps of LlmLimits are checked before each call: they
+are passed by at most the call in flight. After three failed questions in a row the channel is closed for the generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+import prompts
+from selfpruner.config import LlmLimits
+from selfpruner.errors import ConflictError, ProposerError
+from selfpruner.proposers.base import CallError, Proposer, Reply, Request
+from selfpruner.proposers.reply import NotJsonError, extract
+from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.search.records import LlmCall, Recorder
+
+T = TypeVar("T")
+Chat = tuple[Mapping[str, str], ...]
+
+FAILURES_IN_A_ROW = 3
+MAX_TEMPERATURE = 1.4
+_REPAIRABLE = ("not_json", "invalid")
+# Outcomes that are a verdict on a text; the others come from the transport and are replayed as they are.
+_VERDICTS = (*_REPAIRABLE, "ok", "repaired", "no_new_plan")
+
+
+class LlmChannel:
+    """What LLM operators ask. One per job; questions are put one after the other."""
+
+    def __init__(self, proposer: Proposer, recorder: Recorder, limits: LlmLimits, settings: ProposerSettings, seed: int) -> None:
+        self.settings = settings
+        self.calls = 0
+        self.tokens = 0
+        self.cost = 0.0
+        self._proposer = proposer
+        self._recorder = recorder
+        self._limits = limits
+        self._seed = seed
+        self._generation = 0
+        self._failures = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether a question may be put now."""
+        return self._failures < FAILURES_IN_A_ROW and not self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether a cap was reached; that lasts for the rest of the job."""
+        priced = self.settings.price_prompt > 0 or self.settings.price_completion > 0
+        limits = self._limits
+        return self.calls >= limits.calls or self.tokens >= limits.tokens or (priced and self.cost >= limits.cost)
+
+    def new_generation(self, generation: int) -> None:
+        """A proposer that was left out gets its next chance."""
+        self._generation = generation
+        self._failures = 0
+
+    async def ask(
+        self,
+        operator: str,
+        generation: int,
+        variables: Mapping[str, Any],
+        schema: Mapping[str, Any],
+        validate: Callable[[dict[str, Any]], T],
+        *,
+        heat: float = 0.0,
+    ) -> T:
+        """Put one question, with one repair turn, and return what ``validate`` made of the answer.
+
+        ``variables`` fill the template named ``operator``; ``heat`` is added to the temperature. ``validate`` raises ValueError
+        (pydantic's included) when the answer does not fit, CallError to give it another outcome.
+
+        Raises ProposerError when nothing usable came back or the channel is closed; ConflictError when the recorded calls of
+        this job were made by another config.
+        """
+        if generation != self._generation:
+            self.new_generation(generation)
+        if not self.open:
+            self._tell_exhausted()
+            raise ProposerError("The proposer is left out: a cap was reached, or it failed too often in this generation.")
+        chat: Chat = prompts.messages(operator, variables, self.settings.prompt_chars)
+        try:
+            try:
+                answer = await self._call(operator, chat, schema, validate, heat, "ok")
+            except CallError as error:
+                if error.code not in _REPAIRABLE or error.reply is None or self.exhausted:
+                    raise
+                second = prompts.repair(chat, error.reply.text, error.message)
+                answer = await self._call(operator, second, schema, validate, heat, "repaired")
+        except CallError as error:
+            self._failed(error)
+            raise
+        finally:
+            self._tell_exhausted()
+        self._failures = 0
+        return answer
+
+    async def _call(
+        self,
+        operator: str,
+        chat: Chat,
+        schema: Mapping[str, Any],
+        validate: Callable[[dict[str, Any]], T],
+        heat: float,
+        accepted: str,
+    ) -> T:
+        """One numbered call: replayed or made, judged, recorded, counted."""
+        sequence = self.calls + 1
+        settings = self.settings
+        seed = int(hashlib.sha256(f"{self._seed}:{sequence}".encode()).hexdigest()[:7], 16)
+        temperature = max(settings.temperature, min(settings.temperature + heat, MAX_TEMPERATURE))
+        request = Request(operator, chat, schema, temperature, settings.max_tokens, seed, sequence)
+        recorded = self._recorder.find_llm_call(sequence)
+        if recorded is not None and (recorded.operator, recorded.generation) != (operator, self._generation):
+            raise ConflictError(
+                f"Recorded LLM call {sequence} belongs to {recorded.operator} in generation {recorded.generation}, but the search "
+                f"is at {operator} in generation {self._generation}: its config or version changed. Start a new job.",
+                code="replay_mismatch",
+            )
+        try:
+            reply = await self._proposer.complete(request) if recorded is None else _replayed(recorded)
+            answer = judge(reply, validate)
+        except CallError as error:
+            reply = error.reply or Reply("", self._proposer.model, 0, 0, 0.0)
+            self._book(request, reply, error.code, error.message, new=recorded is None)
+            raise
+        self._book(request, reply, accepted, "", new=recorded is None)
+        return answer
+
+    def _book(self, request: Request, reply: Reply, outcome: str, detail: str, *, new: bool) -> None:
+        """Count the call, and record it if it is new."""
+        self.calls = request.sequence
+        self.tokens += reply.prompt_tokens + reply.completion_tokens
+        self.cost += reply.cost
+        if new:
+            self._recorder.save_llm_call(
+                LlmCall(
+                    sequence=request.sequence,
+                    generation=self._generation,
+                    operator=request.operator,
+                    proposer=self._proposer.name,
+                    model=reply.model,
+                    messages=request.messages,
+                    reply=reply.text,
+                    outcome=outcome,
+                    prompt_tokens=reply.prompt_tokens,
+                    completion_tokens=reply.completion_tokens,
+                    seconds=reply.seconds,
+                    cost=reply.cost,
+                    detail=detail,
+                )
+            )
+
+    def _failed(self, error: CallError) -> None:
+        self._failures += 1
+        if self._failures == FAILURES_IN_A_ROW:
+            self._recorder.event(
+                f"llm-left-out-{self._generation}",
+                "llm.left_out",
+                f"The proposer failed {FAILURES_IN_A_ROW} times in a row; generation {self._generation} goes on without it. "
+                f"Last: {error.code}: {error.message}",
+                level="warn",
+                data={"generation": self._generation, "outcome": error.code},
+            )
+
+    def _tell_exhausted(self) -> None:
+        if self.exhausted:
+            self._recorder.event(
+                "llm-limit",
+                "llm.limit_reached",
+                f"The cap on LLM use was reached after {self.calls} calls, {self.tokens:,} tokens and a cost of {self.cost:.4f}; "
+                "the search goes on without the LLM.",
+                level="warn",
+                data={"calls": self.calls, "tokens": self.tokens, "cost": self.cost},
+            )
+
+
+def judge(reply: Reply, validate: Callable[[dict[str, Any]], T]) -> T:
+    """What ``validate`` makes of the reply. Raises CallError ``not_json``, ``invalid``, or what ``validate`` chose."""
+    try:
+        return validate(extract(reply.text))
+    except CallError as error:
+        raise CallError(error.message, code=error.code, reply=reply) from None
+    except NotJsonError as error:
+        raise CallError(f"{error}", code="not_json", reply=reply) from None
+    except ValidationError as error:
+        raise CallError(explain(error), code="invalid", reply=reply) from None
+    except ValueError as error:
+        raise CallError(str(error), code="invalid", reply=reply) from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first complaints of pydantic, without the values it complains about."""
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = [f"{'.'.join(map(str, detail['loc'])) or 'answer'}: {detail['msg']}" for detail in details[:3]]
+    more = [f"and {len(details) - 3} more"] if len(details) > 3 else []
+    return "; ".join([*lines, *more])
+
+
+def _replayed(call: LlmCall) -> Reply:
+    reply = Reply(call.reply, call.model, call.prompt_tokens, call.completion_tokens, call.seconds, call.cost)
+    if call.outcome not in _VERDICTS:
+        raise CallError(call.detail, code=call.outcome, reply=reply)
+    return reply

@@ -1,0 +1,279 @@
+"""The proposer behind any OpenAI-compatible server: OpenAI, vLLM, SGLang, llama.cpp, Ollama.
+
+Every failure becomes a CallError with a typed outcome. A call is bounded in time (one wall-clock deadline over all retries)
+and in size (the body is read in pieces). What a server does not understand, such as a JSON schema as the response format or
+``max_tokens``, is left out after its first refusal and remembered. The key goes to ``base_url`` and nowhere else: redirects
+are not followed and the environment's OPENAI_API_KEY is not read.
+
+``openai`` is imported with the first call: it costs the API process memory that most jobs do not need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from selfpruner.proposers.base import CallError, Reply, Request
+from selfpruner.proposers.settings import ProposerSettings
+
+if TYPE_CHECKING:
+    import openai
+
+MAX_BODY = 2 * 2**20  # bytes; a long chain of thought fits, a flood does not
+MAX_TEXT = 100_000  # characters of the answer itself
+_CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Dialect:
+    """What the server understands."""
+
+    response_format: str | None = "json_schema"
+    tokens: str = "max_tokens"
+    left_out: frozenset[str] = frozenset()
+
+    def after(self, complaint: str) -> _Dialect | None:
+        """The next thing to try when the server refused a request with ``complaint``; None when nothing is left."""
+        if "max_completion_tokens" in complaint and self.tokens == "max_tokens":
+            return replace(self, tokens="max_completion_tokens")
+        following = {"json_schema": "json_object", "json_object": None}
+        # Some servers quote the whole request, so a complaint that names the format is about the format.
+        named = [name for name in ("temperature", "seed") if name not in self.left_out and name in complaint]
+        if self.response_format in following and ("response_format" in complaint or not named):
+            return replace(self, response_format=following[self.response_format])
+        if named:
+            return replace(self, left_out=self.left_out | {named[0]})
+        return None
+
+
+class OpenAIProposer:
+    """Answers with chat completions of one model on one server."""
+
+    def __init__(self, name: str, settings: ProposerSettings) -> None:
+        self.name = name
+        self.model = settings.model
+        self._settings = settings
+        self._client: openai.AsyncOpenAI | None = None
+        self._dialect = _Dialect()
+
+    def __repr__(self) -> str:
+        return f"OpenAIProposer({self.name!r}, model={self.model!r})"
+
+    async def complete(self, request: Request) -> Reply:
+        call = _Call(self._settings, request)
+        _CURRENT.set(call)
+        try:
+            async with asyncio.timeout(self._settings.timeout):
+                return await self._complete(request, call)
+        except TimeoutError:
+            raise call.out_of_time() from None
+
+    async def _complete(self, request: Request, call: _Call) -> Reply:
+        dialect = self._dialect
+        while True:
+            try:
+                body = await self._post(_arguments(self.model, request, dialect), call)
+            except CallError as error:
+                following = dialect.after(error.message) if call.status in (400, 422) else None
+                if following is None:
+                    raise
+                dialect = following
+            else:
+                self._dialect = dialect
+                return call.reply(body)
+
+    async def _post(self, arguments: Mapping[str, Any], call: _Call) -> bytes:
+        """The body of a 200. Raises CallError for everything else."""
+        import httpx2
+        import openai
+
+        client = self._open()
+        try:
+            async with AsyncExitStack() as stack:
+                response = await stack.enter_async_context(
+                    client.chat.completions.with_streaming_response.create(
+                        **arguments, extra_headers={"Accept-Encoding": "identity"}
+                    )
+                )
+                body = bytearray()
+                async for piece in response.iter_bytes(65_536):
+                    body += piece
+                    if len(body) > MAX_BODY:
+                        raise call.error("too_large", f"The proposer sent more than {MAX_BODY:,} bytes; the rest was not read.")
+                return bytes(body)
+        except openai.APIStatusError as error:
+            raise call.status_error(error.status_code, error.body if error.body is not None else error.message) from None
+        except (openai.APITimeoutError, httpx2.TimeoutException):
+            raise call.out_of_time() from None
+        except (openai.APIConnectionError, httpx2.HTTPError, OSError) as error:
+            why = type(error.__cause__ or error).__name__
+            raise call.error(
+                "unreachable", f"No answer from {self._settings.base_url} ({why}). Is the server running and base_url right?"
+            ) from None
+        except openai.OpenAIError as error:
+            raise call.error("server_error", f"The proposer's client failed: {type(error).__name__}.") from None
+
+    def _open(self) -> openai.AsyncOpenAI:
+        if self._client is None:
+            import openai
+
+            key = self._settings.api_key
+            self._client = openai.AsyncOpenAI(
+                api_key=key.get_secret_value() if key else "none",
+                base_url=self._settings.base_url,
+                timeout=openai.Timeout(self._settings.timeout, connect=min(_CONNECT_SECONDS, self._settings.timeout)),
+                max_retries=self._settings.max_retries,
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_on_response]}),
+            )
+        return self._client
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+
+class _Call:
+    """One call: its clock, the last HTTP status, and the errors that carry its costs."""
+
+    def __init__(self, settings: ProposerSettings, request: Request) -> None:
+        self.status = 0
+        self._settings = settings
+        self._request = request
+        self._began = time.monotonic()
+
+    def error(self, code: str, message: str, reply: Reply | None = None) -> CallError:
+        return CallError(message, code=code, reply=reply or self._reply("", 0, 0))
+
+    def out_of_time(self) -> CallError:
+        # The server may bill what it read, so a cap on tokens counts the prompt of a call that was given up.
+        lost = self._reply("", _estimate("".join(m["content"] for m in self._request.messages)), 0)
+        seconds = f"{self._settings.timeout:g} s"
+        if self.status == 429:
+            return self.error("rate_limited", f"Still rate limited after {seconds}; wait, or lower the number of LLM offspring.")
+        if self.status >= 500:
+            return self.error("server_error", f"Only errors (HTTP {self.status}) for {seconds}; look at the proposer's own log.")
+        return self.error("timeout", f"No answer within {seconds}; raise the proposer's timeout or use a faster model.", lost)
+
+    def status_error(self, status: int, body: object) -> CallError:
+        said = json.dumps(body, default=str)[:500]
+        if self._settings.api_key is not None:
+            said = said.replace(self._settings.api_key.get_secret_value(), "***")
+        if status == 429:
+            return self.error("rate_limited", f"Rate limited (429) after {self._settings.max_retries} retries: {said}")
+        if status >= 500:
+            return self.error("server_error", f"HTTP {status} after {self._settings.max_retries} retries: {said}")
+        if status == 408:
+            return self.out_of_time()
+        return self.error("rejected", f"The proposer refused the request with HTTP {status}; check key, model and base_url: {said}")
+
+    def reply(self, body: bytes) -> Reply:
+        """Read a chat completion. Raises CallError unless it holds a whole, non-empty answer."""
+        try:
+            completion = json.loads(body)
+            choice = completion["choices"][0]
+            message = choice["message"]
+            content, refusal, reason = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            raise self.error("server_error", "The reply was not a chat completion; base_url should end in /v1.") from None
+        text = content if isinstance(content, str) else _joined(content)
+        reply = self._usage(completion, text)
+        if refusal or reason == "content_filter":
+            raise self.error("refused", f"The model declined: {json.dumps(str(refusal or reason))[:300]}", reply)
+        if len(text) > MAX_TEXT:
+            clipped = replace(reply, text=text[:2000])
+            raise self.error("too_large", f"The reply has {len(text):,} characters; {MAX_TEXT:,} are allowed.", clipped)
+        if reason == "length":
+            limit = self._request.max_tokens
+            raise self.error("truncated", f"The reply was cut at {limit} tokens; raise max_tokens or ask for fewer plans.", reply)
+        if not text.strip():
+            raise self.error("empty", "The reply had no text.", reply)
+        return reply
+
+    def _usage(self, completion: Mapping[str, Any], text: str) -> Reply:
+        """The reply with the server's own token counts; estimated where it gave none."""
+        usage = completion.get("usage")
+        counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
+        sizes = ["".join(message["content"] for message in self._request.messages), text]
+        prompt, answer = (
+            count if isinstance(count, int) and count >= 0 else _estimate(size) for count, size in zip(counts, sizes, strict=True)
+        )
+        served = completion.get("model")
+        return replace(
+            self._reply(text, prompt, answer), model=served[:256] if isinstance(served, str) and served else self._settings.model
+        )
+
+    def _reply(self, text: str, prompt_tokens: int, completion_tokens: int) -> Reply:
+        return Reply(
+            text,
+            self._settings.model,
+            prompt_tokens,
+            completion_tokens,
+            time.monotonic() - self._began,
+            self._settings.cost(prompt_tokens, completion_tokens),
+        )
+
+
+# The call that the current asyncio task is in: the client's hook has no other way to know.
+_CURRENT: ContextVar[_Call] = ContextVar("selfpruner_llm_call")
+
+
+def _arguments(model: str, request: Request, dialect: _Dialect) -> dict[str, Any]:
+    messages = [dict(message) for message in request.messages]
+    formats: dict[str | None, Any] = {
+        "json_schema": {"type": "json_schema", "json_schema": {"name": request.operator, "strict": True, "schema": request.schema}},
+        "json_object": {"type": "json_object"},
+    }
+    options = {"temperature": request.temperature, "seed": request.seed}
+    if dialect.response_format != "json_schema":
+        messages[-1]["content"] += f"\n\nJSON schema of the answer: {json.dumps(request.schema, separators=(',', ':'))}"
+    return {
+        "model": model,
+        "messages": messages,
+        dialect.tokens: request.max_tokens,
+        **{name: value for name, value in options.items() if name not in dialect.left_out},
+        **({"response_format": formats[dialect.response_format]} if dialect.response_format else {}),
+    }
+
+
+async def _on_response(response: Any) -> None:
+    """Hook of the HTTP client, called for every try: notes the status, bounds the body of an error (the SDK reads it whole)."""
+    import httpx2
+
+    class Bounded(httpx2.AsyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for piece in self._stream:
+                size += len(piece)
+                if size > MAX_BODY:
+                    return
+                yield piece
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    call = _CURRENT.get(None)
+    if call is not None:
+        call.status = response.status_code
+    if response.status_code >= 300:
+        response.stream = Bounded(response.stream)
+
+
+def _joined(content: object) -> str:
+    """The text of a content given as a list of parts."""
+    parts = content if isinstance(content, list) else []
+    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _estimate(text: str) -> int:
+    """Tokens of ``text`` where the server gave no count; numbers take about one token for two characters."""
+    return -(-len(text) // 2)

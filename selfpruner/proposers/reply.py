@@ -1,0 +1,63 @@
+"""From an LLM's text to one JSON object. The text is data: it is parsed strictly and nothing else is done with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+_MAX_TRIES = 64
+
+
+class NotJsonError(ValueError):
+    """No JSON object in the text."""
+
+
+class NonFiniteError(ValueError):
+    """NaN or Infinity, which JSON does not have."""
+
+
+def extract(text: str) -> dict[str, Any]:
+    """The JSON object in ``text``: the whole of it, in a code fence, or the last one inside prose or after a chain of thought.
+
+    Raises NotJsonError, or NonFiniteError where a number is NaN or infinite.
+    """
+    body = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).strip()
+    fenced = re.findall(r"```[a-zA-Z]*\s*(.*?)```", body, flags=re.DOTALL)
+    for part in (body, *reversed(fenced)):
+        try:
+            value = json.loads(part, parse_constant=_refuse)
+        except NonFiniteError:
+            raise
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            return value
+        if isinstance(value, list):
+            break
+    return _last_object(body)
+
+
+def _last_object(text: str) -> dict[str, Any]:
+    decoder = json.JSONDecoder(parse_constant=_refuse)
+    found: dict[str, Any] | None = None
+    start = text.find("{")
+    for _ in range(_MAX_TRIES):
+        if start < 0:
+            break
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except NonFiniteError:
+            raise
+        except (ValueError, RecursionError):
+            end = start + 1
+        else:
+            found = value
+        start = text.find("{", end)
+    if found is None:
+        raise NotJsonError("the answer holds no JSON object that parses")
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise NonFiniteError(f"{constant} is not a number that JSON has")
