@@ -1,0 +1,64 @@
+# selfpruner: `make demo` shows it, `make test` proves it. Both install what is missing into .venv first.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# The first Python on PATH that is new enough; `make install PYTHON=/path/to/python` takes another one.
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$python"; break; }; done)
+endif
+
+# On Linux PyPI's torch is the CUDA build of several GB; this index has the one for CPUs, which pip prefers.
+# For an NVIDIA GPU: `make install TORCH_INDEX=` in a fresh checkout (or after `make clean`).
+ifeq ($(shell uname -s),Linux)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## everything pinned in constraints.txt, into .venv
+
+# The stamp is written last, so an installation that was interrupted is done again, and one that is up to date is not.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo "selfpruner needs Python 3.11 or later; none found on PATH. Install one, or name it: make install PYTHON=/path/to/python3.11" >&2; \
+		exit 1; fi
+	@"$(BIN)/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PIP) install --quiet "$$(grep '^pip==' constraints.txt)"
+	@# torch alone and first, with the packages its build asks for: none but ours on a CPU, NVIDIA's libraries for CUDA.
+	@# Few retries: where only a mirror is reachable, the index above is not worth waiting for.
+	$(PIP) install --quiet --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@# The rest is the whole list as it stands, so nothing is resolved and nothing unlisted comes along; see constraints.txt for why.
+	$(PIP) install --quiet --no-deps -r constraints.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: install ## search a real model over HTTP and verify the checkpoint
+	$(BIN)/python -m selfpruner.demo
+
+test: install lint types ## lint, types and all tests but the slow ones
+	@# Two processes with one torch thread each: many tests wait for servers and workers, and small tensors gain nothing from threads.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+test-slow: install ## the heavy tests
+	$(BIN)/pytest -q -m slow --timeout 1800
+
+lint: install ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## mypy, strict
+	$(BIN)/mypy
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
