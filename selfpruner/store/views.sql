@@ -23,28 +23,29 @@ SELECT
 FROM candidate;
 
 -- One row per job that has an evaluated plan: the plan its result names, else the plan of rank 1.
+-- CROSS JOIN: SQLite then goes through the jobs first, not through every candidate.
 CREATE VIEW best AS
 SELECT
     job.id AS job_id,
     json_extract(job.config, '$.model') AS model,
     json_extract(job.config, '$.rate') AS rate,
     job.status AS job_status,
-    population.plan,
-    population.generation,
-    population.operator,
-    population.parents,
-    population.rates,
-    population.fitness,
-    population.relative,
+    candidate.plan_hash AS plan,
+    candidate.generation,
+    candidate.operator,
+    candidate.parents,
+    (SELECT json_group_array(round(value, 4)) FROM json_each(candidate.rates)) AS rates,
+    candidate.fitness,
+    candidate.relative,
     checkpoint.id AS checkpoint,
     checkpoint.path AS path
 FROM job
-JOIN population ON population.job_id = job.id AND population.plan = coalesce(
+CROSS JOIN candidate ON candidate.job_id = job.id AND candidate.plan_hash = coalesce(
     (SELECT plan_hash FROM candidate WHERE job_id = job.id AND plan_hash = json_extract(job.result, '$.best_plan')),
     (SELECT plan_hash FROM candidate WHERE job_id = job.id AND status = 'evaluated'
      ORDER BY relative IS NULL, relative, fitness, sequence LIMIT 1)
 )
-LEFT JOIN checkpoint ON checkpoint.job_id = job.id AND checkpoint.plan_hash = population.plan;
+LEFT JOIN checkpoint ON checkpoint.job_id = job.id AND checkpoint.plan_hash = candidate.plan_hash;
 
 -- The best plan of each job (depth 0), its parents (depth 1), their parents and so on, each plan once at its nearest depth.
 CREATE VIEW lineage AS
