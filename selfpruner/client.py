@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import httpx
 
-from selfpruner.errors import SelfprunerError, from_dict
+from selfpruner.errors import ConfigError, ConflictError, DiskFullError, NotFoundError, SelfprunerError, from_dict
 
 Json = dict[str, Any]
 FINISHED = ("succeeded", "failed", "cancelled")
@@ -32,6 +32,13 @@ class UnreachableError(SelfprunerError):
     """No server answers, or what answers is not ours."""
 
     code = "server_unreachable"
+
+
+class RequestError(SelfprunerError):
+    """A request the server refused for another reason than its values: no token, a body too large, an unknown address."""
+
+    code = "bad_request"
+    type = "invalid_request_error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,8 @@ class Client:
         self.url = url.rstrip("/")
         self._retries = retries
         self._sleep = sleep
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ConfigError("The token holds characters that no token has. Check SELFPRUNER_TOKEN.", param="token")
         headers = {"authorization": f"Bearer {token}"} if token else {}
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, transport=transport, trust_env=False)
@@ -228,13 +237,19 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
             yield line.removesuffix(b"\r").decode("utf-8", "replace")
 
 
+# Codes are finer than exceptions; where no class has the code, the status says what kind of error it is.
+BY_STATUS: Mapping[int, type[SelfprunerError]] = {404: NotFoundError, 409: ConflictError, 422: ConfigError, 507: DiskFullError}
+
+
 def _error(reply: httpx.Response) -> SelfprunerError:
     try:
         body = reply.json()["error"]
         error = from_dict(body)
-        error.type = str(body["type"])  # type: ignore[misc]  # an HTTP-only code has no class of its own
+        if type(error) is SelfprunerError:
+            kind = BY_STATUS.get(reply.status_code, RequestError if reply.is_client_error else SelfprunerError)
+            error = kind(error.message, code=error.code, param=error.param)
         return error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return UnreachableError(f"{reply.url.copy_with(query=None)} answered {reply.status_code}, not as a selfpruner server does.")
 
 
