@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.models.auto import CONFIG_MAPPING, AutoModelForCausalLM
 
 from selfpruner.errors import ExportError
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
+from selfpruner.export.shape import LayerShape
 
 # What the base family's config decides and pruning never changes.
 _INHERITED = (
@@ -25,19 +26,6 @@ _INHERITED = (
     *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one layer keeps. No heads: the attention is gone; no channels: the FFN is gone; each with its norm."""
-
-    kv_groups: int
-    heads_per_group: int
-    channels: int
-
-    @property
-    def heads(self) -> int:
-        return self.kv_groups * self.heads_per_group
 
 
 def build(

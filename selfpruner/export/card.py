@@ -1,0 +1,127 @@
+"""The model card and plan.json: what was removed, how, and what it cost. Plain text and data; imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from selfpruner.export.shape import LayerShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardInfo:
+    """What the export cannot see in the model.
+
+    ``rate`` is removed / original parameters of ``of``; ``layer_rates`` the same per layer. ``metrics`` maps a name
+    ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table.
+    """
+
+    base_model: str
+    rate: float
+    of: str = "decoder"
+    pattern: str = "structured"
+    criterion: str
+    compensation: str
+    calibration: Sequence[str] = ()
+    plan_hash: str = ""
+    levels: Sequence[int] = ()
+    layer_rates: Sequence[float] = ()
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    job_id: str | None = None
+    license: str | None = None
+
+
+def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: str, parameters: int) -> dict[str, Any]:
+    """The content of plan.json. Two exports with equal plans are the same checkpoint; measured numbers are not part of it."""
+    return {
+        "base_model": info.base_model,
+        "family": family,
+        "dtype": dtype,
+        "parameters": parameters,
+        "rate": info.rate,
+        "of": info.of,
+        "pattern": info.pattern,
+        "criterion": info.criterion,
+        "compensation": info.compensation,
+        "calibration": list(info.calibration),
+        "plan_hash": info.plan_hash,
+        "levels": list(info.levels),
+        "layer_rates": [round(rate, 6) for rate in info.layer_rates],
+        "layers": [{"query_heads": shape.heads, "kv_groups": shape.kv_groups, "ffn_channels": shape.channels} for shape in shapes],
+    }
+
+
+def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, needs_code: bool) -> str:
+    """README.md with YAML front matter as the hub reads it."""
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "selfpruner", f"{info.pattern}-pruning"],
+    }
+    # The hub links base_model to a repository; a path on some disk is no such thing.
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", info.base_model):
+        front["base_model"] = info.base_model
+    if info.license:
+        front["license"] = info.license
+    name = info.base_model.rstrip("/").rsplit("/", 1)[-1]
+    code = ", trust_remote_code=True" if needs_code else ""
+    facts = {
+        "Base model": f"`{info.base_model}`",
+        "Parameters": f"{parameters:,}",
+        "Removed": f"{info.rate:.1%} of the {info.of}'s parameters",
+        "Pattern": info.pattern,
+        "Criterion": info.criterion,
+        "Compensation": info.compensation,
+        "Calibration text": ", ".join(info.calibration) or "not recorded",
+        "Plan": f"`{info.plan_hash}`" if info.plan_hash else "not recorded",
+        **({"Job": f"`{info.job_id}`"} if info.job_id else {}),
+    }
+    loading = (
+        "The layers differ in width, so the folder brings the modeling file `modeling_selfpruner.py`; with selfpruner installed,\n"
+        "`selfpruner.load(folder)` needs no remote code."
+        if needs_code
+        else "All layers have the same shape: this is an ordinary model of its family."
+    )
+    sections = [
+        # JSON is YAML, and quotes whatever needs quoting.
+        "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items()) + "---",
+        f"# {name}, pruned by {info.rate:.0%}",
+        f"Pruned from `{info.base_model}` without retraining, by selfpruner.",
+        _table(("", ""), list(facts.items())),
+        *_metrics(info.metrics),
+        "## Layers",
+        _layers(shapes, info.layer_rates),
+        "## Use",
+        loading,
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{code})\n```',
+        "`plan.json` holds the plan, `manifest.json` the sha256 of every file and the result of the verification: the folder was\n"
+        "loaded in a fresh process and its logits compared with the pruned model in memory.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not metrics:
+        return []
+    columns = list(dict.fromkeys(key for row in metrics.values() for key in row))
+    rows = [(name, *(f"{row[key]:,.6g}" if key in row else "" for key in columns)) for name, row in metrics.items()]
+    return ["## Numbers", _table(("", *columns), rows)]
+
+
+def _layers(shapes: Sequence[LayerShape], rates: Sequence[float]) -> str:
+    rows = []
+    for index, shape in enumerate(shapes):
+        rate = f"{rates[index]:.1%}" if index < len(rates) else ""
+        rows.append((str(index), str(shape.heads), str(shape.kv_groups), str(shape.channels), rate))
+    return _table(("layer", "query heads", "KV groups", "FFN channels", "removed"), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    # A bar or a line break inside a cell would end it.
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *cells))

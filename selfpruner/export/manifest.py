@@ -1,0 +1,91 @@
+"""The manifest: sha256 and size of every file of a checkpoint. It is written last, so a folder that has one is complete.
+
+    {format, created_at, plan, parameters, verification, files: {name: {sha256, bytes}}}
+
+``plan`` is the content of plan.json. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from selfpruner.errors import CorruptCheckpointError, ExportError
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(directory: Path, *, plan: Mapping[str, Any], parameters: int, verification: Mapping[str, Any]) -> str:
+    """List every file of ``directory`` in its manifest, durably, and return the manifest's own sha256."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    body = {
+        "format": FORMAT,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "plan": plan,
+        "parameters": parameters,
+        "verification": verification,
+        "files": {path.relative_to(directory).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files},
+    }
+    target = directory / NAME
+    target.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    sync(target)
+    sync(directory)
+    return sha256(target)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Raises ExportError when there is no manifest, CorruptCheckpointError when it is not one of ours."""
+    path = directory / NAME
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ExportError(
+            f"{directory} holds no {NAME}: the checkpoint is incomplete or was not written by selfpruner. Export it again."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpointError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("files"), dict):
+        raise CorruptCheckpointError(f"{path} is not a manifest of format {FORMAT}. Export the checkpoint again.")
+    return body
+
+
+def check(directory: Path, cancelled: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Compare every listed file with its size and sha256 and return the manifest; reads all bytes once.
+
+    ``cancelled`` is called between files and may raise. Raises as :func:`read`, and CorruptCheckpointError naming the first
+    file that is missing, of another size, or changed.
+    """
+    body = read(directory)
+    for name, entry in body["files"].items():
+        cancelled()
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()) or not path.is_file():
+            raise CorruptCheckpointError(f"{name} is listed in {directory / NAME} but missing. Export the checkpoint again.")
+        if path.stat().st_size != entry["bytes"]:
+            problem = f"has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+        elif sha256(path) != entry["sha256"]:
+            problem = "does not match its sha256"
+        else:
+            continue
+        raise CorruptCheckpointError(f"{path} {problem}. Export the checkpoint again, or copy it again from where it is intact.")
+    return body

@@ -1,0 +1,129 @@
+"""Load a checkpoint the way a stranger does and compare it with what was in memory when it was written.
+
+    python verify.py FOLDER REFERENCE [--device cpu]
+
+Run as a script in a fresh process; it imports torch and transformers and nothing of selfpruner, so the folder has to stand on
+its own (``trust_remote_code=True``). REFERENCE is a safetensors file: ``tokens`` (B, S) int64 and the in-memory model's ``logits``
+(B, S, V) float32, with the metadata ``parameters``, ``text`` and ``ids`` (the text's tokens, JSON). Prints one JSON object: the
+numbers and ``problems``, empty when the checkpoint is good.
+
+What is compared, in the checkpoint's dtype
+- Logits: in float32 the largest absolute difference may be 1e-3. In the 16-bit types rounding grows with the numbers, so it may
+  be 2e-2 of the largest absolute logit. Loading wrong tensors costs far more than either.
+- The last tokens fed one by one through the KV cache against all at once: the same bound.
+- ``generate`` with the cache against without, greedily: equal tokens. Where they part, both tokens must tie within the bound.
+- Parameters, tied ones once; no missing, unexpected or mismatched tensor; the tokenizer's ids for the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CACHED = 8  # tokens fed one by one
+PROMPT, GENERATED = 8, 12
+
+
+def tolerance(dtype: torch.dtype, scale: float) -> float:
+    """The largest acceptable absolute difference of two logits; ``scale`` is the largest absolute logit."""
+    return 1e-3 if dtype == torch.float32 else 2e-2 * max(1.0, scale)
+
+
+@torch.inference_mode()
+def verify(folder: str, reference: str, device: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    with safe_open(reference, "pt") as file:
+        tokens, expected, facts = file.get_tensor("tokens").to(device), file.get_tensor("logits"), file.metadata()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True, output_loading_info=True)
+    model, report = loaded
+    model = model.to(device).eval()
+    problems = [f"{kind}: {', '.join(sorted(map(str, names))[:3])}" for kind, names in report.items() if names]
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != int(facts["parameters"]):
+        problems.append(f"{parameters:,} parameters instead of {int(facts['parameters']):,}")
+
+    logits = model(tokens, use_cache=False).logits
+    scale = float(expected.abs().max())
+    bound = tolerance(model.dtype, scale)
+    difference = float((logits.float().cpu() - expected).abs().max())
+    if not difference <= bound:  # also when it is NaN
+        problems.append(f"logits differ by {difference:.3g}, allowed {bound:.3g}")
+
+    cached = model(tokens[:, :-CACHED], use_cache=True)
+    rows = []
+    for position in range(tokens.shape[1] - CACHED, tokens.shape[1]):
+        cached = model(tokens[:, position : position + 1], past_key_values=cached.past_key_values, use_cache=True)
+        rows.append(cached.logits)
+    cache_difference = float((torch.cat(rows, 1).float() - logits[:, -CACHED:].float()).abs().max())
+    if not cache_difference <= bound:
+        problems.append(f"logits through the KV cache differ by {cache_difference:.3g}, allowed {bound:.3g}")
+
+    greedy = _greedy(model, tokens[:1, :PROMPT], bound)
+    if greedy == "different":
+        problems.append("greedy generation with the KV cache differs from generation without")
+
+    # Without trust_remote_code it asks on the terminal, because the config it reads first has code of its own.
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(facts["text"])["input_ids"]
+    if ids != json.loads(facts["ids"]):
+        problems.append("the tokenizer gives other tokens than the one in memory")
+
+    return {
+        "problems": problems,
+        "class": type(model).__name__,
+        "code": type(model).__module__.split(".")[0],  # "transformers_modules" is the folder's own
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens": tokens.numel(),
+        "parameters": parameters,
+        "max_difference": difference,
+        "cache_difference": cache_difference,
+        "allowed_difference": bound,
+        "max_logit": scale,
+        "greedy": greedy,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 * 1024 if sys.platform == "darwin" else 1024),
+    }
+
+
+def _greedy(model: Any, prompt: torch.Tensor, bound: float) -> str:
+    """``equal``, ``tied`` (they part at two tokens of equal logit, up to ``bound``) or ``different``."""
+    how = {"max_new_tokens": GENERATED, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    mask = torch.ones_like(prompt)
+    one, two = (model.generate(prompt, attention_mask=mask, use_cache=use, **how)[0].tolist() for use in (True, False))
+    if one == two:
+        return "equal"
+    parting = next(i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    last = model(torch.tensor([two[:parting]], device=prompt.device), use_cache=False).logits[0, -1].float()
+    return "tied" if float((last[one[parting]] - last[two[parting]]).abs()) <= bound else "different"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("reference")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    try:
+        result = verify(options.folder, options.reference, options.device)
+    except torch.OutOfMemoryError as error:
+        result = {"problems": [str(error)], "out_of_memory": True}
+    except Exception as error:  # whatever stops a stranger from using the folder is the finding
+        result = {"problems": [f"{type(error).__name__}: {error}"]}
+    print(json.dumps(result))
+    return 1 if result["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
