@@ -22,6 +22,10 @@ from selfpruner.errors import BudgetError, ConfigError
 
 Kind = Literal["attention", "ffn"]
 
+# Dials that are equally far from their wanted rates are taken in the order of the fractional parts of index * GOLDEN, which
+# spreads the last steps evenly over the depth instead of giving them to the first layers.
+GOLDEN = 0.6180339887498949
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -211,7 +215,8 @@ class SearchSpace:
                     change = dial.removed[after] - dial.removed[position]
                     lands = self.target <= removed + change < self.target + self.step
                     overshoots = (removed + change >= self.target + self.step) if way > 0 else (removed + change < self.target)
-                    moves.append((not dial.fine, overshoots and not lands, -way * (rate - dial.rate(position)), index, change))
+                    residual = round(-way * (rate - dial.rate(position)), 9)
+                    moves.append((not dial.fine, overshoots and not lands, residual, index * GOLDEN % 1.0, index, change))
             if not moves:
                 break
             *_, index, change = min(moves)
@@ -219,7 +224,8 @@ class SearchSpace:
             removed += change
         if not self.target <= removed < self.target + self.step:
             raise BudgetError(
-                f"no plan near these rates removes {self.target:,} parameters within one step of {self.step:,}: choose a smaller ffn_step",
+                f"No plan near these rates removes {self.target:,} parameters within one step of {self.step:,}. "
+                "Choose a smaller ffn_step.",
                 param="ffn_step",
             )
 
@@ -266,7 +272,7 @@ def default_ffn_step(width: int) -> int:
 def attention_shapes(
     kv_groups: int, heads_per_group: int, mode: Literal["all", "q_head", "kv_group", "none"], *, drop: bool = False
 ) -> list[tuple[int, int]]:
-    """(KV groups, query heads per group) of every option of ``mode``, dense first; (0, 0) only with ``drop`` and not for ``none``."""
+    """(KV groups, query heads per group) of every option of ``mode``, dense first; (0, 0) only with ``drop``, never for ``none``."""
     groups = range(kv_groups, 0, -1) if mode in ("all", "kv_group") else [kv_groups]
     heads = range(heads_per_group, 0, -1) if mode in ("all", "q_head") else [heads_per_group]
     return [(g, h) for g in groups for h in heads] + ([(0, 0)] if drop and mode != "none" else [])

@@ -19,9 +19,9 @@ from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.least_squares import covariance
 from selfpruner.criteria.base import Heads
 
-# Channels removed between two downdates of the large matrices, and how many candidates for them are followed exactly.
-BATCH = 16
-POOL = 64
+# Channels removed between two downdates of the large matrices: a 64th of them, within these bounds; three times as many
+# candidates for them are followed exactly.
+BATCH = (4, 64)
 
 
 class Obs:
@@ -68,7 +68,8 @@ class _State:
 
     @classmethod
     def start(cls, W: Tensor, C: Tensor) -> _State:
-        return cls(W.clone(), torch.cholesky_inverse(torch.linalg.cholesky(C)), torch.arange(W.shape[1]))
+        inverse = _inverse_factor(C)
+        return cls(W.clone(), inverse.T @ inverse, torch.arange(W.shape[1]))
 
     def cost(self, columns: list[int]) -> float:
         s = self.position[columns]
@@ -91,24 +92,35 @@ def eliminate_channels(W: Tensor, C: Tensor) -> Tensor:
     """Keep-first order (n,) of single columns for weights W (d, n) and covariance C (n, n).
 
     Inside a pool of the cheapest candidates the elimination is exact, one column at a time; the large matrices follow every
-    ``BATCH`` removals, so the work is matrix products instead of n rank-one updates. While costs do not fall as others
+    ``batch`` removals, so the work is matrix products instead of n rank-one updates. While costs do not fall as others
     leave, which the pool's margin covers, the order is the exact greedy one.
     """
-    P = torch.cholesky_inverse(torch.linalg.cholesky(C))
-    W = W.clone()
-    alive = torch.arange(W.shape[1], device=W.device)
+    inverse = _inverse_factor(C).float()
+    P = inverse.T @ inverse
+    W = W.float()
+    batch = min(max(W.shape[1] // 64, BATCH[0]), BATCH[1])
+    names = torch.arange(W.shape[1], device=W.device)
+    gone = torch.zeros_like(names, dtype=torch.bool)
     removed: list[Tensor] = []
-    while alive.numel() > 0:
-        cost = W.pow(2).sum(0) / P.diagonal()
-        pool = torch.topk(cost, min(POOL, alive.numel()), largest=False).indices
-        picks = _greedy(W[:, pool].T @ W[:, pool], P[pool][:, pool], min(BATCH, alive.numel()))
-        gone = pool[picks]
-        removed.append(alive[gone])
-        keep = torch.ones(alive.numel(), dtype=torch.bool, device=W.device)
-        keep[gone] = False
-        if bool(keep.any()):
-            W, P = _downdate(W, P, gone, keep)
-        alive = alive[keep]
+    left = names.numel()
+    while left:
+        cost = (W.pow(2).sum(0) / P.diagonal()).masked_fill_(gone, torch.inf)
+        pool = torch.topk(cost, min(3 * batch, left), largest=False).indices
+        W_pool, P_pool = W[:, pool], P[pool][:, pool]
+        picks = _greedy(W_pool.T @ W_pool, P_pool, min(batch, left))
+        out = pool[picks]
+        removed.append(names[out])
+        gone[out] = True
+        left -= out.numel()
+        factor = torch.linalg.cholesky(P_pool[picks][:, picks])
+        rows = torch.cholesky_solve(P[out], factor)  # (P_SS)^-1 P_S,:
+        W = W.addmm_(W[:, out], rows, alpha=-1) if removed[:-1] else torch.addmm(W, W[:, out], rows, alpha=-1)
+        P.addmm_(P[:, out], rows, alpha=-1)
+        P.diagonal()[out] = 1.0  # zero up to rounding now, and never looked at again
+        if left < 0.8 * names.numel():
+            alive = (~gone).nonzero().flatten()
+            names, W, P = names[alive], W[:, alive], P[alive][:, alive]
+            gone = torch.zeros_like(names, dtype=torch.bool)
     return torch.cat(removed).flip(0)
 
 
@@ -134,6 +146,12 @@ def _greedy(inner: Tensor, P: Tensor, count: int) -> Tensor:
         # The removed row and column are zero now up to rounding; a harmless pivot keeps the diagonal positive.
         Q[j, j] = 1.0
     return torch.tensor(picks, device=device)
+
+
+def _inverse_factor(C: Tensor) -> Tensor:
+    """L^-1 for C = L L^T, so that C^-1 = L^-T L^-1."""
+    L = torch.linalg.cholesky(C)
+    return torch.linalg.solve_triangular(L, torch.eye(L.shape[0], dtype=L.dtype, device=L.device), upper=False)
 
 
 def _downdate(W: Tensor, P: Tensor, gone: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

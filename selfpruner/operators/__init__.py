@@ -1,0 +1,24 @@
+"""Operators. To add one: its own file, a line in a table here and in ``names``, a subclass of the conformance test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Rejected
+from selfpruner.operators.closed_form import Ramp, Random, Sensitivity, Uniform
+from selfpruner.operators.evolution import LevelSwitch, Recombine
+
+CLASSICAL: dict[str, Callable[[], Operator]] = {
+    "uniform": Uniform,
+    "ramp": Ramp,
+    "sensitivity": Sensitivity,
+    "random": Random,
+    "level_switch": LevelSwitch,
+    "recombine": Recombine,
+}
+
+# Which share of a generation's offspring an operator competes for; the rest of the population's plans are initial ones.
+CROSSOVERS = ("crossover", "recombine")
+MUTATIONS = ("mutate", "level_switch", "random")
+
+__all__ = ["CLASSICAL", "CROSSOVERS", "MUTATIONS", "Context", "Offspring", "Operator", "ParentSelection", "Rejected"]

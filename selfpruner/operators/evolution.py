@@ -1,0 +1,75 @@
+"""Classical operators: budget-preserving level switches (EvoPress) and uniform recombination of two parents."""
+
+from __future__ import annotations
+
+import random
+
+from selfpruner.errors import BudgetError
+from selfpruner.operators.base import Context, Offspring
+from selfpruner.space import Plan, SearchSpace
+
+
+class LevelSwitch:
+    """Some dials one setting up, as many down, budget repaired; min of two draws from 1..3 exchanges, as in EvoPress."""
+
+    name = "level_switch"
+
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
+        if not context.population:
+            return []
+        found = []
+        for _ in range(count):
+            # Better parents more often: the minimum of two draws.
+            parent = context.population[min(rng.randrange(len(context.population)), rng.randrange(len(context.population)))]
+            plan = switch(context.space, Plan(parent.levels), rng, min(rng.randint(1, 3), rng.randint(1, 3)))
+            found.append(Offspring(plan, self.name, (parent.plan_hash,)))
+        return found
+
+
+class Recombine:
+    """Every layer's rates from one of two parents, then the budget is repaired."""
+
+    name = "recombine"
+
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
+        if len(context.population) < 2:
+            return []
+        found = []
+        for _ in range(count):
+            first, second = rng.sample(list(context.population), 2)
+            space = context.space
+            a, b = space.rates(Plan(first.levels)), space.rates(Plan(second.levels))
+            take = [rng.random() < 0.5 for _ in range(space.layers)]
+            layer_of = [space.blocks[dial.blocks[0]].layer for dial in space.dials]
+            rates = [x if take[layer] else y for x, y, layer in zip(a, b, layer_of, strict=True)]
+            found.append(Offspring(space.project(rates), self.name, (first.plan_hash, second.plan_hash)))
+        return found
+
+
+def switch(space: SearchSpace, plan: Plan, rng: random.Random, exchanges: int) -> Plan:
+    """A neighbour of ``plan``: dials that go down by one setting pay for dials that go up, until the budget holds again."""
+    positions = [dial.settings.index(tuple(plan.levels[b] for b in dial.blocks)) for dial in space.dials]
+    dials = range(len(space.dials))
+    for _ in range(exchanges):
+        up = [d for d in dials if positions[d] + 1 < len(space.dials[d].removed)]
+        if not up:
+            break
+        more = rng.choice(up)
+        gained = space.dials[more].removed[positions[more] + 1] - space.dials[more].removed[positions[more]]
+        positions[more] += 1
+        # Give back about as much elsewhere, one or more settings of other dials.
+        while gained > 0:
+            down = [d for d in dials if d != more and positions[d] > 0]
+            if not down:
+                break
+            less = rng.choice(down)
+            given = space.dials[less].removed[positions[less]] - space.dials[less].removed[positions[less] - 1]
+            if given > 2 * gained and rng.random() < 0.75:
+                continue
+            positions[less] -= 1
+            gained -= given
+    rates = [dial.rate(position) for dial, position in zip(space.dials, positions, strict=True)]
+    try:
+        return space.project(rates)
+    except BudgetError:
+        return plan

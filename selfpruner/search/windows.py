@@ -1,0 +1,70 @@
+"""Which tokens plans are scored on. Fresh ones every generation, the same ones for all that are compared.
+
+The fitness text is cut into sequences. Some are set aside for the final stage and never seen before it; the first are the
+probes'; generations take the rest in a seeded random order, and start over in a new order when it is used up.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from selfpruner.errors import ConfigError
+from selfpruner.search.records import Window
+
+
+class Windows:
+    """Token windows over ``sequences`` sequences of ``length`` tokens.
+
+    Raises ConfigError when the text is too short for one generation.
+    """
+
+    def __init__(self, sequences: int, length: int, *, seed: int, probe: int, final: int, stages: Sequence[int]) -> None:
+        self.length = length
+        self._seed = seed
+        self._steps = [self._count(after - before) for before, after in zip((0, *stages), stages, strict=False)]
+        if any(after <= before for before, after in zip((0, *stages), stages, strict=False)):
+            raise ConfigError("stages must have rising token counts", param="stages")
+        finals = min(self._count(final), sequences // 3)
+        self._probe = tuple(range(min(self._count(probe), sequences // 3)))
+        self._final = tuple(range(sequences - finals, sequences))
+        self._free = range(len(self._probe), sequences - finals)
+        need = sum(self._steps)
+        if not finals or need > len(self._free):
+            raise ConfigError(
+                f"The fitness text has {sequences} sequences of {length} tokens; one generation needs {need} of them beside those for "
+                f"probes and the final stage. Raise fitness_text.sequences to at least {2 * need + 2} or lower the stages.",
+                param="fitness_text",
+            )
+
+    def _count(self, tokens: int) -> int:
+        return -(-tokens // self.length)
+
+    @property
+    def probe(self) -> Window:
+        return Window("probe", "fitness", self._probe)
+
+    @property
+    def final(self) -> Window:
+        return Window("final", "fitness", self._final)
+
+    def generation(self, number: int) -> list[Window]:
+        """One window per stage, disjoint: a stage adds its window to those before it."""
+        per_epoch = len(self._free) // sum(self._steps)
+        epoch, place = divmod(number, per_epoch)
+        order = list(self._free)
+        random.Random(f"windows:{self._seed}:{epoch}").shuffle(order)
+        start = place * sum(self._steps)
+        windows = []
+        for stage, count in enumerate(self._steps):
+            windows.append(Window(f"g{number}.{stage}", "fitness", tuple(sorted(order[start : start + count]))))
+            start += count
+        return windows
+
+
+def report_windows(sequences: int, size: int = 8) -> list[Window]:
+    """The report text in pieces small enough to be cancelled and resumed between."""
+    return [
+        Window(f"report.{number}", "report", tuple(range(start, min(start + size, sequences))))
+        for number, start in enumerate(range(0, sequences, size))
+    ]
