@@ -136,9 +136,11 @@ def jobs(
     if as_json:
         print(json.dumps(page))
         return 0
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("job", "status", "model", "rate", "created", "progress", box=None, padding=(0, 2), header_style="bold")
+    # An id that is cut short cannot be copied.
+    first = Column("job", no_wrap=True, min_width=28), Column("status", no_wrap=True, min_width=9)
+    table = Table(*first, "model", "rate", "created", "progress", box=None, padding=(0, 1), header_style="bold")
     for job in page["data"]:
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
         table.add_row(job["id"], job["status"], job["model"], f"{job['config']['rate']:g}", created, _summary(job))
@@ -213,7 +215,7 @@ def _client(url: str) -> Client:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, soft_wrap=True)
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) -> int:

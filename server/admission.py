@@ -42,7 +42,8 @@ def local_models(settings: ServerSettings) -> list[str]:
         return []
     folders = (path.parent for pattern in ("*/config.json", "*/*/config.json") for path in root.glob(pattern))
     files = (path for pattern in ("*.gguf", "*/*.gguf") for path in root.glob(pattern))
-    return sorted({str(path.relative_to(root)) for path in (*folders, *files)})
+    names = {str(path.relative_to(root)) for path in (*folders, *files)}
+    return sorted(name for name in names if _below(root, name) is not None)
 
 
 def _model(name: str, settings: ServerSettings) -> str:
