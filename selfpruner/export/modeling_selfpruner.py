@@ -91,7 +91,6 @@ class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         layer = config.per_layer_config[layer_idx]
         self.layer_idx = layer_idx
-        self.head_dim = layer.head_dim
         self.hidden_size = layer.hidden_size
         self.has_attention = layer.num_attention_heads > 0
         self.has_mlp = layer.intermediate_size > 0
@@ -124,10 +123,14 @@ class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
             )
             hidden_states = hidden_states + attended
         elif past_key_values is not None:
-            # Zero heads, but as many positions as the other layers: the cache takes its length from any of them.
+            # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it.
+            # A static cache has sized its layers already, this one for zero heads.
+            layers = past_key_values.layers
+            held = layers[self.layer_idx].keys if self.layer_idx < len(layers) else None
+            heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])
             batch, length, _ = hidden_states.shape
-            nothing = hidden_states.new_empty(batch, 0, length, self.head_dim)
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            mark = hidden_states.new_zeros(batch, heads, length, width)
+            past_key_values.update(mark, mark, self.layer_idx)
         if self.has_mlp:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states

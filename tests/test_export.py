@@ -1,0 +1,596 @@
+"""Checkpoints out: the pruned model equals the masked dense one, loads where selfpruner is not, and survives a killed writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
+
+import tests.tiny_models as tiny
+from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, DiskFullError, ExportError
+from selfpruner.export import checkpoint, manifest
+from selfpruner.export import verify as verify_script
+from selfpruner.export.build import expected_parameters, plain_config, shapes_of
+from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, verify, write
+from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
+
+ROOT = Path(__file__).parent.parent
+CARD = CardInfo(
+    base_model="example/tiny",
+    rate=0.3,
+    criterion="obs",
+    compensation="least_squares",
+    calibration=("self",),
+    plan_hash="0123456789abcdef",
+    levels=(0, 1, 2),
+    layer_rates=(0.1, 0.2, 0.3),
+    metrics={"dense": {"perplexity": 29.6}, "pruned": {"perplexity": 37.4, "kl": 0.26}},
+    license="apache-2.0",
+)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which units a layer keeps; None: the whole block is dropped."""
+
+    heads: tuple[int, ...] | None
+    channels: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model, its pruned twin, and what was kept."""
+
+    dense: PreTrainedModel
+    pruned: SelfPrunerForCausalLM
+    keeps: list[Keep]
+    biases: dict[str, Tensor]
+
+
+def folder(path: Path, family: str, **options: Any) -> tuple[Path, PreTrainedModel]:
+    source = tiny.tiny_model(path, family, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
+    return source, model.eval()
+
+
+def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) -> Case:
+    """Cut random units, different in every layer, out of ``model``."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    size = model.get_parameter("model.layers.0.self_attn.q_proj.weight").shape[0] // config.num_attention_heads
+    per_group = config.num_attention_heads // config.num_key_value_heads
+    layers = config.num_hidden_layers
+    shapes, keeps, weights, biases = [], [], {}, {}
+    dense = model.state_dict()
+
+    def rows(units: list[int] | tuple[int, ...], width: int) -> Tensor:
+        return torch.tensor([unit * width + i for unit in units for i in range(width)])
+
+    for layer in range(layers):
+        groups = sorted(rng.sample(range(config.num_key_value_heads), max(1, config.num_key_value_heads - layer)))
+        inside = max(1, per_group - (layer + 1) % 2)
+        heads = tuple(h for g in groups for h in sorted(rng.sample(range(g * per_group, (g + 1) * per_group), inside)))
+        channels = tuple(sorted(rng.sample(range(config.intermediate_size), config.intermediate_size - 8 * (layer + 1))))
+        keep = Keep(None if drop and layer == 0 else heads, None if drop and layer == layers - 1 else channels)
+        keeps.append(keep)
+        shapes.append(LayerShape(*((len(groups), inside) if keep.heads else (0, 0)), len(keep.channels or ())))
+        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        if keep.heads:
+            for name, index in (("q", rows(heads, size)), ("k", rows(groups, size)), ("v", rows(groups, size))):
+                for kind in ("weight", "bias"):
+                    if (full := attention + f"{name}_proj.{kind}") in dense:
+                        weights[full] = dense[full][index]
+            weights[attention + "o_proj.weight"] = dense[attention + "o_proj.weight"][:, rows(heads, size)]
+        if keep.channels:
+            index = torch.tensor(channels)
+            for name in ("gate", "up"):
+                weights[mlp + f"{name}_proj.weight"] = dense[mlp + f"{name}_proj.weight"][index]
+            weights[mlp + "down_proj.weight"] = dense[mlp + "down_proj.weight"][:, index]
+        # Biases in some layers only: the first and the last have none on o_proj, the first none on down_proj.
+        if biased and keep.heads and 0 < layer < layers - 1:
+            biases[attention + "o_proj.bias"] = torch.randn(config.hidden_size, generator=generator)
+        if biased and keep.channels and layer:
+            biases[mlp + "down_proj.bias"] = torch.randn(config.hidden_size, generator=generator)
+    pruned = build(model, shapes, {**weights, **biases})
+    assert shapes_of(pruned.config) == shapes
+    return Case(model, pruned, keeps, biases)
+
+
+def masked_logits(case: Case, tokens: Tensor) -> Tensor:
+    """The dense model with removed units silenced by hooks on its own modules: nothing of the exporter is used."""
+    handles = []
+    for index, (layer, keep) in enumerate(zip(case.dense.model.layers, case.keeps, strict=True)):
+        size = layer.self_attn.head_dim
+        wide = torch.zeros(layer.self_attn.o_proj.in_features)
+        for head in keep.heads or ():
+            wide[head * size : (head + 1) * size] = 1
+        narrow = torch.zeros(layer.mlp.down_proj.in_features)
+        narrow[list(keep.channels or ())] = 1
+        for module, mask, name in (
+            (layer.self_attn.o_proj, wide, f"model.layers.{index}.self_attn.o_proj.bias"),
+            (layer.mlp.down_proj, narrow, f"model.layers.{index}.mlp.down_proj.bias"),
+        ):
+            shift = case.biases.get(name, torch.zeros(()))
+            handles.append(module.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,)))
+            handles.append(module.register_forward_hook(lambda _, __, out, shift=shift: out + shift))
+    try:
+        with torch.inference_mode():
+            return case.dense(tokens, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tokens_of(batch: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(4, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: PreTrainedModel, tokens: Tensor, **how: Any) -> list[list[int]]:
+    mask = how.pop("attention_mask", torch.ones_like(tokens))
+    # Never stopping early, so that the cache is used at every step.
+    out = model.generate(tokens, attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False, **how)
+    return out[:, tokens.shape[1] :].tolist()
+
+
+VARIANTS = {
+    "mha": {"kv_heads": 4},
+    "gqa": {"kv_heads": 2},
+    "gqa-untied-biased-dropped": {"kv_heads": 2, "tied": False},
+    "mqa-wide-head-biased": {"kv_heads": 1, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.inference_mode()
+def test_a_sliced_model_equals_the_masked_one(tmp_path: Path, family: str, variant: str) -> None:
+    _, model = folder(tmp_path, family, **VARIANTS[variant])
+    case = prune(model, drop="dropped" in variant, biased="biased" in variant)
+    tokens = tokens_of(2, 24)
+    logits = case.pruned(tokens, use_cache=False).logits
+    expected = masked_logits(case, tokens)
+    assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert (expected - model(tokens).logits).abs().max() > 0.1, "the cut must matter, or equality proves nothing"
+    assert count_parameters(case.pruned) == expected_parameters(case.pruned.config) < count_parameters(model)
+    assert plain_config(case.pruned) is None
+
+    without = greedy(case.pruned, tokens, use_cache=False)
+    assert greedy(case.pruned, tokens) == without
+    assert greedy(case.pruned, tokens, cache_implementation="static", disable_compile=True) == without
+    case.pruned.set_attn_implementation("eager")
+    assert (case.pruned(tokens).logits - logits).abs().max() <= 1e-4
+
+
+@torch.inference_mode()
+def test_left_padding_changes_nothing(tmp_path: Path) -> None:
+    # The first layer has no attention: the cache and the mask must still know how many tokens there are.
+    case = prune(folder(tmp_path, "qwen2")[1], drop=True, biased=True)
+    short, long = tokens_of(1, 9), tokens_of(1, 15, seed=2)
+    batch = torch.cat([torch.cat([torch.zeros(1, 6, dtype=torch.long), short], 1), long])
+    mask = torch.ones_like(batch)
+    mask[0, :6] = 0
+    together = greedy(case.pruned, batch, attention_mask=mask)
+    assert together == greedy(case.pruned, short) + greedy(case.pruned, long)
+    assert together == greedy(case.pruned, batch, attention_mask=mask, cache_implementation="static", disable_compile=True)
+
+
+@torch.inference_mode()
+def test_the_cache_shrinks_with_the_heads(tmp_path: Path) -> None:
+    case = prune(folder(tmp_path, "llama")[1], drop=True, biased=False)
+    cache = case.pruned(tokens_of(1, 10), use_cache=True).past_key_values
+    # A dropped attention keeps one number per token, so that the length can be read from any layer.
+    expected = [(shape.kv_groups, 8) if shape.kv_groups else (1, 1) for shape in shapes_of(case.pruned.config)]
+    assert [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers] == expected
+    assert cache.get_seq_length() == 10
+
+
+def test_a_sliding_window_stays_where_it_was(tmp_path: Path) -> None:
+    _, mistral = folder(tmp_path / "m", "mistral", sliding_window=6)
+    _, qwen = folder(tmp_path / "q", "qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2)
+    tokens = tokens_of(1, 24)
+    for model in (mistral, qwen):
+        case = prune(model, drop=False, biased=False)
+        with torch.inference_mode():
+            assert (case.pruned(tokens).logits - masked_logits(case, tokens)).abs().max() <= 1e-4
+        assert greedy(case.pruned, tokens) == greedy(case.pruned, tokens, use_cache=False)
+
+
+def test_building_copies_nothing_it_need_not(tmp_path: Path) -> None:
+    _, model = folder(tmp_path, "llama")
+    dense = LayerShape(2, 2, 64)
+    pruned = build(model, [dense, dense, LayerShape(2, 2, 0)], {})
+    base = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    assert all(tensor.data_ptr() == base[name] for name, tensor in pruned.state_dict().items())
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+    half = build(model, [dense] * 3, {}, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
+
+
+def test_wrong_weights_are_named(tmp_path: Path) -> None:
+    _, model = folder(tmp_path, "llama")
+    dense = LayerShape(2, 2, 64)
+    with pytest.raises(ExportError, match=r"gate_proj\.weight should have shape \(40, 32\) but is of shape \(64, 32\)"):
+        build(model, [LayerShape(2, 2, 40), dense, dense], {})
+    with pytest.raises(ExportError, match=r"no place for: model\.layers\.9"):
+        build(model, [dense] * 3, {"model.layers.9.mlp.down_proj.bias": torch.zeros(32)})
+    with pytest.raises(ExportError, match="3 layers, but 2 layer shapes"):
+        build(model, [dense] * 2, {})
+
+
+def test_a_uniform_plan_is_an_ordinary_model_of_its_family(tmp_path: Path) -> None:
+    names = ("gate", "up")
+    for family in tiny.FAMILIES:
+        _, model = folder(tmp_path / family, family, kv_heads=4)
+        mlp = "model.layers.{}.mlp.{}_proj.weight"
+        dense = model.state_dict()
+        weights = {mlp.format(i, n): dense[mlp.format(i, n)][:48] for i in range(3) for n in names}
+        weights |= {mlp.format(i, "down"): dense[mlp.format(i, "down")][:, :48] for i in range(3)}
+        pruned = build(model, [LayerShape(4, 1, 48)] * 3, weights)
+        plain = plain_config(pruned)
+        assert type(plain) is type(model.config)
+        assert plain.architectures == [type(model).__name__]
+        # A bias that the family does not know takes the modeling file.
+        bias = {"model.layers.0.mlp.down_proj.bias": torch.ones(32)}
+        assert plain_config(build(model, [LayerShape(4, 1, 48)] * 3, {**weights, **bias})) is None
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint written for real, after an earlier writer was killed in the same place."""
+
+    case: Case
+    tokenizer: PreTrainedTokenizerBase
+    source: Path
+    path: Path
+    result: checkpoint.ExportResult
+
+
+KILLED_WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import tests.test_export as t
+source, model = t.folder(Path(sys.argv[1]), "qwen2")
+case = t.prune(model, drop=True, biased=True)
+t.write(case.pruned, t.AutoTokenizer.from_pretrained(source), source, Path(sys.argv[2]), t.CARD)
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    root = tmp_path_factory.mktemp("export")
+    source, path = root / "base", root / "out" / "checkpoint"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", KILLED_WRITER, str(root / "killed-base"), str(path), str(ROOT)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    left = []
+    deadline = time.monotonic() + 120
+    while not left and writer.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        left = list(path.parent.glob(".tmp-*/model.safetensors"))
+    os.killpg(writer.pid, signal.SIGKILL)
+    writer.wait()
+    assert left, "the writer was killed before it wrote anything"
+    assert [entry.name.startswith(".tmp-") for entry in path.parent.iterdir()] == [True], "a killed writer leaves nothing visible"
+
+    folder(source, "qwen2")
+    (source / "LICENSE.txt").write_text("terms\n")
+    case = prune(AutoModelForCausalLM.from_pretrained(source), drop=True, biased=True)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return Written(case, tokenizer, source, path, write(case.pruned, tokenizer, source, path, CARD))
+
+
+def test_an_export_is_complete_and_verified(written: Written) -> None:
+    assert [entry.name for entry in written.path.parent.iterdir()] == ["checkpoint"], "the killed writer's folder was swept up"
+    names = {path.name for path in written.path.iterdir()}
+    assert names >= {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "README.md"),
+        *("plan.json", "manifest.json", "modeling_selfpruner.py", "LICENSE.txt"),
+    }
+    result = written.result
+    assert result.manifest_sha256 == manifest.sha256(written.path / "manifest.json")
+    assert result.verification["problems"] == []
+    assert result.verification["code"] == "transformers_modules", "verified with the folder's own code"
+    assert result.verification["max_difference"] <= 1e-3
+    assert result.verification["parameters"] == result.parameters == count_parameters(written.case.pruned)
+    body = json.loads((written.path / "manifest.json").read_text())
+    assert body["files"].keys() == names - {"manifest.json"}
+    assert body["plan"] == json.loads((written.path / "plan.json").read_text())
+    assert body["plan"]["layers"][0] == {"query_heads": 0, "kv_groups": 0, "ffn_channels": 56}
+
+
+def test_the_card_says_what_was_done(written: Written) -> None:
+    text = (written.path / "README.md").read_text()
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    import yaml
+
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "selfpruner", "structured-pruning"],
+        "base_model": "example/tiny",
+        "license": "apache-2.0",
+    }
+    for expected in ("| 0 | 0 | 0 | 56 | 10.0% |", "| pruned | 37.4 | 0.26 |", "least_squares", "trust_remote_code=True"):
+        assert expected in body
+
+
+@torch.inference_mode()
+def test_load_needs_no_remote_code(written: Written) -> None:
+    model = load(written.path)
+    assert isinstance(model, SelfPrunerForCausalLM)
+    tokens = tokens_of(2, 12)
+    assert torch.equal(model(tokens).logits, written.case.pruned(tokens).logits)
+    assert load(written.path, dtype=torch.bfloat16, check=False).dtype == torch.bfloat16
+    facts = verify(written.path)
+    assert facts["parameters"] == written.result.parameters
+    assert facts["plan"]["plan_hash"] == CARD.plan_hash
+
+
+def test_exporting_again_keeps_what_is_there(written: Written) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in written.path.iterdir()}
+    again = write(written.case.pruned, written.tokenizer, written.source, written.path, CARD)
+    assert again.reused
+    assert again.manifest_sha256 == written.result.manifest_sha256
+    assert before == {path.name: path.stat().st_mtime_ns for path in written.path.iterdir()}
+    other = CardInfo(base_model="example/tiny", rate=0.4, criterion="obs", compensation="none")
+    with pytest.raises(ExportError, match="another plan"):
+        write(written.case.pruned, written.tokenizer, written.source, written.path, other)
+
+
+@pytest.fixture
+def copy(written: Written, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written.path, tmp_path / "copy"))
+
+
+def _flip(path: Path) -> None:
+    body = bytearray(path.read_bytes())
+    body[-1] ^= 1
+    path.write_bytes(body)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "modeling_selfpruner.py", "tokenizer.json"])
+def test_a_changed_file_is_found_and_named(copy: Path, name: str) -> None:
+    _flip(copy / name)
+    for use in (load, verify):
+        with pytest.raises(CorruptCheckpointError, match=f"{name} does not match its sha256"):
+            use(copy)
+
+
+def test_truncated_missing_and_incomplete_folders(copy: Path) -> None:
+    shard = copy / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors has [\d,]+ bytes instead of"):
+        load(copy)
+    shard.unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors is listed"):
+        verify(copy)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(CorruptCheckpointError, match="cannot be read"):
+        load(copy)
+    (copy / "manifest.json").unlink()
+    for check in (True, False):
+        with pytest.raises(ExportError, match="incomplete"):
+            load(copy, check=check)
+
+
+def test_a_manifest_cannot_point_outside(copy: Path) -> None:
+    (copy.parent / "secret").write_text("x")
+    body = json.loads((copy / "manifest.json").read_text())
+    body["files"]["../secret"] = {"sha256": manifest.sha256(copy.parent / "secret"), "bytes": 1}
+    (copy / "manifest.json").write_text(json.dumps(body))
+    with pytest.raises(CorruptCheckpointError, match=r"\.\./secret is listed"):
+        verify(copy)
+
+
+def test_tensors_that_do_not_fit_the_config_are_found(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(31)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    body = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").unlink()
+    manifest.write(copy, plan=body["plan"], parameters=body["parameters"], verification={})
+    with pytest.raises(CorruptCheckpointError, match=r"model\.norm\.weight has shape \[31\]"):
+        verify(copy)
+
+
+# -- verification and failures, without a process each -----------------------------------------------------------------
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """``write`` without the fresh process, for tests that check something else or start one of their own."""
+    monkeypatch.setattr(checkpoint, "_verify", lambda *_: {"problems": []})
+
+    def run(case: Case, source: Path, path: Path, **options: Any) -> Path:
+        return write(case.pruned, AutoTokenizer.from_pretrained(source), source, path, CARD, **options).path
+
+    return run
+
+
+def test_an_incomplete_or_corrupt_checkpoint_is_replaced_but_nothing_else(
+    copy: Path, written: Written, unverified: Callable[..., Path]
+) -> None:
+    _flip(copy / "model.safetensors")
+    unverified(written.case, written.source, copy)
+    verify(copy)
+    (copy / "manifest.json").unlink()
+    unverified(written.case, written.source, copy)
+    verify(copy)
+    assert [entry.name for entry in copy.parent.iterdir()] == ["copy"]
+    home = copy.parent / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("mine")
+    with pytest.raises(ExportError, match="not empty and no checkpoint"):
+        unverified(written.case, written.source, home)
+    assert (home / "thesis.tex").read_text() == "mine"
+
+
+def test_shards_and_index(written: Written, tmp_path: Path, unverified: Callable[..., Path]) -> None:
+    path = unverified(written.case, written.source, tmp_path / "sharded", shard_bytes=20_000)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    shards = sorted(path.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert {shard.name for shard in shards} == set(index["weight_map"].values())
+    verify(path)
+    with torch.inference_mode():
+        tokens = tokens_of(1, 12)
+        assert torch.equal(load(path)(tokens).logits, written.case.pruned(tokens).logits)
+
+
+def test_failures_leave_nothing_behind(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attempt(**options: Any) -> None:
+        write(written.case.pruned, written.tokenizer, None, tmp_path / "out" / "checkpoint", CARD, **options)
+
+    monkeypatch.setattr(checkpoint, "_run", lambda *_: {"problems": ["logits differ by 3"]})
+    with pytest.raises(ExportError, match="does not verify: logits differ by 3"):
+        attempt()
+    polls = iter([False, True])
+    with pytest.raises(CancelledTaskError):
+        attempt(cancelled=lambda: next(polls, True), shard_bytes=20_000)
+    assert list((tmp_path / "out").iterdir()) == []
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(DiskFullError, match="No space left while writing"):
+        attempt()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_frozen_verification_is_cancelled(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "frozen.py"
+    script.write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(checkpoint.verify_script, "__file__", str(script))
+    started = time.monotonic()
+    with pytest.raises(CancelledTaskError):
+        write(
+            *(written.case.pruned, written.tokenizer, None, tmp_path / "out" / "checkpoint", CARD),
+            cancelled=lambda: time.monotonic() > started + 0.5,
+        )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_crashing_verification_is_an_error(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "crashing.py"
+    script.write_text("import sys; sys.exit('no torch here')")
+    monkeypatch.setattr(checkpoint.verify_script, "__file__", str(script))
+    with pytest.raises(ExportError, match="ended with code 1: no torch here"):
+        write(written.case.pruned, written.tokenizer, None, tmp_path / "out" / "checkpoint", CARD)
+
+
+def test_verification_finds_wrong_logits_parameters_and_tensors(written: Written, copy: Path, tmp_path: Path) -> None:
+    tokens = tokens_of(2, 24)
+    logits = written.case.pruned(tokens).logits.detach().clone()
+    facts = {
+        "parameters": str(written.result.parameters),
+        "text": "the end",
+        "ids": json.dumps(written.tokenizer("the end")["input_ids"]),
+    }
+
+    def problems(**changes: str) -> str:
+        save_file({"tokens": tokens, "logits": logits}, tmp_path / "reference", metadata={**facts, **changes})
+        return "; ".join(verify_script.verify(str(copy), str(tmp_path / "reference"), "cpu")["problems"])
+
+    assert problems() == ""
+    assert "parameters instead of 7" in problems(parameters="7")
+    assert "tokenizer" in problems(ids="[5]")
+    logits[0, 3, 5] += 0.002
+    assert "logits differ by 0.002, allowed 0.001" in problems()
+    logits[0, 3, 5] = float("nan")
+    assert "logits differ by nan" in problems()
+    logits[0, 3, 5] = 0
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert "missing_keys: model.norm.weight" in problems()
+
+
+STRANGER = """
+import json, sys
+sys.modules["selfpruner"] = None  # importing it fails
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+root = sys.argv[1]
+found = {}
+for name in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(f"{root}/{name}", trust_remote_code=True)
+    wanted = load_file(f"{root}/{name}.reference")
+    with torch.inference_mode():
+        logits = model(wanted["tokens"]).logits
+        difference = (logits.float() - wanted["logits"]).abs().max().item()
+        model.save_pretrained(f"{root}/{name}-again")
+        again = AutoModelForCausalLM.from_pretrained(f"{root}/{name}-again", trust_remote_code=True)
+        exact = torch.equal(again(wanted["tokens"]).logits, logits)
+        how = dict(attention_mask=torch.ones_like(wanted["tokens"]), min_new_tokens=6, max_new_tokens=6, do_sample=False)
+        cache, none = (model.generate(wanted["tokens"], use_cache=use, **how).tolist() for use in (True, False))
+    AutoTokenizer.from_pretrained(f"{root}/{name}", trust_remote_code=True)("the end")
+    found[name] = [difference, exact, cache == none, str(model.dtype), type(model).__module__.split(".")[0]]
+found["model"] = type(AutoModel.from_pretrained(f"{root}/{name}", trust_remote_code=True)).__name__
+found["imported"] = [name for name in sys.modules if name.startswith("selfpruner.")]
+print(json.dumps(found))
+"""
+
+
+def test_a_stranger_loads_every_family(tmp_path: Path, unverified: Callable[..., Path]) -> None:
+    """One fresh process in which selfpruner cannot be imported; in float32, bfloat16 and as an ordinary model."""
+    for index, family in enumerate((*tiny.FAMILIES, "bf16", "plain")):
+        name = family if family in tiny.FAMILIES else "llama"
+        source, model = folder(
+            tmp_path / f"base-{family}", name, tied=index % 2 == 0, kv_heads=2, layers=2 if family == "plain" else 3
+        )
+        if family == "bf16":
+            model.to(torch.bfloat16)
+        if family == "plain":
+            case = Case(model, build(model, [LayerShape(2, 2, 64)] * 2, {}), [], {})
+        else:
+            case = prune(model, drop=True, biased=True)
+        path = unverified(case, source, tmp_path / family)
+        assert (path / "modeling_selfpruner.py").exists() == (family != "plain")
+        tokens = tokens_of(2, 16)
+        with torch.inference_mode():
+            logits = case.pruned(tokens).logits.float()
+        save_file({"tokens": tokens, "logits": logits}, tmp_path / f"{family}.reference")
+    names = (*tiny.FAMILIES, "bf16", "plain")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", STRANGER, str(tmp_path), *names],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in names:
+        difference, exact, cached, dtype, code = found[name]
+        assert difference <= (1e-5 if name != "bf16" else 0.1), name
+        assert exact, name
+        assert cached or name == "bf16", name
+        assert dtype == ("torch.bfloat16" if name == "bf16" else "torch.float32")
+        assert code == ("transformers" if name == "plain" else "transformers_modules")
+    assert found["model"] == "LlamaModel"
+    assert found["imported"] == []
