@@ -18,7 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from selfpruner import options
-from selfpruner.errors import ConfigError, SelfprunerError, from_problems
+from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -202,6 +202,23 @@ def events(
             when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
             line = f"{event['id']:>5} {when} {event['level']:5} {event['type']}: {event['message']}"
             print(json.dumps(event) if as_json else printable(line).replace("\n", " "), flush=True)
+    return 0
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    folder: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+) -> int:
+    """Fetch the checkpoint of a job from the server's machine, checked against its manifest."""
+    with _client(url) as client:
+        found = list(client.checkpoints(job_id))
+        if not found:
+            raise NotFoundError(f"Job {job_id} has no checkpoint: it is {client.get(job_id)['status']}.")
+        client.download(job_id, found[-1]["id"], folder)
+    print(json.dumps({"path": str(folder), **found[-1]}) if as_json else folder)
     return 0
 
 

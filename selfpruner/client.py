@@ -8,17 +8,28 @@ with Client("http://127.0.0.1:8000") as client:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
 
-from selfpruner.errors import ConfigError, ConflictError, DiskFullError, NotFoundError, SelfprunerError, from_dict
+from selfpruner.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptCheckpointError,
+    DiskFullError,
+    NotFoundError,
+    SelfprunerError,
+    disk_errors,
+    from_dict,
+)
 
 Json = dict[str, Any]
 FINISHED = ("succeeded", "failed", "cancelled")
@@ -117,6 +128,41 @@ class Client:
 
     def checkpoints(self, job_id: str) -> Iterator[Json]:
         return self._pages(f"/v1/jobs/{_id(job_id)}/checkpoints", {})
+
+    def download(self, job_id: str, checkpoint_id: str, folder: Path) -> Path:
+        """Fetch a checkpoint's files into ``folder`` (new or empty), the manifest last, so that a folder that has one is complete.
+
+        Raises CorruptCheckpointError when what arrives does not match its sha256, ConfigError when the folder holds something.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty. Name a new folder.", param="folder")
+        base = f"/v1/jobs/{_id(job_id)}/checkpoints/{_id(checkpoint_id)}/files"
+        for file in self._json("GET", base)["data"]:
+            target = folder / file["id"]
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise CorruptCheckpointError(f"The server lists a file outside the checkpoint: {file['id']!r}.")
+            with disk_errors(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._fetch(f"{base}/{quote(file['id'])}", target, file["sha256"])
+        return folder
+
+    def _fetch(self, path: str, target: Path, sha256: str) -> None:
+        digest, part = hashlib.sha256(), target.with_name(target.name + ".part")
+        try:
+            with self._http.stream("GET", path) as reply, part.open("wb") as out:
+                if reply.is_error:
+                    reply.read()
+                    raise _error(reply)
+                for chunk in reply.iter_bytes():
+                    digest.update(chunk)
+                    out.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise CorruptCheckpointError(f"{target.name} arrived damaged. Fetch it again.")
+            part.rename(target)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from None
+        finally:
+            part.unlink(missing_ok=True)
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
         """The events so far, those after number ``after``."""

@@ -79,24 +79,20 @@ def facts(progress: Mapping[str, Any], status: str) -> Text:
 
 
 def operators(progress: Mapping[str, Any]) -> Table | None:
-    """What each operator contributed: ``data.operators`` is {name: {plans, improved, ...}}."""
-    rows = (progress.get("data") or {}).get("operators")
-    if not isinstance(rows, Mapping) or not rows:
+    """How many plans each operator made and how many improved the best: ``operators`` and ``improved`` of ``data``, by name."""
+    data = progress.get("data") or {}
+    made, improved = data.get("operators") or {}, data.get("improved") or {}
+    if not made:
         return None
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = Table(box=None, padding=(0, 2), header_style="dim")
     table.add_column("operator")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        table.add_row(str(name), *(_number(row.get(column)) for column in columns))
+    table.add_column("plans", justify="right")
+    table.add_column("improved the best", justify="right")
+    for name, plans in made.items():
+        table.add_row(str(name), str(plans), str(improved.get(name, 0)))
     return table
 
 
 def printable(text: str) -> str:
     """The text without anything a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

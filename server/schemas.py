@@ -139,6 +139,15 @@ class CheckpointObject(BaseModel):
         return cls(**row.model_dump())
 
 
+class FileObject(BaseModel):
+    """A file of a checkpoint; ``id`` is its name in the folder."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    sha256: str
+
+
 class ModelObject(BaseModel):
     """A model that requests may name. ``source``: embedded, folder (below the server's model root) or hub (may hold * and ?)."""
 

@@ -18,6 +18,7 @@ import uvicorn
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, DiskFullError
+from selfpruner.export import manifest
 from selfpruner.search.records import Candidate, Evaluation, Progress, Recorder
 from selfpruner.store.store import Store
 from server.app import create_app
@@ -51,23 +52,22 @@ def record(recorder: Recorder, plans: int = 3) -> None:
             ]
         )
         recorder.event(f"plan-{number}", "candidate.evaluated", f"plan {number}\N{LINE SEPARATOR}and more", data={"plan": identity})
-        operators = {"uniform": {"plans": number + 1, "improved": number}}
-        recorder.progress(
-            Progress("searching", number, plans, number + 1, number + 1, 1.0 / (number + 1), 1.0, data={"operators": operators})
-        )
+        operators = {"operators": {"uniform": number + 1}, "improved": {"uniform": number}}
+        recorder.progress(Progress("searching", number, plans, number + 1, number + 1, 1.0 / (number + 1), 1.0, data=operators))
 
 
 async def quick(recorder: Recorder, folder: Path, plans: int = 3) -> Result:
     record(recorder, plans)
     await asyncio.sleep(0)
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+    digest = manifest.write(folder, plan={}, parameters=1000, verification={})
     checkpoint = {
         "path": str(folder),
         "plan_hash": f"{2:016x}",
         "parameters": 1000,
-        "bytes": 2,
-        "manifest_sha256": "0" * 64,
+        "bytes": 7000,
+        "manifest_sha256": digest,
         "verification": {"max_difference": 0.0},
         "metrics": {"kl": 0.1},
     }

@@ -56,10 +56,14 @@ def test_submit_follows_and_exits_by_the_result(capsys: pytest.CaptureFixture[st
     assert "budget_unreachable" in err
 
 
-def test_json_output_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["submit", "--rate", "0.2", "--json", "--metadata", "who=me"]) == 0
     job = json.loads(capsys.readouterr().out)
     assert (job["status"], job["metadata"]) == ("succeeded", {"who": "me"})
+    assert cli.run(["download", job["id"], str(tmp_path / "copy")]) == 0
+    assert (tmp_path / "copy" / "manifest.json").exists()
+    assert cli.run(["download", job["id"], str(tmp_path / "copy")]) == 2
+    assert "not empty" in capsys.readouterr().err
     assert cli.run(["show", job["id"], "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == job
     assert cli.run(["jobs", "--json", "--limit", "1"]) == 0
@@ -117,7 +121,7 @@ def test_errors_are_one_line(line: str, code: int, says: str, capsys: pytest.Cap
 def test_help_names_every_command_and_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("serve", "submit", "jobs", "show", "cancel", "pause", "resume", "events"):
+    for command in ("serve", "submit", "jobs", "show", "cancel", "pause", "resume", "events", "download"):
         assert command in text
         assert cli.run([command, "--help"]) == 0
         assert len(capsys.readouterr().out) > 100
@@ -185,7 +189,6 @@ def test_live_view_draws_progress_and_obeys_no_control_characters() -> None:
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=120, color_system=None)
     with LiveView("job_1 model", console) as view:
-        operators = {"mutate": {"plans": 3, "improved": 1}}
         view.progress(
             {
                 "stage": "searching",
@@ -194,7 +197,7 @@ def test_live_view_draws_progress_and_obeys_no_control_characters() -> None:
                 "plans": 9,
                 "best_fitness": 0.25,
                 "best_relative": 0.88,
-                "data": {"operators": operators},
+                "data": {"operators": {"mutate": 3}, "improved": {"mutate": 1}},
             }
         )
         view.event({"created_at": time.time(), "level": "warn", "message": "evil \x1b[31m[bold]text"})

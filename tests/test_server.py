@@ -18,7 +18,8 @@ import pytest
 from sqlalchemy import event as sqlalchemy_event
 
 from selfpruner.client import Client, parse_stream
-from selfpruner.errors import BudgetError, ConfigError, ConflictError, NotFoundError, SelfprunerError
+from selfpruner.errors import BudgetError, ConfigError, ConflictError, CorruptCheckpointError, NotFoundError, SelfprunerError
+from selfpruner.export import manifest
 from server.settings import ServerSettings
 from tests.serving import BRIEF, BUDGET, CRASHES, DISK, QUICK, STUBBORN, WAITS, Running, running_server
 
@@ -93,6 +94,34 @@ def test_submit_and_retrieve(http: httpx.Client, client: Client) -> None:
     error_of(http.get(f"/v1/jobs/{job['id']}/checkpoints/ckpt_none"), 404)
     other = client.submit({"rate": 0.2})["id"]
     error_of(http.get(f"/v1/jobs/{other}/checkpoints/{checkpoint['id']}"), 404)
+
+
+def test_checkpoint_files_are_served_while_they_match(server: Running, http: httpx.Client, client: Client, tmp_path: Path) -> None:
+    job_id = client.submit({"rate": 0.2})["id"]
+    until(client, job_id, "succeeded")
+    (checkpoint,) = client.checkpoints(job_id)
+    base = f"/v1/jobs/{job_id}/checkpoints/{checkpoint['id']}/files"
+    files = http.get(base).json()["data"]
+    assert [file["id"] for file in files] == ["model.safetensors", "manifest.json"]
+    reply = http.get(f"{base}/model.safetensors", headers={"range": "bytes=0-6"})
+    assert (reply.status_code, reply.content) == (206, b"weights")
+    for name in ("../../../selfpruner.db", "%2e%2e/%2e%2e/selfpruner.db", "none", "/etc/passwd", "."):
+        reply = http.get(f"{base}/{name}")
+        assert reply.status_code in (404, 200)
+        assert reply.status_code == 404 or reply.json()["object"] == "list"  # the client resolved the dots
+
+    fetched = client.download(job_id, checkpoint["id"], tmp_path / "copy")
+    assert sorted(path.name for path in fetched.iterdir()) == ["manifest.json", "model.safetensors"]
+    manifest.check(fetched)
+
+    shard = server.settings.checkpoints / job_id / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert error_of(http.get(f"{base}/model.safetensors"), 500)["code"] == "corrupt"
+    with pytest.raises(CorruptCheckpointError):
+        client.download(job_id, checkpoint["id"], tmp_path / "second")
+    assert not (tmp_path / "second" / "manifest.json").exists()
+    shard.unlink()
+    assert error_of(http.get(f"{base}/model.safetensors"), 500)["code"] == "corrupt"
 
 
 def test_list_pages_newest_first(http: httpx.Client, client: Client) -> None:
