@@ -272,7 +272,7 @@ def default_ffn_step(width: int) -> int:
 def attention_shapes(
     kv_groups: int, heads_per_group: int, mode: Literal["all", "q_head", "kv_group", "none"], *, drop: bool = False
 ) -> list[tuple[int, int]]:
-    """(KV groups, query heads per group) of every option of ``mode``, dense first; (0, 0) only with ``drop``, never for ``none``."""
+    """(KV groups, query heads per group) of every option of ``mode``, dense first. (0, 0) only with ``drop`` and a mode."""
     groups = range(kv_groups, 0, -1) if mode in ("all", "kv_group") else [kv_groups]
     heads = range(heads_per_group, 0, -1) if mode in ("all", "q_head") else [heads_per_group]
     return [(g, h) for g in groups for h in heads] + ([(0, 0)] if drop and mode != "none" else [])

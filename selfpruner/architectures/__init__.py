@@ -1,4 +1,4 @@
-"""Model families. To add one: a subclass of Architecture in its own file, a line in ``FAMILIES``, a subclass of the conformance test."""
+"""Model families. To add one: its own file, a line in ``FAMILIES``, a subclass of the conformance test."""
 
 from __future__ import annotations
 

@@ -217,7 +217,8 @@ class Architecture:
     @property
     def head_weight(self) -> Tensor:
         """(V, d)"""
-        return self.model.lm_head.weight.detach()  # type: ignore[union-attr,return-value,no-any-return]
+        weight: Tensor = self.model.lm_head.weight
+        return weight.detach()
 
     def attention_inputs(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What o_proj sees: residual x (B, S, d) to head outputs (B, S, K*r*h) in the weights' dtype."""
@@ -280,5 +281,5 @@ def _bias(linear: nn.Linear) -> Tensor | None:
     return None if linear.bias is None else linear.bias.detach()
 
 
-def _weight(module: nn.Module | None) -> Tensor | None:
-    return None if module is None else module.weight.detach()  # type: ignore[union-attr,return-value]
+def _weight(module: Any) -> Tensor | None:
+    return None if module is None else module.weight.detach()

@@ -91,7 +91,7 @@ def layer_statistics(
     length = tokens.shape[1]
     rope = arch.rope(length)
     step = max(1, TOKENS_PER_STEP // length)
-    with torch.inference_mode():
+    with torch.no_grad():
         x = torch.cat([arch.embed(part.to(arch.device)) for part in tokens.split(step)])
         for layer in range(arch.layers):
             if cancelled():
@@ -101,9 +101,9 @@ def layer_statistics(
             for part in x.split(step):  # views: the residual stream is updated in place
                 z = arch.attention_inputs(layer, part, a, rope)
                 attention.add(z)
-                part += torch.nn.functional.linear(z, a.o, a.o_bias).float()  # noqa: PLW2901
+                part += torch.nn.functional.linear(z, a.o, a.o_bias).float()
                 z = arch.ffn_inputs(layer, part, f)
                 ffn.add(z)
-                part += torch.nn.functional.linear(z, f.down, f.down_bias).float()  # noqa: PLW2901
+                part += torch.nn.functional.linear(z, f.down, f.down_bias).float()
             progress(f"statistics of layer {layer + 1}/{arch.layers}")
             yield attention.finish(), ffn.finish()

@@ -6,6 +6,7 @@ statistics describe the n inputs. A unit's score is made from the scores of its 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -37,15 +38,15 @@ class Criterion(Protocol):
         ...
 
 
-class ScoreCriterion:
+class ScoreCriterion(ABC):
     """A criterion that gives every column a score of its own; units are ranked by the scores of their columns."""
 
     name: ClassVar[str]
     source: ClassVar[str]
 
+    @abstractmethod
     def score_columns(self, W: Tensor, stats: BlockStatistics) -> Tensor:
         """(n,) column scores, higher = keep."""
-        raise TypeError(f"{type(self).__name__} must define score_columns")
 
     def score_heads(self, columns: Tensor, heads: Heads) -> Tensor:
         """(K, r) head scores from column scores: their sum, unless the criterion says otherwise."""

@@ -15,4 +15,4 @@ class Magnitude(ScoreCriterion):
     source: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
 
     def score_columns(self, W: Tensor, stats: BlockStatistics) -> Tensor:  # noqa: ARG002
-        return W.norm(dim=0)
+        return W.pow(2).sum(0).sqrt()

@@ -43,7 +43,7 @@ class Obs:
             self._thin(state, groups, heads, chosen)
             if len(groups) == 1:
                 break
-            cost, group = min((state.cost([c for head in members for c in _columns(head, h)]), g) for g, members in groups.items())
+            _, group = min((state.cost([c for head in members for c in _columns(head, h)]), g) for g, members in groups.items())
             state = state.without([c for head in groups.pop(group) for c in _columns(head, h)])
         return chosen
 
@@ -151,7 +151,9 @@ def _greedy(inner: Tensor, P: Tensor, count: int) -> Tensor:
 def _inverse_factor(C: Tensor) -> Tensor:
     """L^-1 for C = L L^T, so that C^-1 = L^-T L^-1."""
     L = torch.linalg.cholesky(C)
-    return torch.linalg.solve_triangular(L, torch.eye(L.shape[0], dtype=L.dtype, device=L.device), upper=False)
+    identity = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
+    inverse: Tensor = torch.linalg.solve_triangular(L, identity, upper=False)
+    return inverse
 
 
 def _downdate(W: Tensor, P: Tensor, gone: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,9 +101,7 @@ class Engine:
     def weights(self, block: int, level: int) -> Weights:
         return self.cache.get(block, level, self.blocks[block].weights)
 
-    def evaluate(
-        self, plans: Sequence[Plan], tokens: Tensor, *, cancelled: Callable[[], bool] = lambda: False
-    ) -> list[Score]:
+    def evaluate(self, plans: Sequence[Plan], tokens: Tensor, *, cancelled: Callable[[], bool] = lambda: False) -> list[Score]:
         """Score every plan on ``tokens`` (sequences, length), in the given order. Equal plans are computed once.
 
         Sequences are taken in batches whose residual streams fit ``stream_bytes``. Raises CancelledTaskError between blocks.
@@ -112,22 +110,18 @@ class Engine:
         per_sequence = tokens.shape[1] * self.arch.hidden * 4 * (len(unique) + 1)
         batch = max(1, min(self.stream_bytes // per_sequence, tokens.shape[0]))
         totals = {levels: torch.zeros(2, dtype=torch.float64) for levels in unique}
-        with torch.inference_mode():
+        with torch.no_grad():
             for part in tokens.split(batch):
                 dense, finals = self._walk(unique, part.to(self.arch.device), cancelled)
                 for levels, sums in zip(unique, self._compare(dense, finals, part.to(self.arch.device), cancelled), strict=True):
                     totals[levels] += sums
         count = tokens.numel()
         predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-        scores = {
-            levels: Score(float(total[0]) / count, float(total[1]) / predicted, count) for levels, total in totals.items()
-        }
+        scores = {levels: Score(float(total[0]) / count, float(total[1]) / predicted, count) for levels, total in totals.items()}
         return [scores[plan.levels] for plan in plans]
 
     # -- walking -----------------------------------------------------------------------------------------------------
-    def _walk(
-        self, plans: Sequence[tuple[int, ...]], tokens: Tensor, cancelled: Callable[[], bool]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _walk(self, plans: Sequence[tuple[int, ...]], tokens: Tensor, cancelled: Callable[[], bool]) -> tuple[Tensor, list[Tensor]]:
         """Final residual streams (B, S, d): the dense model's, and one per plan."""
         rope = self.arch.rope(tokens.shape[1])
         dense = (0,) * len(self.blocks)

@@ -7,6 +7,7 @@ recorder that holds them repeats it exactly and costs nothing. The uniform plan 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -100,7 +101,7 @@ class Search:
         plans = [Plan(tuple(level if other == index else 0 for other in range(len(levels)))) for index, level in enumerate(levels)]
         scores = await self.evaluator.score(plans, [self.windows.probe])
         values = [scores[plan.hash].kl for plan in plans]
-        self.state.sensitivities = [0.0 if value != value else max(value, 0.0) for value in values]  # noqa: PLR0124 - NaN
+        self.state.sensitivities = [max(value, 0.0) if math.isfinite(value) else 0.0 for value in values]
         self.state.probe_levels = levels
         self.evaluator.plans.clear()  # a probe is no candidate and does not count as a plan evaluated
         self.recorder.event(
@@ -304,7 +305,7 @@ class Search:
         value = fitness.value(self.config.fitness)
         candidate.window = "+".join(window.name for window in windows)
         candidate.tokens = fitness.tokens
-        if fitness.reason is not None or value != value:  # noqa: PLR0124 - NaN
+        if fitness.reason is not None or not math.isfinite(value):
             candidate.status = "failed" if (fitness.reason or "").startswith("out of memory") else "infeasible"
             candidate.reason = fitness.reason or "the fitness is not a number"
             candidate.fitness = candidate.relative = None

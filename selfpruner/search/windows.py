@@ -32,8 +32,8 @@ class Windows:
         need = sum(self._steps)
         if not finals or need > len(self._free):
             raise ConfigError(
-                f"The fitness text has {sequences} sequences of {length} tokens; one generation needs {need} of them beside those for "
-                f"probes and the final stage. Raise fitness_text.sequences to at least {2 * need + 2} or lower the stages.",
+                f"The fitness text has {sequences} sequences of {length} tokens; a generation needs {need} of them beside "
+                f"those for probes and the final. Raise fitness_text.sequences to at least {2 * need + 2} or lower the stages.",
                 param="fitness_text",
             )
 

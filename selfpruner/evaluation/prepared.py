@@ -1,0 +1,154 @@
+"""A model made ready for one job: texts, statistics, the order of its units, its search space and its engine.
+
+Everything here is a function of model, config and seed, and what is slow is cached on disk, so a worker that replaces another
+gets to the same state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from selfpruner import compensation, criteria
+from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe
+from selfpruner.calibration.cache import cached_statistics
+from selfpruner.calibration.texts import Role, TokenBatches, token_batches
+from selfpruner.config import SearchConfig, TextConfig
+from selfpruner.errors import CancelledTaskError
+from selfpruner.evaluation.engine import Engine
+from selfpruner.export.shape import LayerShape
+from selfpruner.models import LoadedModel
+from selfpruner.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
+from selfpruner.space import Block, Option, Plan, SearchSpace, attention_shapes, default_ffn_step, ffn_widths
+
+Progress = Callable[[str], None]
+Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a worker holds for a session."""
+
+    config: SearchConfig
+    loaded: LoadedModel
+    arch: Architecture
+    texts: Mapping[str, TokenBatches]
+    space: SearchSpace
+    engine: Engine
+    seconds: float
+
+    def tokens(self, text: str, sequences: Sequence[int]) -> Tensor:
+        """Token ids (len(sequences), length) of one text."""
+        return self.texts[text].tokens[list(sequences)]
+
+
+def prepare(config: SearchConfig, loaded: LoadedModel, cache: Path, progress: Progress, cancelled: Cancelled) -> Prepared:
+    """Texts, statistics, importance, space. Raises typed errors for texts and budgets that cannot work."""
+    started = time.perf_counter()
+    arch = describe(loaded.model)
+    # A budget that cannot be met is found before minutes are spent on statistics.
+    _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
+    roles: dict[Role, TextConfig] = {
+        "calibration": config.calibration,
+        "fitness": config.fitness_text,
+        "report": config.report_text,
+    }
+    texts: dict[str, TokenBatches] = {
+        role: token_batches(text, role, loaded, cache, config.seed, progress, cancelled) for role, text in roles.items()
+    }
+    blocks = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
+    space = _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
+    return Prepared(config, loaded, arch, texts, space, Engine(arch, blocks), time.perf_counter() - started)
+
+
+def prepare_blocks(
+    config: SearchConfig,
+    arch: Architecture,
+    loaded: LoadedModel,
+    calibration: TokenBatches,
+    cache: Path,
+    progress: Progress,
+    cancelled: Cancelled,
+) -> list[PrunableAttention | PrunableFfn]:
+    """Every block at every level, in plan order, for the config's criterion and compensation."""
+    criterion, repair = criteria.create(config.criterion), compensation.create(config.compensation)
+    fingerprint = f"{loaded.source.fingerprint}:{calibration.fingerprint}"
+    blocks: list[PrunableAttention | PrunableFfn] = []
+    statistics = cached_statistics(
+        arch, calibration.tokens, cache / "statistics", fingerprint, progress=progress, cancelled=cancelled
+    )
+    for layer, (attention, ffn) in enumerate(statistics):
+        if cancelled():
+            raise CancelledTaskError("Cancelled while ordering units.")
+        shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
+        blocks.append(prepare_attention(arch, layer, attention, criterion, repair, shapes))
+        widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
+        blocks.append(prepare_ffn(arch, layer, ffn, criterion, repair, widths))
+        progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
+    return blocks
+
+
+def baseline_engine(
+    prepared: Prepared, cache: Path, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled
+) -> Prepared:
+    """The same model, texts and target with another criterion or compensation (``changes`` of the config)."""
+    config = SearchConfig.model_validate({**prepared.config.model_dump(), **changes})
+    blocks = prepare_blocks(config, prepared.arch, prepared.loaded, prepared.texts["calibration"], cache, progress, cancelled)
+    space = _space(config, prepared.arch, [Block(i // 2, _kind(i), block.options) for i, block in enumerate(blocks)])
+    return replace(prepared, config=config, space=space, engine=Engine(prepared.arch, blocks, cache_bytes=64 * 2**20))
+
+
+def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], dict[str, Tensor]]:
+    """Layer shapes and the tensors that differ from the dense model, under their checkpoint names."""
+    prepared.space.check(plan)
+    shapes, tensors = [], {}
+    for layer in range(prepared.arch.layers):
+        levels = plan.levels[2 * layer], plan.levels[2 * layer + 1]
+        attention = prepared.space.blocks[2 * layer].options[levels[0]]
+        ffn = prepared.space.blocks[2 * layer + 1].options[levels[1]]
+        shapes.append(LayerShape(attention.kv_groups, attention.heads_per_group, ffn.channels))
+        for index, level in zip((2 * layer, 2 * layer + 1), levels, strict=True):
+            if level:
+                tensors.update(_named(layer, prepared.engine.weights(index, level)))
+    return shapes, tensors
+
+
+def _named(layer: int, weights: AttentionWeights | FfnWeights | None) -> dict[str, Tensor]:
+    if weights is None:
+        return {}
+    if isinstance(weights, FfnWeights):
+        place, parts = "mlp", ["gate", "up", "down"]
+    else:
+        place, parts = "self_attn", ["q", "k", "v", "o"]
+    tensors = {}
+    for part in parts:
+        tensors[f"model.layers.{layer}.{place}.{part}_proj.weight"] = getattr(weights, part)
+        bias = getattr(weights, f"{part}_bias")
+        if bias is not None:
+            tensors[f"model.layers.{layer}.{place}.{part}_proj.bias"] = bias
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _kind(index: int) -> Any:
+    return "ffn" if index % 2 else "attention"
+
+
+def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
+    """A block's sizes without errors, for the first look at the budget."""
+    if index % 2:
+        widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
+        return Block(index // 2, "ffn", tuple(Option(arch.ffn_cost(width), channels=width) for width in widths))
+    shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
+    sizes = sorted({arch.attention_cost(*shape) for shape in shapes}, reverse=True)
+    return Block(index // 2, "attention", tuple(Option(size) for size in sizes))
+
+
+def _space(config: SearchConfig, arch: Architecture, blocks: Sequence[Block]) -> SearchSpace:
+    total = arch.decoder_parameters() if config.of == "decoder" else arch.model_parameters()
+    step = arch.ffn_cost(config.ffn_step or default_ffn_step(arch.channels))
+    return SearchSpace(tuple(blocks), total, config.rate, step, config.granularity)

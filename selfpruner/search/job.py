@@ -1,0 +1,254 @@
+"""A whole job: prepare, search, report, export. What the server's runner and the command line's ``search`` both call.
+
+Knows no torch. Everything slow happens in the pool; everything decided goes through the recorder, so a job that was interrupted
+is run again from the start and repeats nothing that was recorded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfpruner import names
+from selfpruner.config import SearchConfig
+from selfpruner.proposers import ProposerSettings, create
+from selfpruner.proposers.channel import LlmChannel
+from selfpruner.search.evaluator import Evaluator
+from selfpruner.search.loop import Outcome, Search
+from selfpruner.search.records import Progress, Recorder
+from selfpruner.search.windows import Windows, report_windows
+from selfpruner.space import Plan, SearchSpace
+from selfpruner.workers.base import Json, Session, WorkerPool
+
+# The field's usual training-free structured pruning, as a reference in every report: uniform rates by FLAP's score and bias.
+BASELINE = {"criterion": "flap", "compensation": "bias"}
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """``report``: the figures (see :func:`run_job`). ``checkpoint``: path, parameters, bytes, manifest_sha256, verification,
+    plan_hash, metrics."""
+
+    report: dict[str, Any]
+    checkpoint: dict[str, Any]
+
+
+def session_of(config: SearchConfig, cache: Path) -> Session:
+    """The session of a config: jobs that differ only in how they search share a worker's prepared state."""
+    fields = ("model", "device", "dtype", "rate", "of", "pattern", "criterion", "compensation", "granularity", "attention")
+    texts = ("ffn_step", "drop_blocks", "calibration", "fitness_text", "report_text", "seed")
+    return Session(config.fingerprint(*fields, *texts), config.model_dump(mode="json"), str(cache))
+
+
+async def run_job(
+    config: SearchConfig,
+    *,
+    job_id: str,
+    pool: WorkerPool,
+    proposer_settings: Mapping[str, ProposerSettings],
+    recorder: Recorder,
+    cache: Path,
+    checkpoint_dir: Path,
+) -> JobResult:
+    """Run ``config`` to the end and leave a verified checkpoint in ``checkpoint_dir``.
+
+    The report holds ``dense``, ``uniform``, ``ramp``, ``best`` and ``uniform_flap_bias`` (parameters, kl, perplexity,
+    prefill_tps, decode_tps where timed), ``evaluations``, ``plans``, ``seconds``, ``peak_worker_mib``, ``operators``,
+    ``texts``, ``model``, ``plan`` and ``checkpoint``. Raises UnknownNameError for a proposer the settings do not name.
+    """
+    started = time.monotonic()
+    if config.uses_llm:
+        names.check("proposer", config.proposer, dict.fromkeys(proposer_settings, ""))
+    session = session_of(config, cache)
+
+    def tell(text: str) -> None:
+        recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))
+
+    tell("waiting for a worker")
+    prepared = await pool.run(session, "prepare", {}, tell)
+    space = SearchSpace.from_dict(prepared["space"])
+    fitness = prepared["texts"]["fitness"]
+    recorder.event(
+        "prepared",
+        "search.prepared",
+        f"{prepared['model']['name']}: {prepared['model']['parameters']:,} parameters, {space.target:,} to remove; calibrated on "
+        f"{_sources(prepared, 'calibration')}, judged on {_sources(prepared, 'fitness')}.",
+        data={"model": prepared["model"], "texts": prepared["texts"], "dtype": prepared["dtype"], "device": prepared["device"]},
+    )
+    windows = Windows(
+        fitness["sequences"],
+        fitness["length"],
+        seed=config.seed,
+        probe=config.probe_tokens,
+        final=config.final_tokens,
+        stages=[stage.tokens for stage in config.stages],
+    )
+    evaluator = Evaluator(pool, session, recorder)
+    evaluator.peak_mib = float(prepared.get("peak_mib", 0.0))
+    channel = None
+    if config.uses_llm:
+        settings = proposer_settings[config.proposer]
+        proposer = create(config.proposer, settings, pool=pool, session=session)
+        channel = LlmChannel(proposer, recorder, config.limits, settings, config.seed)
+    search = Search(config, space, evaluator, recorder, windows, channel)
+    outcome = await search.run()
+    report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder)
+    checkpoint = await _export(config, job_id, prepared, space, outcome, report, pool, session, recorder, checkpoint_dir)
+    report |= {
+        "evaluations": evaluator.evaluations,
+        "plans": len(search.state.candidates),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_worker_mib": round(max(evaluator.peak_mib, float(checkpoint.pop("peak_mib", 0.0)))),
+        "operators": _operators(outcome),
+        "checkpoint": checkpoint["path"],
+        "verification": checkpoint["verification"],
+    }
+    return JobResult(report, checkpoint)
+
+
+async def _report(
+    config: SearchConfig,
+    prepared: Json,
+    space: SearchSpace,
+    outcome: Outcome,
+    evaluator: Evaluator,
+    pool: WorkerPool,
+    session: Session,
+    recorder: Recorder,
+) -> dict[str, Any]:
+    """The figures on the held-out report text, for the dense model and the plans worth comparing."""
+
+    def tell(text: str) -> None:
+        recorder.progress(
+            Progress(
+                stage="reporting",
+                generation=config.generations,
+                generations=config.generations,
+                evaluations=evaluator.evaluations,
+                plans=len(evaluator.plans),
+                best_fitness=outcome.best.fitness,
+                best_relative=outcome.best.relative,
+                best_plan=outcome.best.plan_hash,
+                message=text,
+                data={"operators": dict(outcome.made), "improved": dict(outcome.improved)},
+            )
+        )
+
+    tell("scoring on the held-out text")
+    plans = {"dense": space.dense, "uniform": Plan(outcome.uniform.levels), "best": Plan(outcome.best.levels)}
+    if outcome.ramp is not None:
+        plans["ramp"] = Plan(outcome.ramp.levels)
+    windows = report_windows(prepared["texts"]["report"]["sequences"])
+    counted = evaluator.evaluations
+    scores = await evaluator.score(list(plans.values()), windows)
+    evaluator.evaluations = counted  # the report's figures are no part of the search's cost
+    tell("timing")
+    timed = await pool.run(session, "measure", {"plans": {name: list(plan.levels) for name, plan in plans.items()}}, tell)
+    report: dict[str, Any] = {
+        name: {
+            "kl": scores[plan.hash].kl,
+            "perplexity": scores[plan.hash].perplexity,
+            "tokens": scores[plan.hash].tokens,
+            **timed["rows"][name],
+        }
+        for name, plan in plans.items()
+    }
+    if (config.criterion, config.compensation) != tuple(BASELINE.values()):
+        tell("scoring the uniform FLAP baseline")
+        every = [index for window in windows for index in window.sequences]
+        row = await pool.run(session, "baseline", {"changes": BASELINE, "text": "report", "sequences": every}, tell)
+        report["uniform_flap_bias"] = {
+            "kl": row["kl"],
+            "perplexity": None if row["nll"] is None else math.exp(min(row["nll"], 700.0)),
+            "tokens": row["tokens"],
+            "parameters": row["parameters"],
+        }
+        evaluator.peak_mib = max(evaluator.peak_mib, float(row.get("peak_mib", 0.0)))
+    report |= {
+        "texts": prepared["texts"],
+        "model": prepared["model"],
+        "dtype": prepared["dtype"],
+        "device": prepared["device"],
+        "target": {"rate": config.rate, "of": config.of, "parameters_to_remove": space.target},
+        "method": {"criterion": config.criterion, "compensation": config.compensation, "preset": config.preset},
+        "best_plan": outcome.best.plan_hash,
+        "plan": {
+            "hash": outcome.best.plan_hash,
+            "operator": outcome.best.operator,
+            "levels": list(outcome.best.levels),
+            "layer_rates": [round(rate, 4) for rate in space.layer_rates(Plan(outcome.best.levels))],
+            "removed": space.removed(Plan(outcome.best.levels)),
+        },
+    }
+    return report
+
+
+async def _export(
+    config: SearchConfig,
+    job_id: str,
+    prepared: Json,
+    space: SearchSpace,
+    outcome: Outcome,
+    report: Mapping[str, Any],
+    pool: WorkerPool,
+    session: Session,
+    recorder: Recorder,
+    directory: Path,
+) -> dict[str, Any]:
+    def tell(text: str) -> None:
+        recorder.progress(
+            Progress(
+                stage="exporting",
+                generation=config.generations,
+                generations=config.generations,
+                best_fitness=outcome.best.fitness,
+                best_relative=outcome.best.relative,
+                best_plan=outcome.best.plan_hash,
+                message=text,
+            )
+        )
+
+    tell("writing and verifying the checkpoint")
+    metrics = {
+        name: {key: report[name][key] for key in ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")}
+        for name in ("dense", "uniform", "best")
+    }
+    plan = Plan(outcome.best.levels)
+    card = {
+        "base_model": prepared["model"]["name"],
+        "rate": config.rate,
+        "of": config.of,
+        "pattern": config.pattern,
+        "criterion": config.criterion,
+        "compensation": config.compensation,
+        "calibration": _source_names(prepared, "calibration"),
+        "plan_hash": plan.hash,
+        "levels": list(plan.levels),
+        "layer_rates": space.layer_rates(plan),
+        "metrics": metrics,
+        "job_id": job_id,
+    }
+    result = await pool.run(session, "export", {"plan": list(plan.levels), "directory": str(directory), "card": card}, tell)
+    recorder.event(
+        "exported",
+        "checkpoint.exported",
+        f"Checkpoint written, loaded again in a fresh process and compared: {result['parameters']:,} parameters.",
+        data={"plan": plan.hash, "verification": result["verification"]},
+    )
+    return {**result, "plan_hash": plan.hash, "metrics": metrics}
+
+
+def _operators(outcome: Outcome) -> dict[str, dict[str, int]]:
+    return {name: {"made": made, "improved": outcome.improved.get(name, 0)} for name, made in sorted(outcome.made.items())}
+
+
+def _source_names(prepared: Json, role: str) -> list[str]:
+    return [str(source["source"]) for source in prepared["texts"][role]["sources"]]
+
+
+def _sources(prepared: Json, role: str) -> str:
+    return " + ".join(_source_names(prepared, role))

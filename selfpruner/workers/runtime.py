@@ -1,0 +1,201 @@
+"""The torch side of a worker: prepares sessions and does their tasks. See :mod:`selfpruner.workers.base` for the kinds.
+
+The loaded model is kept between sessions that share it; one session's texts, factors and engine are kept at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfpruner import models
+from selfpruner.config import SearchConfig
+from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.evaluation import speed
+from selfpruner.evaluation.engine import Score
+from selfpruner.evaluation.prepared import Prepared, baseline_engine, prepare, pruned_tensors
+from selfpruner.export.build import build, count_parameters
+from selfpruner.export.card import CardInfo
+from selfpruner.export.checkpoint import write
+from selfpruner.models import LoadedModel
+from selfpruner.space import Plan
+from selfpruner.workers.base import Json, Session
+
+Progress = Callable[[str], None]
+Cancelled = Callable[[], bool]
+
+
+class Runtime:
+    """Does tasks on one device, one at a time. ``model_root`` bounds local model folders (None: any)."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self.device = device
+        root = os.environ.get("SELFPRUNER_MODEL_ROOT")
+        self.model_root = Path(root) if root else None
+        self._loaded: tuple[tuple[str, str, str], LoadedModel] | None = None
+        self._prepared: tuple[str, Prepared] | None = None
+        self._tasks: dict[str, Callable[[Session, Mapping[str, Any], Progress, Cancelled], Json]] = {
+            "prepare": self._prepare,
+            "evaluate": self._evaluate,
+            "baseline": self._baseline,
+            "propose": self._propose,
+            "measure": self._measure,
+            "export": self._export,
+        }
+
+    def handle(self, session: Session, kind: str, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """Do one task. Raises typed errors; a device out of memory is an OutOfMemoryError."""
+        if kind not in self._tasks:
+            raise ConfigError(f"Unknown task {kind!r}. Known: {', '.join(self._tasks)}.")
+        try:
+            return self._tasks[kind](session, payload, progress, cancelled)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemoryError(f"The device ran out of memory during {kind!r}: {error}") from error
+
+    # -- holding -----------------------------------------------------------------------------------------------------
+    def _model(self, config: SearchConfig, cache: Path, progress: Progress) -> LoadedModel:
+        device = self.device if config.device == "auto" else config.device
+        key = (config.model, device, config.dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = self._prepared = None  # never two models at once
+            progress(f"loading {config.model}")
+            source = models.resolve(config.model, cache, allowed_root=self.model_root)
+            self._loaded = key, models.load(source, device, config.dtype)
+        return self._loaded[1]
+
+    def _session(self, session: Session, progress: Progress, cancelled: Cancelled) -> Prepared:
+        if self._prepared is None or self._prepared[0] != session.key:
+            self._prepared = None
+            config = SearchConfig.model_validate(dict(session.config))
+            cache = Path(session.cache)
+            loaded = self._model(config, cache, progress)
+            self._prepared = session.key, prepare(config, loaded, cache, progress, cancelled)
+        return self._prepared[1]
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+    def _prepare(self, session: Session, _: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        arch = prepared.arch
+        return {
+            "space": prepared.space.to_dict(),
+            "model": {
+                "name": prepared.loaded.source.name,
+                "fingerprint": prepared.loaded.source.fingerprint,
+                "family": arch.family,
+                "layers": arch.layers,
+                "hidden": arch.hidden,
+                "heads": arch.heads,
+                "kv_groups": arch.kv_groups,
+                "head_dim": arch.head_dim,
+                "channels": arch.channels,
+                "parameters": arch.model_parameters(),
+                "decoder_parameters": arch.decoder_parameters(),
+            },
+            "texts": {
+                role: {
+                    "sources": [asdict(share) for share in text.sources],
+                    "sequences": text.tokens.shape[0],
+                    "length": text.tokens.shape[1],
+                }
+                for role, text in prepared.texts.items()
+            },
+            "dtype": str(arch.dtype).removeprefix("torch."),
+            "device": str(arch.device),
+            "seconds": prepared.seconds,
+        }
+
+    def _evaluate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        return _scores(prepared, payload, cancelled)
+
+    def _baseline(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``."""
+        prepared = self._session(session, progress, cancelled)
+        other = baseline_engine(prepared, Path(session.cache), payload["changes"], progress, cancelled)
+        uniform = other.space.project([other.space.rate] * other.space.layers)
+        result = _scores(other, {**payload, "plans": [list(uniform.levels)]}, cancelled)
+        dense = prepared.arch.model_parameters()
+        return {**result["rows"][0], "parameters": dense - other.space.removed(uniform), "seconds": result["seconds"]}
+
+    def _propose(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        from selfpruner.proposers import constrained
+
+        config = SearchConfig.model_validate(dict(session.config))
+        loaded = self._model(config, Path(session.cache), progress)
+        reply = constrained.complete(
+            loaded.model,
+            loaded.tokenizer,
+            payload["messages"],
+            payload["schema"],
+            float(payload["temperature"]),
+            int(payload["max_tokens"]),
+            int(payload["seed"]),
+            cancelled,
+        )
+        return {"model": config.model, **reply}
+
+    def _measure(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """Parameters and speed of ``{plans: {name: levels}}``; all-zero levels are the dense model itself."""
+        prepared = self._session(session, progress, cancelled)
+        base = prepared.loaded.model
+        built = {}
+        for name, levels in payload["plans"].items():
+            plan = Plan(tuple(levels))
+            built[name] = build(base, *pruned_tensors(prepared, plan)) if any(levels) else base
+        prompt = prepared.texts["report"].tokens[0]
+        progress(f"timing {len(built)} models")
+        speeds = speed.measure(built, prompt, cancelled=cancelled)
+        return {
+            "rows": {
+                name: {
+                    "parameters": count_parameters(model),
+                    "prefill_tps": round(speeds[name].prefill, 1),
+                    "decode_tps": round(speeds[name].decode, 1),
+                }
+                for name, model in built.items()
+            }
+        }
+
+    def _export(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        plan = Plan(tuple(payload["plan"]))
+        progress("writing the checkpoint")
+        model = build(prepared.loaded.model, *pruned_tensors(prepared, plan))
+        wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
+        if count_parameters(model) != wanted:
+            raise ConfigError(f"the built model has {count_parameters(model):,} parameters, the plan says {wanted:,}")
+        card = CardInfo(**payload["card"])
+        result = write(
+            model, prepared.loaded.tokenizer, prepared.loaded.source.folder, Path(payload["directory"]), card, cancelled=cancelled
+        )
+        return {**asdict(result), "path": str(result.path)}
+
+
+def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled) -> Json:
+    started = time.perf_counter()
+    plans = [Plan(tuple(levels)) for levels in payload["plans"]]
+    for plan in plans:
+        prepared.space.check(plan)
+    work = prepared.engine.work
+    scores = prepared.engine.evaluate(plans, prepared.tokens(payload["text"], payload["sequences"]), cancelled=cancelled)
+    after = prepared.engine.work
+    return {
+        "rows": [_row(score) for score in scores],
+        "seconds": time.perf_counter() - started,
+        "passes": after.passes - work.passes,
+        "passes_without_sharing": after.passes_without_sharing - work.passes_without_sharing,
+    }
+
+
+def _row(score: Score) -> Json:
+    if math.isfinite(score.kl) and math.isfinite(score.nll):
+        return {"kl": score.kl, "nll": score.nll, "tokens": score.tokens, "reason": None}
+    return {"kl": None, "nll": None, "tokens": score.tokens, "reason": f"fitness is not finite (kl {score.kl}, nll {score.nll})"}
