@@ -97,8 +97,7 @@ def _source(name: str, param: str, settings: ServerSettings) -> str:
 
 def _check_device(device: str, served: Iterable[str]) -> None:
     served = tuple(served)
-    kind = device.split(":")[0]
-    if device != "auto" and "auto" not in served and device not in served and kind not in served:
+    if device != "auto" and "auto" not in served and device not in served:
         raise UnknownNameError("device", device, ("auto", *served))
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -269,12 +271,11 @@ class Runner:
 
 
 def default_run_job() -> RunJob:
-    """The real search, imported late: the server answers before it is needed."""
+    """The real search, imported by the first job and in a thread: meanwhile the server answers."""
 
     async def run(*args: Any, **kwargs: Any) -> JobResult:
-        from selfpruner.search.job import run_job
-
-        result: JobResult = await run_job(*args, **kwargs)
+        job = await asyncio.to_thread(import_module, "selfpruner.search.job")
+        result: JobResult = await job.run_job(*args, **kwargs)
         return result
 
     return run
@@ -283,6 +284,8 @@ def default_run_job() -> RunJob:
 def default_pool(settings: ServerSettings) -> WorkerPool:
     from selfpruner.workers.process import ProcessPool
 
+    if settings.model_root is not None:
+        os.environ["SELFPRUNER_MODEL_ROOT"] = str(settings.model_root)  # workers inherit the limit, wherever it was set
     return ProcessPool(settings.devices, log_dir=settings.logs)
 
 

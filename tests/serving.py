@@ -16,9 +16,9 @@ from typing import Any
 
 import uvicorn
 
+from selfpruner import manifest
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, DiskFullError
-from selfpruner.export import manifest
 from selfpruner.search.records import Candidate, Evaluation, Progress, Recorder
 from selfpruner.store.store import Store
 from server.app import create_app

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 import tests.tiny_models as tiny
+from selfpruner import manifest
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, DiskFullError, ExportError
-from selfpruner.export import checkpoint, manifest
+from selfpruner.export import checkpoint
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import expected_parameters, plain_config, shapes_of
 from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, verify, write

@@ -32,8 +32,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
+from selfpruner import manifest
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, ExportError, SelfprunerError, disk_errors
-from selfpruner.export import manifest, modeling_selfpruner
+from selfpruner.export import modeling_selfpruner
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import build, count_parameters, expected_parameters, plain_config, shapes_of
 from selfpruner.export.card import CardInfo, model_card, plan

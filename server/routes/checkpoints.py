@@ -13,8 +13,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from fastapi.responses import FileResponse
 
+from selfpruner import manifest
 from selfpruner.errors import CorruptCheckpointError, NotFoundError
-from selfpruner.export import manifest
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint
 from server.errors import responses
