@@ -38,6 +38,9 @@ log = logging.getLogger("selfpruner.jobs")
 # A cancelled job is `cancelled` within five seconds, whatever its search is doing.
 STOP_SECONDS = 4.5
 
+# What the database keeps of a search's checkpoint; timings and the like are in its report.
+CHECKPOINT_FIELDS = ("path", "plan_hash", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
+
 Left = Literal["cancelled", "paused", "queued"]
 
 
@@ -222,7 +225,7 @@ class Runner:
         """Where the job goes after its search has ended; its result is stored here."""
         try:
             result = running.search.result()
-            self._store.add_checkpoint(job_id, **result.checkpoint)
+            self._store.add_checkpoint(job_id, **{name: result.checkpoint[name] for name in CHECKPOINT_FIELDS})
             self._store.set_result(job_id, result.report)
         except asyncio.CancelledError:
             if running.leave is not None:
