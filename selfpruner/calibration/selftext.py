@@ -1,0 +1,229 @@
+"""The dense model writes its own text: calibration data where there is no network and no corpus.
+
+Each row is a run of documents, packed like training text: separator, a short opening in the manner of some kind of page, and what
+the model makes of it, until it ends the document, starts to repeat itself, or has had its share. Openings are the beginnings of web
+and wiki pages, not questions to a chat model, so that the text looks like what the model was trained on; temperature and cut-off
+differ from document to document, because one temperature alone gives statistics that are too narrow or too noisy.
+
+The text is a function of the model, the seed, the stream (a role's name), the count and the length. Finished chunks of rows are
+kept on disk, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfpruner.calibration.openings import opening
+from selfpruner.errors import CancelledTaskError, disk_errors
+
+if TYPE_CHECKING:
+    from selfpruner.models import LoadedModel
+
+# Part of the cache key: raise it when a change here or in the openings changes the text.
+RECIPE = 1
+MAX_ROWS = 64
+_CACHE_BYTES = 1 << 30  # keys and values of one chunk of rows
+_LOOP = 10  # a document that says the same ten tokens twice has begun to loop
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a document is sampled: softmax temperature, tokens below ``min_p`` times the likeliest left out (arXiv 2407.01082),
+    and the number of tokens after which the next document begins."""
+
+    temperature: float
+    min_p: float
+    longest: int
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row while it is written. ``forced`` are tokens still to be put down as they are, last first."""
+
+    chance: random.Random
+    forced: list[int] = field(default_factory=list)
+    style: Style = Style(1.0, 0.0, 1)
+    written: int = 0
+    tokens: list[int] = field(default_factory=list)
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+
+
+def styles(chance: random.Random) -> Style:
+    """Draw the style of one document."""
+    return Style(
+        temperature=chance.choice((0.7, 0.8, 0.9, 1.0)),
+        min_p=chance.choice((0.0, 0.02, 0.05)),
+        longest=min(1024, max(96, int(chance.lognormvariate(5.7, 0.7)))),
+    )
+
+
+def write(
+    loaded: LoadedModel,
+    *,
+    count: int,
+    length: int,
+    separator: Sequence[int],
+    seed: int,
+    stream: str,
+    cache: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """``count`` rows of ``length`` tokens written by the model, int64 (count, length) on the CPU.
+
+    ``separator`` are the token ids between documents. Raises :class:`CancelledTaskError` within one decoding step,
+    :class:`DiskFullError`.
+    """
+    identity = f"{loaded.source.fingerprint}/{loaded.dtype}/{RECIPE}/{seed}/{stream}/{count}/{length}/{list(separator)}"
+    folder = cache / f"self-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+    chunks = -(-count // _rows_at_once(loaded, length))
+    parts: list[Tensor] = []
+    for chunk in range(chunks):
+        rows = range(count * chunk // chunks, count * (chunk + 1) // chunks)
+        path = folder / f"{chunk:05d}.safetensors"
+        if path.is_file():
+            parts.append(load_file(path)["tokens"].long())
+            continue
+
+        def told(step: int, first: int = rows.start, rows_now: int = len(rows)) -> None:
+            progress(f"model writes text for {stream}: {first * length + step * rows_now:,} of {count * length:,} tokens")
+
+        part = _write_rows(loaded, [f"{seed}/{stream}/{row}" for row in rows], length, list(separator), told, cancelled)
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(f".{os.getpid()}.tmp")
+            save_file({"tokens": part.int()}, aside)
+            aside.replace(path)
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _rows_at_once(loaded: LoadedModel, length: int) -> int:
+    config: Any = loaded.model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_row: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * loaded.dtype.itemsize
+    return max(1, min(MAX_ROWS, _CACHE_BYTES // per_row))
+
+
+def _write_rows(
+    loaded: LoadedModel,
+    names: list[str],
+    length: int,
+    separator: list[int],
+    progress: Callable[[int], None],
+    cancelled: Callable[[], bool],
+) -> Tensor:
+    """Rows by name; degenerate ones are written again under another name, at most ``_ATTEMPTS`` times in all."""
+    done = torch.zeros(len(names), length, dtype=torch.int64)
+    pending = list(range(len(names)))
+    for attempt in range(_ATTEMPTS):
+        tokens = _decode(loaded, [f"{names[row]}/{attempt}" for row in pending], length, separator, progress, cancelled)
+        for row, line in zip(pending, tokens, strict=True):
+            done[row] = line
+        texts = loaded.tokenizer.batch_decode(tokens)
+        pending = [row for row, text in zip(pending, texts, strict=True) if is_degenerate(text)]
+        if not pending:
+            break
+    return done
+
+
+def is_degenerate(text: str) -> bool:
+    """Text that says little with many letters. English prose of 2,000 letters deflates to about half; loops to far less."""
+    raw = text.encode()
+    return len(raw) >= 200 and len(zlib.compress(raw)) < 0.28 * len(raw)
+
+
+@torch.inference_mode()
+def _decode(
+    loaded: LoadedModel,
+    names: list[str],
+    length: int,
+    separator: list[int],
+    progress: Callable[[int], None],
+    cancelled: Callable[[], bool],
+) -> Tensor:
+    """All rows in step, one token each per forward pass, with the model's own cache; int64 (rows, length) on the CPU.
+
+    Openings are fed token by token like everything else: rows never need padding, whatever their openings' lengths.
+    """
+    model: Any = loaded.model
+    rows = [_Row(random.Random(name)) for name in names]
+    ends = set(separator) | _end_tokens(loaded)
+    specials = [index for index in loaded.tokenizer.all_special_ids if index < model.config.vocab_size and index not in ends]
+    cache: Any = None
+    logits: Tensor | None = None
+    for step in range(length):
+        if cancelled():
+            raise CancelledTaskError("Cancelled while the model was writing text.")
+        for row in rows:
+            if not row.forced and (not row.tokens or row.written >= row.style.longest):
+                _new_document(row, loaded, separator)
+        sampled = _sample(logits, rows).tolist() if logits is not None else [0] * len(rows)
+        for row, token in zip(rows, sampled, strict=True):
+            _put(row, token, loaded, separator, ends)
+        ids = torch.tensor([[row.tokens[-1]] for row in rows], device=model.device)
+        if step + 1 < length:
+            output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits = output.past_key_values, output.logits[:, -1].float()
+            # Chat markers and the like are no text; the end of a document is.
+            logits[:, specials] = -torch.inf
+        if step % 32 == 31:
+            progress(step + 1)
+    return torch.tensor([row.tokens for row in rows])
+
+
+def _end_tokens(loaded: LoadedModel) -> set[int]:
+    eos = loaded.model.generation_config.eos_token_id if loaded.model.generation_config else None
+    listed = eos if isinstance(eos, list) else [eos]
+    return {int(index) for index in (*listed, loaded.tokenizer.eos_token_id) if index is not None}
+
+
+def _new_document(row: _Row, loaded: LoadedModel, separator: list[int]) -> None:
+    text = opening(row.chance)
+    start = loaded.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    row.forced = [*separator, *start][::-1]
+    row.style = styles(row.chance)
+    row.written = 0
+    row.seen = set()
+
+
+def _put(row: _Row, sampled: int, loaded: LoadedModel, separator: list[int], ends: set[int]) -> None:
+    if not row.forced and sampled in ends:
+        _new_document(row, loaded, separator)
+    token = row.forced.pop() if row.forced else sampled
+    row.tokens.append(token)
+    row.written += 1
+    if row.written >= _LOOP:
+        last = tuple(row.tokens[-_LOOP:])
+        if last in row.seen:
+            row.written = row.style.longest  # the next step begins another document
+        row.seen.add(last)
+
+
+def _sample(logits: Tensor, rows: list[_Row]) -> Tensor:
+    """One token per row, (rows,), by inversion of the cut distribution function: no sort over the vocabulary."""
+    device = logits.device
+    temperature = torch.tensor([[row.style.temperature] for row in rows], device=device)
+    min_p = torch.tensor([[row.style.min_p] for row in rows], device=device)
+    # A number is drawn in every step, needed or not: each row's sequence of numbers is its own.
+    chance = torch.tensor([[row.chance.random()] for row in rows], device=device)
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+    weights = torch.where(weights < min_p, 0.0, weights)
+    totals = weights.cumsum(-1)
+    # right=True skips tokens of weight zero; the clamp keeps a rounded-up draw inside the last token that has weight.
+    draw = chance * totals[:, -1:]
+    found = torch.searchsorted(totals, draw, right=True)
+    last = (weights > 0).long().mul(torch.arange(weights.shape[-1], device=device)).amax(-1, keepdim=True)
+    return torch.minimum(found, last)[:, 0]

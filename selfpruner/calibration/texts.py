@@ -1,0 +1,353 @@
+"""Sources of text -> batches of token ids for one role: calibration, fitness or report.
+
+The three roles never share a token, also when they name the same source. A text that is at hand as a whole (a file, pydoc,
+WikiText) is one stream of tokens, cut into stretches of at most 200,000, and each stretch into three parts: 50 % calibration, 30 %
+fitness, 20 % report. A text that is streamed from the hub gives its documents to the roles by their position, in the same
+proportion. What the model writes itself is drawn from a stream of random numbers per role.
+
+Documents are packed: joined by the token that ends a document, cut into sequences, nothing padded. A sequence begins with BOS only
+if the tokenizer puts it there by itself. Batches are kept on disk under what was *asked for*, so that ``auto`` means the same text
+when a job goes on after the network has come or gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfpruner.calibration import pydoc, selftext
+from selfpruner.config import TextConfig
+from selfpruner.errors import CancelledTaskError, TextError, disk_errors
+from selfpruner.model_checks import sampled_digest
+from selfpruner.models import hub_available, quiet
+
+if TYPE_CHECKING:
+    from selfpruner.models import LoadedModel
+
+Role = Literal["calibration", "fitness", "report"]
+
+_VERSION = 1
+_STRETCH = 200_000
+_PARTS: dict[str, tuple[int, int]] = {"calibration": (0, 5), "fitness": (5, 8), "report": (8, 10)}  # tenths
+_FIELDS = {"calibration": "calibration", "fitness": "fitness_text", "report": "report_text"}
+_C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+_WIKITEXT = "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"
+# Tokens that end a document in pre-training; chat models often name another token (the end of a turn) as their eos.
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceShare:
+    """One source as finally used: ``auto`` resolved, equal sources added up."""
+
+    source: str
+    weight: float
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatches:
+    """``tokens`` int64 (sequences, length) on the CPU; ``fingerprint`` identifies exactly these tokens."""
+
+    tokens: Tensor
+    sources: tuple[SourceShare, ...]
+    fingerprint: str
+
+
+def token_batches(
+    config: TextConfig,
+    role: Role,
+    loaded: LoadedModel,
+    cache: Path,
+    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    *,
+    allowed_root: Path | None = None,
+) -> TokenBatches:
+    """The token batches of ``role``. ``seed`` draws the sequences of calibration and fitness, and the model's own text; report
+    text is the same for every seed. With ``allowed_root``, files are relative to it and must lie inside it.
+
+    Raises :class:`TextError` whose ``param`` is the request's field, :class:`CancelledTaskError`, :class:`DiskFullError`.
+    """
+    try:
+        return _token_batches(config, role, loaded, cache, seed, progress, cancelled, allowed_root)
+    except TextError as error:
+        error.param = _FIELDS[role]
+        raise
+
+
+def _token_batches(
+    config: TextConfig,
+    role: Role,
+    loaded: LoadedModel,
+    cache: Path,
+    seed: int,
+    progress: Callable[[str], None],
+    cancelled: Callable[[], bool],
+    allowed_root: Path | None,
+) -> TokenBatches:
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    if context is not None and config.length > context:
+        raise TextError(f"Sequences of {config.length} tokens are longer than the model's context of {context}. Lower length.")
+    files = {s.source: _file(s.source, allowed_root) for s in config.sources if s.source.endswith((".txt", ".jsonl"))}
+    asked = {
+        "sources": [(s.source, s.weight, sampled_digest(files[s.source]) if s.source in files else "") for s in config.sources],
+        "rest": [_VERSION, selftext.RECIPE, role, config.sequences, config.length, seed, loaded.source.fingerprint],
+    }
+    kept = cache / "texts" / f"{role}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]}.safetensors"
+    if kept.is_file():
+        with safe_open(kept, framework="pt") as file:
+            shares = tuple(SourceShare(**share) for share in json.loads(file.metadata()["sources"]))
+            return _batches(file.get_tensor("tokens").long(), shares)
+
+    weights: dict[str, float] = {}
+    for source in config.sources:
+        name = _resolve(source.source, role)
+        weights[name] = weights.get(name, 0.0) + source.weight
+    counts = apportion(list(weights.values()), config.sequences)
+    reader = _Reader(role, loaded, cache, seed, config.length, progress, cancelled, files)
+    parts = [reader.read(name, count) for name, count in zip(weights, counts, strict=True) if count]
+    # Interleaved, so that any run of sequences holds the mixture.
+    places = [((row + 0.5) / len(part), index, row) for index, part in enumerate(parts) for row in range(len(part))]
+    tokens = torch.stack([parts[index][row] for _, index, row in sorted(places)])
+    shares = tuple(SourceShare(name, weight, count) for (name, weight), count in zip(weights.items(), counts, strict=True))
+    with disk_errors(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_suffix(f".{os.getpid()}.tmp")
+        listed = [{"source": s.source, "weight": s.weight, "sequences": s.sequences} for s in shares]
+        save_file({"tokens": tokens.int()}, aside, metadata={"sources": json.dumps(listed)})
+        aside.replace(kept)
+    return _batches(tokens, shares)
+
+
+def _batches(tokens: Tensor, shares: tuple[SourceShare, ...]) -> TokenBatches:
+    digest = hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.contiguous().numpy().tobytes())
+    return TokenBatches(tokens, shares, digest.hexdigest()[:16])
+
+
+def apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Whole shares of ``total`` in proportion to ``weights`` by the largest remainder; they add up to ``total``."""
+    exact = [weight / sum(weights) * total for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: shares[i] - exact[i])
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def separator(loaded: LoadedModel) -> list[int]:
+    """The token ids put between documents: the token that ended them in training, else eos, else a newline."""
+    tokenizer: Any = loaded.tokenizer
+    for token in _DOCUMENT_ENDS:
+        if token in tokenizer.all_special_tokens or token in tokenizer.get_added_vocab():
+            return [int(tokenizer.convert_tokens_to_ids(token))]
+    if tokenizer.eos_token_id is not None:
+        return [int(tokenizer.eos_token_id)]
+    return [int(index) for index in tokenizer("\n", add_special_tokens=False)["input_ids"]]
+
+
+def _resolve(source: str, role: Role) -> str:
+    if source == "auto":
+        if role == "report":
+            return _WIKITEXT if hub_available() else "pydoc"
+        return "c4" if hub_available() else "self"
+    if source in ("self", "c4", "pydoc") or source.startswith("hub:") or source.endswith((".txt", ".jsonl")):
+        return source
+    raise TextError(
+        f"Unknown source of text {source!r}. Use auto, self, c4, pydoc, hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], "
+        "or the path of a .txt or .jsonl file."
+    )
+
+
+def _file(source: str, allowed_root: Path | None) -> Path:
+    absent = TextError(
+        f"There is no text file {source!r}. Check the path"
+        + (" (it must lie inside the folder this server allows)." if allowed_root else ".")
+    )
+    try:
+        path = (Path(source).expanduser() if allowed_root is None else allowed_root / source).resolve()
+        inside = allowed_root is None or path.is_relative_to(allowed_root.resolve())
+        if not inside or not path.is_file():
+            raise absent
+    except (OSError, ValueError, RuntimeError) as error:  # null bytes, over-long names, loops of links
+        raise absent from error
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads sequences of one role from any source."""
+
+    role: Role
+    loaded: LoadedModel
+    cache: Path
+    seed: int
+    length: int
+    progress: Callable[[str], None]
+    cancelled: Callable[[], bool]
+    files: dict[str, Path]
+
+    def read(self, source: str, count: int) -> Tensor:
+        """``count`` sequences of ``source`` for this role, int64 (count, length)."""
+        self.progress(f"{self.role} text from {source}")
+        if source == "self":
+            return self._written(count)
+        if source == "pydoc":
+            return self._whole(source, pydoc.documents(), count)
+        if source in self.files:
+            path = self.files[source]
+            return self._whole(source, _read_text(path) if path.suffix == ".txt" else _read_jsonl(path), count)
+        if source == "c4":
+            return self._streamed(source, _hub(_C4[0], data_files=_C4[1], split="train"), count)
+        return self._from_hub(source, count)
+
+    def _written(self, count: int) -> Tensor:
+        start = self._start()
+        rows = selftext.write(
+            self.loaded,
+            count=count,
+            length=self.length - len(start),
+            separator=separator(self.loaded),
+            seed=self.seed,
+            stream=self.role,
+            cache=self.cache / "texts",
+            progress=self.progress,
+            cancelled=self.cancelled,
+        )
+        return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), rows], 1)
+
+    def _from_hub(self, source: str, count: int) -> Tensor:
+        _, dataset, *rest = source.split(":")
+        name, split, field = (part or None for part in (*rest, "", "", "")[:3])
+        documents = _hub(dataset, name=name, split=split or "train", field=field or "text")
+        if dataset.rpartition("/")[2] == "wikitext":
+            # Rows are lines. The customary perplexity text is the rows joined by a blank line.
+            return self._whole(source, ["\n\n".join(documents)], count)
+        return self._streamed(source, documents, count)
+
+    def _whole(self, source: str, documents: Iterable[str], count: int) -> Tensor:
+        stream = list(itertools.chain.from_iterable(self._tokens(documents)))
+        stretches = max(1, len(stream) // _STRETCH)
+        first, last = _PARTS[self.role]
+        sequences: list[list[int]] = []
+        for stretch in range(stretches):
+            begin, end = len(stream) * stretch // stretches, len(stream) * (stretch + 1) // stretches
+            part = stream[begin + (end - begin) * first // 10 : begin + (end - begin) * last // 10]
+            sequences += self._cut(part)
+        if len(sequences) < count:
+            have = len(stream) * (last - first) // 10
+            raise TextError(
+                f"{source} has {len(stream):,} tokens, of which {have:,} are for {self.role} (the three roles never share text); "
+                f"{count} sequences of {self.length} need {count * self.length:,}. "
+                "Give a longer text, or ask for fewer or shorter sequences."
+            )
+        if self.role == "report":  # the same for every seed, spread over the whole text
+            chosen = [len(sequences) * index // count for index in range(count)]
+        else:
+            chosen = random.Random(f"{self.seed}/{self.role}/{source}").sample(range(len(sequences)), count)
+        return torch.tensor([sequences[index] for index in chosen], dtype=torch.int64)
+
+    def _streamed(self, source: str, documents: Iterable[str], count: int) -> Tensor:
+        first, last = _PARTS[self.role]
+        mine = (text for index, text in enumerate(documents) if first <= index % 10 < last)
+        need = count * (self.length - len(self._start()))
+        stream: list[int] = []
+        for tokens in self._tokens(mine):
+            stream += tokens
+            if len(stream) >= need:
+                break
+        sequences = self._cut(stream)[:count]
+        if len(sequences) < count:
+            raise TextError(
+                f"{source} ended after {len(stream):,} tokens for {self.role}; {count} sequences of {self.length} need "
+                f"{count * self.length:,}. Ask for fewer or shorter sequences, or mix in another source."
+            )
+        return torch.tensor(sequences, dtype=torch.int64)
+
+    def _start(self) -> list[int]:
+        """BOS, if the tokenizer puts it before a text by itself."""
+        tokenizer: Any = self.loaded.tokenizer
+        bos = tokenizer.bos_token_id
+        return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def _tokens(self, documents: Iterable[str]) -> Iterator[list[int]]:
+        """Token ids of each document that has any, the separator after it."""
+        end = separator(self.loaded)
+        tokenizer: Any = self.loaded.tokenizer
+        for document in documents:
+            if self.cancelled():
+                raise CancelledTaskError(f"Cancelled while reading {self.role} text.")
+            if document.strip():
+                with quiet():  # a document longer than the context is no cause for a warning: it is cut
+                    yield [*tokenizer(document, add_special_tokens=False)["input_ids"], *end]
+
+    def _cut(self, stream: list[int]) -> list[list[int]]:
+        start = self._start()
+        step = self.length - len(start)
+        return [[*start, *stream[at : at + step]] for at in range(0, len(stream) - step + 1, step)]
+
+
+def _read_text(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from error
+    except OSError as error:
+        raise TextError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
+    if "\x00" in text:
+        raise TextError(f"{path} is a binary file (it holds null bytes). Give a plain text file.")
+    if not text.strip():
+        raise TextError(f"{path} is empty. Give a file with text in it.")
+    return [text]
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read_text(path)[0].split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise TextError(
+                f'Line {number} of {path} is not a JSON object with a field "text". Correct or remove the line.'
+            ) from error
+        if not isinstance(text, str):
+            raise TextError(f'Line {number} of {path}: "text" must be a string. Correct or remove the line.')
+        documents.append(text)
+    return documents
+
+
+def _hub(dataset: str, *, split: str, name: str | None = None, data_files: str | None = None, field: str = "text") -> Iterator[str]:
+    """Stream one field of a hub dataset. Nothing is run that comes with the dataset."""
+    import datasets
+
+    offline = "Use source self (the model writes), pydoc, or a .txt or .jsonl file; or connect and try again."
+    if not hub_available():
+        raise TextError(f"The hub dataset {dataset} cannot be reached: there is no network, or offline mode is on. {offline}")
+    try:
+        with quiet():
+            rows = datasets.load_dataset(dataset, name, data_files=data_files, split=split, streaming=True)
+        for row in rows:
+            if not isinstance(row.get(field), str):
+                raise TextError(
+                    f"Rows of {dataset} have no text field {field!r}, but {', '.join(row)}. Name it: hub:...:...:...:FIELD."
+                )
+            yield row[field]
+    except TextError:
+        raise
+    except Exception as error:  # whatever hub, file system and decoders raise: datasets has no common base for it
+        raise TextError(f"The hub dataset {dataset} cannot be read ({error}). {offline}") from error
