@@ -1,0 +1,37 @@
+"""Give it a language model and a target; get back the best checkpoint that pruning without retraining can give.
+
+    import selfpruner
+    result = selfpruner.search(0.2, "runs/mine", model="smollm2-135m")
+    model = selfpruner.load("runs/mine/checkpoint")
+
+Names are imported when they are first used, so that the API process, which imports this package too, stays without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfpruner.api import evaluate, prune, search
+    from selfpruner.config import SearchConfig
+    from selfpruner.export.checkpoint import load, verify
+
+__all__ = ["SearchConfig", "evaluate", "load", "prune", "search", "verify"]
+
+_HOMES = {
+    **dict.fromkeys(("evaluate", "prune", "search"), "selfpruner.api"),
+    "SearchConfig": "selfpruner.config",
+    **dict.fromkeys(("load", "verify"), "selfpruner.export.checkpoint"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
-from selfpruner import options
+from selfpruner import commands, options
 from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems
 
 if TYPE_CHECKING:
@@ -220,6 +220,10 @@ def download(
         client.download(job_id, found[-1]["id"], folder)
     print(json.dumps({"path": str(folder), **found[-1]}) if as_json else folder)
     return 0
+
+
+# -- without a server ---------------------------------------------------------------------------------------------------
+commands.register(app)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

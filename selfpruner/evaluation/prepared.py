@@ -37,33 +37,48 @@ class Prepared:
     config: SearchConfig
     loaded: LoadedModel
     arch: Architecture
-    texts: Mapping[str, TokenBatches]
+    cache: Path
+    texts: dict[Role, TokenBatches]
     space: SearchSpace
     engine: Engine
     seconds: float
 
-    def tokens(self, text: str, sequences: Sequence[int]) -> Tensor:
+    def text(self, role: Role, progress: Progress = lambda _: None, cancelled: Cancelled = lambda: False) -> TokenBatches:
+        """The token batches of a role, made when they are first asked for."""
+        if role not in self.texts:
+            self.texts[role] = text_of(self.config, role, self.loaded, self.cache, progress, cancelled)
+        return self.texts[role]
+
+    def tokens(self, role: Role, sequences: Sequence[int]) -> Tensor:
         """Token ids (len(sequences), length) of one text."""
-        return self.texts[text].tokens[list(sequences)]
+        return self.text(role).tokens[list(sequences)]
 
 
-def prepare(config: SearchConfig, loaded: LoadedModel, cache: Path, progress: Progress, cancelled: Cancelled) -> Prepared:
-    """Texts, statistics, importance, space. Raises typed errors for texts and budgets that cannot work."""
-    started = time.perf_counter()
-    arch = describe(loaded.model)
-    # A budget that cannot be met is found before minutes are spent on statistics.
-    _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
-    roles: dict[Role, TextConfig] = {
+def text_of(
+    config: SearchConfig, role: Role, loaded: LoadedModel, cache: Path, progress: Progress, cancelled: Cancelled
+) -> TokenBatches:
+    wanted: dict[Role, TextConfig] = {
         "calibration": config.calibration,
         "fitness": config.fitness_text,
         "report": config.report_text,
     }
-    texts: dict[str, TokenBatches] = {
-        role: token_batches(text, role, loaded, cache, config.seed, progress, cancelled) for role, text in roles.items()
-    }
+    return token_batches(wanted[role], role, loaded, cache, config.seed, progress, cancelled)
+
+
+def prepare(
+    config: SearchConfig, loaded: LoadedModel, cache: Path, roles: Sequence[Role], progress: Progress, cancelled: Cancelled
+) -> Prepared:
+    """The texts of ``roles``, statistics, importance, space. Raises typed errors for texts and budgets that cannot work."""
+    started = time.perf_counter()
+    arch = describe(loaded.model)
+    # A budget that cannot be met, or a text that is too short, is found before minutes are spent on statistics.
+    _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
+    wanted: tuple[Role, ...] = ("calibration", *roles)
+    texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     blocks = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
     space = _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
-    return Prepared(config, loaded, arch, texts, space, Engine(arch, blocks), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Prepared(config, loaded, arch, cache, texts, space, Engine(arch, blocks), seconds)
 
 
 def prepare_blocks(
@@ -93,12 +108,12 @@ def prepare_blocks(
     return blocks
 
 
-def baseline_engine(
-    prepared: Prepared, cache: Path, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled
-) -> Prepared:
+def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
     """The same model, texts and target with another criterion or compensation (``changes`` of the config)."""
     config = SearchConfig.model_validate({**prepared.config.model_dump(), **changes})
-    blocks = prepare_blocks(config, prepared.arch, prepared.loaded, prepared.texts["calibration"], cache, progress, cancelled)
+    blocks = prepare_blocks(
+        config, prepared.arch, prepared.loaded, prepared.text("calibration"), prepared.cache, progress, cancelled
+    )
     space = _space(config, prepared.arch, [Block(i // 2, _kind(i), block.options) for i, block in enumerate(blocks)])
     return replace(prepared, config=config, space=space, engine=Engine(prepared.arch, blocks, cache_bytes=64 * 2**20))
 

@@ -5,10 +5,11 @@ restarted server or a second job on the same model need no special case. Statist
 preparing again cheap.
 
     kind      payload                                            result
-    prepare   {}                                                 {space, model, texts, dtype, device, seconds, peak_mib}
+    prepare   {texts?: [role]}                                   {space, model, texts, dtype, device, seconds, peak_mib}
     evaluate  {plans: [[level]], text, sequences: [int]}         {rows: [{kl, nll, tokens, reason}], seconds}
     propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
-    measure   {plans: {name: [level]}, criterion?, compensation?} {name: {parameters, prefill_tps, decode_tps}, ...}
+    baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan
+    measure   {plans: {name: [level]}}                           {rows: {name: {parameters, prefill_tps, decode_tps}}}
     export    {plan: [level], directory, card}                   {path, parameters, manifest_sha256, verification}
 """
 

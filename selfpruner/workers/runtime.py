@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from selfpruner import models
+from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.evaluation import speed
@@ -30,6 +31,7 @@ from selfpruner.workers.base import Json, Session
 
 Progress = Callable[[str], None]
 Cancelled = Callable[[], bool]
+ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
 
 
 class Runtime:
@@ -71,19 +73,21 @@ class Runtime:
             self._loaded = key, models.load(source, device, config.dtype)
         return self._loaded[1]
 
-    def _session(self, session: Session, progress: Progress, cancelled: Cancelled) -> Prepared:
+    def _session(self, session: Session, progress: Progress, cancelled: Cancelled, roles: Sequence[Role] = ()) -> Prepared:
         if self._prepared is None or self._prepared[0] != session.key:
             self._prepared = None
             config = SearchConfig.model_validate(dict(session.config))
             cache = Path(session.cache)
             loaded = self._model(config, cache, progress)
-            self._prepared = session.key, prepare(config, loaded, cache, progress, cancelled)
+            self._prepared = session.key, prepare(config, loaded, cache, roles, progress, cancelled)
         return self._prepared[1]
 
     # -- tasks -------------------------------------------------------------------------------------------------------
-    def _prepare(self, session: Session, _: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
-        prepared = self._session(session, progress, cancelled)
+    def _prepare(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        roles = payload.get("texts", ROLES)
+        prepared = self._session(session, progress, cancelled, roles)
         arch = prepared.arch
+        texts = {role: prepared.text(role, progress, cancelled) for role in roles}
         return {
             "space": prepared.space.to_dict(),
             "model": {
@@ -105,7 +109,7 @@ class Runtime:
                     "sequences": text.tokens.shape[0],
                     "length": text.tokens.shape[1],
                 }
-                for role, text in prepared.texts.items()
+                for role, text in texts.items()
             },
             "dtype": str(arch.dtype).removeprefix("torch."),
             "device": str(arch.device),
@@ -119,7 +123,7 @@ class Runtime:
     def _baseline(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``."""
         prepared = self._session(session, progress, cancelled)
-        other = baseline_engine(prepared, Path(session.cache), payload["changes"], progress, cancelled)
+        other = baseline_engine(prepared, payload["changes"], progress, cancelled)
         uniform = other.space.project([other.space.rate] * other.space.layers)
         result = _scores(other, {**payload, "plans": [list(uniform.levels)]}, cancelled)
         dense = prepared.arch.model_parameters()
@@ -150,7 +154,7 @@ class Runtime:
         for name, levels in payload["plans"].items():
             plan = Plan(tuple(levels))
             built[name] = build(base, *pruned_tensors(prepared, plan)) if any(levels) else base
-        prompt = prepared.texts["report"].tokens[0]
+        prompt = prepared.tokens("report", [0])[0]
         progress(f"timing {len(built)} models")
         speeds = speed.measure(built, prompt, cancelled=cancelled)
         return {

@@ -1,0 +1,282 @@
+"""The Python API: ``search``, ``prune``, ``evaluate``, ``export``, ``load``. The same engine as the server, in this process.
+
+Blocking calls with plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from selfpruner.config import SearchConfig, Source, TextConfig
+from selfpruner.errors import ConfigError, NotFoundError, from_problems
+from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.search.job import JobResult, run_job, session_of
+from selfpruner.search.records import Recorder
+from selfpruner.space import Plan, SearchSpace
+from selfpruner.store.store import Store
+from selfpruner.workers.base import Json, Session, WorkerPool
+
+T = TypeVar("T")
+Watch = Callable[[str], None]
+
+
+def default_cache() -> Path:
+    """Where models, texts and statistics are kept: ``$SELFPRUNER_CACHE``, else ``~/.cache/selfpruner``."""
+    return Path(os.environ.get("SELFPRUNER_CACHE") or Path.home() / ".cache" / "selfpruner")
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A checkpoint made without a search."""
+
+    path: Path
+    parameters: int
+    plan: Plan
+    layer_rates: Sequence[float]
+    verification: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of one model on one text. ``kl`` is None without a reference."""
+
+    model: str
+    text: Sequence[str]
+    parameters: int
+    tokens: int
+    perplexity: float
+    kl: float | None
+
+
+def config_of(body: Mapping[str, Any]) -> SearchConfig:
+    """A SearchConfig from plain data. Raises ConfigError naming the field instead of pydantic's error."""
+    try:
+        return SearchConfig.model_validate(dict(body))
+    except ValidationError as error:
+        raise from_problems(error.errors()) from None
+
+
+def search(
+    rate: float,
+    directory: Path | str,
+    *,
+    cache: Path | None = None,
+    proposers: Mapping[str, ProposerSettings] | None = None,
+    watch: Callable[[Recorder], Recorder] = lambda recorder: recorder,
+    **fields: Any,
+) -> JobResult:
+    """Search for the best plan and leave it in ``directory``: ``checkpoint/``, ``result.json``, ``selfpruner.db``.
+
+    ``fields`` are those of SearchConfig (``model``, ``preset``, ...). The same call again resumes an interrupted search. ``watch``
+    may wrap the recorder to see events and progress.
+    """
+    config = config_of({"rate": rate, **fields})
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    async def run(pool: WorkerPool) -> JobResult:
+        with Store(folder / "selfpruner.db") as store:
+            body = config.model_dump(mode="json")
+            found = next((j for j in store.jobs(limit=100).data if j.config == body and j.status in ("queued", "running")), None)
+            job = found or store.create_job(config)[0]
+            if job.status == "running":
+                store.requeue_running()
+            store.transition(job.id, "running")
+            try:
+                result = await run_job(
+                    config,
+                    job_id=job.id,
+                    pool=pool,
+                    proposer_settings={"local": ProposerSettings(), **(proposers or {})},
+                    recorder=watch(store.recorder(job.id)),
+                    cache=cache or default_cache(),
+                    checkpoint_dir=folder / "checkpoint",
+                )
+            except (KeyboardInterrupt, asyncio.CancelledError):
+                store.transition(job.id, "queued")  # the same call goes on from here
+                raise
+            except Exception as error:
+                code, message = getattr(error, "code", "internal_error"), getattr(error, "message", str(error))
+                store.transition(job.id, "failed", error={"code": code, "message": message, "param": getattr(error, "param", None)})
+                raise
+            keys = ("path", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
+            store.add_checkpoint(job.id, result.checkpoint["plan_hash"], **{key: result.checkpoint[key] for key in keys})
+            store.set_result(job.id, result.report)
+            store.transition(job.id, "succeeded")
+        (folder / "result.json").write_text(json.dumps(result.report, indent=2) + "\n")
+        return result
+
+    return _with_pool(run)
+
+
+def prune(
+    directory: Path | str,
+    *,
+    rate: float | None = None,
+    rates: Sequence[float] | None = None,
+    levels: Sequence[int] | None = None,
+    cache: Path | None = None,
+    progress: Watch = lambda _: None,
+    **fields: Any,
+) -> Pruned:
+    """Apply one plan without a search: uniform at ``rate``, given ``rates`` (per layer or block), or exact ``levels``.
+
+    ``rates`` are projected onto the budget of ``rate`` (their own average over the decoder when no rate is given).
+    """
+    if sum(given is not None for given in (rates, levels)) > 1:
+        raise ConfigError("Give rates or levels, not both.", param="rates")
+    if rate is None:
+        if rates is None and levels is None:
+            raise ConfigError("Say what to remove: rate, rates or levels.", param="rate")
+        rate = _average(rates) if rates is not None else 1e-6
+    config = config_of({"rate": rate, "preset": "evolution", **fields})
+
+    async def run(pool: WorkerPool) -> Pruned:
+        session = session_of(config, cache or default_cache())
+        prepared = await pool.run(session, "prepare", {"texts": ["calibration"]}, progress)
+        space = SearchSpace.from_dict(prepared["space"])
+        if levels is not None:
+            plan = Plan(tuple(levels))
+            space.check(plan)
+        else:
+            plan = space.project(list(rates) if rates is not None else [config.rate] * space.layers)
+        return await _write(pool, session, config, prepared, space, plan, Path(directory), None, progress)
+
+    return _with_pool(run)
+
+
+def export(
+    source: Path | str,
+    directory: Path | str,
+    *,
+    job: str | None = None,
+    plan: str | None = None,
+    cache: Path | None = None,
+    progress: Watch = lambda _: None,
+) -> Pruned:
+    """Make a checkpoint of any plan of a finished or unfinished search: ``source`` is its folder or database.
+
+    ``job`` defaults to the newest one, ``plan`` (a hash) to its best. Raises NotFoundError.
+    """
+    database = Path(source) / "selfpruner.db" if Path(source).is_dir() else Path(source)
+    if not database.is_file():
+        raise NotFoundError(f"No database at {database}. Name the folder of a search, or the database of a server.", param="source")
+    with Store(database, read_only=True) as store:
+        newest = store.jobs(limit=1).data
+        if job is None and not newest:
+            raise NotFoundError(f"{database} holds no job yet.", param="source")
+        row = store.job(job) if job is not None else newest[0]
+        chosen = plan or (row.result or {}).get("best_plan")
+        if chosen is None:
+            ranked = store.candidates(row.id, limit=1, order="fitness").data
+            if not ranked:
+                raise NotFoundError(f"Job {row.id} has no scored plan yet.", param="plan")
+            chosen = ranked[0].plan_hash
+        levels = store.candidate(row.id, chosen).levels
+    config = config_of(row.config)
+
+    async def run(pool: WorkerPool) -> Pruned:
+        session = session_of(config, cache or default_cache())
+        prepared = await pool.run(session, "prepare", {"texts": ["calibration"]}, progress)
+        space = SearchSpace.from_dict(prepared["space"])
+        return await _write(pool, session, config, prepared, space, Plan(tuple(levels)), Path(directory), row.id, progress)
+
+    return _with_pool(run)
+
+
+def evaluate(
+    model: Path | str,
+    *,
+    text: Sequence[str] = ("auto",),
+    sequences: int = 32,
+    length: int = 512,
+    against: str | None = None,
+    device: str = "auto",
+    cache: Path | None = None,
+    progress: Watch = lambda _: None,
+) -> Evaluation:
+    """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``."""
+    from selfpruner import manifest, models
+    from selfpruner.calibration.texts import token_batches
+    from selfpruner.evaluation import perplexity
+    from selfpruner.export import checkpoint
+    from selfpruner.export.build import count_parameters
+
+    place = cache or default_cache()
+    folder = Path(model)
+    wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
+    own = (folder / manifest.NAME).is_file()
+    base_name = against or (json.loads((folder / "plan.json").read_text())["base_model"] if own else str(model))
+    base = models.load(models.resolve(base_name, place), device)
+    batches = token_batches(wanted, "report", base, place, 0, progress)
+    subject = (
+        checkpoint.load(folder, device=str(base.device)) if own else models.load(models.resolve(str(model), place), device).model
+    )
+    reference = base.model if against is not None else None
+    found = perplexity.score(subject, batches.tokens, reference, progress=progress)
+    return Evaluation(
+        str(model),
+        [share.source for share in batches.sources],
+        count_parameters(subject),
+        found.tokens,
+        found.perplexity,
+        None if math.isnan(found.kl) else found.kl,
+    )
+
+
+async def _write(
+    pool: WorkerPool,
+    session: Session,
+    config: SearchConfig,
+    prepared: Json,
+    space: SearchSpace,
+    plan: Plan,
+    directory: Path,
+    job: str | None,
+    progress: Watch,
+) -> Pruned:
+    removed = space.removed(plan)
+    card = {
+        "base_model": prepared["model"]["name"],
+        "rate": removed / space.total,
+        "of": config.of,
+        "pattern": config.pattern,
+        "criterion": config.criterion,
+        "compensation": config.compensation,
+        "calibration": [share["source"] for share in prepared["texts"]["calibration"]["sources"]],
+        "plan_hash": plan.hash,
+        "levels": list(plan.levels),
+        "layer_rates": space.layer_rates(plan),
+        "job_id": job,
+    }
+    result = await pool.run(session, "export", {"plan": list(plan.levels), "directory": str(directory), "card": card}, progress)
+    return Pruned(Path(result["path"]), result["parameters"], plan, space.layer_rates(plan), result["verification"])
+
+
+def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        from selfpruner.workers.inprocess import InProcessPool
+        from selfpruner.workers.runtime import Runtime
+
+        pool = InProcessPool(lambda: Runtime("auto"))
+        try:
+            return await work(pool)
+        finally:
+            await pool.close()
+
+    return asyncio.run(run())
+
+
+def _average(rates: Sequence[float]) -> float:
+    if not rates:
+        raise ConfigError("rates is empty; give one number per layer.", param="rates")
+    return min(max(math.fsum(rates) / len(rates), 1e-6), 1 - 1e-6)

@@ -1,0 +1,284 @@
+"""Commands that need no server: search, prune, evaluate, export. The same engine in this process.
+
+Like the others they print their result on stdout, everything else on stderr, and return their exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from selfpruner import options
+from selfpruner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selfpruner.api import Pruned
+    from selfpruner.live import LiveView
+    from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+Cache = Annotated[
+    Path | None, typer.Option(envvar="SELFPRUNER_CACHE", help="Models, texts, statistics.", show_default="~/.cache/selfpruner")
+]
+Text = Annotated[
+    list[str] | None, typer.Option("--text", "-t", help="Held-out text: auto, pydoc, hub:DATASET, or a file; repeat to mix.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (search, prune, evaluate, export):
+        app.command()(command)
+
+
+def search(
+    output: Output,
+    model: options.Model = None,
+    rate: options.Rate = None,
+    preset: options.Preset = None,
+    criterion: options.Criterion = None,
+    compensation: options.Compensation = None,
+    calibration: options.Calibration = None,
+    generations: options.Generations = None,
+    population: options.Population = None,
+    proposer: options.Proposer = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> int:
+    """Search in this process, without a server. The same call again goes on where it was interrupted."""
+    from selfpruner import api
+    from selfpruner.live import LiveView
+    from server.settings import load_settings
+
+    body = options.read_config(
+        config,
+        settings,
+        calibration=calibration,
+        model=model,
+        rate=rate,
+        preset=preset,
+        criterion=criterion,
+        compensation=compensation,
+        generations=generations,
+        population=population,
+        proposer=proposer,
+        seed=seed,
+        device=device,
+    )
+    checked = api.config_of(body)
+    proposers = load_settings().all_proposers
+    with LiveView(f"{checked.model} rate {checked.rate:g}") as view:
+        result = api.search(
+            checked.rate,
+            output,
+            cache=cache,
+            proposers=proposers,
+            watch=lambda recorder: _Watched(recorder, view),
+            **{key: value for key, value in body.items() if key != "rate"},
+        )
+    if as_json:
+        print(json.dumps(result.report))
+    else:
+        _table(result.report)
+        print(f"checkpoint {result.checkpoint['path']}")
+    return 0
+
+
+def prune(
+    output: Output,
+    model: options.Model = None,
+    rate: options.Rate = None,
+    plan: Annotated[
+        Path | None, typer.Option(help='JSON with "levels", or "rates" per layer or block; a checkpoint\'s plan.json will do.')
+    ] = None,
+    criterion: options.Criterion = None,
+    compensation: options.Compensation = None,
+    calibration: options.Calibration = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> int:
+    """Apply one plan without a search: a uniform rate, or the levels or rates of a file."""
+    from selfpruner import api
+
+    body = options.read_config(
+        config,
+        settings,
+        calibration=calibration,
+        model=model,
+        criterion=criterion,
+        compensation=compensation,
+        seed=seed,
+        device=device,
+        rate=rate,
+    )
+    given = _plan_file(plan) if plan is not None else {}
+    wanted = body.pop("rate", None)
+    result = api.prune(output, rate=wanted, **given, cache=cache, progress=_tell, **body)
+    return _print_pruned(result, as_json)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a model by name, folder or hub id.")],
+    text: Text = None,
+    against: Annotated[str | None, typer.Option(help="A dense model to measure KL from, usually the checkpoint's base.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, max=65_536)] = 32,
+    length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence.")] = 512,
+    device: options.Device = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> int:
+    """Perplexity on held-out text, and KL from the dense model."""
+    from dataclasses import asdict
+
+    from selfpruner import api
+
+    found = api.evaluate(
+        model,
+        text=tuple(text or ("auto",)),
+        sequences=sequences,
+        length=length,
+        against=against,
+        device=device or "auto",
+        cache=cache,
+        progress=_tell,
+    )
+    _tell("")
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        kl = "" if found.kl is None else f"  kl {found.kl:.4f} nats/token"
+        print(f"{found.model}  {found.parameters:,} parameters  perplexity {found.perplexity:.2f}{kl}  ({found.tokens:,} tokens)")
+    return 0
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder of a search (or of a server), or its database.")],
+    output: Output,
+    job: Annotated[str | None, typer.Option(help="Which job.", show_default="the newest")] = None,
+    plan: Annotated[str | None, typer.Option(help="Hash of any candidate.", show_default="the best")] = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> int:
+    """Make a verified checkpoint of any plan in a database."""
+    from selfpruner import api
+
+    return _print_pruned(api.export(source, output, job=job, plan=plan, cache=cache, progress=_tell), as_json)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def _plan_file(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror or error}.", param="plan") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}.", param="plan") from None
+    for key in ("levels", "rates"):
+        if isinstance(body, dict) and isinstance(body.get(key), list) and body[key]:
+            if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in body[key]):
+                raise ConfigError(f"{path}: {key} must be numbers.", param="plan")
+            return {key: body[key]}
+    raise ConfigError(f'{path} must hold {{"levels": [...]}} or {{"rates": [...]}}.', param="plan")
+
+
+def _tell(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _print_pruned(result: Pruned, as_json: bool) -> int:
+    _tell("")
+    if as_json:
+        rates = [round(rate, 6) for rate in result.layer_rates]
+        print(
+            json.dumps(
+                {
+                    "path": str(result.path),
+                    "parameters": result.parameters,
+                    "plan": result.plan.hash,
+                    "levels": list(result.plan.levels),
+                    "layer_rates": rates,
+                    "verification": dict(result.verification),
+                }
+            )
+        )
+    else:
+        print(f"{result.path}  {result.parameters:,} parameters  plan {result.plan.hash}, verified in a fresh process")
+    return 0
+
+
+ROWS = {
+    "dense": "dense",
+    "uniform_flap_bias": "uniform, flap + bias",
+    "uniform": "uniform",
+    "ramp": "best ramp",
+    "best": "best found",
+}
+
+
+def _table(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    Console(markup=False, highlight=False).print(comparison(report))
+
+
+def comparison(report: Mapping[str, Any]) -> Any:
+    """The figures of a job's report side by side, as a rich table."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("")
+    for name in ("parameters", "KL", "perplexity", "prefill tok/s", "decode tok/s"):
+        table.add_column(name, justify="right")
+    for key, title in ROWS.items():
+        if row := report.get(key):
+            speeds = [f"{row[name]:,.0f}" if name in row else "" for name in ("prefill_tps", "decode_tps")]
+            table.add_row(title, f"{row['parameters']:,}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}", *speeds)
+    return table
+
+
+class _Watched:
+    """A recorder that also tells a live view; everything is stored before it is shown."""
+
+    def __init__(self, inner: Recorder, view: LiveView) -> None:
+        self._inner = inner
+        self._view = view
+
+    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
+        return self._inner.find_evaluation(plan_hash, window)
+
+    def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
+        self._inner.save_evaluations(rows)
+
+    def find_llm_call(self, sequence: int) -> LlmCall | None:
+        return self._inner.find_llm_call(sequence)
+
+    def save_llm_call(self, call: LlmCall) -> None:
+        self._inner.save_llm_call(call)
+
+    def save_candidates(self, rows: Sequence[Candidate]) -> None:
+        self._inner.save_candidates(rows)
+
+    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+        self._inner.event(key, type, message, level=level, data=data)
+        self._view.event({"level": level, "message": message})
+
+    def progress(self, progress: Progress) -> None:
+        from dataclasses import asdict
+
+        self._inner.progress(progress)
+        self._view.progress(asdict(progress))
