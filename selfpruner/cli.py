@@ -294,7 +294,13 @@ def _report(client: Client, job: Mapping[str, Any]) -> None:
             fitness = row["status"] if row["fitness"] is None else f"{row['fitness']:.4f}"
             table.add_row(row["id"], str(row["generation"]), row["operator"], fitness, relative)
         console.print(table)
-    if contributed := operators(job["progress"] or {}):
+    made = (job["result"] or {}).get("operators", {})
+    final = {
+        "data": {
+            kind: {name: row[key] for name, row in made.items()} for kind, key in (("operators", "made"), ("improved", "improved"))
+        }
+    }
+    if contributed := operators(final if made else job["progress"] or {}):
         console.print(contributed)
     for checkpoint in client.checkpoints(job["id"]):
         console.print(

@@ -24,7 +24,7 @@ TEXT_WORDS = ("auto", "self", "c4", "pydoc")
 
 def admit(config: SearchConfig, settings: ServerSettings) -> SearchConfig:
     """The config with local paths made absolute; raises a ConfigError or ModelNotFoundError that names what is allowed."""
-    if config.uses_llm and config.proposer not in settings.all_proposers:
+    if config.proposer not in settings.all_proposers:
         raise UnknownNameError("proposer", config.proposer, settings.all_proposers)
     _check_device(config.device, settings.devices)
     return config.model_copy(

@@ -285,7 +285,8 @@ def test_admission_of_devices_and_proposers() -> None:
         admit(SearchConfig(rate=0.2, device="cuda:1"), offered)
     with pytest.raises(ConfigError, match="Did you mean 'gpt'"):
         admit(SearchConfig(rate=0.2, proposer="gptt"), offered)
-    admit(SearchConfig(rate=0.2, proposer="unused", preset="evolution"), offered)
+    with pytest.raises(ConfigError):
+        admit(SearchConfig(rate=0.2, proposer="unused", preset="evolution"), offered)
 
 
 @pytest.mark.parametrize(
