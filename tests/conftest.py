@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Child processes of the tests inherit these.
@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+from tests.fake_openai import FakeOpenAI
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +33,11 @@ def sample_text() -> Callable[[int, int], str]:
     from tests.tiny_models import sample_text
 
     return sample_text
+
+
+@pytest.fixture
+def fake_openai() -> Iterator[FakeOpenAI]:
+    """A scripted OpenAI-compatible server on loopback."""
+    server = FakeOpenAI()
+    yield server
+    server.close()

@@ -58,7 +58,7 @@ class ProposerSettings(BaseModel):
     @property
     def prompt_chars(self) -> int:
         """The longest prompt. A local model on a CPU reads a few hundred tokens a second, and a digit is a token."""
-        return self.max_prompt_chars or (2400 if self.kind == "local" else 24_000)
+        return self.max_prompt_chars or (1600 if self.kind == "local" else 24_000)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self.price_prompt + completion_tokens * self.price_completion) / 1e6
