@@ -126,7 +126,10 @@ class SearchSpace:
         return sum(block.removed(level) for block, level in zip(self.blocks, plan.levels, strict=True))
 
     def meets_budget(self, plan: Plan) -> bool:
-        return self.target <= self.removed(plan) < self.target + self.step
+        return self._fits(self.removed(plan))
+
+    def _fits(self, removed: int) -> bool:
+        return self.target <= removed < self.target + self.step
 
     def check(self, plan: Plan) -> None:
         """Raise ConfigError unless every level of ``plan`` exists in its block."""
@@ -167,13 +170,18 @@ class SearchSpace:
         (attention) are rounded to the nearest setting, and the fine ones settle the rest by largest remainder, which
         keeps the order of the rates. A plan that meets the budget projects to itself.
 
-        Raises ConfigError on a wrong length or a number that is not finite.
+        Raises ConfigError on a wrong length or a number that is not finite, BudgetError when no plan meets the budget.
         """
-        wanted = self._per_dial(rates)
-        shift = self._shift(wanted)
-        wanted = [min(max(w + shift, 0.0), dial.rate(-1)) for w, dial in zip(wanted, self.dials, strict=True)]
+        asked = self._per_dial(rates)
+        exact = [_nearest(dial, rate) for dial, rate in zip(self.dials, asked, strict=True)]
+        hit = all(abs(dial.rate(p) - rate) < 1e-9 for dial, rate, p in zip(self.dials, asked, exact, strict=True))
+        if hit and self._fits(sum(dial.removed[p] for dial, p in zip(self.dials, exact, strict=True))):
+            return self._plan(exact)
+        shift = self._shift(asked)
+        wanted = [min(max(rate + shift, 0.0), dial.rate(-1)) for rate, dial in zip(asked, self.dials, strict=True)]
         positions = [_nearest(d, w) if not d.fine else _floor(d, w) for d, w in zip(self.dials, wanted, strict=True)]
-        self._repair(positions, wanted)
+        if not self._repair(positions, wanted, asked):
+            positions = self._solve(wanted, asked)
         return self._plan(positions)
 
     def _per_dial(self, rates: Sequence[float]) -> list[float]:
@@ -201,33 +209,72 @@ class SearchSpace:
             low, high = (middle, high) if removed(middle) < self.target else (low, middle)
         return high
 
-    def _repair(self, positions: list[int], wanted: Sequence[float]) -> None:
-        """Turn dials, one position at a time, until the budget is met; the dial furthest from its wanted rate goes first."""
+    def _repair(self, positions: list[int], wanted: Sequence[float], asked: Sequence[float]) -> bool:
+        """Turn dials, one position at a time, until the budget is met; the dial furthest from its wanted rate goes first, of
+        equal ones (say, both shifted to 0) the one that was asked for more. False when that leads nowhere."""
         removed = sum(d.removed[p] for d, p in zip(self.dials, positions, strict=True))
-        for _ in range(20 * sum(len(d.removed) for d in self.dials)):
-            if self.target <= removed < self.target + self.step:
-                return
+        visited: set[tuple[int, ...]] = set()
+        while not self._fits(removed):
+            if tuple(positions) in visited:
+                return False
+            visited.add(tuple(positions))
             way = 1 if removed < self.target else -1
             moves = []
             for index, (dial, position, rate) in enumerate(zip(self.dials, positions, wanted, strict=True)):
                 after = position + way
                 if 0 <= after < len(dial.removed):
                     change = dial.removed[after] - dial.removed[position]
-                    lands = self.target <= removed + change < self.target + self.step
-                    overshoots = (removed + change >= self.target + self.step) if way > 0 else (removed + change < self.target)
+                    overshoots = removed + change >= self.target + self.step if way > 0 else removed + change < self.target
                     residual = round(-way * (rate - dial.rate(position)), 9)
-                    moves.append((not dial.fine, overshoots and not lands, residual, index * GOLDEN % 1.0, index, change))
+                    order = (residual, -way * asked[index], index * GOLDEN % 1.0, index)
+                    moves.append((not dial.fine, overshoots, *order, change))
             if not moves:
-                break
+                return False
             *_, index, change = min(moves)
             positions[index] += way
             removed += change
-        if not self.target <= removed < self.target + self.step:
+        return True
+
+    def _solve(self, wanted: Sequence[float], asked: Sequence[float]) -> list[int]:
+        """Some positions that meet the budget, by exact search: where steps are coarse, single turns can miss every plan.
+
+        Bit u of ``reach[i]`` says that the first i dials can remove u units. Going back, each dial takes the reachable position
+        nearest to its wanted rate; fine dials come last and settle what is left.
+        """
+        unit = math.gcd(*(gone for dial in self.dials for gone in dial.removed)) or 1
+        top = -(-(self.target + self.step) // unit)
+        order = sorted(range(len(self.dials)), key=lambda index: not self.dials[index].fine)
+        reach = [1]
+        for index in order:
+            sums = 0
+            for gone in self.dials[index].removed:
+                sums |= reach[-1] << gone // unit
+            reach.append(sums & ((1 << top) - 1))
+        need = -(-self.target // unit)
+        goals = reach[-1] >> need
+        if not goals:
             raise BudgetError(
-                f"No plan near these rates removes {self.target:,} parameters within one step of {self.step:,}. "
-                "Choose a smaller ffn_step.",
+                f"No plan removes {self.target:,} parameters within one step of {self.step:,}. "
+                "Choose another ffn_step, granularity 'block', or another rate.",
                 param="ffn_step",
             )
+        left = need + (goals & -goals).bit_length() - 1
+        positions = [0] * len(order)
+        for index, before in zip(reversed(order), reversed(reach[:-1]), strict=True):
+            dial = self.dials[index]
+            fitting = [p for p, gone in enumerate(dial.removed) if gone // unit <= left and before >> (left - gone // unit) & 1]
+            positions[index] = min(fitting, key=lambda p: (abs(dial.rate(p) - wanted[index]), p))
+            left -= dial.removed[positions[index]] // unit
+        # Dials of one kind may swap positions at no cost: the higher rate gets the higher one.
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, dial in enumerate(self.dials):
+            alike.setdefault(dial.removed, []).append(index)
+        for members in alike.values():
+            ranked = sorted(members, key=lambda index: (wanted[index], asked[index], index))
+            values = sorted(positions[index] for index in members)
+            for index, value in zip(ranked, values, strict=True):
+                positions[index] = value
+        return positions
 
     def _plan(self, positions: Sequence[int]) -> Plan:
         levels = [0] * len(self.blocks)
