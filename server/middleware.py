@@ -5,6 +5,7 @@ Plain ASGI, because Starlette's BaseHTTPMiddleware would buffer event streams.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
@@ -23,6 +25,7 @@ log = logging.getLogger("selfpruner.http")
 
 MAX_BODY = 1 << 20
 MAX_DEPTH = 64
+BODY_SECONDS = 30.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
@@ -86,7 +89,15 @@ class BodyGuard:
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
-        body = await _read(headers, receive)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _read(headers, receive)
+        except TimeoutError:
+            message = f"The body did not arrive within {BODY_SECONDS:g} seconds."
+            await plain_error(408, message, headers={"connection": "close"})(scope, receive, send)
+            return
+        except ClientDisconnect:
+            return  # half a body is no request, and nobody is left to be told
         if body is None:
             message = f"The body is larger than {MAX_BODY} bytes. A request needs no more than a few kilobytes."
             await plain_error(413, message, headers={"connection": "close"})(scope, receive, send)
@@ -120,7 +131,7 @@ async def _read(headers: Headers, receive: Receive) -> bytes | None:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"".join(chunks)
+            raise ClientDisconnect
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > MAX_BODY:

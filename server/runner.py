@@ -176,8 +176,8 @@ class Runner:
                     self._store.transition(job.id, "cancelled" if job.cancel_requested else "running")
                     if not job.cancel_requested:
                         self._begin(job)
-            except SelfprunerError as error:
-                log.error("no job could be started: %s", error)
+            except Exception as error:  # whatever it was, later jobs must still run
+                log.error("no job could be started: %s", error, exc_info=not isinstance(error, SelfprunerError))
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self.stopping.wait(), 1)
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def test_a_large_body(http: httpx.Client) -> None:
             continue  # the server closed the connection before all was sent
         assert error_of(reply, 413)["code"] == "body_too_large"
     assert http.get("/healthz").status_code == 200
+
+
+def test_a_body_that_does_not_arrive(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.middleware.BODY_SECONDS", 0.2)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        slow.sendall(head)
+        answer = b"".join(iter(lambda: slow.recv(65_536), b""))
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"request_timeout" in answer
+    with socket.create_connection((host, int(port)), timeout=20) as gone:
+        gone.sendall(head)
+    assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
 
 
 @pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""])

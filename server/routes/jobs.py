@@ -23,7 +23,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
     "",
     status_code=201,
     responses={
-        **responses(400, 409, 413, 415, 507),
+        **responses(400, 408, 409, 413, 415, 507),
         201: {
             "headers": {
                 "Location": {"description": "address of the job", "schema": {"type": "string"}},
