@@ -57,8 +57,8 @@ def complete(
     write such a reply; CancelledTaskError when ``cancelled()`` turned true.
     """
     began = time.perf_counter()
-    head = model.get_output_embeddings().weight
-    compiled = _compiled(tokenizer, int(head.shape[0]))
+    head = model.get_output_embeddings()
+    compiled = _compiled(tokenizer, int(head.weight.shape[0]))
     matcher = xgrammar.GrammarMatcher(_grammar(compiled, schema), terminate_without_stop_token=True)
     bitmask = xgrammar.allocate_token_bitmask(1, len(compiled.vocabulary))
     longest = longest_reply(schema)
@@ -81,10 +81,13 @@ def complete(
             raise ProposerError("This model's tokenizer cannot write JSON; choose another proposer.", code="rejected")
         choice = 0
         if len(allowed) > 1:
-            ids = torch.tensor([pending], device=head.device)
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            # Only a dozen tokens can follow: scoring those alone saves the output layer, a fifth of a small model's work.
+            ids = torch.tensor([pending], device=head.weight.device)
+            state = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[0, -1]
+            rows = allowed.to(head.weight.device)
+            logits = torch.nn.functional.linear(state, head.weight[rows], None if head.bias is None else head.bias[rows])
             pending = []
-            choice = _sample(logits.float().cpu()[allowed], temperature, generator)
+            choice = _sample(logits.float().cpu(), temperature, generator)
         token = int(allowed[choice])
         matcher.accept_token(token)
         written.append(token)
