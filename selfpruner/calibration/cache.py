@@ -1,8 +1,9 @@
 """Statistics on disk: one safetensors file per layer, shared by all jobs on one model and text.
 
 A layer's file is written aside and renamed, so what exists is whole; a job that dies half-way goes on from the layers that are
-there only if all are, since a layer's inputs need the walk through the layers before it. Gram matrices are kept in float32;
-what is computed and what is read back are the same numbers, so a resumed job makes the same plans.
+there only if all are, since a layer's inputs need the walk through the layers before it. Of a Gram matrix the scatter about the
+mean is kept, in float32: rounding then is relative to what the inputs vary, not to where they lie. What is computed and what
+is read back are the same numbers, so a resumed job makes the same plans.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from selfpruner.architectures import Architecture
 from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
 from selfpruner.errors import disk_errors
 
-_FIELDS = ("mean", "variance", "energy", "gram")
+_FIELDS = ("mean", "variance", "energy")
+_FORMAT = 2
 
 
 def cached_statistics(
@@ -36,7 +38,7 @@ def cached_statistics(
 
     ``fingerprint`` identifies model, text and everything else the numbers depend on; the dtype is added here.
     """
-    key = hashlib.sha256(f"{fingerprint}:{arch.dtype}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{_FORMAT}:{fingerprint}:{arch.dtype}".encode()).hexdigest()[:24]
     place = folder / key
     files = [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
     if all(file.exists() for file in files):
@@ -55,7 +57,9 @@ def _write(file: Path, pair: tuple[BlockStatistics, BlockStatistics]) -> None:
     for name, stats in zip(("attention", "ffn"), pair, strict=True):
         for part in _FIELDS:
             value: Tensor = getattr(stats, part)
-            tensors[f"{name}.{part}"] = (value.float() if part == "gram" else value).cpu().contiguous()
+            tensors[f"{name}.{part}"] = value.cpu().contiguous()
+        scatter = torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)
+        tensors[f"{name}.scatter"] = scatter.float().cpu().contiguous()
     counts = {"tokens": str(pair[0].tokens), "sequences": str(pair[0].sequences)}
     aside = file.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -75,7 +79,9 @@ def _read(file: Path, device: torch.device) -> tuple[BlockStatistics, BlockStati
     dtype = torch.float32 if device.type == "mps" else torch.float64
 
     def block(name: str) -> BlockStatistics:
-        mean, variance, energy, gram = (tensors[f"{name}.{part}"].to(device, dtype) for part in _FIELDS)
-        return BlockStatistics(int(counts["tokens"]), int(counts["sequences"]), mean, variance, energy, gram)
+        mean, variance, energy, scatter = (tensors[f"{name}.{part}"].to(device, dtype) for part in (*_FIELDS, "scatter"))
+        tokens = int(counts["tokens"])
+        gram = scatter.addr_(mean, mean, alpha=tokens)
+        return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, gram)
 
     return block("attention"), block("ffn")

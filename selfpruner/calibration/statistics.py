@@ -2,7 +2,7 @@
 
 One pass over the calibration tokens: the residual stream of all sequences is held for one layer at a time, the inputs of
 o_proj and down_proj are accumulated and forgotten. Accumulators are float64 (float32 where the device has no float64);
-mean and variance are merged batch by batch after Chan, Golub and LeVeque (the batched form of Welford's update).
+mean and scatter are merged batch by batch after Chan, Golub and LeVeque (the batched form of Welford's update).
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class Accumulator:
         self.tokens = 0
         self.sequences = 0
         self.mean = torch.zeros(width, dtype=self.dtype, device=device)
-        self.squares = torch.zeros_like(self.mean)  # sum of squared deviations from the mean
-        self.gram = torch.zeros(width, width, dtype=self.dtype, device=device)
+        self.scatter = torch.zeros(width, width, dtype=self.dtype, device=device)  # sum of (x - mean)(x - mean)^T
 
     def add(self, x: Tensor) -> None:
         """Add inputs (sequences, length, n)."""
@@ -61,20 +60,16 @@ class Accumulator:
         centred = rows - mean.float()
         total = self.tokens + count
         delta = mean - self.mean
-        self.squares += centred.pow(2).sum(0, dtype=self.dtype) + delta.pow(2) * (self.tokens * count / total)
+        self.scatter += centred.T @ centred
+        self.scatter.addr_(delta, delta, alpha=self.tokens * count / total)
         self.mean += delta * (count / total)
-        self.gram += rows.T @ rows
         self.tokens, self.sequences = total, self.sequences + x.shape[0]
 
     def finish(self) -> BlockStatistics:
-        return BlockStatistics(
-            self.tokens,
-            self.sequences,
-            self.mean,
-            self.squares / max(self.tokens - 1, 1),
-            self.gram.diagonal().clone(),
-            self.gram,
-        )
+        """The statistics of what was added. To be called once: the scatter becomes the Gram matrix in place."""
+        variance = self.scatter.diagonal() / max(self.tokens - 1, 1)
+        gram = self.scatter.addr_(self.mean, self.mean, alpha=self.tokens)
+        return BlockStatistics(self.tokens, self.sequences, self.mean, variance, gram.diagonal().clone(), gram)
 
 
 def layer_statistics(

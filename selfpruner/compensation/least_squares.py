@@ -30,9 +30,10 @@ DAMPING = 1e-3
 
 
 def covariance(stats: BlockStatistics, damping: float = DAMPING) -> Tensor:
-    """C = X^T X - t m m^T + damping * mean(diag) * I, (n, n), in the statistics' dtype. An input that never moves gets a 1.
+    """C = X^T X - t m m^T + damping * mean(diag) * I, (n, n), in the statistics' dtype.
 
-    A dead input has no covariance with anything, so the 1 only keeps the factor defined and changes no other column.
+    An input that never moves has no covariance with anything; what rounding left there is cleared, so that only the damping
+    stays: it costs next to nothing to remove and changes no other column.
     """
     C = stats.gram - stats.tokens * torch.outer(stats.mean, stats.mean)
     diagonal = C.diagonal()
@@ -40,8 +41,7 @@ def covariance(stats: BlockStatistics, damping: float = DAMPING) -> Tensor:
     dead = diagonal <= 1e-10 * level if level > 0 else torch.ones_like(diagonal, dtype=torch.bool)
     C[dead, :] = 0
     C[:, dead] = 0
-    diagonal += damping * level
-    diagonal[dead] = level if level > 0 else 1.0
+    diagonal += damping * level if level > 0 else 1.0
     return C
 
 

@@ -34,37 +34,29 @@ class Obs:
         return eliminate_channels(W, covariance(stats).to(W))
 
     def choose_heads(self, W: Tensor, stats: BlockStatistics, heads: Heads) -> dict[tuple[int, int], list[int]]:
-        """Whole groups go first, one by one; from every number of groups left, heads go one by one, equally many per group."""
-        state = _State.start(W, covariance(stats).to(W))
-        r, h = heads.heads_per_group, heads.head_dim
-        groups = {g: list(range(g * r, (g + 1) * r)) for g in range(heads.kv_groups)}
+        """Both ways to every option, the cheaper one counts: whole groups first, one by one, and then heads inside those left;
+        or heads first, one by one, equally many per group, and then what is left of whole groups."""
+        dense = _State.start(W, covariance(stats).to(W))
+        r = heads.heads_per_group
+        whole = {group: list(range(group * r, (group + 1) * r)) for group in range(heads.kv_groups)}
+        found: list[tuple[_State, dict[int, list[int]]]] = []
+        for state, groups in _fewer_groups(dense, whole, heads.head_dim):
+            found += _fewer_heads(state, groups, heads.head_dim)
+        for state, groups in _fewer_heads(dense, whole, heads.head_dim)[1:]:
+            found += _fewer_groups(state, groups, heads.head_dim)[1:]
         chosen: dict[tuple[int, int], list[int]] = {}
-        while groups:
-            self._thin(state, groups, heads, chosen)
-            if len(groups) == 1:
-                break
-            _, group = min((state.cost([c for head in members for c in _columns(head, h)]), g) for g, members in groups.items())
-            state = state.without([c for head in groups.pop(group) for c in _columns(head, h)])
+        for _, groups in sorted(found, key=lambda pair: pair[0].spent):
+            option = len(groups), len(next(iter(groups.values())))
+            chosen.setdefault(option, sorted(head for members in groups.values() for head in members))
         return chosen
-
-    @staticmethod
-    def _thin(state: _State, groups: dict[int, list[int]], heads: Heads, chosen: dict[tuple[int, int], list[int]]) -> None:
-        left = {g: list(members) for g, members in groups.items()}
-        h = heads.head_dim
-        chosen[len(left), heads.heads_per_group] = sorted(head for members in left.values() for head in members)
-        for per_group in range(heads.heads_per_group - 1, 0, -1):
-            while crowded := [g for g, members in left.items() if len(members) > per_group]:
-                _, group, head = min((state.cost(_columns(head, h)), g, head) for g in crowded for head in left[g])
-                state = state.without(_columns(head, h))
-                left[group].remove(head)
-            chosen[len(left), per_group] = sorted(head for members in left.values() for head in members)
 
 
 class _State:
-    """W and P over the columns still there; ``position`` maps an original column to its place, -1 when gone."""
+    """W and P over the columns still there; ``position`` maps an original column to its place, -1 when gone; ``spent`` is the
+    squared error of what was removed so far."""
 
-    def __init__(self, W: Tensor, P: Tensor, position: Tensor) -> None:
-        self.W, self.P, self.position = W, P, position
+    def __init__(self, W: Tensor, P: Tensor, position: Tensor, spent: float = 0.0) -> None:
+        self.W, self.P, self.position, self.spent = W, P, position, spent
 
     @classmethod
     def start(cls, W: Tensor, C: Tensor) -> _State:
@@ -78,6 +70,7 @@ class _State:
 
     def without(self, columns: list[int]) -> _State:
         s = self.position[columns]
+        spent = self.spent + self.cost(columns)
         keep = torch.ones(self.W.shape[1], dtype=torch.bool)
         keep[s] = False
         W, P = _downdate(self.W, self.P, s, keep.to(self.W.device))
@@ -85,7 +78,31 @@ class _State:
         position[columns] = -1
         alive = position >= 0
         position[alive] = torch.argsort(torch.argsort(position[alive]))
-        return _State(W, P, position)
+        return _State(W, P, position, spent)
+
+
+def _fewer_groups(state: _State, groups: dict[int, list[int]], width: int) -> list[tuple[_State, dict[int, list[int]]]]:
+    """The state with all ``groups``, and after each removal of the cheapest group, down to one."""
+    steps = [(state, groups)]
+    while len(groups) > 1:
+        _, gone = min((state.cost(_columns(members, width)), group) for group, members in groups.items())
+        state = state.without(_columns(groups[gone], width))
+        groups = {group: members for group, members in groups.items() if group != gone}
+        steps.append((state, groups))
+    return steps
+
+
+def _fewer_heads(state: _State, groups: dict[int, list[int]], width: int) -> list[tuple[_State, dict[int, list[int]]]]:
+    """The state with all heads, and each time every group has lost one more, down to one: the cheapest head goes first."""
+    steps = [(state, groups)]
+    left = {group: list(members) for group, members in groups.items()}
+    for count in range(len(next(iter(groups.values()))) - 1, 0, -1):
+        while crowded := [group for group, members in left.items() if len(members) > count]:
+            _, group, head = min((state.cost(_columns([head], width)), group, head) for group in crowded for head in left[group])
+            state = state.without(_columns([head], width))
+            left[group].remove(head)
+        steps.append((state, {group: list(members) for group, members in left.items()}))
+    return steps
 
 
 def eliminate_channels(W: Tensor, C: Tensor) -> Tensor:
@@ -162,5 +179,5 @@ def _downdate(W: Tensor, P: Tensor, gone: Tensor, keep: Tensor) -> tuple[Tensor,
     return W[:, keep] - W[:, gone] @ rows, P[keep][:, keep] - P[keep][:, gone] @ rows
 
 
-def _columns(head: int, width: int) -> list[int]:
-    return list(range(head * width, (head + 1) * width))
+def _columns(heads: list[int], width: int) -> list[int]:
+    return [head * width + column for head in heads for column in range(width)]

@@ -1,0 +1,59 @@
+"""One block without a model: an output matrix, its inputs, and their statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfpruner.calibration.statistics import Accumulator, BlockStatistics
+
+
+@dataclass(frozen=True)
+class Sample:
+    """W (d, n) float64; X (sequences, length, n) float32; ``stats`` of X."""
+
+    W: Tensor
+    X: Tensor
+    stats: BlockStatistics
+
+    @property
+    def rows(self) -> Tensor:
+        return self.X.flatten(0, 1).double()
+
+
+def sample(
+    n: int, d: int = 12, *, seed: int = 0, tokens: int | None = None, kind: str = "correlated", sequences: int = 4
+) -> Sample:
+    """Random inputs: ``white``, ``correlated`` (mixed at random, uneven scales), ``low_rank``, ``offset`` (large means)."""
+    g = torch.Generator().manual_seed(seed)
+    length = (tokens or 8 * n) // sequences
+    X = torch.randn(sequences, length, n, generator=g)
+    if kind in ("correlated", "offset"):
+        X = (
+            X
+            @ (torch.randn(n, n, generator=g) / n**0.5 + 0.5 * torch.eye(n))
+            * torch.logspace(-1, 1, n)[torch.randperm(n, generator=g)]
+        )
+        X = X + torch.randn(n, generator=g) * (30.0 if kind == "offset" else 1.0)
+    elif kind == "low_rank":
+        rank = max(n // 4, 1)
+        X = torch.randn(sequences, length, rank, generator=g) @ torch.randn(rank, n, generator=g) + 0.05 * X
+    W = torch.randn(d, n, generator=g).double()
+    return Sample(W, X, statistics_of(X))
+
+
+def statistics_of(X: Tensor) -> BlockStatistics:
+    accumulator = Accumulator(X.shape[-1], torch.device("cpu"))
+    for part in X.split(2):
+        accumulator.add(part)
+    return accumulator.finish()
+
+
+def output_error(block: Sample, W: Tensor, kept: Tensor, bias: Tensor | None) -> float:
+    """||X W_dense^T - (X_kept W^T + b)||_F^2, from X directly."""
+    out = block.rows[:, kept] @ W.double().T
+    if bias is not None:
+        out = out + bias.double()
+    return float((block.rows @ block.W.T - out).pow(2).sum())

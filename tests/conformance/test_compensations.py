@@ -1,0 +1,199 @@
+"""What every compensation must do; the errors it reports are those measured on the inputs themselves."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfpruner import compensation, names
+from selfpruner.compensation import Compensation
+from selfpruner.compensation.base import energy, suffix_energies
+from selfpruner.compensation.bias import Bias
+from selfpruner.compensation.least_squares import DAMPING, LeastSquares, NestedFit, covariance, solve
+from selfpruner.compensation.none import Nothing, complement
+from selfpruner.errors import UnknownNameError
+from tests.blocks import Sample, output_error, sample, statistics_of
+
+KINDS = ("white", "correlated", "low_rank", "offset")
+
+
+def order_of(n: int, seed: int = 9) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+class CompensationSuite:
+    compensation: ClassVar[type[Compensation]]
+
+    def ridge(self, block: Sample) -> float:
+        """What the compensation adds to the diagonal of its moments."""
+        return (
+            0.0
+            if self.compensation is not LeastSquares
+            else DAMPING * float(block.stats.variance.mean() * (block.stats.tokens - 1))
+        )
+
+    def test_is_registered(self) -> None:
+        assert isinstance(compensation.create(self.compensation.name), self.compensation)
+        assert self.compensation.source
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_reported_errors_are_the_measured_ones(self, kind: str) -> None:
+        block = sample(20, kind=kind)
+        order = order_of(20)
+        repair = self.compensation().nested(block.W, block.stats, order)
+        errors, ridge = repair.errors(), self.ridge(block)
+        assert errors.shape == (21,)
+        assert float(errors[20]) == 0
+        scale = energy(block.W, block.stats.gram)
+        for k in range(1, 21):
+            W, bias = repair.weights(k)
+            assert W.shape == (12, k)
+            assert (bias is not None) == self.compensation.adds_bias
+            measured = output_error(block, W, order[:k], bias)
+            # The damped fit pays for what it changes: ridge * ||W - W'||^2 is part of the error it minimises.
+            change = block.W[:, order].clone()
+            change[:, :k] -= W.double()
+            assert float(errors[k]) == pytest.approx(measured + ridge * float(change.pow(2).sum()), rel=1e-3, abs=1e-5 * scale)
+
+    def test_dense_weights_come_back_whole(self) -> None:
+        block = sample(20)
+        order = order_of(20)
+        W, bias = self.compensation().nested(block.W, block.stats, order).weights(20)
+        torch.testing.assert_close(W.double(), block.W[:, order], rtol=0, atol=2e-4)
+        if bias is not None:
+            assert float(bias.abs().max()) <= 2e-3
+        W, bias = self.compensation().subset(block.W, block.stats).weights(torch.arange(20))
+        torch.testing.assert_close(W.double(), block.W, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_subsets_and_prefixes_agree(self, kind: str) -> None:
+        block = sample(20, kind=kind)
+        order = order_of(20)
+        nested = self.compensation().nested(block.W, block.stats, order)
+        subset = self.compensation().subset(block.W, block.stats)
+        for k in (1, 7, 19):
+            kept, places = order[:k].sort()
+            assert subset.error(kept) == pytest.approx(float(nested.errors()[k]), rel=1e-6)
+            (A, a), (B, b) = nested.weights(k), subset.weights(kept)
+            torch.testing.assert_close(A[:, places].double(), B.double(), rtol=1e-3, atol=1e-3)
+            if a is not None and b is not None:
+                torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-2)
+
+    def test_statistics_stay_as_they_are(self) -> None:
+        block = sample(12)
+        before = [t.clone() for t in (block.W, block.stats.gram, block.stats.mean)]
+        self.compensation().nested(block.W, block.stats, order_of(12)).weights(5)
+        self.compensation().subset(block.W, block.stats).weights(torch.tensor([1, 4]))
+        assert all(torch.equal(a, b) for a, b in zip(before, (block.W, block.stats.gram, block.stats.mean), strict=True))
+
+
+class TestNothing(CompensationSuite):
+    compensation = Nothing
+
+
+class TestBias(CompensationSuite):
+    compensation = Bias
+
+    def test_the_bias_is_the_mean_of_what_is_gone(self) -> None:
+        block = sample(20)
+        order = order_of(20)
+        _, bias = Bias().nested(block.W, block.stats, order).weights(8)
+        assert bias is not None
+        torch.testing.assert_close(bias, block.rows[:, order[8:]].mean(0) @ block.W[:, order[8:]].T)
+
+    def test_constant_inputs_are_replaced_exactly(self) -> None:
+        block = sample(20)
+        gone = [3, 8, 15]
+        block.X[..., gone] = torch.tensor([2.0, -1.5, 0.25])
+        block = Sample(block.W, block.X, statistics_of(block.X))
+        kept = complement(torch.tensor(gone), 20)
+        subset = Bias().subset(block.W, block.stats)
+        W, bias = subset.weights(kept)
+        dense = block.rows @ block.W.T
+        assert bias is not None
+        torch.testing.assert_close(block.rows[:, kept] @ W.T + bias, dense, rtol=1e-12, atol=1e-12)
+        assert subset.error(kept) <= 1e-9 * energy(block.W, block.stats.gram)
+
+
+class TestLeastSquares(CompensationSuite):
+    compensation = LeastSquares
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("damping", [0.0, DAMPING])
+    def test_every_level_equals_a_direct_solve(self, damping: float, kind: str) -> None:
+        block = sample(30, kind=kind)
+        order = order_of(30)
+        C = covariance(block.stats, damping)[order][:, order]
+        W = block.W[:, order]
+        fit = NestedFit.of(W, C)
+        for k in range(1, 31):
+            direct = torch.linalg.solve(C[:k, :k], C[:k] @ W.T).T
+            assert float((fit.weights(k) - direct).abs().max()) <= 1e-8 * max(1.0, float(direct.abs().max()))
+            assert float((solve(W, C, torch.arange(k)) - direct).abs().max()) <= 1e-8 * max(1.0, float(direct.abs().max()))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_without_damping_the_tail_energy_is_the_best_error_there_is(self, kind: str) -> None:
+        block = sample(30, kind=kind)
+        order = order_of(30)
+        errors = NestedFit.of(block.W[:, order], covariance(block.stats, 0.0)[order][:, order]).errors()
+        inputs = torch.cat((block.rows, torch.ones(len(block.rows), 1, dtype=torch.float64)), 1)
+        wanted = block.rows @ block.W.T
+        for k in (0, 1, 5, 13, 22, 29):
+            design = inputs[:, [*order[:k].tolist(), 30]]
+            best = torch.linalg.lstsq(design, wanted).solution
+            measured = float((wanted - design @ best).pow(2).sum())
+            assert float(errors[k]) == pytest.approx(measured, rel=1e-4, abs=1e-7 * float(wanted.pow(2).sum()))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_no_level_is_worse_than_bias_and_bias_not_worse_than_nothing(self, kind: str) -> None:
+        for seed in range(5):
+            block = sample(24, seed=seed, kind=kind)
+            order = order_of(24, seed)
+            for k in range(1, 24):
+                measured = []
+                for method in (LeastSquares(), Bias(), Nothing()):
+                    W, bias = method.nested(block.W, block.stats, order).weights(k)
+                    measured.append(output_error(block, W, order[:k], bias))
+                assert measured[0] <= measured[1] * (1 + 1e-5) <= measured[2] * (1 + 2e-5)
+            for kept in (order[:5].sort().values, order[:18].sort().values):
+                measured = []
+                for method in (LeastSquares(), Bias(), Nothing()):
+                    W, bias = method.subset(block.W, block.stats).weights(kept)
+                    measured.append(output_error(block, W, kept, bias))
+                assert measured[0] <= measured[1] * (1 + 1e-9) <= measured[2] * (1 + 2e-9)
+
+    def test_a_large_common_offset_costs_no_digits(self) -> None:
+        plain = sample(16, kind="white", tokens=4096)
+        moved = Sample(plain.W, plain.X + 1000.0, statistics_of(plain.X + 1000.0))
+        order = order_of(16)
+        for k in (4, 12):
+            a, b = (LeastSquares().nested(block.W, block.stats, order).weights(k)[0] for block in (plain, moved))
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+    def test_inputs_that_are_all_constant_leave_a_bias(self) -> None:
+        X = torch.ones(2, 8, 6) * torch.arange(6.0)
+        block = Sample(sample(6).W, X, statistics_of(X))
+        W, bias = LeastSquares().nested(block.W, block.stats, order_of(6)).weights(2)
+        assert torch.isfinite(W).all()
+        assert output_error(block, W, order_of(6)[:2], bias) <= 1e-8
+
+
+def test_suffix_energies() -> None:
+    block = sample(9)
+    moment = block.stats.gram
+    expected = [energy(block.W[:, k:], moment[k:, k:]) for k in range(10)]
+    torch.testing.assert_close(suffix_energies(block.W, moment), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_registry_and_the_table_of_names_agree() -> None:
+    assert set(compensation.COMPENSATIONS) == set(names.COMPENSATIONS)
+    suites = {suite.compensation for suite in CompensationSuite.__subclasses__()}
+    assert suites == set(compensation.COMPENSATIONS.values()), "every compensation has its suite here"
+
+
+def test_an_unknown_name_lists_the_known() -> None:
+    with pytest.raises(UnknownNameError, match="bias, least_squares, none"):
+        compensation.create("lsq")
