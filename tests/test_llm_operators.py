@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -25,7 +25,6 @@ from selfpruner.search.records import Candidate, LlmCall
 from selfpruner.space import Block, Option, Plan, SearchSpace, ffn_widths
 from tests.fake_openai import FakeOpenAI
 
-T = TypeVar("T")
 KEY = "sk-very-secret-0123456789"
 
 
@@ -88,20 +87,11 @@ class Lab:
         self.proposer = OpenAIProposer("fake", self.settings)
         self.channel = LlmChannel(self.proposer, self.memory, limits or LlmLimits(), self.settings, seed=3)  # type: ignore[arg-type]
 
-    def run(self, ask: Callable[[], Awaitable[T]]) -> T:
-        async def closing() -> T:
-            try:
-                return await ask()
-            finally:
-                await self.proposer.close()
-
-        return asyncio.run(closing())
-
     def propose(self, name: str, count: int = 2, on: Context | None = None, operator: Any = None) -> list[Any]:
         operator = operator or OPERATORS[name](self.channel)
         on = on or context()
         method = operator.select if name == "select" else operator.propose
-        return self.run(lambda: method(on, count, random.Random(0)))
+        return asyncio.run(method(on, count, random.Random(0)))
 
 
 # -- what a good reply becomes -----------------------------------------------------------------------------------------
@@ -283,7 +273,7 @@ def test_after_three_failures_in_a_row_the_generation_goes_on_without(fake_opena
     calls = 3 + FAILURES_IN_A_ROW
     assert len(fake_openai.requests) == calls
     with pytest.raises(ProposerError, match="left out"):
-        lab.run(lambda: lab.channel.ask("mutate", 1, {}, {}, lambda reply: reply))
+        asyncio.run(lab.channel.ask("mutate", 1, {}, {}, lambda reply: reply))
     assert lab.propose("mutate", 2) == []
     assert len(fake_openai.requests) == calls
     (event,) = lab.memory.events.items()
@@ -317,7 +307,7 @@ def test_caps_are_passed_by_no_more_than_the_call_in_flight(
     assert lab.channel.open == (calls == 5)
     if calls < 5:
         with pytest.raises(ProposerError):
-            lab.run(lambda: lab.channel.ask("mutate", 2, {}, {}, lambda reply: reply))
+            asyncio.run(lab.channel.ask("mutate", 2, {}, {}, lambda reply: reply))
         assert lab.memory.events["llm-limit"][0] == "llm.limit_reached"
 
 

@@ -30,7 +30,7 @@ Known plans, best last (score: 100 = the uniform plan, lower is better):
 103: PLAN A
 96: PLAN B
 Rejected before:
-- mutate: a plan that was known already
+- "mutate: a plan that was known already"
 """
 ANSWER = """Answer in this form (example with 4 layers, yours has 4):
 {"plans":[...]}"""

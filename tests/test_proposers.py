@@ -45,14 +45,7 @@ def settings(server: FakeOpenAI | None = None, **fields: Any) -> ProposerSetting
 
 
 def ask(server: FakeOpenAI, request: Request = REQUEST, **fields: Any) -> Reply:
-    async def run() -> Reply:
-        proposer = OpenAIProposer("fake", settings(server, **fields))
-        try:
-            return await proposer.complete(request)
-        finally:
-            await proposer.close()
-
-    return asyncio.run(run())
+    return asyncio.run(OpenAIProposer("fake", settings(server, **fields)).complete(request))
 
 
 def outcome(server: FakeOpenAI, **fields: Any) -> CallError:
@@ -147,15 +140,9 @@ def test_what_a_server_does_not_understand_is_left_out_and_remembered(
 ) -> None:
     fake_openai.script(then=step)
 
-    async def run() -> list[Reply]:
-        proposer = OpenAIProposer("fake", settings(fake_openai))
-        try:
-            return [await proposer.complete(REQUEST) for _ in range(2)]
-        finally:
-            await proposer.close()
-
-    for reply in asyncio.run(run()):
-        assert len(json.loads(reply.text)["rates"]) == 3
+    proposer = OpenAIProposer("fake", settings(fake_openai))
+    for _ in range(2):
+        assert len(json.loads(asyncio.run(proposer.complete(REQUEST)).text)["rates"]) == 3
     assert len(fake_openai.requests) == tries + 1
     assert not set(left_out) & set(fake_openai.requests[-1])
     if "response" in step or "schema" in step:
@@ -164,15 +151,10 @@ def test_what_a_server_does_not_understand_is_left_out_and_remembered(
 
 def test_a_refused_request_changes_nothing_for_the_next(fake_openai: FakeOpenAI) -> None:
     fake_openai.script("400", "400", "400")
-
-    async def run() -> None:
-        proposer = OpenAIProposer("fake", settings(fake_openai))
-        with pytest.raises(CallError):
-            await proposer.complete(REQUEST)
-        await proposer.complete(REQUEST)
-        await proposer.close()
-
-    asyncio.run(run())
+    proposer = OpenAIProposer("fake", settings(fake_openai))
+    with pytest.raises(CallError):
+        asyncio.run(proposer.complete(REQUEST))
+    asyncio.run(proposer.complete(REQUEST))
     assert fake_openai.requests[-1]["response_format"]["type"] == "json_schema"
 
 

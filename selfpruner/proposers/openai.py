@@ -59,7 +59,6 @@ class OpenAIProposer:
         self.name = name
         self.model = settings.model
         self._settings = settings
-        self._client: openai.AsyncOpenAI | None = None
         self._dialect = _Dialect()
 
     def __repr__(self) -> str:
@@ -70,15 +69,17 @@ class OpenAIProposer:
         _CURRENT.set(call)
         try:
             async with asyncio.timeout(self._settings.timeout):
-                return await self._complete(request, call)
+                # A client per call: nothing to close when a job ends or is cancelled, and a call takes seconds anyway.
+                async with self._open() as client:
+                    return await self._complete(client, request, call)
         except TimeoutError:
             raise call.out_of_time() from None
 
-    async def _complete(self, request: Request, call: _Call) -> Reply:
+    async def _complete(self, client: openai.AsyncOpenAI, request: Request, call: _Call) -> Reply:
         dialect = self._dialect
         while True:
             try:
-                body = await self._post(_arguments(self.model, request, dialect), call)
+                body = await self._post(client, _arguments(self.model, request, dialect), call)
             except CallError as error:
                 following = dialect.after(error.message) if call.status in (400, 422) else None
                 if following is None:
@@ -88,12 +89,11 @@ class OpenAIProposer:
                 self._dialect = dialect
                 return call.reply(body)
 
-    async def _post(self, arguments: Mapping[str, Any], call: _Call) -> bytes:
+    async def _post(self, client: openai.AsyncOpenAI, arguments: Mapping[str, Any], call: _Call) -> bytes:
         """The body of a 200. Raises CallError for everything else."""
         import httpx2
         import openai
 
-        client = self._open()
         try:
             async with AsyncExitStack() as stack:
                 response = await stack.enter_async_context(
@@ -120,23 +120,16 @@ class OpenAIProposer:
             raise call.error("server_error", f"The proposer's client failed: {type(error).__name__}.") from None
 
     def _open(self) -> openai.AsyncOpenAI:
-        if self._client is None:
-            import openai
+        import openai
 
-            key = self._settings.api_key
-            self._client = openai.AsyncOpenAI(
-                api_key=key.get_secret_value() if key else "none",
-                base_url=self._settings.base_url,
-                timeout=openai.Timeout(self._settings.timeout, connect=min(_CONNECT_SECONDS, self._settings.timeout)),
-                max_retries=self._settings.max_retries,
-                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_on_response]}),
-            )
-        return self._client
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
+        key = self._settings.api_key
+        return openai.AsyncOpenAI(
+            api_key=key.get_secret_value() if key else "none",
+            base_url=self._settings.base_url,
+            timeout=openai.Timeout(self._settings.timeout, connect=min(_CONNECT_SECONDS, self._settings.timeout)),
+            max_retries=self._settings.max_retries,
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_on_response]}),
+        )
 
 
 class _Call:
