@@ -33,6 +33,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 app = typer.Typer(
     help="Prune a language model without retraining, as well as that can be done.",
     pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -99,7 +100,10 @@ def submit(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> int:
-    """Send a search to a server and follow it: exit code 0 when it succeeded. Ctrl-C leaves the job running."""
+    """Send a search to a server and follow it.
+
+    The exit code is 0 when the job succeeded. Ctrl-C leaves it running.
+    """
     body = options.read_config(
         config,
         settings,
@@ -212,7 +216,10 @@ def download(
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> int:
-    """Fetch the checkpoint of a job from the server's machine, checked against its manifest."""
+    """Fetch the checkpoint of a job.
+
+    It comes over HTTP from the server's machine, and every file is checked against the manifest.
+    """
     with _client(url) as client:
         found = list(client.checkpoints(job_id))
         if not found:

@@ -37,6 +37,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 # A stream is silent for at most the server's keep-alive interval; longer means that the connection is dead.
 STREAM_SILENCE = 45.0
+# How often in a row a broken stream is opened again, with pauses of up to five seconds: about a minute.
+FOLLOW_RETRIES = 12
 
 
 class UnreachableError(SelfprunerError):
@@ -176,7 +178,8 @@ class Client:
         """``(name, data)`` of everything that happens until the job has finished.
 
         Events come once each, in order, under their type; ``("job", job)`` comes whenever its status or progress changed,
-        and last. A lost connection is opened again where it broke; UnreachableError after ``retries`` failures in a row.
+        and last. A lost connection is opened again where it broke, so a restart of the server goes unnoticed; UnreachableError
+        when nobody answers for about a minute.
         """
         path, failures = f"/v1/jobs/{_id(job_id)}/events", 0
         while True:
@@ -189,17 +192,16 @@ class Client:
                     yield message.event, data
                     if message.event == "job" and data["status"] in FINISHED:
                         return
-            except (httpx.TransportError, httpx.StreamError) as error:
-                failures += 1
-                if failures > self._retries:
-                    raise self._unreachable(error) from None
-            else:
                 # The stream ended early because the server stops, or 204: the job had finished when it was opened.
                 job = self.get(job_id)
                 if job["status"] in FINISHED:
                     yield "job", job
                     return
-            self._sleep(min(2.0**failures, 10.0) / 2)
+            except (httpx.TransportError, UnreachableError) as error:
+                failures += 1
+                if failures > FOLLOW_RETRIES:
+                    raise error if isinstance(error, UnreachableError) else self._unreachable(error) from None
+            self._sleep(min(0.5 * 2.0**failures, 5.0))
 
     def _messages(self, path: str, after: int) -> Iterator[Message]:
         headers = {"accept": "text/event-stream", **({"last-event-id": str(after)} if after else {})}

@@ -139,11 +139,12 @@ class Running:
 
 
 @contextmanager
-def running_server(settings: ServerSettings) -> Iterator[Running]:
+def running_server(settings: ServerSettings, port: int = 0) -> Iterator[Running]:
     for folder in (settings.home, settings.cache, settings.checkpoints, settings.logs):
         folder.mkdir(parents=True, exist_ok=True)
     with Store(settings.database) as store, socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         listener.listen(128)
         here = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", store, settings)
 

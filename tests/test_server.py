@@ -340,6 +340,23 @@ def test_follow_survives_dropped_connections(server: Running) -> None:
         assert "\N{LINE SEPARATOR}" in "".join(event["message"] for event in seen)
 
 
+def test_follow_goes_on_through_a_restart(tmp_path: Path) -> None:
+    settings, seen = ServerSettings(home=tmp_path), []
+    with running_server(settings) as first:
+        client = Client(first.url, sleep=lambda _: time.sleep(0.05))
+        job_id = client.submit({"rate": 0.2, "seed": WAITS})["id"]
+        until(client, job_id, "running")
+        follower = threading.Thread(target=lambda: seen.extend(client.follow(job_id)))
+        follower.start()
+    with running_server(settings, int(first.url.rsplit(":", 1)[1])) as second, Client(second.url) as other:
+        until(other, job_id, "running")
+        other.cancel(job_id)
+        follower.join(timeout=20)
+        assert [data for name, data in seen if name != "job"] == list(other.events(job_id))
+        assert [name for name, _ in seen].count("job.running") == 2
+    client.close()
+
+
 def test_live_stream_brings_progress_and_ends_with_the_job(server: Running, client: Client) -> None:
     job_id = client.submit({"rate": 0.2, "seed": WAITS})["id"]
     with Client(server.url) as follower:
