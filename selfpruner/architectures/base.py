@@ -185,19 +185,20 @@ class Architecture:
         return sum(p.numel() for p in self.decoder.layers.parameters())
 
     def attention_cost(self, kv_groups: int, heads_per_group: int) -> int:
-        """Parameters of an attention block of this shape, without norms; its o_proj bias counts while the block exists."""
+        """Parameters of an attention block of this shape with its norms; 0 for a block that is dropped."""
         a = self.attention(0)
         heads, h, d = kv_groups * heads_per_group, self.head_dim, self.hidden
         if heads == 0:
             return 0
         biases = sum(n for b, n in ((a.q_bias, heads * h), (a.k_bias, kv_groups * h), (a.v_bias, kv_groups * h)) if b is not None)
-        return 2 * heads * h * d + 2 * kv_groups * h * d + biases + (0 if a.o_bias is None else d)
+        norms = d + sum(h for norm in (a.q_norm, a.k_norm) if norm is not None)
+        return 2 * heads * h * d + 2 * kv_groups * h * d + biases + norms + (0 if a.o_bias is None else d)
 
     def ffn_cost(self, channels: int) -> int:
-        """Parameters of an FFN of this width."""
-        m = self.ffn(0)
+        """Parameters of an FFN of this width with its norm; 0 for a block that is dropped."""
+        m, d = self.ffn(0), self.hidden
         biases = sum(channels for b in (m.gate_bias, m.up_bias) if b is not None)
-        return 0 if channels == 0 else 3 * channels * self.hidden + biases + (0 if m.down_bias is None else self.hidden)
+        return 0 if channels == 0 else 3 * channels * d + biases + d + (0 if m.down_bias is None else d)
 
     # -- computing ---------------------------------------------------------------------------------------------------
     def embed(self, tokens: Tensor) -> Tensor:

@@ -165,5 +165,6 @@ def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
 
 def _space(config: SearchConfig, arch: Architecture, blocks: Sequence[Block]) -> SearchSpace:
     total = arch.decoder_parameters() if config.of == "decoder" else arch.model_parameters()
-    step = arch.ffn_cost(config.ffn_step or default_ffn_step(arch.channels))
+    channels = config.ffn_step or default_ffn_step(arch.channels)
+    step = arch.ffn_cost(2 * channels) - arch.ffn_cost(channels)
     return SearchSpace(tuple(blocks), total, config.rate, step, config.granularity)

@@ -52,6 +52,9 @@ class Link:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=sink,
+                # Threads that wait for each other must not spin: where other processes want the cores too, spinning threads
+                # slow a worker several times over. OpenMP reads this once, before torch is imported.
+                env={"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ},
                 limit=LIMIT,
                 # Its own group: Ctrl-C in the terminal reaches the parent only, and what the worker starts ends with it.
                 start_new_session=True,

@@ -1,0 +1,59 @@
+"""Pictures of a job: the rates a plan gives each layer, and how fitness fell. Altair in, SVG or PNG out, no browser needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def result_chart(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Any:
+    """Rates per layer of the best plan beside the best fitness by generation, as an Altair chart.
+
+    ``report`` is a job's report; ``events`` its events, of which the generations' are drawn.
+    """
+    import altair as alt
+
+    rates = [{"layer": layer, "rate": rate} for layer, rate in enumerate(report["plan"]["layer_rates"])]
+    bars = (
+        alt.Chart(_data(rates))
+        .mark_bar()
+        .encode(
+            x=alt.X("layer:O", title="layer", axis=alt.Axis(labelOverlap=True)),
+            y=alt.Y("rate:Q", title="removed share of the layer", axis=alt.Axis(format="%")),
+        )
+        .properties(width=420, height=220, title="Rates of the best plan")
+    )
+    target = alt.Chart(_data([{"rate": report["target"]["rate"]}])).mark_rule(strokeDash=[4, 4]).encode(y="rate:Q")
+    steps = [
+        {
+            "generation": event["data"]["generation"],
+            "relative": event["data"]["relative"],
+            "operator": event["data"]["operator"],
+        }
+        for event in events
+        if event["type"] == "search.generation" and event["data"].get("relative") is not None
+    ]
+    x = alt.X("generation:O", title="generation")
+    line = alt.Chart(_data(steps)).mark_line(color="#888").encode(x=x, y=alt.Y("relative:Q", title=""))
+    points = (
+        alt.Chart(_data(steps))
+        .mark_point(filled=True, size=70, opacity=1)
+        .encode(
+            x=x,
+            y=alt.Y("relative:Q", title="best fitness / uniform", scale=alt.Scale(zero=False), axis=alt.Axis(format="%")),
+            color=alt.Color("operator:N", title="made by"),
+        )
+    )
+    convergence = (line + points).properties(width=420, height=220, title="Convergence, fresh tokens every generation")
+    return (bars + target) | convergence
+
+
+def _data(values: Sequence[Mapping[str, Any]]) -> Any:
+    """Inline data as Vega-Lite's specification has it."""
+    return {"values": [dict(row) for row in values]}
+
+
+def save(chart: Any, path: Path) -> None:
+    """Write the chart; the suffix says how (.svg, .png, .json)."""
+    chart.save(str(path))
