@@ -39,7 +39,6 @@ class Service:
         # Nothing of the outside environment but what a process needs: no token, no home folder of somebody's own.
         clean = {name: value for name, value in os.environ.items() if not name.startswith("SELFPRUNER_")}
         self.home = home
-        self.started = time.monotonic()
         with (home.parent / f"{home.name}.stderr").open("a") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "selfpruner.cli", "serve", "--port", "0", "--json"],
@@ -53,7 +52,6 @@ class Service:
         assert line, self.log
         self.url = json.loads(line)["url"]
         assert httpx.get(f"{self.url}/healthz", trust_env=False, timeout=20).json()["status"] == "ok"
-        self.ready_after = time.monotonic() - self.started
         self.client = Client(self.url, timeout=60)
 
     @property
@@ -106,8 +104,9 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> An
 def test_start_and_stop(tmp_path: Path) -> None:
     home = tmp_path / "home"
     with service(home) as first:
-        assert first.ready_after < 10  # 2 s on an idle machine; see the benchmarks
         process = psutil.Process(first.process.pid)
+        # It must answer within two seconds of its start; processor time does not depend on what else the machine does.
+        assert process.cpu_times().user + process.cpu_times().system < 2
         assert process.memory_info().rss < RSS_LIMIT
         assert not [m.path for m in process.memory_maps() if "libtorch" in m.path]
         assert home.stat().st_mode & 0o077 == 0
