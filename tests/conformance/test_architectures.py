@@ -1,0 +1,160 @@
+"""What every model family must do: our own forward pass is the transformers one, in all the shapes the family comes in."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GPT2Config, PreTrainedModel
+from transformers.models.auto import AutoModelForCausalLM
+
+from selfpruner.architectures import FAMILIES, Architecture, describe
+from selfpruner.errors import UnsupportedModelError
+from tests.pruned import load_tiny, ready, tokens_of
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mha": {"kv_heads": 4},
+    "gqa": {"kv_heads": 2},
+    "mqa": {"kv_heads": 1},
+    "untied": {"kv_heads": 2, "tied": False},
+    "wide heads": {"kv_heads": 2, "head_dim": 16},
+    "narrow heads": {"kv_heads": 2, "head_dim": 4},
+}
+
+
+def forward(arch: Architecture, tokens: Tensor) -> Tensor:
+    """Logits by the architecture's own functions."""
+    with torch.no_grad():
+        x, rope = arch.embed(tokens), arch.rope(tokens.shape[1])
+        for layer in range(arch.layers):
+            x = arch.attend(layer, x, arch.attention(layer), rope)
+            x = arch.feed_forward(layer, x, arch.ffn(layer))
+        return F.linear(arch.final_norm(x).to(arch.dtype), arch.head_weight).float()
+
+
+def assert_equal_logits(model: PreTrainedModel, length: int = 40) -> None:
+    tokens = tokens_of(2, length)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    found = forward(describe(model), tokens)
+    assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+class ArchitectureSuite:
+    """Subclass it with ``family`` and the ``extra`` shapes that only this family has."""
+
+    family: ClassVar[str]
+    extra: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def test_is_registered(self) -> None:
+        arch = describe(load_tiny(self.family))
+        assert type(arch) is FAMILIES[self.family]
+        assert (arch.layers, arch.hidden, arch.channels) == (3, 32, 64)
+        assert (arch.heads, arch.kv_groups, arch.heads_per_group, arch.head_dim) == (4, 2, 2, 8)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_logits_are_those_of_transformers(self, shape: str) -> None:
+        assert_equal_logits(load_tiny(self.family, **SHAPES[shape]))
+
+    def test_logits_of_the_familys_own_forms(self) -> None:
+        for options in self.extra.values():
+            assert_equal_logits(load_tiny(self.family, **options))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_costs_are_the_parameters_there_are(self, shape: str) -> None:
+        model = load_tiny(self.family, **SHAPES[shape])
+        arch = describe(model)
+        layer: Any = model.model.layers[0]
+        norms = sum(p.numel() for name, p in layer.self_attn.named_parameters() if "norm" in name)
+        dense = arch.attention_cost(arch.kv_groups, arch.heads_per_group)
+        assert dense == sum(p.numel() for p in layer.self_attn.parameters()) - norms
+        assert arch.ffn_cost(arch.channels) == sum(p.numel() for p in layer.mlp.parameters())
+        assert arch.decoder_parameters() == sum(p.numel() for p in model.model.layers.parameters())
+        assert arch.model_parameters() == model.num_parameters()
+        assert arch.attention_cost(0, 0) == arch.ffn_cost(0) == 0
+
+    def test_fewer_units_cost_what_their_tensors_have(self) -> None:
+        case = ready(load_tiny(self.family), method="none")
+        for index, block in enumerate(case.blocks):
+            for level, option in enumerate(block.options):
+                weights: Any = case.engine.weights(index, level)
+                names = ("gate", "up", "down") if index % 2 else ("q", "k", "v", "o")
+                tensors = [getattr(weights, name + end) for name in names for end in ("", "_bias")]
+                assert sum(t.numel() for t in tensors if t is not None) == option.parameters
+
+    def test_bfloat16_follows_transformers(self) -> None:
+        model = load_tiny(self.family, dtype="bfloat16")
+        assert model.dtype == torch.bfloat16
+        tokens = tokens_of(2, 24)
+        with torch.no_grad():
+            expected = model(tokens, use_cache=False).logits.float()
+        found = forward(describe(model), tokens)
+        # The residual stream is float32 here and bfloat16 there.
+        assert float((found - expected).abs().mean()) <= 0.05 * float(expected.abs().mean())
+
+
+class TestLlama(ArchitectureSuite):
+    family = "llama"
+    extra: ClassVar = {
+        "biases": {"attention_bias": True, "mlp_bias": True},
+        "scaled rope": {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "gelu": {"hidden_act": "gelu_pytorch_tanh"},
+    }
+
+
+class TestMistral(ArchitectureSuite):
+    family = "mistral"
+    extra: ClassVar = {
+        "window": {"sliding_window": 7},
+        "window over the edge": {"sliding_window": 64},
+        "window of one": {"sliding_window": 1},
+    }
+
+
+class TestQwen2(ArchitectureSuite):
+    family = "qwen2"
+    extra: ClassVar = {
+        "window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+        "window in some layers": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        "window switched off": {"use_sliding_window": False, "sliding_window": 7},
+    }
+
+
+class TestQwen3(ArchitectureSuite):
+    family = "qwen3"
+    extra: ClassVar = {
+        "window in some layers": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+        "biases": {"attention_bias": True},
+    }
+
+
+def test_every_family_has_its_suite() -> None:
+    assert {suite.family for suite in ArchitectureSuite.__subclasses__()} == set(FAMILIES)
+
+
+def test_windows_matter() -> None:
+    """The window cases above prove something only if a window changes the logits."""
+    tokens = tokens_of(1, 40)
+    model = load_tiny("mistral", sliding_window=7)
+    windowed = forward(describe(model), tokens)
+    model.config.sliding_window = None
+    assert float((forward(describe(model), tokens) - windowed)[:, 7:].abs().max()) > 0.1
+
+
+def test_other_families_are_refused_by_name() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' are not supported. Supported: llama, mistral, qwen2, qwen3") as caught:
+        describe(model)
+    assert caught.value.param == "model"

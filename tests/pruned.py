@@ -1,0 +1,174 @@
+"""Tiny models prepared for pruning, and the same pruning done a second time by hooks on the transformers model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto import AutoModelForCausalLM
+
+from selfpruner import compensation, criteria
+from selfpruner.architectures import Architecture, describe
+from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
+from selfpruner.compensation.least_squares import DAMPING
+from selfpruner.evaluation.engine import Engine
+from selfpruner.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
+from selfpruner.space import Block, Plan, SearchSpace, attention_shapes, ffn_widths
+from tests.tiny_models import tiny_model
+
+torch.set_num_threads(1)
+
+
+def load_tiny(family: str, **options: Any) -> PreTrainedModel:
+    """A random model of ``family``; options as for :func:`tests.tiny_models.tiny_model`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = tiny_model(Path(folder), family, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
+    model.train(False)
+    return model.requires_grad_(False)
+
+
+def tokens_of(sequences: int, length: int, seed: int = 1, vocab: int = 128) -> Tensor:
+    return torch.randint(4, vocab, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Ready:
+    model: PreTrainedModel
+    arch: Architecture
+    statistics: list[tuple[BlockStatistics, BlockStatistics]]
+    blocks: list[PrunableAttention | PrunableFfn]
+    space: SearchSpace
+    engine: Engine
+    compensation: str
+    calibration: Tensor
+
+
+def ready(
+    model: PreTrainedModel,
+    *,
+    criterion: str = "obs",
+    method: str = "least_squares",
+    rate: float = 0.2,
+    step: int = 8,
+    drop: bool = False,
+    calibration: Tensor | None = None,
+    **engine: Any,
+) -> Ready:
+    """Statistics on random tokens, every block at every level, the space and an engine."""
+    arch = describe(model)
+    calibration = tokens_of(12, 32, seed=7) if calibration is None else calibration
+    statistics = list(layer_statistics(arch, calibration))
+    blocks: list[PrunableAttention | PrunableFfn] = []
+    how = criteria.create(criterion), compensation.create(method)
+    for layer, (attention, ffn) in enumerate(statistics):
+        shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, "all", drop=drop)
+        blocks.append(prepare_attention(arch, layer, attention, *how, shapes))
+        blocks.append(prepare_ffn(arch, layer, ffn, *how, ffn_widths(arch.channels, step, drop=drop)))
+    kinds = ("attention", "ffn")
+    space = SearchSpace(
+        tuple(Block(i // 2, kinds[i % 2], block.options) for i, block in enumerate(blocks)),  # type: ignore[arg-type]
+        arch.decoder_parameters(),
+        rate,
+        arch.ffn_cost(step),
+    )
+    return Ready(model, arch, statistics, blocks, space, Engine(arch, blocks, **engine), method, calibration)
+
+
+def random_plans(space: SearchSpace, count: int, seed: int = 0) -> list[Plan]:
+    """Any legal plans, whatever they remove."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = [len(block.options) for block in space.blocks]
+    return [Plan(tuple(int(torch.randint(size, (1,), generator=g)) for size in sizes)) for _ in range(count)]
+
+
+def inputs_of(model: PreTrainedModel, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per layer the inputs (sequences, length, n) of o_proj and down_proj, seen by hooks on the model's own modules."""
+    seen: dict[tuple[int, int], Tensor] = {}
+    handles = []
+    for index, layer in enumerate(model.model.layers):
+        for which, module in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
+
+            def keep(_: Any, args: Any, place: tuple[int, int] = (index, which)) -> None:
+                seen[place] = args[0].detach().double()
+
+            handles.append(module.register_forward_pre_hook(keep))
+    try:
+        model(tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(seen[index, 0], seen[index, 1]) for index in range(len(model.model.layers))]
+
+
+def kept_columns(case: Ready, plan: Plan, block: int) -> list[int]:
+    """The columns of o_proj or down_proj that ``plan`` keeps, in the model's order."""
+    prunable, level = case.blocks[block], plan.levels[block]
+    if isinstance(prunable, PrunableFfn):
+        return sorted(prunable.order[: prunable.options[level].channels].tolist())
+    heads = prunable.heads[level]
+    return [head * case.arch.head_dim + i for head in heads for i in range(case.arch.head_dim)]
+
+
+def repaired(W: Tensor, X: Tensor, kept: Sequence[int], method: str) -> tuple[Tensor, Tensor]:
+    """A full-width output matrix with zeros where columns are gone, and its bias, solved from inputs X (tokens, n)."""
+    gone = [j for j in range(W.shape[1]) if j not in set(kept)]
+    mean = X.mean(0)
+    new = torch.zeros_like(W)
+    new[:, kept] = W[:, kept]
+    if not gone or method == "none":
+        return new, W.new_zeros(W.shape[0])
+    if method == "least_squares":
+        centred = X - mean
+        ridge = DAMPING * float(centred.pow(2).sum(0).mean())
+        A = centred[:, kept].T @ centred[:, kept] + ridge * torch.eye(len(kept), dtype=W.dtype)
+        target = centred[:, kept].T @ (centred @ W.T) + ridge * W[:, kept].T
+        new[:, kept] = torch.linalg.solve(A, target).T
+    return new, (W - new) @ mean
+
+
+def _replacing(W: Tensor, bias: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+    def hook(_module: Any, args: Any, _out: Tensor) -> Tensor:
+        return args[0] @ W.T + bias
+
+    return hook
+
+
+@contextmanager
+def masked(case: Ready, plan: Plan) -> Iterator[PreTrainedModel]:
+    """The dense model with pruned units silenced and repaired: full-width matrices, nothing of the engine or the patterns."""
+    X = inputs_of(case.model, case.calibration)
+    handles = []
+    for index, layer in enumerate(case.model.model.layers):
+        for which, module in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
+            block = 2 * index + which
+            if plan.levels[block] == 0:
+                continue
+            kept = kept_columns(case, plan, block)
+            if kept:
+                W, bias = repaired(module.weight.double(), X[index][which].flatten(0, 1), kept, case.compensation)
+                bias = bias if module.bias is None else bias + module.bias
+            else:
+                W, bias = torch.zeros_like(module.weight), torch.zeros(module.out_features)
+            handles.append(module.register_forward_hook(_replacing(W.float(), bias.float())))
+    try:
+        yield case.model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def naive(case: Ready, plan: Plan, tokens: Tensor) -> tuple[float, float]:
+    """(KL, negative log-likelihood) per token from the full logits of the dense and the masked model."""
+    dense = case.model(tokens, use_cache=False).logits.double().log_softmax(-1)
+    with masked(case, plan) as model:
+        out = model(tokens, use_cache=False, labels=tokens)
+    pruned = out.logits.double().log_softmax(-1)
+    return float((dense.exp() * (dense - pruned)).sum(-1).mean()), float(out.loss)
