@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ async def run_job(
     search = Search(config, space, evaluator, recorder, windows, channel)
     outcome = await search.run()
     report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder)
-    checkpoint = await _export(config, job_id, prepared, space, outcome, report, pool, session, recorder, checkpoint_dir)
+    checkpoint = await _export(config, job_id, prepared, space, outcome, report, evaluator, pool, session, recorder, checkpoint_dir)
     report |= {
         "evaluations": evaluator.evaluations,
         "plans": len(search.state.candidates),
@@ -122,22 +122,7 @@ async def _report(
 ) -> dict[str, Any]:
     """The figures on the held-out report text, for the dense model and the plans worth comparing."""
 
-    def tell(text: str) -> None:
-        recorder.progress(
-            Progress(
-                stage="reporting",
-                generation=config.generations,
-                generations=config.generations,
-                evaluations=evaluator.evaluations,
-                plans=len(evaluator.plans),
-                best_fitness=outcome.best.fitness,
-                best_relative=outcome.best.relative,
-                best_plan=outcome.best.plan_hash,
-                message=text,
-                data={"operators": dict(outcome.made), "improved": dict(outcome.improved)},
-            )
-        )
-
+    tell = _teller("reporting", config, outcome, evaluator, recorder)
     tell("scoring on the held-out text")
     plans = {"dense": space.dense, "uniform": Plan(outcome.uniform.levels), "best": Plan(outcome.best.levels)}
     if outcome.ramp is not None:
@@ -194,24 +179,13 @@ async def _export(
     space: SearchSpace,
     outcome: Outcome,
     report: Mapping[str, Any],
+    evaluator: Evaluator,
     pool: WorkerPool,
     session: Session,
     recorder: Recorder,
     directory: Path,
 ) -> dict[str, Any]:
-    def tell(text: str) -> None:
-        recorder.progress(
-            Progress(
-                stage="exporting",
-                generation=config.generations,
-                generations=config.generations,
-                best_fitness=outcome.best.fitness,
-                best_relative=outcome.best.relative,
-                best_plan=outcome.best.plan_hash,
-                message=text,
-            )
-        )
-
+    tell = _teller("exporting", config, outcome, evaluator, recorder)
     tell("writing and verifying the checkpoint")
     metrics = {
         name: {key: report[name][key] for key in ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")}
@@ -240,6 +214,28 @@ async def _export(
         data={"plan": plan.hash, "verification": result["verification"]},
     )
     return {**result, "plan_hash": plan.hash, "metrics": metrics}
+
+
+def _teller(stage: str, config: SearchConfig, outcome: Outcome, evaluator: Evaluator, recorder: Recorder) -> Callable[[str], None]:
+    """Progress after the search: what was found stays in view."""
+
+    def tell(text: str) -> None:
+        recorder.progress(
+            Progress(
+                stage=stage,
+                generation=config.generations,
+                generations=config.generations,
+                evaluations=evaluator.evaluations,
+                plans=len(evaluator.plans),
+                best_fitness=outcome.best.fitness,
+                best_relative=outcome.best.relative,
+                best_plan=outcome.best.plan_hash,
+                message=text,
+                data={"operators": dict(outcome.made), "improved": dict(outcome.improved)},
+            )
+        )
+
+    return tell
 
 
 def _operators(outcome: Outcome) -> dict[str, dict[str, int]]:

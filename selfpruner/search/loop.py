@@ -194,8 +194,11 @@ class Search:
         found: dict[str, Offspring],
         parents: Sequence[tuple[Candidate, Candidate]] = (),
     ) -> None:
-        """Ask an LLM operator for ``want`` new plans; go on while it gives new ones and its channel is open."""
+        """Ask an LLM operator for ``want`` new plans. Beside classical operators it answers one question, since they make children in
+        no time; alone it is asked on while it gives new plans and its channel is open."""
         assert self.channel is not None
+        if not self._llm_only():
+            want = min(want, self.channel.settings.plans)
         start = len(found)
         rng = self._rng(generation, operator.name)
         while len(found) - start < want and self.channel.open:
@@ -242,7 +245,9 @@ class Search:
         return all(name in LLM_OPERATORS for name in names)
 
     def _note(self, operator: str, error: ProposerError) -> None:
-        self.state.rejected.append(Rejected(operator, f"{error.code}: {error.message[:160]}"))
+        """Remember for the next prompt what was wrong with a reply; what went wrong on the way is no lesson for the LLM."""
+        if error.code in ("invalid", "not_json", "no_new_plan"):
+            self.state.rejected.append(Rejected(operator, f"{error.code}: {error.message[:160]}"))
 
     # -- scoring plans -------------------------------------------------------------------------------------------------
     async def _generation(self, number: int, children: Sequence[Offspring]) -> None:

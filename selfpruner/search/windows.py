@@ -33,7 +33,7 @@ class Windows:
         if not finals or need > len(self._free):
             raise ConfigError(
                 f"The fitness text has {sequences} sequences of {length} tokens; a generation needs {need} of them beside "
-                f"those for probes and the final. Raise fitness_text.sequences to at least {2 * need + 2} or lower the stages.",
+                f"those for probes and the final. Raise fitness_text.sequences to at least {3 * need} or lower the stages.",
                 param="fitness_text",
             )
 
