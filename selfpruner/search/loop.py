@@ -194,8 +194,8 @@ class Search:
         found: dict[str, Offspring],
         parents: Sequence[tuple[Candidate, Candidate]] = (),
     ) -> None:
-        """Ask an LLM operator for ``want`` new plans. Beside classical operators it answers one question, since they make children in
-        no time; alone it is asked on while it gives new plans and its channel is open."""
+        """Ask an LLM operator for ``want`` new plans. Beside classical operators, which are free, it answers one question;
+        alone it is asked on while it gives new plans and its channel is open."""
         assert self.channel is not None
         if not self._llm_only():
             want = min(want, self.channel.settings.plans)
