@@ -15,7 +15,8 @@ import hashlib
 import os
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AttentionInterface, StaticCache
 
 from selfpruner.calibration.openings import opening
 from selfpruner.errors import CancelledTaskError, disk_errors
@@ -36,6 +38,7 @@ MAX_ROWS = 64
 _CACHE_BYTES = 1 << 30  # keys and values of one chunk of rows
 _LOOP = 10  # a document that says the same ten tokens twice has begun to loop
 _ATTEMPTS = 3
+_ONE_TOKEN = "selfpruner_one_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,26 +165,55 @@ def _decode(
     rows = [_Row(random.Random(name)) for name in names]
     ends = set(separator) | _end_tokens(loaded)
     specials = [index for index in loaded.tokenizer.all_special_ids if index < model.config.vocab_size and index not in ends]
-    cache: Any = None
+    cache = StaticCache(model.config, max_cache_len=length)
     logits: Tensor | None = None
-    for step in range(length):
-        if cancelled():
-            raise CancelledTaskError("Cancelled while the model was writing text.")
-        for row in rows:
-            if not row.forced and (not row.tokens or row.written >= row.style.longest):
-                _new_document(row, loaded, separator)
-        sampled = _sample(logits, rows).tolist() if logits is not None else [0] * len(rows)
-        for row, token in zip(rows, sampled, strict=True):
-            _put(row, token, loaded, separator, ends)
-        ids = torch.tensor([[row.tokens[-1]] for row in rows], device=model.device)
-        if step + 1 < length:
-            output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = output.past_key_values, output.logits[:, -1].float()
-            # Chat markers and the like are no text; the end of a document is.
-            logits[:, specials] = -torch.inf
-        if step % 32 == 31:
-            progress(step + 1)
+    with _attention(model, _ONE_TOKEN):
+        for step in range(length):
+            if cancelled():
+                raise CancelledTaskError("Cancelled while the model was writing text.")
+            for row in rows:
+                if not row.forced and (not row.tokens or row.written >= row.style.longest):
+                    _new_document(row, loaded, separator)
+            sampled = _sample(logits, rows).tolist() if logits is not None else [0] * len(rows)
+            for row, token in zip(rows, sampled, strict=True):
+                _put(row, token, loaded, separator, ends)
+            if step + 1 < length:
+                ids = torch.tensor([[row.tokens[-1]] for row in rows], device=model.device)
+                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, cached_tokens=step + 1)
+                logits = output.logits[:, -1].float()
+                # Chat markers and the like are no text; the end of a document is.
+                logits[:, specials] = -torch.inf
+            if step % 32 == 31:
+                progress(step + 1)
     return torch.tensor([row.tokens for row in rows])
+
+
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _one_token_attention(
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, cached_tokens: int, **_options: Any
+) -> tuple[Tensor, None]:
+    """Attention of one new token (rows, heads, 1, width) to the ``cached_tokens`` first of the cache (rows, groups, all, width).
+
+    torch's own kernels are made for many queries; on a CPU they take several times as long for one. Here the query heads of a
+    group are the rows of one small product, and keys and values are read once, where they lie.
+    """
+    rows, heads, _, width = query.shape
+    key, value = key[:, :, :cached_tokens], value[:, :, :cached_tokens]
+    grouped = query.reshape(rows, key.shape[1], -1, width)
+    weights = torch.softmax((grouped @ key.transpose(2, 3)).float() * scaling, -1).to(value.dtype)
+    return (weights @ value).reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(_ONE_TOKEN, _one_token_attention)
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:
@@ -219,11 +251,8 @@ def _sample(logits: Tensor, rows: list[_Row]) -> Tensor:
     min_p = torch.tensor([[row.style.min_p] for row in rows], device=device)
     # A number is drawn in every step, needed or not: each row's sequence of numbers is its own.
     chance = torch.tensor([[row.chance.random()] for row in rows], device=device)
-    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
-    weights = torch.where(weights < min_p, 0.0, weights)
+    weights = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+    weights.masked_fill_(weights < min_p, 0.0)
     totals = weights.cumsum(-1)
-    # right=True skips tokens of weight zero; the clamp keeps a rounded-up draw inside the last token that has weight.
-    draw = chance * totals[:, -1:]
-    found = torch.searchsorted(totals, draw, right=True)
-    last = (weights > 0).long().mul(torch.arange(weights.shape[-1], device=device)).amax(-1, keepdim=True)
-    return torch.minimum(found, last)[:, 0]
+    # 1 - chance is in (0, 1]: the first place where the sum reaches the draw always has weight.
+    return torch.searchsorted(totals, (1 - chance) * totals[:, -1:])[:, 0]
