@@ -77,7 +77,7 @@ def ready(
         tuple(Block(i // 2, kinds[i % 2], block.options) for i, block in enumerate(blocks)),  # type: ignore[arg-type]
         arch.decoder_parameters(),
         rate,
-        arch.ffn_cost(step),
+        arch.ffn_cost(2 * step) - arch.ffn_cost(step),
     )
     return Ready(model, arch, statistics, blocks, space, Engine(arch, blocks, **engine), method, calibration)
 

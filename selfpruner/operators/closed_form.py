@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -10,6 +11,9 @@ from selfpruner.space import Plan, SearchSpace
 
 # End-to-end change of the rate over the depth, as a share of the target rate: early layers keep more when positive.
 SLOPES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, -0.2, -0.4, -0.6)
+
+# Cells of the dynamic programme: a few per FFN step in the largest models, a tenth of a second in the small ones.
+CELLS = 16_384
 
 
 class Uniform:
@@ -87,30 +91,35 @@ def predicted_losses(space: SearchSpace, sensitivities: Sequence[float], probe_l
 def cheapest(space: SearchSpace, losses: Sequence[Sequence[float]]) -> Plan:
     """The plan of smallest summed loss within the budget, by dynamic programming over what is removed.
 
-    Sizes are counted in quarters of an FFN step, rounded; the projection settles what rounding left over.
+    Sizes are counted in the largest unit that divides them all, so the result is exact; in a large model in coarser ones, and
+    the projection settles what rounding left over.
     """
     import numpy as np
 
-    quantum = max(space.step // 4, 1)
+    unit = math.gcd(*(gone for dial in space.dials for gone in dial.removed)) or 1
+    quantum = unit * max(1, -(-space.target // (unit * CELLS)))
     need = -(-space.target // quantum)
-    best = np.full(need + 1, np.inf)  # best[u]: smallest loss that removes at least u quanta with the dials so far
+    top = max(-(-(space.target + space.step) // quantum), need + 1)
+    best = np.full(top, np.inf)  # best[u]: smallest loss that removes u quanta with the dials so far
     best[0] = 0.0
-    choices = []
-    for dial in space.dials:
-        total = np.full(need + 1, np.inf)
-        choice = np.zeros(need + 1, dtype=np.int32)
-        for position, setting in enumerate(dial.settings):
-            units = round(dial.removed[position] / quantum)
-            loss = sum(losses[block][level] for block, level in zip(dial.blocks, setting, strict=True))
-            before = np.concatenate((np.full(min(units, need), best[0]), best[: max(need + 1 - units, 1)]))[: need + 1]
-            better = before + loss < total
-            total[better] = before[better] + loss
-            choice[better] = position
+    choices, sizes = [], [[round(gone / quantum) for gone in dial.removed] for dial in space.dials]
+    for dial, size in zip(space.dials, sizes, strict=True):
+        total = np.full(top, np.inf)
+        choice = np.zeros(top, dtype=np.int32)
+        for position, (units, setting) in enumerate(zip(size, dial.settings, strict=True)):
+            if units >= top:
+                break
+            with_it = best[: top - units] + sum(losses[block][level] for block, level in zip(dial.blocks, setting, strict=True))
+            better = with_it < total[units:]
+            total[units:][better] = with_it[better]
+            choice[units:][better] = position
         best = total
         choices.append(choice)
-    left, positions = need, [0] * len(space.dials)
-    for index in range(len(space.dials) - 1, -1, -1):
-        position = int(choices[index][left])
-        positions[index] = position
-        left = max(0, left - round(space.dials[index].removed[position] / quantum))
-    return space.project([dial.rate(p) for dial, p in zip(space.dials, positions, strict=True)])
+    if not np.isfinite(best[need:]).any():
+        return space.project([space.rate] * space.layers)
+    left, rates = need + int(best[need:].argmin()), []
+    for dial, size, choice in zip(reversed(space.dials), reversed(sizes), reversed(choices), strict=True):
+        position = int(choice[left])
+        rates.append(dial.rate(position))
+        left -= size[position]
+    return space.project(rates[::-1])

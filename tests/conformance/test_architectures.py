@@ -68,10 +68,11 @@ class ArchitectureSuite:
         model = load_tiny(self.family, **SHAPES[shape])
         arch = describe(model)
         layer: Any = model.model.layers[0]
-        norms = sum(p.numel() for name, p in layer.self_attn.named_parameters() if "norm" in name)
-        dense = arch.attention_cost(arch.kv_groups, arch.heads_per_group)
-        assert dense == sum(p.numel() for p in layer.self_attn.parameters()) - norms
-        assert arch.ffn_cost(arch.channels) == sum(p.numel() for p in layer.mlp.parameters())
+        attention, ffn = (layer.self_attn, layer.input_layernorm), (layer.mlp, layer.post_attention_layernorm)
+        assert arch.attention_cost(arch.kv_groups, arch.heads_per_group) == sum(
+            p.numel() for m in attention for p in m.parameters()
+        )
+        assert arch.ffn_cost(arch.channels) == sum(p.numel() for m in ffn for p in m.parameters())
         assert arch.decoder_parameters() == sum(p.numel() for p in model.model.layers.parameters())
         assert arch.model_parameters() == model.num_parameters()
         assert arch.attention_cost(0, 0) == arch.ffn_cost(0) == 0
@@ -83,7 +84,8 @@ class ArchitectureSuite:
                 weights: Any = case.engine.weights(index, level)
                 names = ("gate", "up", "down") if index % 2 else ("q", "k", "v", "o")
                 tensors = [getattr(weights, name + end) for name in names for end in ("", "_bias")]
-                assert sum(t.numel() for t in tensors if t is not None) == option.parameters
+                norms = case.arch.hidden + (0 if index % 2 or weights.q_norm is None else 2 * case.arch.head_dim)
+                assert sum(t.numel() for t in tensors if t is not None) + norms == option.parameters
 
     def test_bfloat16_follows_transformers(self) -> None:
         model = load_tiny(self.family, dtype="bfloat16")

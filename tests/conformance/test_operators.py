@@ -1,0 +1,266 @@
+"""What every classical operator must do: legal plans within the budget, the same for a seed, in any space."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from itertools import product
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfpruner import names
+from selfpruner.operators import CLASSICAL, CROSSOVERS, MUTATIONS, Context, Offspring, Operator, closed_form
+from selfpruner.operators.closed_form import SLOPES, Ramp, Random, Sensitivity, Uniform, cheapest, predicted_losses, ramp
+from selfpruner.operators.evolution import LevelSwitch, Recombine, switch
+from selfpruner.operators.llm import OPERATORS
+from selfpruner.search.records import Candidate
+from selfpruner.space import Plan, SearchSpace
+from tests.spaces import positions, shape, space_of
+
+SPACES: dict[str, dict[str, Any]] = {
+    "blocks": {"rate": 0.2},
+    "layers": {"rate": 0.2, "granularity": "layer"},
+    "biased": {"rate": 0.3, "bias": True, "channels": 100},
+    "half gone": {"rate": 0.5, "drop": True},
+    "ffn only": {"rate": 0.2, "mode": "none"},
+    "one layer": {"layers": 1, "rate": 0.3},
+    "smollm": shape(rate=0.2, bias=True),
+    "large layers": shape(rate=0.3, bias=True, granularity="layer"),
+}
+
+
+def candidate_of(space: SearchSpace, plan: Plan, relative: float = 1.0) -> Candidate:
+    rates = tuple(space.rates(plan))
+    return Candidate(plan.hash, plan.levels, rates, 0, "random", status="evaluated", fitness=relative, relative=relative)
+
+
+def context_of(space: SearchSpace, members: int = 5, **changes: Any) -> Context:
+    rng = random.Random(1)
+    plans = [space.project([rng.random() for _ in space.dials]) for _ in range(members)]
+    population = [candidate_of(space, plan, 1 + 0.1 * index) for index, plan in enumerate(dict.fromkeys(plans))]
+    facts: dict[str, Any] = {"population": population, "history": population, "seen": frozenset(c.plan_hash for c in population)}
+    facts["sensitivities"] = [rng.uniform(0.01, 1.0) for _ in space.blocks]
+    facts["probe_levels"] = [min(1, len(block.options) - 1) for block in space.blocks]
+    return Context(space, 1, 5, **{**facts, **changes})
+
+
+class OperatorSuite:
+    """Subclass it with ``operator``; ``needs`` is how many members of the population it needs to say anything."""
+
+    operator: ClassVar[type[Operator]]
+    needs: ClassVar[int] = 0
+
+    def propose(self, context: Context, count: int, seed: int = 0) -> list[Offspring]:
+        return asyncio.run(self.operator().propose(context, count, random.Random(seed)))
+
+    def test_is_registered(self) -> None:
+        assert CLASSICAL[self.operator.name] is self.operator
+
+    @pytest.mark.parametrize("name", SPACES)
+    def test_plans_are_legal_and_within_the_budget(self, name: str) -> None:
+        space = space_of(**SPACES[name])
+        context = context_of(space)
+        children = self.propose(context, 9)
+        assert children or len(context.population) < self.needs
+        known = {member.plan_hash for member in context.population}
+        for child in children:
+            space.check(child.plan)
+            assert space.meets_budget(child.plan)
+            assert child.operator == self.operator.name
+            assert set(child.parents) <= known
+            positions(space, child.plan.levels)  # a setting of every dial
+
+    def test_equal_seeds_equal_plans(self) -> None:
+        context = context_of(space_of(**SPACES["smollm"]))
+        assert self.propose(context, 6, seed=4) == self.propose(context, 6, seed=4)
+
+    def test_count_is_respected(self) -> None:
+        context = context_of(space_of(**SPACES["smollm"]))
+        assert len(self.propose(context, 2)) <= 4
+        assert len(self.propose(context, 1)) <= 1
+
+    def test_too_small_a_population_gives_nothing(self) -> None:
+        for members in range(self.needs):
+            assert self.propose(context_of(space_of(), members), 3) == []
+
+    def test_no_global_randomness(self) -> None:
+        before = random.getstate()
+        self.propose(context_of(space_of()), 4)
+        assert random.getstate() == before
+
+
+class TestUniform(OperatorSuite):
+    operator = Uniform
+
+    def test_is_the_projection_of_the_target(self) -> None:
+        space = space_of(**SPACES["smollm"])
+        (child,) = self.propose(context_of(space), 3)
+        assert child.plan == space.project([0.2] * space.layers)
+
+
+class TestRamp(OperatorSuite):
+    operator = Ramp
+
+    def test_rates_are_linear_around_the_target(self) -> None:
+        space = space_of(layers=5, rate=0.2)
+        assert ramp(space, 0.5) == pytest.approx([0.1, 0.15, 0.2, 0.25, 0.3])
+        assert ramp(space, 0.0) == pytest.approx([0.2] * 5)
+        assert len(self.propose(context_of(space), 50)) == len(SLOPES) - 1
+
+    def test_one_layer_cannot_slope(self) -> None:
+        space = space_of(**SPACES["one layer"])
+        assert all(space.meets_budget(child.plan) for child in self.propose(context_of(space), 3))
+
+
+class TestSensitivity(OperatorSuite):
+    operator = Sensitivity
+
+    def test_without_probes_it_says_nothing(self) -> None:
+        assert self.propose(context_of(space_of(), sensitivities=()), 3) == []
+
+    def test_spares_what_is_sensitive(self) -> None:
+        space = space_of(layers=6, rate=0.3, mode="none", channels=192)
+        loud = [5.0 if block.layer == 2 else 0.1 for block in space.blocks]
+        best = self.propose(context_of(space, sensitivities=loud, probe_levels=[0, 4] * 6), 1)[0].plan
+        rates = space.layer_rates(best)
+        assert rates[2] == min(rates) < 0.1
+
+    def test_mixtures_lie_between_the_closed_form_and_uniform(self) -> None:
+        space = space_of(**SPACES["smollm"])
+        best, *mixed = self.propose(context_of(space), 4)
+        uniform = space.rates(space.project([space.rate] * space.layers))
+
+        def far(plan: Plan) -> float:
+            return sum(abs(a - b) for a, b in zip(space.rates(plan), uniform, strict=True))
+
+        distances = [far(best.plan), *(far(child.plan) for child in mixed)]
+        assert distances == sorted(distances, reverse=True)
+
+
+class TestRandom(OperatorSuite):
+    operator = Random
+
+    def test_plans_differ(self) -> None:
+        children = self.propose(context_of(space_of(**SPACES["smollm"])), 8)
+        assert len({child.plan.hash for child in children}) == 8
+
+
+class TestLevelSwitch(OperatorSuite):
+    operator = LevelSwitch
+    needs = 1
+
+    def test_children_are_neighbours(self) -> None:
+        space = space_of(**SPACES["smollm"])
+        context = context_of(space)
+        members = {member.plan_hash: member for member in context.population}
+        for child in self.propose(context, 12):
+            (parent,) = child.parents
+            pairs = zip(positions(space, child.plan.levels), positions(space, members[parent].levels), strict=True)
+            assert sum(a != b for a, b in pairs) <= 20
+        assert len({child.plan.hash for child in self.propose(context, 12)}) >= 10
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 10**6), st.sampled_from(sorted(SPACES)), st.integers(1, 3))
+    def test_exchanges_keep_the_budget(self, seed: int, name: str, exchanges: int) -> None:
+        space = space_of(**SPACES[name])
+        rng = random.Random(seed)
+        plan = space.project([rng.random() for _ in space.dials])
+        for _ in range(3):
+            plan = switch(space, plan, rng, exchanges)
+            assert space.meets_budget(plan)
+
+
+class TestRecombine(OperatorSuite):
+    operator = Recombine
+    needs = 2
+
+    def test_both_parents_are_named_and_differ(self) -> None:
+        for child in self.propose(context_of(space_of(**SPACES["smollm"])), 6):
+            assert len(set(child.parents)) == 2
+
+    def test_equal_parents_have_that_child(self) -> None:
+        space = space_of(**SPACES["smollm"])
+        plan = space.project([0.2] * space.layers)
+        twins = [candidate_of(space, plan), candidate_of(space, plan)]
+        assert {child.plan for child in self.propose(context_of(space, population=twins), 3)} == {plan}
+
+
+# -- the closed-form plan ------------------------------------------------------------------------------------------------
+def best_by_trying_all(space: SearchSpace, losses: list[list[float]]) -> float:
+    """The smallest summed loss of all plans within the budget that the dials can make."""
+    best = math.inf
+    for choice in product(*(range(len(dial.settings)) for dial in space.dials)):
+        if space.target <= sum(dial.removed[p] for dial, p in zip(space.dials, choice, strict=True)) < space.target + space.step:
+            best = min(best, cost(space, losses, choice))
+    return best
+
+
+def cost(space: SearchSpace, losses: list[list[float]], choice: Any) -> float:
+    pairs = [pair for dial, p in zip(space.dials, choice, strict=True) for pair in zip(dial.blocks, dial.settings[p], strict=True)]
+    return sum(losses[block][level] for block, level in pairs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": 3, "channels": 48, "mode": "none", "rate": 0.2},
+        {"layers": 4, "channels": 32, "mode": "none", "rate": 0.3, "bias": True},
+        {"layers": 2, "channels": 64, "mode": "all", "rate": 0.3},
+        {"layers": 2, "channels": 72, "mode": "q_head", "rate": 0.4, "heads_per_group": 3},
+        {"layers": 4, "channels": 40, "mode": "all", "rate": 0.2, "granularity": "layer"},
+    ],
+)
+def test_the_cheapest_plan_is_the_cheapest_of_all(options: dict[str, Any]) -> None:
+    for seed in range(6):
+        space = space_of(seed=seed, **options)
+        rng = random.Random(seed)
+        losses = [[rng.uniform(0.2, 2.0) * option.error**1.3 for option in block.options] for block in space.blocks]
+        for curve in losses:
+            curve.sort()
+        found = cheapest(space, losses)
+        assert space.meets_budget(found)
+        spent = sum(curve[level] for curve, level in zip(losses, found.levels, strict=True))
+        assert spent == pytest.approx(best_by_trying_all(space, losses))
+
+
+def test_coarse_counting_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = space_of(**SPACES["smollm"])
+    rng = random.Random(0)
+    slopes = [rng.uniform(0.2, 2.0) for _ in space.blocks]
+    losses = [[slope * option.error**1.3 for option in block.options] for slope, block in zip(slopes, space.blocks, strict=True)]
+
+    def spent() -> float:
+        plan = cheapest(space, losses)
+        assert space.meets_budget(plan)
+        return sum(curve[level] for curve, level in zip(losses, plan.levels, strict=True))
+
+    fine = spent()
+    monkeypatch.setattr(closed_form, "CELLS", 2000)
+    assert fine * 0.999 <= spent() <= fine * 1.02
+
+
+def test_flat_losses_still_meet_the_budget() -> None:
+    space = space_of(**SPACES["smollm"])
+    assert space.meets_budget(cheapest(space, [[0.0] * len(block.options) for block in space.blocks]))
+
+
+def test_predicted_losses_follow_the_errors() -> None:
+    space = space_of(layers=1, mode="none", channels=32)
+    attention, ffn = predicted_losses(space, [0.7, 0.3], [0, 2])
+    assert attention == [0.0]
+    errors = [option.error for option in space.blocks[1].options]
+    assert ffn == pytest.approx([0.3 * error / errors[2] for error in errors])
+    assert ffn[2] == pytest.approx(0.3)
+    assert predicted_losses(space, [0.7, -0.3], [0, 2])[1] == [0.0] * 4
+
+
+def test_the_registries_and_the_tables_of_names_agree() -> None:
+    assert {suite.operator for suite in OperatorSuite.__subclasses__()} == set(CLASSICAL.values())
+    assert set(CLASSICAL) == set(names.CLOSED_FORM_OPERATORS) | set(names.EVOLUTION_OPERATORS)
+    assert set(OPERATORS) == set(names.LLM_OPERATORS)
+    assert all(name == operator.name for name, operator in CLASSICAL.items())  # type: ignore[attr-defined]
+    assert {*CROSSOVERS, *MUTATIONS, "select"} == set(names.OFFSPRING_OPERATORS)
