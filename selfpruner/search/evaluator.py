@@ -11,8 +11,6 @@ from selfpruner.search.records import Evaluation, Recorder, Window
 from selfpruner.space import Plan
 from selfpruner.workers.base import Session, WorkerPool
 
-MAX_HALVINGS = 3
-
 
 @dataclass(frozen=True, slots=True)
 class Fitness:
@@ -34,8 +32,8 @@ class Fitness:
 class Evaluator:
     """Scores plans through a pool. A generation's missing plans go out as one task, so that they share their prefixes.
 
-    When a device runs out of memory the batch is halved, three times at most; a plan that still does not fit alone is stored
-    as failed with that reason. ``peak_mib`` is the largest worker seen, ``evaluations`` counts (plan, window) pairs scored.
+    When a device runs out of memory the batch is halved, again and again; a plan that does not fit alone is stored as failed
+    with that reason. ``peak_mib`` is the largest worker seen, ``evaluations`` counts (plan, window) pairs scored.
     """
 
     def __init__(self, pool: WorkerPool, session: Session, recorder: Recorder) -> None:
@@ -53,7 +51,7 @@ class Evaluator:
         for window in windows:
             known = {plan.hash: self._recorder.find_evaluation(plan.hash, window.name) for plan in unique}
             missing = [plan for plan in unique if known[plan.hash] is None]
-            fresh = {row.plan_hash: row for row in await self._evaluate(missing, window, 0)}
+            fresh = {row.plan_hash: row for row in await self._evaluate(missing, window)}
             for plan in unique:
                 row = known[plan.hash] or fresh[plan.hash]
                 parts[plan.hash].append(row)
@@ -61,17 +59,17 @@ class Evaluator:
         self.plans.update(parts)
         return {plan_hash: _mean(rows) for plan_hash, rows in parts.items()}
 
-    async def _evaluate(self, plans: Sequence[Plan], window: Window, halvings: int) -> list[Evaluation]:
+    async def _evaluate(self, plans: Sequence[Plan], window: Window) -> list[Evaluation]:
         if not plans:
             return []
         payload = {"plans": [list(plan.levels) for plan in plans], "text": window.text, "sequences": list(window.sequences)}
         try:
             result = await self._pool.run(self._session, "evaluate", payload)
         except OutOfMemoryError as error:
-            if len(plans) > 1 and halvings < MAX_HALVINGS:
+            if len(plans) > 1:
                 middle = len(plans) // 2
-                first = await self._evaluate(plans[:middle], window, halvings + 1)
-                return first + await self._evaluate(plans[middle:], window, halvings + 1)
+                first = await self._evaluate(plans[:middle], window)
+                return first + await self._evaluate(plans[middle:], window)
             rows = [Evaluation(plan.hash, window.name, 0, None, None, 0.0, f"out of memory: {error.message}") for plan in plans]
         else:
             self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))

@@ -1,0 +1,225 @@
+"""A search without torch: an analytic pool, a recorder in memory, a proposer that follows the schema it is given."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selfpruner.config import LlmLimits, SearchConfig
+from selfpruner.errors import OutOfMemoryError
+from selfpruner.proposers import ProposerSettings
+from selfpruner.proposers.base import CallError, Reply, Request
+from selfpruner.proposers.channel import LlmChannel
+from selfpruner.search.evaluator import Evaluator
+from selfpruner.search.loop import Outcome, Search
+from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
+from selfpruner.search.windows import Windows
+from selfpruner.space import Plan, SearchSpace
+from selfpruner.workers.base import Json, OnProgress, Session
+
+SESSION = Session("key", {}, "")
+
+
+class DiedError(Exception):
+    """The process died here."""
+
+
+class Interruptions:
+    """Dies at await point number ``at``, counted over everything that asks."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.points = 0
+
+    def point(self) -> None:
+        self.points += 1
+        if self.points == self.at:
+            raise DiedError
+
+
+class MemoryRecorder:
+    """What the store keeps, under the store's rules."""
+
+    def __init__(self) -> None:
+        self.evaluations: dict[tuple[str, str], Evaluation] = {}
+        self.calls: dict[int, LlmCall] = {}
+        self.candidates: dict[str, Candidate] = {}
+        self.events: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
+        self.reports: list[Progress] = []
+
+    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
+        return self.evaluations.get((plan_hash, window))
+
+    def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
+        for row in rows:
+            assert row.kl is None or math.isfinite(row.kl)
+            self.evaluations.setdefault((row.plan_hash, row.window), row)
+
+    def find_llm_call(self, sequence: int) -> LlmCall | None:
+        return self.calls.get(sequence)
+
+    def save_llm_call(self, call: LlmCall) -> None:
+        assert call.sequence not in self.calls, "a recorded call is replayed, not written again"
+        self.calls[call.sequence] = call
+
+    def save_candidates(self, rows: Sequence[Candidate]) -> None:
+        for row in rows:
+            known = self.candidates.get(row.plan_hash)
+            if known is None:
+                self.candidates[row.plan_hash] = copy.copy(row)
+            elif row.status != "pending":
+                origin = {"parents": known.parents, "operator": known.operator, "generation": known.generation}
+                fresh = copy.copy(row)
+                for name, value in origin.items():
+                    setattr(fresh, name, value)
+                self.candidates[row.plan_hash] = fresh
+
+    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        self.events.setdefault(key, (type, message, dict(data or {})))
+
+    def progress(self, progress: Progress) -> None:
+        self.reports.append(progress)
+
+
+class AnalyticPool:
+    """KL is a known convex function of the levels, times a factor that all plans share on the same tokens.
+
+    ``memory``: more plans than that in one task do not fit. ``broken``: hashes of plans that score NaN. ``seen`` counts every
+    (plan, tokens) pair that was really scored.
+    """
+
+    def __init__(self, space: SearchSpace, interruptions: Interruptions | None = None) -> None:
+        self.space = space
+        self.interruptions = interruptions or Interruptions()
+        self.memory = 10**9
+        self.broken: set[str] = set()
+        self.too_large: set[str] = set()
+        self.seen: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+        self.tasks: list[int] = []
+        rng = random.Random(5)
+        self.weights = [rng.uniform(0.2, 3.0) for _ in space.blocks]
+
+    def kl(self, plan: Plan) -> float:
+        pairs = zip(self.weights, self.space.block_rates(plan), strict=True)
+        return sum(weight * (rate + 4 * rate**3) for weight, rate in pairs) / len(self.weights)
+
+    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:  # noqa: ARG002
+        assert kind == "evaluate"
+        self.interruptions.point()
+        plans = [Plan(tuple(levels)) for levels in json.loads(json.dumps(payload["plans"]))]
+        self.tasks.append(len(plans))
+        if len(plans) > self.memory or self.too_large & {plan.hash for plan in plans}:
+            raise OutOfMemoryError("no room")
+        sequences = tuple(payload["sequences"])
+        rows: list[Json] = []
+        for plan in plans:
+            self.space.check(plan)
+            self.seen[plan.hash, payload["text"], sequences] += 1
+            noise = 1 + 0.2 * random.Random(str(sequences)).random()
+            kl = self.kl(plan) * noise
+            row: Json = {"kl": kl, "nll": 3 + kl, "tokens": 16 * len(sequences), "reason": None}
+            if plan.hash in self.broken:
+                row |= {"kl": None, "nll": None, "reason": "fitness is not finite (kl nan, nll nan)"}
+            rows.append(row)
+        return {"rows": rows, "seconds": 0.01 * len(plans), "peak_mib": 100.0 + len(self.tasks)}
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+class ScriptedProposer:
+    """Answers any schema with numbers drawn from the call's own seed. ``failures`` maps call numbers to outcomes."""
+
+    name = "scripted"
+    model = "scripted-1"
+
+    def __init__(self, interruptions: Interruptions | None = None, failures: Mapping[int, str] | None = None) -> None:
+        self.interruptions = interruptions or Interruptions()
+        self.failures = dict(failures or {})
+        self.made: list[int] = []
+
+    async def complete(self, request: Request) -> Reply:
+        self.interruptions.point()
+        self.made.append(request.sequence)
+        failure = self.failures.get(request.sequence)
+        if failure == "not_json":
+            return Reply("I would rather not.", self.model, 100, 10, 0.1)
+        if failure is not None:
+            raise CallError("as scripted", code=failure)
+        rng = random.Random(request.seed)
+        return Reply(json.dumps(_answer(request.schema, rng)), self.model, 100, 50, 0.5)
+
+
+def _answer(schema: Mapping[str, Any], rng: random.Random) -> Any:
+    if schema["type"] == "object":
+        return {name: _answer(part, rng) for name, part in schema["properties"].items()}
+    if schema["type"] == "array":
+        values = [_answer(schema["items"], rng) for _ in range(schema["minItems"])]
+        if schema["items"]["type"] == "integer" and schema["minItems"] == 2 and values[0] == values[1]:
+            values[1] = schema["items"]["minimum"] + (values[0] == schema["items"]["minimum"])
+        return values
+    assert schema["type"] == "integer"
+    return rng.randint(schema["minimum"], min(schema["maximum"], 45))
+
+
+def config_of(preset: str = "evolution", **changes: Any) -> SearchConfig:
+    """A small search: three stages of the paper's game in a second."""
+    small: dict[str, Any] = {
+        "rate": 0.2,
+        "preset": preset,
+        "population": 4,
+        "crossover_offspring": 4,
+        "mutation_offspring": 4,
+        "generations": 3,
+        "stages": [{"tokens": 32, "keep": 5}, {"tokens": 96, "keep": 3}],
+        "probe_tokens": 32,
+        "final_tokens": 128,
+        "seed": 3,
+    }
+    if preset == "self-pruner":
+        small["stages"] = [{"tokens": 64, "keep": 8}]
+    return SearchConfig.model_validate({**small, **changes})
+
+
+class Run:
+    """One search over ``recorder``; several may share it, one after the other."""
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        space: SearchSpace,
+        recorder: MemoryRecorder,
+        *,
+        pool: AnalyticPool | None = None,
+        proposer: ScriptedProposer | None = None,
+        limits: LlmLimits | None = None,
+    ) -> None:
+        self.recorder = recorder
+        self.pool = pool or AnalyticPool(space)
+        self.evaluator = Evaluator(self.pool, SESSION, recorder)
+        self.windows = Windows(
+            60,
+            16,
+            seed=config.seed,
+            probe=config.probe_tokens,
+            final=config.final_tokens,
+            stages=[stage.tokens for stage in config.stages],
+        )
+        self.proposer = proposer or ScriptedProposer()
+        channel = None
+        if config.uses_llm:
+            settings = ProposerSettings(kind="openai", model="scripted-1")
+            channel = LlmChannel(self.proposer, recorder, limits or config.limits, settings, config.seed)
+        self.search = Search(config, space, self.evaluator, recorder, self.windows, channel)
+
+    async def go(self) -> Outcome:
+        return await self.search.run()
+
+
+def window(name: str = "w", *sequences: int) -> Window:
+    return Window(name, "fitness", sequences or (0, 1))
