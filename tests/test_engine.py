@@ -107,7 +107,7 @@ def test_constant_channels_with_bias_leave_the_model_exactly_as_it_was(tokens: t
         plan = Plan((0, level) * 3)
         (score,) = case.engine.evaluate([plan], tokens)
         # Least squares refits the others too, with a ridge: as good as equal, not exactly.
-        assert abs(score.kl) <= (1e-8 if criterion == "flap" else 1e-4)
+        assert abs(score.kl) <= (1e-7 if criterion == "flap" else 1e-4)
         if criterion == "flap":
             dense, (final,) = case.engine._walk([plan.levels], tokens, lambda: False)
             assert float((final - dense).abs().max()) <= 1e-5 * max(1.0, float(dense.abs().max()))

@@ -10,6 +10,7 @@ For a channel the cost is ||W_j||^2 / P_jj. Source: Hassibi & Stork 1993; Kurtic
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,8 @@ from selfpruner.criteria.base import Heads
 # Channels removed between two downdates of the large matrices: a 64th of them, within these bounds; three times as many
 # candidates for them are followed exactly.
 BATCH = (4, 64)
+
+_Groups = dict[int, list[int]]  # the query heads left in each KV group left
 
 
 class Obs:
@@ -39,16 +42,20 @@ class Obs:
         dense = _State.start(W, covariance(stats).to(W))
         r = heads.heads_per_group
         whole = {group: list(range(group * r, (group + 1) * r)) for group in range(heads.kv_groups)}
-        found: list[tuple[_State, dict[int, list[int]]]] = []
-        for state, groups in _fewer_groups(dense, whole, heads.head_dim):
-            found += _fewer_heads(state, groups, heads.head_dim)
-        for state, groups in _fewer_heads(dense, whole, heads.head_dim)[1:]:
-            found += _fewer_groups(state, groups, heads.head_dim)[1:]
-        chosen: dict[tuple[int, int], list[int]] = {}
-        for _, groups in sorted(found, key=lambda pair: pair[0].spent):
+        best: dict[tuple[int, int], tuple[float, list[int]]] = {}
+
+        def offer(state: _State, groups: _Groups) -> None:
             option = len(groups), len(next(iter(groups.values())))
-            chosen.setdefault(option, sorted(head for members in groups.values() for head in members))
-        return chosen
+            kept = sorted(head for members in groups.values() for head in members)
+            best[option] = min(best.get(option, (float("inf"), [])), (state.spent, kept))
+
+        for state, groups in _fewer_groups(dense, whole, heads.head_dim):
+            for fewer, left in _fewer_heads(state, groups, heads.head_dim):
+                offer(fewer, left)
+        for state, groups in _fewer_heads(dense, whole, heads.head_dim):
+            for fewer, left in _fewer_groups(state, groups, heads.head_dim):
+                offer(fewer, left)
+        return {option: kept for option, (_, kept) in best.items()}
 
 
 class _State:
@@ -81,28 +88,26 @@ class _State:
         return _State(W, P, position, spent)
 
 
-def _fewer_groups(state: _State, groups: dict[int, list[int]], width: int) -> list[tuple[_State, dict[int, list[int]]]]:
+def _fewer_groups(state: _State, groups: _Groups, width: int) -> Iterator[tuple[_State, _Groups]]:
     """The state with all ``groups``, and after each removal of the cheapest group, down to one."""
-    steps = [(state, groups)]
+    yield state, groups
     while len(groups) > 1:
         _, gone = min((state.cost(_columns(members, width)), group) for group, members in groups.items())
         state = state.without(_columns(groups[gone], width))
         groups = {group: members for group, members in groups.items() if group != gone}
-        steps.append((state, groups))
-    return steps
+        yield state, groups
 
 
-def _fewer_heads(state: _State, groups: dict[int, list[int]], width: int) -> list[tuple[_State, dict[int, list[int]]]]:
+def _fewer_heads(state: _State, groups: _Groups, width: int) -> Iterator[tuple[_State, _Groups]]:
     """The state with all heads, and each time every group has lost one more, down to one: the cheapest head goes first."""
-    steps = [(state, groups)]
+    yield state, groups
     left = {group: list(members) for group, members in groups.items()}
     for count in range(len(next(iter(groups.values()))) - 1, 0, -1):
         while crowded := [group for group, members in left.items() if len(members) > count]:
             _, group, head = min((state.cost(_columns([head], width)), group, head) for group in crowded for head in left[group])
             state = state.without(_columns([head], width))
             left[group].remove(head)
-        steps.append((state, {group: list(members) for group, members in left.items()}))
-    return steps
+        yield state, {group: list(members) for group, members in left.items()}
 
 
 def eliminate_channels(W: Tensor, C: Tensor) -> Tensor:

@@ -58,12 +58,21 @@ async def run_job(
 
     The report holds ``dense``, ``uniform``, ``ramp``, ``best`` and ``uniform_flap_bias`` (parameters, kl, perplexity,
     prefill_tps, decode_tps where timed), ``evaluations``, ``plans``, ``seconds``, ``peak_worker_mib``, ``operators``,
-    ``texts``, ``model``, ``plan`` and ``checkpoint``. Raises UnknownNameError for a proposer the settings do not name.
+    ``texts``, ``model``, ``plan`` and ``checkpoint``. Raises UnknownNameError for a proposer the settings do not name and
+    ConfigError for a fitness text too short for the stages, both before any work.
     """
     started = time.monotonic()
     if config.uses_llm:
         names.check("proposer", config.proposer, dict.fromkeys(proposer_settings, ""))
     session = session_of(config, cache)
+    windows = Windows(
+        config.fitness_text.sequences,
+        config.fitness_text.length,
+        seed=config.seed,
+        probe=config.probe_tokens,
+        final=config.final_tokens,
+        stages=[stage.tokens for stage in config.stages],
+    )
 
     def tell(text: str) -> None:
         recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))
@@ -71,21 +80,12 @@ async def run_job(
     tell("waiting for a worker")
     prepared = await pool.run(session, "prepare", {}, tell)
     space = SearchSpace.from_dict(prepared["space"])
-    fitness = prepared["texts"]["fitness"]
     recorder.event(
         "prepared",
         "search.prepared",
         f"{prepared['model']['name']}: {prepared['model']['parameters']:,} parameters, {space.target:,} to remove; calibrated on "
         f"{_sources(prepared, 'calibration')}, judged on {_sources(prepared, 'fitness')}.",
         data={"model": prepared["model"], "texts": prepared["texts"], "dtype": prepared["dtype"], "device": prepared["device"]},
-    )
-    windows = Windows(
-        fitness["sequences"],
-        fitness["length"],
-        seed=config.seed,
-        probe=config.probe_tokens,
-        final=config.final_tokens,
-        stages=[stage.tokens for stage in config.stages],
     )
     evaluator = Evaluator(pool, session, recorder)
     evaluator.peak_mib = float(prepared.get("peak_mib", 0.0))

@@ -76,7 +76,7 @@ class CompensationSuite:
         subset = self.compensation().subset(block.W, block.stats)
         for k in (1, 7, 19):
             kept, places = order[:k].sort()
-            assert subset.error(kept) == pytest.approx(float(nested.errors()[k]), rel=1e-6)
+            assert subset.error(kept) == pytest.approx(float(nested.errors()[k]), rel=1e-4)
             (A, a), (B, b) = nested.weights(k), subset.weights(kept)
             torch.testing.assert_close(A[:, places].double(), B.double(), rtol=1e-3, atol=1e-3)
             if a is not None and b is not None:
@@ -102,7 +102,8 @@ class TestBias(CompensationSuite):
         order = order_of(20)
         _, bias = Bias().nested(block.W, block.stats, order).weights(8)
         assert bias is not None
-        torch.testing.assert_close(bias, block.rows[:, order[8:]].mean(0) @ block.W[:, order[8:]].T)
+        expected = block.rows[:, order[8:]].mean(0) @ block.W[:, order[8:]].T
+        torch.testing.assert_close(bias.double(), expected, rtol=1e-5, atol=1e-4)
 
     def test_constant_inputs_are_replaced_exactly(self) -> None:
         block = sample(20)
@@ -114,7 +115,8 @@ class TestBias(CompensationSuite):
         W, bias = subset.weights(kept)
         dense = block.rows @ block.W.T
         assert bias is not None
-        torch.testing.assert_close(block.rows[:, kept] @ W.T + bias, dense, rtol=1e-12, atol=1e-12)
+        # Kept in float32, like the weights they go into.
+        torch.testing.assert_close(block.rows[:, kept] @ W.double().T + bias.double(), dense, rtol=1e-5, atol=1e-4)
         assert subset.error(kept) <= 1e-9 * energy(block.W, block.stats.gram)
 
 
@@ -163,7 +165,7 @@ class TestLeastSquares(CompensationSuite):
                 for method in (LeastSquares(), Bias(), Nothing()):
                     W, bias = method.subset(block.W, block.stats).weights(kept)
                     measured.append(output_error(block, W, kept, bias))
-                assert measured[0] <= measured[1] * (1 + 1e-9) <= measured[2] * (1 + 2e-9)
+                assert measured[0] <= measured[1] * (1 + 1e-5) <= measured[2] * (1 + 2e-5)
 
     def test_a_large_common_offset_costs_no_digits(self) -> None:
         plain = sample(16, kind="white", tokens=4096)
