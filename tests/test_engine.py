@@ -113,6 +113,22 @@ def test_constant_channels_with_bias_leave_the_model_exactly_as_it_was(tokens: t
             assert float((final - dense).abs().max()) <= 1e-5 * max(1.0, float(dense.abs().max()))
 
 
+def test_dominated_attention_options_are_left_out() -> None:
+    """Of the shapes a layer could take, those stay that no smaller one beats; the heads belong to the options that stayed."""
+    for criterion in ("obs", "magnitude"):
+        case = ready(load_tiny("llama", hidden=48, heads=12, kv_heads=4, head_dim=4), criterion=criterion)
+        for block in case.blocks[::2]:
+            assert isinstance(block, PrunableAttention)
+            assert (block.options[0].kv_groups, block.options[0].heads_per_group) == (4, 3)
+            for after, option in enumerate(block.options[1:], 1):
+                assert option.parameters < block.options[after - 1].parameters
+                assert option.error > block.options[after - 1].error
+                assert len(block.heads[after]) == option.heads
+                assert len({head // 3 for head in block.heads[after]}) == option.kv_groups
+    shapes = {(option.kv_groups, option.heads_per_group) for block in case.blocks[::2] for option in block.options}
+    assert len(shapes) > 4
+
+
 # -- scores --------------------------------------------------------------------------------------------------------------
 def test_the_dense_plan(case: Ready, tokens: torch.Tensor) -> None:
     (score,) = case.engine.evaluate([case.space.dense], tokens)

@@ -11,6 +11,7 @@ For a channel the cost is ||W_j||^2 / P_jj. Source: Hassibi & Stork 1993; Kurtic
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -49,11 +50,12 @@ class Obs:
             kept = sorted(head for members in groups.values() for head in members)
             best[option] = min(best.get(option, (float("inf"), [])), (state.spent, kept))
 
-        for state, groups in _fewer_groups(dense, whole, heads.head_dim):
-            for fewer, left in _fewer_heads(state, groups, heads.head_dim):
-                offer(fewer, left)
         for state, groups in _fewer_heads(dense, whole, heads.head_dim):
             for fewer, left in _fewer_groups(state, groups, heads.head_dim):
+                offer(fewer, left)
+        # With all groups there, thinning out was just done.
+        for state, groups in islice(_fewer_groups(dense, whole, heads.head_dim), 1, None):
+            for fewer, left in _fewer_heads(state, groups, heads.head_dim):
                 offer(fewer, left)
         return {option: kept for option, (_, kept) in best.items()}
 
