@@ -21,10 +21,10 @@ class Bias:
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         W, mean = W[:, order], stats.mean.to(W)[order]
-        return Slice(W, suffix_energies(W, _scatter(stats).to(W)[order][:, order]), mean)
+        return Slice(W.float(), suffix_energies(W, _scatter(stats).to(W)[order][:, order]), mean.float())
 
     def subset(self, W: Tensor, stats: BlockStatistics) -> SliceSubset:
-        return SliceSubset(W, _scatter(stats).to(W), stats.mean.to(W))
+        return SliceSubset(W.float(), _scatter(stats).float(), stats.mean.float())
 
 
 def _scatter(stats: BlockStatistics) -> Tensor:

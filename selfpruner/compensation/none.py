@@ -14,7 +14,7 @@ from selfpruner.compensation.base import energy, suffix_energies
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Keeps columns of W; ``moment`` (n, n) is what its error is measured with; ``mean`` (n,) gives a bias, if any."""
+    """Keeps the first columns of W; ``left`` are its errors; ``mean`` (n,) gives a bias, if any. Kept in float32."""
 
     W: Tensor
     left: Tensor
@@ -58,7 +58,7 @@ class Nothing:
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         W = W[:, order]
-        return Slice(W, suffix_energies(W, stats.gram.to(W)[order][:, order]))
+        return Slice(W.float(), suffix_energies(W, stats.gram.to(W)[order][:, order]))
 
     def subset(self, W: Tensor, stats: BlockStatistics) -> SliceSubset:
-        return SliceSubset(W, stats.gram.to(W))
+        return SliceSubset(W.float(), stats.gram.float())
