@@ -98,6 +98,8 @@ class NestedLeastSquares:
 
 @dataclass(frozen=True, slots=True)
 class SubsetLeastSquares:
+    """``C`` is kept in float32, which its damping makes precise enough, and solved in W's dtype."""
+
     W: Tensor
     C: Tensor
     mean: Tensor
@@ -126,4 +128,4 @@ class LeastSquares:
         return NestedLeastSquares(fit.to(torch.float32), mean.float(), (W[:, order] @ mean).float(), fit.errors())
 
     def subset(self, W: Tensor, stats: BlockStatistics) -> SubsetLeastSquares:
-        return SubsetLeastSquares(W, covariance(stats).to(W), stats.mean.to(W))
+        return SubsetLeastSquares(W, covariance(stats).float(), stats.mean.to(W))

@@ -60,6 +60,10 @@ class LevelCache:
         self.bytes = 0
         self._entries: OrderedDict[tuple[int, int], tuple[Weights, int]] = OrderedDict()
 
+    def clear(self) -> None:
+        self._entries.clear()
+        self.bytes = 0
+
     def get(self, block: int, level: int, make: Callable[[int], Weights]) -> Weights:
         key = (block, level)
         if key in self._entries:
@@ -87,9 +91,9 @@ class Engine:
         arch: Architecture,
         blocks: Sequence[PrunableAttention | PrunableFfn],
         *,
-        max_tokens: int = 8192,
-        stream_bytes: int = 512 * 2**20,
-        cache_bytes: int = 384 * 2**20,
+        max_tokens: int = 4096,
+        stream_bytes: int = 256 * 2**20,
+        cache_bytes: int = 256 * 2**20,
     ) -> None:
         self.arch = arch
         self.blocks = list(blocks)

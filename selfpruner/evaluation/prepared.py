@@ -25,6 +25,7 @@ from selfpruner.export.shape import LayerShape
 from selfpruner.models import LoadedModel
 from selfpruner.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
 from selfpruner.space import Block, Option, Plan, SearchSpace, attention_shapes, default_ffn_step, ffn_widths
+from selfpruner.workers.memory import release
 
 Progress = Callable[[str], None]
 Cancelled = Callable[[], bool]
@@ -75,6 +76,7 @@ def prepare(
     _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
     wanted: tuple[Role, ...] = ("calibration", *roles)
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
+    release()  # what writing text needed is gone before the factors come
     blocks = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
     space = _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
     seconds = time.perf_counter() - started
@@ -104,6 +106,7 @@ def prepare_blocks(
         blocks.append(prepare_attention(arch, layer, attention, criterion, repair, shapes))
         widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
         blocks.append(prepare_ffn(arch, layer, ffn, criterion, repair, widths))
+        release()
         progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
     return blocks
 
@@ -111,6 +114,7 @@ def prepare_blocks(
 def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
     """The same model, texts and target with another criterion or compensation (``changes`` of the config)."""
     config = SearchConfig.model_validate({**prepared.config.model_dump(), **changes})
+    prepared.engine.cache.clear()
     blocks = prepare_blocks(
         config, prepared.arch, prepared.loaded, prepared.text("calibration"), prepared.cache, progress, cancelled
     )

@@ -88,7 +88,9 @@ def prepare_ffn(
         )
         for width in widths
     )
-    return PrunableFfn(base, base.in_order(order), order, repair, options)
+    # What down becomes is the repair's business; the model's own stands in its place, so that no second copy is kept.
+    ordered = replace(base.in_order(order), down=base.down)
+    return PrunableFfn(base, ordered, order, repair, options)
 
 
 def prepare_attention(

@@ -28,6 +28,7 @@ from selfpruner.export.checkpoint import write
 from selfpruner.models import LoadedModel
 from selfpruner.space import Plan
 from selfpruner.workers.base import Json, Session
+from selfpruner.workers.memory import release
 
 Progress = Callable[[str], None]
 Cancelled = Callable[[], bool]
@@ -61,6 +62,8 @@ class Runtime:
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(f"The device ran out of memory during {kind!r}: {error}") from error
+        finally:
+            release()
 
     # -- holding -----------------------------------------------------------------------------------------------------
     def _model(self, config: SearchConfig, cache: Path, progress: Progress) -> LoadedModel:
