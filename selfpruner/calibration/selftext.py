@@ -2,8 +2,7 @@
 
 Each row is a run of documents, packed like training text: separator, a short opening in the manner of some kind of page, and what
 the model makes of it, until it ends the document, starts to repeat itself, or has had its share. Openings are the beginnings of web
-and wiki pages, not questions to a chat model, so that the text looks like what the model was trained on; temperature and cut-off
-differ from document to document, because one temperature alone gives statistics that are too narrow or too noisy.
+and wiki pages, not questions to a chat model, so that the text looks like what the model was trained on.
 
 The text is a function of the model, the seed, the stream (a role's name), the count and the length. Finished chunks of rows are
 kept on disk, so an interrupted run goes on where it was.
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from selfpruner.models import LoadedModel
 
 # Part of the cache key: raise it when a change here or in the openings changes the text.
-RECIPE = 1
+RECIPE = 2
 MAX_ROWS = 64
 _CACHE_BYTES = 1 << 30  # keys and values of one chunk of rows
 _LOOP = 10  # a document that says the same ten tokens twice has begun to loop
@@ -43,11 +42,9 @@ _ONE_TOKEN = "selfpruner_one_token"
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a document is sampled: softmax temperature, tokens below ``min_p`` times the likeliest left out (arXiv 2407.01082),
-    and the number of tokens after which the next document begins."""
+    """How a document is sampled: softmax temperature, and the number of tokens after which the next document begins."""
 
     temperature: float
-    min_p: float
     longest: int
 
 
@@ -57,19 +54,21 @@ class _Row:
 
     chance: random.Random
     forced: list[int] = field(default_factory=list)
-    style: Style = Style(1.0, 0.0, 1)
+    style: Style = Style(1.0, 1)
     written: int = 0
     tokens: list[int] = field(default_factory=list)
     seen: set[tuple[int, ...]] = field(default_factory=set)
 
 
 def styles(chance: random.Random) -> Style:
-    """Draw the style of one document."""
-    return Style(
-        temperature=chance.choice((0.7, 0.8, 0.9, 1.0)),
-        min_p=chance.choice((0.0, 0.02, 0.05)),
-        longest=min(1024, max(96, int(chance.lognormvariate(5.7, 0.7)))),
-    )
+    """Draw the style of one document.
+
+    Temperatures stay near one and nothing is cut off, although that reads worse: the statistics come closer to those of human
+    text. Error of pruned FFN outputs on C4 and WikiText, calibration on C4 = 1 (SmolLM2-135M, five layers, 20 % of the channels,
+    16,384 tokens each): temperature 1 0.99; temperatures 0.7 to 1 with small min-p 1.06; 0.6 to 0.8 1.12; no openings 1.08.
+    """
+    longest = min(1024, max(96, int(chance.lognormvariate(5.7, 0.7))))
+    return Style(temperature=chance.choice((0.95, 1.0, 1.05)), longest=longest)
 
 
 def write(
@@ -247,14 +246,12 @@ def _put(row: _Row, sampled: int, loaded: LoadedModel, separator: list[int], end
 
 
 def _sample(logits: Tensor, rows: list[_Row]) -> Tensor:
-    """One token per row, (rows,), by inversion of the cut distribution function: no sort over the vocabulary."""
+    """One token per row, (rows,), by inversion of the distribution function: no sort over the vocabulary."""
     device = logits.device
     temperature = torch.tensor([[row.style.temperature] for row in rows], device=device)
-    min_p = torch.tensor([[row.style.min_p] for row in rows], device=device)
     # A number is drawn in every step, needed or not: each row's sequence of numbers is its own.
     chance = torch.tensor([[row.chance.random()] for row in rows], device=device)
     weights = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
-    weights.masked_fill_(weights < min_p, 0.0)
     totals = weights.cumsum(-1)
     # 1 - chance is in (0, 1]: the first place where the sum reaches the draw always has weight.
     return torch.searchsorted(totals, (1 - chance) * totals[:, -1:])[:, 0]
