@@ -82,17 +82,17 @@ class SearchConfig(Strict):
     drop_blocks: bool = False
 
     calibration: TextConfig = TextConfig(sequences=64, length=512)
-    fitness_text: TextConfig = TextConfig(sequences=96, length=256)
+    fitness_text: TextConfig = TextConfig(sequences=84, length=256)
     report_text: TextConfig = TextConfig(sequences=32, length=512)
 
     fitness: Metric = "kl"
     probe_tokens: Tokens = 1024
-    population: int = Field(default=6, ge=1, le=1000)
-    crossover_offspring: int = Field(default=6, ge=0, le=1000)
-    mutation_offspring: int = Field(default=6, ge=0, le=1000)
-    generations: int = Field(default=7, ge=0, le=10_000)
-    stages: tuple[Stage, ...] = Field(default=(Stage(tokens=1024, keep=6), Stage(tokens=3072, keep=4)), min_length=1, max_length=6)
-    final_tokens: Tokens = 8192
+    population: int = Field(default=5, ge=1, le=1000)
+    crossover_offspring: int = Field(default=4, ge=0, le=1000)
+    mutation_offspring: int = Field(default=8, ge=0, le=1000)
+    generations: int = Field(default=8, ge=0, le=10_000)
+    stages: tuple[Stage, ...] = Field(default=(Stage(tokens=512, keep=5), Stage(tokens=1536, keep=4)), min_length=1, max_length=6)
+    final_tokens: Tokens = 6144
     initial: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "initialize")
     operators: tuple[str, ...] = ("select", "crossover", "mutate", "level_switch", "recombine")
 
