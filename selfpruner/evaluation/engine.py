@@ -92,8 +92,8 @@ class Engine:
         blocks: Sequence[PrunableAttention | PrunableFfn],
         *,
         max_tokens: int = 4096,
-        stream_bytes: int = 256 * 2**20,
-        cache_bytes: int = 256 * 2**20,
+        stream_bytes: int = 192 * 2**20,
+        cache_bytes: int = 192 * 2**20,
     ) -> None:
         self.arch = arch
         self.blocks = list(blocks)

@@ -19,6 +19,11 @@ _CHECKS = 8  # and how often the parent looks in that time
 _TAIL_BYTES = 4096
 _TAIL_LINES = 30
 
+# What libraries read once, before torch is imported. Threads that wait for each other must not spin: where other processes want
+# the cores too, spinning threads slow a worker several times over. oneDNN keeps compiled code for every shape it has seen, a
+# thousand of them by default; writing text alone meets hundreds of shapes once, and the code took several hundred MiB.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "TOKENIZERS_PARALLELISM": "false"}
+
 
 class Link:
     """One incarnation of a worker. ``inbox`` yields its messages, then None once it is dead and everything it said was read."""
@@ -52,9 +57,7 @@ class Link:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=sink,
-                # Threads that wait for each other must not spin: where other processes want the cores too, spinning threads
-                # slow a worker several times over. OpenMP reads this once, before torch is imported.
-                env={"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ},
+                env={**ENVIRONMENT, **os.environ},
                 limit=LIMIT,
                 # Its own group: Ctrl-C in the terminal reaches the parent only, and what the worker starts ends with it.
                 start_new_session=True,
