@@ -24,6 +24,7 @@ from selfpruner.search.records import Recorder
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.memory import ENVIRONMENT
 
 T = TypeVar("T")
 Watch = Callable[[str], None]
@@ -263,6 +264,9 @@ async def _write(
 
 
 def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # of use where torch is not imported yet, as on the command line
+
     async def run() -> T:
         from selfpruner.workers.inprocess import InProcessPool
         from selfpruner.workers.runtime import Runtime

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from selfpruner.workers.base import Json
+from selfpruner.workers.memory import ENVIRONMENT
 
 # The longest line a worker may send. A result holds numbers and texts; what is larger belongs in a file.
 LIMIT = 256 * 2**20
@@ -18,11 +19,6 @@ _BEATS = 4  # signs of life a worker sends per heartbeat timeout
 _CHECKS = 8  # and how often the parent looks in that time
 _TAIL_BYTES = 4096
 _TAIL_LINES = 30
-
-# What libraries read once, before torch is imported. Threads that wait for each other must not spin: where other processes want
-# the cores too, spinning threads slow a worker several times over. oneDNN keeps compiled code for every shape it has seen, a
-# thousand of them by default; writing text alone meets hundreds of shapes once, and the code took several hundred MiB.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Link:

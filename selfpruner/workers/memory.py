@@ -1,4 +1,7 @@
-"""What memory this process has held, and giving back what it no longer holds. Standard library only; POSIX."""
+"""What a worker does about memory and threads: what it held, giving back what it no longer holds, what its libraries are told.
+
+Standard library only; POSIX.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import ctypes
 import resource
 import sys
 from pathlib import Path
+
+# What libraries read once, before torch is imported. Threads that wait for each other must not spin: where other processes want
+# the cores too, spinning threads slow a worker several times over. oneDNN keeps compiled code for every shape it has seen, a
+# thousand of them by default; writing text alone meets hundreds of shapes once, and the code took several hundred MiB.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def peak_mib() -> float:
