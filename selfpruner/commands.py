@@ -241,9 +241,9 @@ def comparison(report: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("parameters", "KL", "perplexity", "prefill tok/s", "decode tok/s"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for key, title in ROWS.items():
         if row := report.get(key):
             speeds = [f"{row[name]:,.0f}" if name in row else "" for name in ("prefill_tps", "decode_tps")]
