@@ -93,7 +93,7 @@ class Engine:
         *,
         max_tokens: int = 4096,
         stream_bytes: int = 192 * 2**20,
-        cache_bytes: int = 192 * 2**20,
+        cache_bytes: int = 128 * 2**20,
     ) -> None:
         self.arch = arch
         self.blocks = list(blocks)

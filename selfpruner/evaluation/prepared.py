@@ -112,8 +112,12 @@ def prepare_blocks(
 
 
 def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
-    """The same model, texts and target with another criterion or compensation (``changes`` of the config)."""
+    """The same model, texts and target with another criterion or compensation (``changes`` of the config).
+
+    Takes the place of ``prepared``, whose engine is emptied first: the factors of both at once would be a job's largest moment.
+    """
     config = SearchConfig.model_validate({**prepared.config.model_dump(), **changes})
+    prepared.engine.blocks.clear()
     prepared.engine.cache.clear()
     blocks = prepare_blocks(
         config, prepared.arch, prepared.loaded, prepared.text("calibration"), prepared.cache, progress, cancelled

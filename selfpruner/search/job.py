@@ -98,6 +98,9 @@ async def run_job(
     outcome = await search.run()
     report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder)
     checkpoint = await _export(config, job_id, prepared, space, outcome, report, evaluator, pool, session, recorder, checkpoint_dir)
+    if (config.criterion, config.compensation) != tuple(BASELINE.values()):
+        _teller("reporting", config, outcome, evaluator, recorder)("scoring the uniform FLAP baseline")
+        report["uniform_flap_bias"] = await _baseline(prepared, evaluator, pool, session)
     report |= {
         "evaluations": evaluator.evaluations,
         "plans": len(search.state.candidates),
@@ -142,17 +145,6 @@ async def _report(
         }
         for name, plan in plans.items()
     }
-    if (config.criterion, config.compensation) != tuple(BASELINE.values()):
-        tell("scoring the uniform FLAP baseline")
-        every = [index for window in windows for index in window.sequences]
-        row = await pool.run(session, "baseline", {"changes": BASELINE, "text": "report", "sequences": every}, tell)
-        report["uniform_flap_bias"] = {
-            "kl": row["kl"],
-            "perplexity": None if row["nll"] is None else math.exp(min(row["nll"], 700.0)),
-            "tokens": row["tokens"],
-            "parameters": row["parameters"],
-        }
-        evaluator.peak_mib = max(evaluator.peak_mib, float(row.get("peak_mib", 0.0)))
     report |= {
         "texts": prepared["texts"],
         "model": prepared["model"],
@@ -170,6 +162,19 @@ async def _report(
         },
     }
     return report
+
+
+async def _baseline(prepared: Json, evaluator: Evaluator, pool: WorkerPool, session: Session) -> dict[str, Any]:
+    """Uniform FLAP on the report text. The last task of a job, because the worker gives up the session for it."""
+    every = list(range(prepared["texts"]["report"]["sequences"]))
+    row = await pool.run(session, "baseline", {"changes": BASELINE, "text": "report", "sequences": every})
+    evaluator.peak_mib = max(evaluator.peak_mib, float(row.get("peak_mib", 0.0)))
+    return {
+        "kl": row["kl"],
+        "perplexity": None if row["nll"] is None else math.exp(min(row["nll"], 700.0)),
+        "tokens": row["tokens"],
+        "parameters": row["parameters"],
+    }
 
 
 async def _export(

@@ -124,8 +124,9 @@ class Runtime:
         return _scores(prepared, payload, cancelled)
 
     def _baseline(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
-        """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``."""
+        """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``. Gives up the session."""
         prepared = self._session(session, progress, cancelled)
+        self._prepared = None
         other = baseline_engine(prepared, payload["changes"], progress, cancelled)
         uniform = other.space.project([other.space.rate] * other.space.layers)
         result = _scores(other, {**payload, "plans": [list(uniform.levels)]}, cancelled)
