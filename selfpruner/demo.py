@@ -78,7 +78,7 @@ def further(home: Path, job_id: str) -> str:
     return f"""To look further:
   sqlite3 {database} "SELECT rank, generation, operator, round(relative, 4), rates FROM population LIMIT 5"
   sqlite3 {database} "SELECT * FROM operator_report"
-  .venv/bin/selfpruner serve --home {home} & sleep 3; curl -s http://127.0.0.1:8000/v1/jobs/{job_id}/candidates?limit=3
+  .venv/bin/selfpruner serve --home {home} & sleep 3; curl -s 'http://127.0.0.1:8000/v1/jobs/{job_id}/candidates?limit=3'
   .venv/bin/python -c "import selfpruner; print(selfpruner.load('{home / "checkpoints" / job_id}'))"
 """
 

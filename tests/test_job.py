@@ -194,7 +194,7 @@ def test_every_candidate_is_in_the_store(place: Place, done: Done, prepared: Pre
     assert {"search.prepared", "search.probed", "search.generation", "search.finished", "checkpoint.exported"} <= types
     progress = place.store.job(done.job_id).progress
     assert progress is not None
-    assert progress["stage"] == "exporting"
+    assert progress["stage"] == "done"
 
 
 # -- the checkpoint --------------------------------------------------------------------------------------------------------

@@ -110,6 +110,7 @@ async def run_job(
         "checkpoint": checkpoint["path"],
         "verification": checkpoint["verification"],
     }
+    _teller("done", config, outcome, evaluator, recorder)(f"checkpoint {checkpoint['path']}")
     return JobResult(report, checkpoint)
 
 
