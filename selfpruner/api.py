@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from selfpruner import names
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
 from selfpruner.proposers.settings import ProposerSettings
@@ -81,6 +82,9 @@ def search(
     may wrap the recorder to see events and progress.
     """
     config = config_of({"rate": rate, **fields})
+    named = {"local": ProposerSettings(), **(proposers or {})}
+    if config.uses_llm:
+        names.check("proposer", config.proposer, dict.fromkeys(named, ""))
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -97,7 +101,7 @@ def search(
                     config,
                     job_id=job.id,
                     pool=pool,
-                    proposer_settings={"local": ProposerSettings(), **(proposers or {})},
+                    proposer_settings=named,
                     recorder=watch(store.recorder(job.id)),
                     cache=cache or default_cache(),
                     checkpoint_dir=folder / "checkpoint",
@@ -245,10 +249,9 @@ async def _write(
     job: str | None,
     progress: Watch,
 ) -> Pruned:
-    removed = space.removed(plan)
     card = {
         "base_model": prepared["model"]["name"],
-        "rate": removed / space.total,
+        "rate": config.rate if space.meets_budget(plan) else space.removed(plan) / space.total,
         "of": config.of,
         "pattern": config.pattern,
         "criterion": config.criterion,
