@@ -7,6 +7,7 @@ noted for the next prompt; one good plan in a reply is enough. Questions get war
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class _LlmOperator:
         return HEAT_PER_STALE_GENERATION * context.stale_generations
 
 
-class _PlanMaker(_LlmOperator):
+class _PlanMaker(_LlmOperator, ABC):
     """An operator whose replies are plans: as many questions as it takes, a few plans each."""
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
@@ -143,12 +144,13 @@ class _PlanMaker(_LlmOperator):
             raise CallError("Every plan of the answer was known already.", code="no_new_plan")
         raise ValueError("; ".join(problems[:2]))
 
+    @abstractmethod
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:
         """The parents of each plan to ask for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[Any]:
-        raise NotImplementedError
+        """What the prompt shows of them, in the form its template wants."""
 
 
 class Initialize(_PlanMaker):
