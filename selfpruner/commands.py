@@ -181,14 +181,9 @@ def export(
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 def _plan_file(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror or error}.", param="plan") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}.", param="plan") from None
+    body = options.read_object(path, "plan", '{"levels": [...]}')
     for key in ("levels", "rates"):
-        if isinstance(body, dict) and isinstance(body.get(key), list) and body[key]:
+        if isinstance(body.get(key), list) and body[key]:
             if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in body[key]):
                 raise ConfigError(f"{path}: {key} must be numbers.", param="plan")
             return {key: body[key]}

