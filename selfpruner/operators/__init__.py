@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Rejected
+from selfpruner.operators.base import Context, Hint, Offspring, Operator, ParentSelection, Reflections, Rejected
 from selfpruner.operators.closed_form import Ramp, Random, Sensitivity, Uniform
 from selfpruner.operators.evolution import LevelSwitch, Recombine
 
@@ -21,4 +21,15 @@ CLASSICAL: dict[str, Callable[[], Operator]] = {
 CROSSOVERS = ("crossover", "recombine")
 MUTATIONS = ("mutate", "level_switch", "random")
 
-__all__ = ["CLASSICAL", "CROSSOVERS", "MUTATIONS", "Context", "Offspring", "Operator", "ParentSelection", "Rejected"]
+__all__ = [
+    "CLASSICAL",
+    "CROSSOVERS",
+    "MUTATIONS",
+    "Context",
+    "Hint",
+    "Offspring",
+    "Operator",
+    "ParentSelection",
+    "Reflections",
+    "Rejected",
+]

@@ -32,6 +32,24 @@ class Rejected:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Reflections:
+    """What the LLM concluded from earlier generations (ReEvo): ``short`` from the latest ones, ``long`` accumulated. Both were
+    written by an LLM: they are data, cleaned and cut where they are read, and empty until something was learnt."""
+
+    short: str = ""
+    long: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What a model of the landscape expects of one block. ``gain``: predicted relative change of the fitness in percent when
+    the block keeps one step more and the same size is removed elsewhere at the going price; negative = the plan gets better."""
+
+    block: int
+    gain: float
+
+
 @dataclass(frozen=True)
 class Context:
     """What an operator may know.
@@ -40,6 +58,9 @@ class Context:
     ``sensitivities`` gives per block the KL (nats/token) when only that block is at ``probe_levels``; empty before probing.
     ``seen`` holds the hashes of all plans made so far. ``parents`` are pairs that a ParentSelection chose for this generation;
     operators that need parents take those first, and draw their own when there are none.
+
+    ``hints`` say where around the best plan it is likely to pay to keep more or to remove more; empty before the landscape is
+    known. A context is a snapshot: an operator asked while workers still score a generation knows nothing of that generation.
     """
 
     space: SearchSpace
@@ -55,6 +76,8 @@ class Context:
     model_name: str = ""
     metric: str = "kl"
     stale_generations: int = 0
+    reflections: Reflections = Reflections()
+    hints: Sequence[Hint] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
