@@ -31,6 +31,8 @@ CLOSED_FORM_OPERATORS: Mapping[str, str] = {
     "ramp": "rates linear in depth, a grid of slopes (ATP)",
     "sensitivity": "the plan of smallest predicted loss, from one probe per block",
     "random": "random rates around the target",
+    "owl": "layers with more outlier weights keep more (OWL)",
+    "flap_global": "one threshold on FLAP's standardised scores of all units (FLAP, AL-AM)",
 }
 LLM_OPERATORS: Mapping[str, str] = {
     "initialize": "the LLM writes the first plans",

@@ -21,6 +21,7 @@ from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Engine
+from selfpruner.evaluation.signals import gather, layer_signals
 from selfpruner.export.shape import LayerShape
 from selfpruner.models import LoadedModel
 from selfpruner.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
@@ -33,7 +34,7 @@ Cancelled = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a worker holds for a session."""
+    """What a worker holds for a session. ``signals`` are plain numbers about the dense model, see :func:`signals.gather`."""
 
     config: SearchConfig
     loaded: LoadedModel
@@ -41,6 +42,7 @@ class Prepared:
     cache: Path
     texts: dict[Role, TokenBatches]
     space: SearchSpace
+    signals: Mapping[str, Any]
     engine: Engine
     seconds: float
 
@@ -77,10 +79,10 @@ def prepare(
     wanted: tuple[Role, ...] = ("calibration", *roles)
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     release()  # what writing text needed is gone before the factors come
-    blocks = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
+    blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
     space = _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
     seconds = time.perf_counter() - started
-    return Prepared(config, loaded, arch, cache, texts, space, Engine(arch, blocks), seconds)
+    return Prepared(config, loaded, arch, cache, texts, space, signals, Engine(arch, blocks), seconds)
 
 
 def prepare_blocks(
@@ -91,11 +93,12 @@ def prepare_blocks(
     cache: Path,
     progress: Progress,
     cancelled: Cancelled,
-) -> list[PrunableAttention | PrunableFfn]:
-    """Every block at every level, in plan order, for the config's criterion and compensation."""
+) -> tuple[list[PrunableAttention | PrunableFfn], dict[str, Any]]:
+    """Every block at every level, in plan order, for the config's criterion and compensation; and the model's signals."""
     criterion, repair = criteria.create(config.criterion), compensation.create(config.compensation)
     fingerprint = f"{loaded.source.fingerprint}:{calibration.fingerprint}"
     blocks: list[PrunableAttention | PrunableFfn] = []
+    measured = []
     statistics = cached_statistics(
         arch, calibration.tokens, cache / "statistics", fingerprint, progress=progress, cancelled=cancelled
     )
@@ -106,9 +109,10 @@ def prepare_blocks(
         blocks.append(prepare_attention(arch, layer, attention, criterion, repair, shapes))
         widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
         blocks.append(prepare_ffn(arch, layer, ffn, criterion, repair, widths))
+        measured.append(layer_signals(arch, layer, (attention, ffn), (blocks[-2].options, blocks[-1].options)))
         release()
         progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
-    return blocks
+    return blocks, gather(measured)
 
 
 def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
@@ -119,11 +123,13 @@ def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Pr
     config = SearchConfig.model_validate({**prepared.config.model_dump(), **changes})
     prepared.engine.blocks.clear()
     prepared.engine.cache.clear()
-    blocks = prepare_blocks(
+    blocks, signals = prepare_blocks(
         config, prepared.arch, prepared.loaded, prepared.text("calibration"), prepared.cache, progress, cancelled
     )
     space = _space(config, prepared.arch, [Block(i // 2, _kind(i), block.options) for i, block in enumerate(blocks)])
-    return replace(prepared, config=config, space=space, engine=Engine(prepared.arch, blocks, cache_bytes=64 * 2**20))
+    return replace(
+        prepared, config=config, space=space, signals=signals, engine=Engine(prepared.arch, blocks, cache_bytes=64 * 2**20)
+    )
 
 
 def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], dict[str, Tensor]]:

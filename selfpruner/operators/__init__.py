@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from selfpruner.operators.allocation import FlapGlobal, Owl
 from selfpruner.operators.base import Context, Hint, Offspring, Operator, ParentSelection, Reflections, Rejected
 from selfpruner.operators.closed_form import Ramp, Random, Sensitivity, Uniform
 from selfpruner.operators.evolution import LevelSwitch, Recombine
@@ -13,6 +14,8 @@ CLASSICAL: dict[str, Callable[[], Operator]] = {
     "ramp": Ramp,
     "sensitivity": Sensitivity,
     "random": Random,
+    "owl": Owl,
+    "flap_global": FlapGlobal,
     "level_switch": LevelSwitch,
     "recombine": Recombine,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from selfpruner.search.records import Candidate
 from selfpruner.space import Plan, SearchSpace
@@ -61,6 +61,7 @@ class Context:
 
     ``hints`` say where around the best plan it is likely to pay to keep more or to remove more; empty before the landscape is
     known. A context is a snapshot: an operator asked while workers still score a generation knows nothing of that generation.
+    ``signals`` are numbers that a worker measured on the dense model, per layer and per block (``evaluation.signals.gather``).
     """
 
     space: SearchSpace
@@ -79,6 +80,7 @@ class Context:
     reflections: Reflections = Reflections()
     hints: Sequence[Hint] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+    signals: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Operator(Protocol):

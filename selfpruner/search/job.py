@@ -94,7 +94,7 @@ async def run_job(
         settings = proposer_settings[config.proposer]
         proposer = create(config.proposer, settings, pool=pool, session=session)
         channel = LlmChannel(proposer, recorder, config.limits, settings, config.seed)
-    search = Search(config, space, evaluator, recorder, windows, channel)
+    search = Search(config, space, evaluator, recorder, windows, channel, prepared.get("signals", {}))
     outcome = await search.run()
     report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder)
     checkpoint = await _export(config, job_id, prepared, space, outcome, report, evaluator, pool, session, recorder, checkpoint_dir)

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ProposerError, SelfprunerError
@@ -54,7 +55,7 @@ class _State:
 
 
 class Search:
-    """One job's search. ``channel`` is None when no operator of the config needs an LLM."""
+    """One job's search. ``channel`` is None when no operator of the config needs an LLM; ``signals`` come from ``prepare``."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Search:
         recorder: Recorder,
         windows: Windows,
         channel: LlmChannel | None,
+        signals: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.space = space
@@ -71,6 +73,7 @@ class Search:
         self.recorder = recorder
         self.windows = windows
         self.channel = channel
+        self.signals = signals or {}
         self.state = _State()
         self.uniform = space.project([space.rate] * space.layers)
         self._llm: dict[str, Operator] = {}
@@ -128,6 +131,7 @@ class Search:
             model_name=self.config.model,
             metric=self.config.fitness,
             stale_generations=self.state.stale,
+            signals=self.signals,
         )
 
     def _rng(self, generation: int, name: str) -> random.Random:

@@ -5,7 +5,7 @@ restarted server or a second job on the same model need no special case. Statist
 preparing again cheap.
 
     kind      payload                                            result
-    prepare   {texts?: [role]}                                   {space, model, texts, dtype, device, seconds, peak_mib}
+    prepare   {texts?: [role]}                                   {space, signals, model, texts, dtype, device, seconds, peak_mib}
     evaluate  {plans: [[level]], text, sequences: [int]}         {rows: [{kl, nll, tokens, reason}], seconds}
     propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
     baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan

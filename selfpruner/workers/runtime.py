@@ -93,6 +93,7 @@ class Runtime:
         texts = {role: prepared.text(role, progress, cancelled) for role in roles}
         return {
             "space": prepared.space.to_dict(),
+            "signals": dict(prepared.signals),
             "model": {
                 "name": prepared.loaded.source.name,
                 "fingerprint": prepared.loaded.source.fingerprint,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from selfpruner import names
 from selfpruner.operators import CLASSICAL, CROSSOVERS, MUTATIONS, Context, Offspring, Operator, closed_form
+from selfpruner.operators.allocation import FlapGlobal, Owl, below_threshold, owl_rates
 from selfpruner.operators.closed_form import SLOPES, Ramp, Random, Sensitivity, Uniform, cheapest, predicted_losses, ramp
 from selfpruner.operators.evolution import LevelSwitch, Recombine, switch
 from selfpruner.operators.llm import OPERATORS
@@ -45,6 +46,10 @@ def context_of(space: SearchSpace, members: int = 5, **changes: Any) -> Context:
     facts: dict[str, Any] = {"population": population, "history": population, "seen": frozenset(c.plan_hash for c in population)}
     facts["sensitivities"] = [rng.uniform(0.01, 1.0) for _ in space.blocks]
     facts["probe_levels"] = [min(1, len(block.options) - 1) for block in space.blocks]
+    facts["signals"] = {
+        "outlier_ratio": [rng.uniform(0.001, 0.02) for _ in range(space.layers)],
+        "flap_thresholds": [sorted(rng.uniform(-1, 2) for _ in block.options) for block in space.blocks],
+    }
     return Context(space, 1, 5, **{**facts, **changes})
 
 
@@ -147,6 +152,54 @@ class TestRandom(OperatorSuite):
     def test_plans_differ(self) -> None:
         children = self.propose(context_of(space_of(**SPACES["smollm"])), 8)
         assert len({child.plan.hash for child in children}) == 8
+
+
+class TestOwl(OperatorSuite):
+    operator = Owl
+
+    def test_without_signals_it_says_nothing(self) -> None:
+        assert self.propose(context_of(space_of(), signals={}), 3) == []
+
+    def test_rates_fall_with_the_outliers_within_the_band(self) -> None:
+        rates = owl_rates([0.01, 0.03, 0.02, 0.01], 0.3)
+        assert rates[1] < rates[2] < rates[0] == rates[3]
+        assert max(rates) - min(rates) == pytest.approx(0.16)
+        assert sum(rates) / 4 == pytest.approx(0.3)
+        assert owl_rates([0.02, 0.02], 0.3) == pytest.approx([0.3, 0.3])
+
+    def test_the_plan_has_the_order_of_the_rates(self) -> None:
+        space = space_of(layers=6, rate=0.3, mode="none", channels=192)
+        ratios = [0.005 * (layer + 1) for layer in range(6)]
+        plan = self.propose(context_of(space, signals={"outlier_ratio": ratios}), 1)[0].plan
+        rates = space.layer_rates(plan)
+        assert rates == sorted(rates, reverse=True)
+        assert rates[0] > rates[-1]
+
+
+class TestFlapGlobal(OperatorSuite):
+    operator = FlapGlobal
+
+    def test_without_signals_it_says_nothing(self) -> None:
+        assert self.propose(context_of(space_of(), signals={}), 3) == []
+
+    def test_what_scores_low_goes_first(self) -> None:
+        space = space_of(layers=4, rate=0.2, mode="none", channels=192)
+        thresholds = [[block.layer + 0.1 * level for level in range(len(block.options))] for block in space.blocks]
+        plan = self.propose(context_of(space, signals={"flap_thresholds": thresholds}), 1)[0].plan
+        rates = space.layer_rates(plan)
+        assert rates == sorted(rates, reverse=True)
+        assert rates[-1] < rates[0]
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(0, 10**6), st.sampled_from(sorted(SPACES)))
+    def test_no_other_threshold_comes_closer_to_the_target(self, seed: int, name: str) -> None:
+        space = space_of(**SPACES[name])
+        rng = random.Random(seed)
+        thresholds = [sorted(rng.gauss(0, 1) for _ in block.options) for block in space.blocks]
+        found = abs(space.removed(below_threshold(space, thresholds)) - space.target)
+        for value in sorted({value for levels in thresholds for value in levels}):
+            levels = tuple(max(sum(v <= value for v in of_block) - 1, 0) for of_block in thresholds)
+            assert found <= abs(space.removed(Plan(levels)) - space.target)
 
 
 class TestLevelSwitch(OperatorSuite):

@@ -1,0 +1,84 @@
+"""What the closed-form allocations of other papers need to know about a model: plain numbers, measured layer by layer.
+
+Both signals come from the calibration statistics of the output matrices (o_proj, down_proj), which are what structured criteria
+score, so they cost a few element-wise products per layer and no pass over the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfpruner.architectures import Architecture
+from selfpruner.calibration.statistics import BlockStatistics
+from selfpruner.criteria.base import Heads
+from selfpruner.criteria.flap import Flap
+from selfpruner.space import Option
+
+# OWL calls a weight an outlier when |W_ij| * ||X_j|| is above M times the layer's mean.
+OUTLIER_M = 5.0
+
+
+def layer_signals(
+    arch: Architecture,
+    layer: int,
+    statistics: tuple[BlockStatistics, BlockStatistics],
+    options: tuple[Sequence[Option], Sequence[Option]],
+) -> dict[str, Any]:
+    """The signals of one layer; ``statistics`` and ``options`` are those of (attention, ffn).
+
+    ``outlier_ratio``: share of outliers among the weights (OWL, arXiv 2310.05175). ``flap_thresholds``: for attention and FFN, per
+    level, the global threshold on FLAP's standardised scores at which the block falls to that level (arXiv 2312.11983, AL-AM).
+    """
+    W = [matrix.float() for matrix in (arch.attention(layer).o, arch.ffn(layer).down)]
+    heads = Heads(arch.kv_groups, arch.heads_per_group, arch.head_dim)
+    scored = head_scores(W[0], statistics[0], heads), channel_scores(W[1], statistics[1])
+    return {
+        "outlier_ratio": outlier_ratio(W, [stats.norm.to(W[0]) for stats in statistics]),
+        "flap_thresholds": [
+            level_thresholds(scored[0], [option.heads for option in options[0]]),
+            level_thresholds(scored[1], [option.channels for option in options[1]]),
+        ],
+    }
+
+
+def gather(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The signals of a model: ``outlier_ratio`` one number per layer, ``flap_thresholds`` one list per block in plan order."""
+    return {
+        "outlier_ratio": [layer["outlier_ratio"] for layer in layers],
+        "flap_thresholds": [thresholds for layer in layers for thresholds in layer["flap_thresholds"]],
+    }
+
+
+def outlier_ratio(matrices: Sequence[Tensor], norms: Sequence[Tensor], m: float = OUTLIER_M) -> float:
+    """Share of |W_ij| * ||X_j|| above ``m`` times their mean, over matrices W (d, n) with input norms (n,) together."""
+    count = sum(W.numel() for W in matrices)
+    total = torch.stack([(W.abs() * norm).sum() for W, norm in zip(matrices, norms, strict=True)]).sum()
+    outliers = [(W.abs() * norm > m * total / count).sum() for W, norm in zip(matrices, norms, strict=True)]
+    return float(torch.stack(outliers).sum()) / count
+
+
+def channel_scores(W: Tensor, stats: BlockStatistics) -> Tensor:
+    """FLAP's channel scores (n,), standardised over the block."""
+    return _standard(Flap().score_columns(W, stats))
+
+
+def head_scores(W: Tensor, stats: BlockStatistics, heads: Heads) -> Tensor:
+    """FLAP's query-head scores (H,): squared column scores, standardised over the block, averaged over the head's columns."""
+    return _standard(Flap().score_columns(W, stats).pow(2)).view(-1, heads.head_dim).mean(-1)
+
+
+def level_thresholds(scores: Tensor, kept: Sequence[int]) -> list[float]:
+    """Per level, the highest score among the units it removes when it keeps the ``kept[level]`` best, so the block is at the last
+    level whose threshold the global one has reached. Never falling; level 0 stands at the lowest score (it removes nothing)."""
+    falling = scores.sort(descending=True).values.tolist()
+    lowest = falling[-1]
+    return [round(value, 6) for value in accumulate((falling[k] if k < len(falling) else lowest - 1.0 for k in kept), max)]
+
+
+def _standard(scores: Tensor) -> Tensor:
+    return (scores - scores.mean()) / scores.std().clamp_min(1e-12)

@@ -1,0 +1,67 @@
+"""Closed-form allocations of other papers, from signals measured with the statistics: OWL and FLAP's global threshold."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from selfpruner.operators.base import Context, Offspring
+from selfpruner.space import Plan, SearchSpace
+
+# OWL: no layer's rate is further than this from the highest-rated layer's half-way point (the paper's lambda).
+OWL_LAMBDA = 0.08
+
+
+class Owl:
+    """Layers with more outliers keep more: rates linear in the outlier ratio, within 2 lambda of each other (arXiv 2310.05175)."""
+
+    name = "owl"
+
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:  # noqa: ARG002
+        ratios = context.signals.get("outlier_ratio")
+        if not ratios:
+            return []
+        return [Offspring(context.space.project(owl_rates(ratios, context.space.rate)), self.name)]
+
+
+def owl_rates(ratios: Sequence[float], rate: float, band: float = OWL_LAMBDA) -> list[float]:
+    """One rate per layer with mean ``rate``: the layer with the most outliers is 2 ``band`` below the one with the fewest."""
+    low, high = min(ratios), max(ratios)
+    kept = [2 * band * (ratio - low) / (high - low) if high > low else 0.0 for ratio in ratios]
+    mean = sum(kept) / len(kept)
+    return [rate + mean - share for share in kept]
+
+
+class FlapGlobal:
+    """One threshold on the standardised scores of all units of the model (FLAP's AL-AM, arXiv 2312.11983)."""
+
+    name = "flap_global"
+
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:  # noqa: ARG002
+        thresholds = context.signals.get("flap_thresholds")
+        if not thresholds:
+            return []
+        space = context.space
+        return [Offspring(space.project(space.rates(below_threshold(space, thresholds))), self.name)]
+
+
+def below_threshold(space: SearchSpace, thresholds: Sequence[Sequence[float]]) -> Plan:
+    """The levels that one global threshold gives, the one whose removed parameters come closest to the target.
+
+    ``thresholds`` holds per block and level the threshold at which the block falls to that level, never falling with the level.
+    """
+
+    def at(threshold: float) -> Plan:
+        return Plan(tuple(max(bisect_right(levels, threshold) - 1, 0) for levels in thresholds))
+
+    values = sorted({value for levels in thresholds for value in levels})
+    low, high = 0, len(values) - 1  # what is removed never falls with the threshold
+    while low < high:
+        middle = (low + high) // 2
+        if space.removed(at(values[middle])) < space.target:
+            low = middle + 1
+        else:
+            high = middle
+    around = [at(value) for value in values[max(low - 1, 0) : low + 1]]
+    return min(around, key=lambda plan: abs(space.removed(plan) - space.target))
