@@ -17,11 +17,16 @@ from selfpruner.space import Plan, SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Offspring:
-    """A plan with its origin. ``operator`` is recorded as given (a ramp adds its slope to the event, not to the name)."""
+    """A plan with its origin. ``operator`` is recorded as given (a ramp adds its slope to the event, not to the name).
+
+    ``informed_by`` is the latest generation whose scores an LLM operator knew: the one before the child's own, or the one before
+    that for a child that was asked for while workers were scoring.
+    """
 
     plan: Plan
     operator: str
     parents: tuple[str, ...] = ()
+    informed_by: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ class Context:
     operators that need parents take those first, and draw their own when there are none.
 
     ``hints`` say where around the best plan it is likely to pay to keep more or to remove more; empty before the landscape is
-    known. A context is a snapshot: an operator asked while workers still score a generation knows nothing of that generation.
+    known. A context is a snapshot: an operator asked while workers still score a generation is one generation behind, by design.
+    The plans being scored then are ``pending``, and their hashes are in ``seen``.
     ``signals`` are numbers that a worker measured on the dense model, per layer and per block (``evaluation.signals.gather``).
     """
 
@@ -69,6 +75,7 @@ class Context:
     generations: int
     population: Sequence[Candidate] = ()
     history: Sequence[Candidate] = ()
+    pending: Sequence[Candidate] = ()
     sensitivities: Sequence[float] = ()
     probe_levels: Sequence[int] = ()
     seen: frozenset[str] = frozenset()
