@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
+from selfpruner.tensor_files import Parts
 
 
 class NestedRepair(Protocol):
-    """For blocks whose levels are prefixes of one order (FFN). W's columns are in keep-first order."""
+    """For blocks whose levels are prefixes of one order (FFN). W's columns are in keep-first order.
+
+    A repair is made of ``parts``, named tensors: in memory when it was just computed, in a file afterwards.
+    """
+
+    @property
+    def parts(self) -> Parts: ...
 
     def weights(self, k: int) -> tuple[Tensor, Tensor | None]:
         """(W' (d, k), bias to add (d,) or None) when the first k columns stay."""
@@ -27,7 +34,10 @@ class NestedRepair(Protocol):
 
 
 class SubsetRepair(Protocol):
-    """For blocks whose options are arbitrary sets of columns (attention)."""
+    """For blocks whose options are arbitrary sets of columns (attention). Made of ``parts``, as a nested repair is."""
+
+    @property
+    def parts(self) -> Parts: ...
 
     def weights(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """(W' (d, k), bias to add (d,) or None) when the columns ``kept`` (k,), ascending, stay."""
@@ -48,6 +58,12 @@ class Compensation(Protocol):
         ...
 
     def subset(self, W: Tensor, stats: BlockStatistics) -> SubsetRepair: ...
+
+    def nested_of(self, parts: Parts) -> NestedRepair:
+        """The nested repair whose parts these are."""
+        ...
+
+    def subset_of(self, parts: Parts) -> SubsetRepair: ...
 
 
 def energy(W: Tensor, moment: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.base import suffix_energies
 from selfpruner.compensation.none import Slice, SliceSubset
+from selfpruner.tensor_files import HeldParts, Parts
 
 
 class Bias:
@@ -21,12 +22,20 @@ class Bias:
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         W, mean = W[:, order], stats.mean.to(W)[order]
-        return Slice(W.float(), suffix_energies(W, _scatter(stats).to(W)[order][:, order]), mean.float())
+        left = suffix_energies(W, _scatter(stats).to(W)[order][:, order])
+        return Slice(HeldParts(Wt=W.T.float().contiguous(), left=left, mean=mean.float()), biased=True)
 
     def subset(self, W: Tensor, stats: BlockStatistics) -> SliceSubset:
-        return SliceSubset(W.float(), _scatter(stats).float(), stats.mean.float())
+        parts = HeldParts(W=W.float(), moment=_scatter(stats).float(), mean=stats.mean.float())
+        return SliceSubset(parts, biased=True)
+
+    def nested_of(self, parts: Parts) -> Slice:
+        return Slice(parts, biased=True)
+
+    def subset_of(self, parts: Parts) -> SliceSubset:
+        return SliceSubset(parts, biased=True)
 
 
 def _scatter(stats: BlockStatistics) -> Tensor:
     """Sum over tokens of (x - mean)(x - mean)^T, (n, n)."""
-    return stats.gram - stats.tokens * torch.outer(stats.mean, stats.mean)
+    return torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)

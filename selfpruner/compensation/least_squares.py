@@ -24,6 +24,7 @@ from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.base import energy
+from selfpruner.tensor_files import HeldParts, Parts
 
 # Ridge, as a share of the mean diagonal of C.
 DAMPING = 1e-3
@@ -35,12 +36,13 @@ def covariance(stats: BlockStatistics, damping: float = DAMPING) -> Tensor:
     An input that never moves has no covariance with anything; what rounding left there is cleared, so that only the damping
     stays: it costs next to nothing to remove and changes no other column.
     """
-    C = stats.gram - stats.tokens * torch.outer(stats.mean, stats.mean)
+    C = torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)
     diagonal = C.diagonal()
     level = diagonal.clamp_min(0).mean()
     dead = diagonal <= 1e-10 * level if level > 0 else torch.ones_like(diagonal, dtype=torch.bool)
-    C[dead, :] = 0
-    C[:, dead] = 0
+    if dead.any():
+        C[dead, :] = 0
+        C[:, dead] = 0
     diagonal += damping * level if level > 0 else 1.0
     return C
 
@@ -69,9 +71,6 @@ class NestedFit:
         tail = energy.flip(0).cumsum(0).flip(0)
         return torch.cat((tail, tail.new_zeros(1)))
 
-    def to(self, dtype: torch.dtype) -> NestedFit:
-        return NestedFit(self.Y.to(dtype), self.inverse.to(dtype))
-
 
 def solve(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
     """The least-squares weights on the columns ``kept`` (k,), solved directly: W C_:,kept C_kept,kept^-1, (d, k)."""
@@ -81,37 +80,49 @@ def solve(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class NestedLeastSquares:
-    """``fit`` in float32 to halve what a layer keeps; ``mean`` (n,) in keep-first order and ``dense`` = W m (d,)."""
+    """Parts: ``Yt`` (n, d), the transposed Y; ``inverse.0``, ``inverse.1``, ... the rows of L^-1 in order, ``_strip(n)`` at a
+    time and only up to the diagonal; ``mean`` (n,) in keep-first order; ``dense`` = W m (d,): all float32, to halve what a
+    layer keeps. ``left`` (n + 1,), the errors."""
 
-    fit: NestedFit
-    mean: Tensor
-    dense: Tensor
-    left: Tensor
+    parts: Parts
 
     def weights(self, k: int) -> tuple[Tensor, Tensor | None]:
-        W = self.fit.weights(k)
-        return W, self.dense - W @ self.mean[:k]
+        Yt = self.parts.first("Yt", k)
+        mean = self.parts["mean"]
+        W = Yt.new_zeros(Yt.shape[1], k)
+        rows = _strip(mean.numel())
+        for index, start in enumerate(range(0, k, rows)):
+            stop = min(start + rows, k)
+            W[:, :stop].addmm_(Yt[start:stop].T, self.parts.first(f"inverse.{index}", stop - start)[:, :stop])
+        return W, self.parts["dense"] - W @ mean[:k]
 
     def errors(self) -> Tensor:
-        return self.left
+        return self.parts["left"]
+
+
+def _strip(n: int) -> int:
+    """Rows of L^-1 kept as one part: few enough that the zeros right of the diagonal, which are left out, are nearly half."""
+    return max(64, -(-n // 16))
 
 
 @dataclass(frozen=True, slots=True)
 class SubsetLeastSquares:
-    """``C`` is kept in float32, which its damping makes precise enough, and solved in W's dtype."""
+    """Parts: ``W`` (d, n) and ``C`` (n, n) in float32, which the damping makes precise enough, ``mean`` (n,) in float64 where the
+    device has it; solved in the precision of the mean."""
 
-    W: Tensor
-    C: Tensor
-    mean: Tensor
+    parts: Parts
 
     def weights(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        W = solve(self.W, self.C.to(self.W), kept)
-        return W, self.W @ self.mean - W @ self.mean[kept]
+        mean = self.parts["mean"]
+        dense = self.parts["W"].to(mean)
+        W = solve(dense, self.parts["C"].to(mean), kept)
+        return W, dense @ mean - W @ mean[kept]
 
     def error(self, kept: Tensor) -> float:
-        C = self.C.to(self.W)
-        W = solve(self.W, C, kept)
-        return max(energy(self.W, C) - float(((W @ C[kept]) * self.W).sum()), 0.0)
+        mean = self.parts["mean"]
+        dense, C = self.parts["W"].to(mean), self.parts["C"].to(mean)
+        W = solve(dense, C, kept)
+        return max(energy(dense, C) - float(((W @ C[kept]) * dense).sum()), 0.0)
 
 
 class LeastSquares:
@@ -122,10 +133,22 @@ class LeastSquares:
     adds_bias: ClassVar[bool] = True
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedLeastSquares:
-        C = covariance(stats).to(W)[order][:, order]
-        fit = NestedFit.of(W[:, order], C)
+        W = W[:, order]
+        C = covariance(stats).to(W)[order]
+        fit = NestedFit.of(W, C[:, order])
         mean = stats.mean.to(W)[order]
-        return NestedLeastSquares(fit.to(torch.float32), mean.float(), (W[:, order] @ mean).float(), fit.errors())
+        parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), dense=(W @ mean).float(), left=fit.errors())
+        n, rows = mean.numel(), _strip(mean.numel())
+        for index, start in enumerate(range(0, n, rows)):
+            stop = min(start + rows, n)
+            parts[f"inverse.{index}"] = fit.inverse[start:stop, :stop].float().contiguous()
+        return NestedLeastSquares(parts)
 
     def subset(self, W: Tensor, stats: BlockStatistics) -> SubsetLeastSquares:
-        return SubsetLeastSquares(W, covariance(stats).float(), stats.mean.to(W))
+        return SubsetLeastSquares(HeldParts(W=W.float(), C=covariance(stats).float(), mean=stats.mean.to(W)))
+
+    def nested_of(self, parts: Parts) -> NestedLeastSquares:
+        return NestedLeastSquares(parts)
+
+    def subset_of(self, parts: Parts) -> SubsetLeastSquares:
+        return SubsetLeastSquares(parts)

@@ -10,36 +10,43 @@ from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.base import energy, suffix_energies
+from selfpruner.tensor_files import HeldParts, Parts
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Keeps the first columns of W; ``left`` are its errors; ``mean`` (n,) gives a bias, if any. Kept in float32."""
+    """Keeps the first columns. Parts: ``Wt`` (n, d) float32, W transposed; ``left`` (n + 1,), its errors; with ``biased``
+    ``mean`` (n,), which gives a bias."""
 
-    W: Tensor
-    left: Tensor
-    mean: Tensor | None = None
+    parts: Parts
+    biased: bool = False
 
     def weights(self, k: int) -> tuple[Tensor, Tensor | None]:
-        return self.W[:, :k], None if self.mean is None else self.W[:, k:] @ self.mean[k:]
+        if not self.biased:
+            return self.parts.first("Wt", k).T.contiguous(), None
+        Wt = self.parts["Wt"]
+        return Wt[:k].T.contiguous(), self.parts["mean"][k:] @ Wt[k:]
 
     def errors(self) -> Tensor:
-        return self.left
+        return self.parts["left"]
 
 
 @dataclass(frozen=True, slots=True)
 class SliceSubset:
-    W: Tensor
-    moment: Tensor
-    mean: Tensor | None = None
+    """Parts: ``W`` (d, n) and ``moment`` (n, n) float32; with ``biased`` ``mean`` (n,)."""
+
+    parts: Parts
+    biased: bool = False
 
     def weights(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        gone = complement(kept, self.W.shape[1])
-        return self.W[:, kept], None if self.mean is None else self.W[:, gone] @ self.mean[gone]
+        W = self.parts["W"]
+        gone = complement(kept, W.shape[1])
+        return W[:, kept], W[:, gone] @ self.parts["mean"][gone] if self.biased else None
 
     def error(self, kept: Tensor) -> float:
-        gone = complement(kept, self.W.shape[1])
-        return max(energy(self.W[:, gone], self.moment[gone][:, gone]), 0.0)
+        W = self.parts["W"]
+        gone = complement(kept, W.shape[1])
+        return max(energy(W[:, gone], self.parts["moment"][gone][:, gone]), 0.0)
 
 
 def complement(kept: Tensor, n: int) -> Tensor:
@@ -58,7 +65,14 @@ class Nothing:
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         W = W[:, order]
-        return Slice(W.float(), suffix_energies(W, stats.gram.to(W)[order][:, order]))
+        left = suffix_energies(W, stats.gram.to(W)[order][:, order])
+        return Slice(HeldParts(Wt=W.T.float().contiguous(), left=left))
 
     def subset(self, W: Tensor, stats: BlockStatistics) -> SliceSubset:
-        return SliceSubset(W.float(), stats.gram.float())
+        return SliceSubset(HeldParts(W=W.float(), moment=stats.gram.float()))
+
+    def nested_of(self, parts: Parts) -> Slice:
+        return Slice(parts)
+
+    def subset_of(self, parts: Parts) -> SliceSubset:
+        return SliceSubset(parts)
