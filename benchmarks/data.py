@@ -14,14 +14,29 @@ FILES = {
 }
 
 
-def text(name: str, cache: Path) -> str:
-    """The path of a text by its short name. Exits with a clear message where the data are absent."""
+def original(name: str) -> Path:
+    """The file of a text by its short name. Exits with a clear message where the data are absent."""
     root = os.environ.get("SELFPRUNER_DATA")
     if not root:
         raise SystemExit("This benchmark needs texts that do not come with the product: set SELFPRUNER_DATA to their folder.")
-    source = Path(root) / FILES[name]
+    path = Path(root) / FILES[name]
+    if not path.is_file():
+        raise SystemExit(f"SELFPRUNER_DATA names {root}, which has no {FILES[name]}.")
+    return path
+
+
+def text(name: str, cache: Path) -> str:
+    """The path of a text as a source of a config: a copy of :func:`original` under ``cache``."""
+    source = original(name)
     target = cache / "benchmark-texts" / f"{name}{'.jsonl' if source.suffix == '.jsonl' else '.txt'}"
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         shutil.copyfile(source, target)
     return str(target)
+
+
+def joined_rows(path: Path) -> str:
+    """WikiText as perplexities are customarily taken: the rows joined by a blank line, blank rows empty, the others with their
+    own line end."""
+    rows = [line if line.strip() else "" for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
+    return "\n\n".join(rows)
