@@ -75,7 +75,7 @@ class TensorFile:
         target = torch.empty(shape, dtype=dtype) if out is None else out
         if target.dtype != dtype or target.shape != shape or not target.is_contiguous():
             raise ValueError(f"{name} needs a contiguous {dtype} buffer of shape {shape}, not {target.dtype} {tuple(target.shape)}")
-        view = memoryview(target.reshape(-1).view(torch.uint8).numpy()) if target.numel() else memoryview(b"")
+        view = _bytes(target)
         offset = self._offsets[name] + start * prod(shape[1:]) * dtype.itemsize
         done = 0
         while done < len(view):
@@ -120,9 +120,14 @@ def write_tensors(
             value = tensor(name).detach()
             if value.dtype != dtype or value.shape != torch.Size(shape):
                 raise ValueError(f"{name} should be {dtype} {tuple(shape)}, not {value.dtype} {tuple(value.shape)}")
-            if value.numel():
-                file.write(memoryview(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(_bytes(value.cpu().contiguous()))
     return end
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def held_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -112,7 +112,7 @@ def kept_columns(case: Ready, plan: Plan, block: int) -> list[int]:
     """The columns of o_proj or down_proj that ``plan`` keeps, in the model's order."""
     prunable, level = case.blocks[block], plan.levels[block]
     if isinstance(prunable, PrunableFfn):
-        return sorted(prunable.order[: prunable.options[level].channels].tolist())
+        return list(range(prunable.options[level].channels))  # the model's channels are in keep-first order
     heads = prunable.heads[level]
     return [head * case.arch.head_dim + i for head in heads for i in range(case.arch.head_dim)]
 

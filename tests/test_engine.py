@@ -78,7 +78,7 @@ def test_block_errors_on_the_calibration_text(name: str) -> None:
                 columns = (
                     kept_columns(case, plan, index)
                     if isinstance(block, PrunableAttention)
-                    else block.order[: block.options[level].channels].tolist()
+                    else list(range(block.options[level].channels))
                 )
                 W = weights.o if isinstance(weights, AttentionWeights) else weights.down
                 bias = weights.o_bias if isinstance(weights, AttentionWeights) else weights.down_bias

@@ -362,7 +362,7 @@ def test_the_worker_says_what_it_holds(place: Place, done: Done) -> None:
     session = session_of(done.config, place.folder / "cache")
     said: list[str] = []
     first = runtime.handle(session, "prepare", {}, said.append, lambda: False)
-    assert any(text.startswith("reading statistics") for text in said)
+    assert any(text.startswith("reading factors") for text in said)
     assert first["model"]["family"] == "llama"
     said.clear()
     assert runtime.handle(session, "prepare", {}, said.append, lambda: False) == first

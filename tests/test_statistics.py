@@ -106,6 +106,7 @@ def orders(pairs: list[tuple[BlockStatistics, BlockStatistics]], model: Any) -> 
         how = criteria.create("obs"), compensation.create("least_squares")
         block = prepare_ffn(arch, layer, ffn, *how, ffn_widths(arch.channels, 8))
         found.append((block.order.tolist(), [option.error for option in block.options]))
+    arch.restore_order()
     return found
 
 

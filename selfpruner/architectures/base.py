@@ -165,6 +165,45 @@ class Architecture:
             _bias(m.down_proj),
         )
 
+    # -- the order of the channels -----------------------------------------------------------------------------------
+    def channel_order(self, layer: int) -> Tensor | None:
+        """(F,): the checkpoint's channel at each place of the layer's FFN; None while they are in the checkpoint's order.
+
+        It is a buffer of the FFN's module, so that it stays with the weights, whoever describes the model next.
+        """
+        return getattr(self.decoder.layers[layer].mlp, "channel_order", None)
+
+    def order_channels(self, layer: int, order: Tensor | None) -> None:
+        """Put the layer's FFN channels, in place, into the order of the checkpoint's channels ``order`` (F,); None restores the
+        checkpoint's own. The layer goes on computing the same function."""
+        current = self.channel_order(layer)
+        if current is order:
+            return
+        if current is None or order is None or not torch.equal(current, order):
+            target = torch.arange(self.channels, device=self.device) if order is None else order
+            own = self.ffn(layer)
+            new = own.in_order(
+                target if current is None else torch.argsort(current)[target]
+            )  # all of it first: where memory ends here, the layer is still as it was
+            for name in ("gate", "up", "down", "gate_bias", "up_bias"):
+                if getattr(own, name) is not None:
+                    getattr(own, name).copy_(getattr(new, name))
+        self.decoder.layers[layer].mlp.register_buffer("channel_order", order, persistent=False)
+
+    def checkpoint_ffn(self, layer: int) -> FfnWeights:
+        """The layer's FFN with its channels in the checkpoint's order: the model's own weights, or a copy where they moved."""
+        order = self.channel_order(layer)
+        return self.ffn(layer) if order is None else self.ffn(layer).in_order(torch.argsort(order))
+
+    def restore_order(self) -> None:
+        """Put the channels of every layer back into the checkpoint's order."""
+        for layer in range(self.layers):
+            self.order_channels(layer, None)
+
+    def has_bias(self, layer: int, place: str) -> bool:
+        """Whether the linear map at ``place`` (``mlp.down_proj``) of a layer has a bias."""
+        return self.decoder.layers[layer].get_submodule(place).bias is not None
+
     def window(self, layer: int) -> int | None:
         """Sliding-window length of the layer's attention, None for full causal attention."""
         types = getattr(self.config, "layer_types", None)

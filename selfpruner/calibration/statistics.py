@@ -81,7 +81,8 @@ def layer_statistics(
 ) -> Iterator[tuple[BlockStatistics, BlockStatistics]]:
     """Yield (attention, ffn) statistics of each layer in turn for token ids (sequences, length).
 
-    Only one layer's statistics exist at a time unless the caller keeps them. Raises CancelledTaskError between layers.
+    Channels are those of the checkpoint, in its order, whatever order the model's are in. Only one layer's statistics exist at a
+    time unless the caller keeps them. Raises CancelledTaskError between layers.
     """
     length = tokens.shape[1]
     rope = arch.rope(length)
@@ -91,7 +92,7 @@ def layer_statistics(
         for layer in range(arch.layers):
             if cancelled():
                 raise CancelledTaskError("Cancelled while collecting statistics.")
-            a, f = arch.attention(layer), arch.ffn(layer)
+            a, f = arch.attention(layer), arch.checkpoint_ffn(layer)
             attention, ffn = Accumulator(a.o.shape[1], arch.device), Accumulator(f.down.shape[1], arch.device)
             for part in x.split(step):  # views: the residual stream is updated in place
                 z = arch.attention_inputs(layer, part, a, rope)

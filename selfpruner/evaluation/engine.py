@@ -103,7 +103,8 @@ class Engine:
         self.work = Work(0, 0)
 
     def weights(self, block: int, level: int) -> Weights:
-        return self.cache.get(block, level, self.blocks[block].weights)
+        prunable = self.blocks[block]
+        return prunable.renewed(level, self.cache.get(block, level, prunable.weights))
 
     def evaluate(self, plans: Sequence[Plan], tokens: Tensor, *, cancelled: Callable[[], bool] = lambda: False) -> list[Score]:
         """Score every plan on ``tokens`` (sequences, length), in the given order. Equal plans are computed once.

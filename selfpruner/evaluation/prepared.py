@@ -21,10 +21,18 @@ from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Engine
-from selfpruner.evaluation.signals import gather, layer_signals
+from selfpruner.evaluation.signals import gather, layer_facts, layer_signals
 from selfpruner.export.shape import LayerShape
 from selfpruner.models import LoadedModel
-from selfpruner.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
+from selfpruner.patterns import (
+    PrunableAttention,
+    PrunableFfn,
+    attention_block,
+    ffn_block,
+    measure_attention,
+    measure_ffn,
+)
+from selfpruner.patterns.stored import factor_files, read_factors, write_factors
 from selfpruner.space import Block, Option, Plan, SearchSpace, attention_shapes, default_ffn_step, ffn_widths
 from selfpruner.workers.memory import release
 
@@ -49,6 +57,8 @@ class Prepared:
     def text(self, role: Role, progress: Progress = lambda _: None, cancelled: Cancelled = lambda: False) -> TokenBatches:
         """The token batches of a role, made when they are first asked for."""
         if role not in self.texts:
+            # A text that the model writes is to be the same whatever was done with the model before.
+            self.arch.restore_order()
             self.texts[role] = text_of(self.config, role, self.loaded, self.cache, progress, cancelled)
         return self.texts[role]
 
@@ -74,6 +84,7 @@ def prepare(
     """The texts of ``roles``, statistics, importance, space. Raises typed errors for texts and budgets that cannot work."""
     started = time.perf_counter()
     arch = describe(loaded.model)
+    arch.restore_order()  # what an earlier session left; a text that the model writes does not depend on it
     # A budget that cannot be met, or a text that is too short, is found before minutes are spent on statistics.
     _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
     wanted: tuple[Role, ...] = ("calibration", *roles)
@@ -94,31 +105,48 @@ def prepare_blocks(
     progress: Progress,
     cancelled: Cancelled,
 ) -> tuple[list[PrunableAttention | PrunableFfn], dict[str, Any]]:
-    """Every block at every level, in plan order, for the config's criterion and compensation; and the model's signals."""
+    """Every block at every level, in plan order, for the config's criterion and compensation; and the model's signals.
+
+    Orders and repairs are made once and then read from ``cache``; the model's channels are put in the criterion's order.
+    """
     criterion, repair = criteria.create(config.criterion), compensation.create(config.compensation)
     fingerprint = f"{loaded.source.fingerprint}:{calibration.fingerprint}"
+    files = factor_files(arch, cache / "factors", fingerprint, criterion, repair)
+    if not all(file.exists() for file in files):
+        statistics = cached_statistics(
+            arch, calibration.tokens, cache / "statistics", fingerprint, progress=progress, cancelled=cancelled
+        )
+        for layer, pair in enumerate(statistics):
+            if cancelled():
+                raise CancelledTaskError("Cancelled while ordering units.")
+            if not files[layer].exists():
+                factors = (
+                    measure_attention(arch, layer, pair[0], criterion, repair),
+                    measure_ffn(arch, layer, pair[1], criterion, repair),
+                )
+                write_factors(files[layer], *factors, layer_facts(arch, layer, pair))
+                del factors
+                release()
+            progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
+    shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
+    widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
     blocks: list[PrunableAttention | PrunableFfn] = []
     measured = []
-    statistics = cached_statistics(
-        arch, calibration.tokens, cache / "statistics", fingerprint, progress=progress, cancelled=cancelled
-    )
-    for layer, (attention, ffn) in enumerate(statistics):
-        if cancelled():
-            raise CancelledTaskError("Cancelled while ordering units.")
-        shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
-        blocks.append(prepare_attention(arch, layer, attention, criterion, repair, shapes))
-        widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
-        blocks.append(prepare_ffn(arch, layer, ffn, criterion, repair, widths))
-        measured.append(layer_signals(arch, layer, (attention, ffn), (blocks[-2].options, blocks[-1].options)))
-        release()
-        progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
+    for layer, file in enumerate(files):
+        progress(f"reading factors of layer {layer + 1}/{arch.layers}")
+        attention, ffn, facts = read_factors(file, repair, arch.device)
+        one = attention_block(arch, layer, attention, shapes, adds_bias=repair.adds_bias)
+        other = ffn_block(arch, layer, ffn, widths, adds_bias=repair.adds_bias)
+        measured.append(layer_signals(facts, (one.options, other.options)))
+        blocks += [one, other]
+    release()
     return blocks, gather(measured)
 
 
 def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
     """The same model, texts and target with another criterion or compensation (``changes`` of the config).
 
-    Takes the place of ``prepared``, whose engine is emptied first: the factors of both at once would be a job's largest moment.
+    Takes the place of ``prepared``, whose engine is emptied first.
     """
     config = SearchConfig.model_validate({**prepared.config.model_dump(), **changes})
     prepared.engine.blocks.clear()
@@ -144,6 +172,8 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
         for index, level in zip((2 * layer, 2 * layer + 1), levels, strict=True):
             if level:
                 tensors.update(_named(layer, prepared.engine.weights(index, level)))
+            elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
+                tensors.update(_named(layer, prepared.arch.checkpoint_ffn(layer)))
     return shapes, tensors
 
 

@@ -23,25 +23,28 @@ from selfpruner.space import Option
 OUTLIER_M = 5.0
 
 
-def layer_signals(
-    arch: Architecture,
-    layer: int,
-    statistics: tuple[BlockStatistics, BlockStatistics],
-    options: tuple[Sequence[Option], Sequence[Option]],
-) -> dict[str, Any]:
-    """The signals of one layer; ``statistics`` and ``options`` are those of (attention, ffn).
+def layer_facts(arch: Architecture, layer: int, statistics: tuple[BlockStatistics, BlockStatistics]) -> dict[str, Any]:
+    """What the signals of one layer are made of, whatever its levels; ``statistics`` are those of (attention, ffn)."""
+    W = [matrix.float() for matrix in (arch.attention(layer).o, arch.checkpoint_ffn(layer).down)]
+    heads = Heads(arch.kv_groups, arch.heads_per_group, arch.head_dim)
+    return {
+        "outlier_ratio": outlier_ratio(W, [stats.norm.to(W[0]) for stats in statistics]),
+        "head_scores": head_scores(W[0], statistics[0], heads).tolist(),
+        "channel_scores": channel_scores(W[1], statistics[1]).tolist(),
+    }
+
+
+def layer_signals(facts: Mapping[str, Any], options: tuple[Sequence[Option], Sequence[Option]]) -> dict[str, Any]:
+    """The signals of one layer from its facts; ``options`` are those of (attention, ffn).
 
     ``outlier_ratio``: share of outliers among the weights (OWL, arXiv 2310.05175). ``flap_thresholds``: for attention and FFN, per
     level, the global threshold on FLAP's standardised scores at which the block falls to that level (arXiv 2312.11983, AL-AM).
     """
-    W = [matrix.float() for matrix in (arch.attention(layer).o, arch.ffn(layer).down)]
-    heads = Heads(arch.kv_groups, arch.heads_per_group, arch.head_dim)
-    scored = head_scores(W[0], statistics[0], heads), channel_scores(W[1], statistics[1])
     return {
-        "outlier_ratio": outlier_ratio(W, [stats.norm.to(W[0]) for stats in statistics]),
+        "outlier_ratio": facts["outlier_ratio"],
         "flap_thresholds": [
-            level_thresholds(scored[0], [option.heads for option in options[0]]),
-            level_thresholds(scored[1], [option.channels for option in options[1]]),
+            level_thresholds(torch.tensor(facts["head_scores"]), [option.heads for option in options[0]]),
+            level_thresholds(torch.tensor(facts["channel_scores"]), [option.channels for option in options[1]]),
         ],
     }
 

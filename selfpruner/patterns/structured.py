@@ -1,12 +1,15 @@
 """Structured pruning of one layer: which units each level keeps, and the narrow weights it computes with.
 
-FFN levels are prefixes of one keep-first order, so the channels are put in that order once and a level's gate and up are views.
-Attention options are few and are cut out on demand. Both give plain block weights that the architecture's functions run.
+FFN levels are prefixes of one keep-first order. The model's own channels are put in that order, in place, so that a level's gate
+and up are views of the model's weights and only its down is a matrix of its own. Attention options are few and are cut out on
+demand. Both give plain block weights that the architecture's functions run.
+
+What is measured once per layer (orders, errors, repairs) are *factors*; which levels there are is decided afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +22,34 @@ from selfpruner.compensation.base import energy
 from selfpruner.criteria import Criterion, Heads
 from selfpruner.space import Option, without_dominated
 
+Weights = AttentionWeights | FfnWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class FfnFactors:
+    """``order`` (F,): the checkpoint's channels, the ones to keep longest first; ``errors`` (F + 1,) left when the first k stay,
+    as a share of the block's output."""
+
+    order: Tensor
+    errors: Tensor
+    repair: NestedRepair
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionFactors:
+    """The query heads that every shape (KV groups, heads per group) keeps, ascending, and the share of the output that is lost."""
+
+    heads: Mapping[tuple[int, int], Sequence[int]]
+    errors: Mapping[tuple[int, int], float]
+    repair: SubsetRepair
+
 
 @dataclass(frozen=True, slots=True)
 class PrunableFfn:
-    """The FFN of a layer at every level. ``order`` (F,) is the keep-first order of the model's channels."""
+    """The FFN of a layer at every level. ``order`` (F,) is the keep-first order of the checkpoint's channels."""
 
-    base: FfnWeights
-    ordered: FfnWeights
+    arch: Architecture
+    layer: int
     order: Tensor
     repair: NestedRepair
     options: tuple[Option, ...]
@@ -33,20 +57,37 @@ class PrunableFfn:
     def weights(self, level: int) -> FfnWeights | None:
         """The block's weights at ``level`` in the model's dtype; None where the level drops the block."""
         channels = self.options[level].channels
-        if level == 0:
-            return self.base
         if channels == 0:
             return None
+        base = self._base()
+        if level == 0:
+            return base
         W, bias = self.repair.weights(channels)
-        cut = self.ordered.first_channels(channels)
-        return replace(cut, down=W.to(self.base.down.dtype), down_bias=_add(self.base.down_bias, bias, self.base.down.dtype))
+        cut = base.first_channels(channels)
+        return replace(cut, down=W.to(self.arch.dtype), down_bias=_add(base.down_bias, bias, self.arch.dtype))
+
+    def renewed(self, level: int, weights: Weights) -> FfnWeights | None:
+        """What :meth:`weights` gave earlier, with its views of the model taken again."""
+        if weights is None:
+            return None
+        assert isinstance(weights, FfnWeights)
+        base = self._base()
+        if level == 0:
+            return base
+        return replace(base.first_channels(self.options[level].channels), down=weights.down, down_bias=weights.down_bias)
+
+    def _base(self) -> FfnWeights:
+        # Another session may have used the model with an order of its own; or it may be a layer that was just read.
+        self.arch.order_channels(self.layer, self.order)
+        return self.arch.ffn(self.layer)
 
 
 @dataclass(frozen=True, slots=True)
 class PrunableAttention:
     """The attention of a layer at every level. ``heads`` gives the query heads each option keeps, ascending."""
 
-    base: AttentionWeights
+    arch: Architecture
+    layer: int
     repair: SubsetRepair
     heads: tuple[tuple[int, ...], ...]
     options: tuple[Option, ...]
@@ -54,14 +95,85 @@ class PrunableAttention:
     def weights(self, level: int) -> AttentionWeights | None:
         """The block's weights at ``level`` in the model's dtype; None where the level drops the block."""
         option = self.options[level]
-        if level == 0:
-            return self.base
         if option.heads == 0:
             return None
+        base = self.arch.attention(self.layer)
+        if level == 0:
+            return base
         heads = list(self.heads[level])
-        W, bias = self.repair.weights(_columns(heads, self.base.head_dim, self.base.o.device))
-        cut = self.base.keep_heads(heads, option.kv_groups, option.heads_per_group)
-        return replace(cut, o=W.to(self.base.o.dtype), o_bias=_add(self.base.o_bias, bias, self.base.o.dtype))
+        W, bias = self.repair.weights(_columns(heads, base.head_dim, self.arch.device))
+        cut = base.keep_heads(heads, option.kv_groups, option.heads_per_group)
+        return replace(cut, o=W.to(self.arch.dtype), o_bias=_add(base.o_bias, bias, self.arch.dtype))
+
+    def renewed(self, level: int, weights: Weights) -> AttentionWeights | None:
+        """What :meth:`weights` gave earlier, with its views of the model taken again."""
+        assert not isinstance(weights, FfnWeights)
+        return self.arch.attention(self.layer) if level == 0 else weights
+
+
+def measure_ffn(
+    arch: Architecture, layer: int, stats: BlockStatistics, criterion: Criterion, compensation: Compensation
+) -> FfnFactors:
+    """Order the channels and make the repair."""
+    W = arch.checkpoint_ffn(layer).down.to(stats.gram.dtype)
+    whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
+    order = criterion.order_channels(W, stats)
+    repair = compensation.nested(W, stats, order)
+    errors = repair.errors() / whole
+    errors[0], errors[-1] = 1.0, 0.0
+    return FfnFactors(order, errors, repair)
+
+
+def measure_attention(
+    arch: Architecture, layer: int, stats: BlockStatistics, criterion: Criterion, compensation: Compensation
+) -> AttentionFactors:
+    """Choose the heads of every shape and make the repair."""
+    base = arch.attention(layer)
+    W = base.o.to(stats.gram.dtype)
+    whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
+    heads = criterion.choose_heads(W, stats, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
+    repair = compensation.subset(W, stats)
+    dense = (base.kv_groups, base.heads_per_group)
+    errors = {
+        shape: 0.0 if shape == dense else repair.error(_columns(kept, base.head_dim, W.device)) / whole
+        for shape, kept in heads.items()
+    }
+    return AttentionFactors(heads, errors, repair)
+
+
+def ffn_block(arch: Architecture, layer: int, factors: FfnFactors, widths: Sequence[int], *, adds_bias: bool) -> PrunableFfn:
+    """One option per width (dense first); the model's channels are put in order. ``adds_bias``: a pruned block gets an output
+    bias, which counts."""
+    extra = arch.hidden if adds_bias and not arch.has_bias(layer, "mlp.down_proj") else 0
+    errors = factors.errors.tolist()
+    options = tuple(
+        Option(
+            parameters=arch.ffn_cost(width) + (extra if 0 < width < arch.channels else 0),
+            error=errors[width],
+            channels=width,
+        )
+        for width in widths
+    )
+    order = factors.order.to(arch.device)
+    arch.order_channels(layer, order)
+    return PrunableFfn(arch, layer, order, factors.repair, options)
+
+
+def attention_block(
+    arch: Architecture, layer: int, factors: AttentionFactors, shapes: Sequence[tuple[int, int]], *, adds_bias: bool
+) -> PrunableAttention:
+    """One option per shape, without those that a smaller one beats on error."""
+    extra = arch.hidden if adds_bias and not arch.has_bias(layer, "self_attn.o_proj") else 0
+    dense = (arch.kv_groups, arch.heads_per_group)
+    options = []
+    for groups, per_group in shapes:
+        error = factors.errors[groups, per_group] if groups else 1.0
+        parameters = arch.attention_cost(groups, per_group)
+        parameters += extra if groups and (groups, per_group) != dense else 0
+        options.append(Option(parameters, error, kv_groups=groups, heads_per_group=per_group))
+    chosen = without_dominated(options)
+    heads = tuple(tuple(factors.heads[o.kv_groups, o.heads_per_group]) if o.heads else () for o in chosen)
+    return PrunableAttention(arch, layer, factors.repair, heads, chosen)
 
 
 def prepare_ffn(
@@ -72,25 +184,9 @@ def prepare_ffn(
     compensation: Compensation,
     widths: Sequence[int],
 ) -> PrunableFfn:
-    """Order the channels, make the repair, and describe one option per width (dense first)."""
-    base = arch.ffn(layer)
-    W = base.down.to(stats.gram.dtype)
-    order = criterion.order_channels(W, stats)
-    repair = compensation.nested(W, stats, order)
-    whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
-    left = repair.errors() / whole
-    extra = arch.hidden if compensation.adds_bias and base.down_bias is None else 0
-    options = tuple(
-        Option(
-            parameters=arch.ffn_cost(width) + (extra if 0 < width < arch.channels else 0),
-            error=0.0 if width == arch.channels else float(left[width]) if width else 1.0,
-            channels=width,
-        )
-        for width in widths
-    )
-    # What down becomes is the repair's business; the model's own stands in its place, so that no second copy is kept.
-    ordered = replace(base.in_order(order), down=base.down)
-    return PrunableFfn(base, ordered, order, repair, options)
+    """:func:`measure_ffn` and :func:`ffn_block` in one."""
+    factors = measure_ffn(arch, layer, stats, criterion, compensation)
+    return ffn_block(arch, layer, factors, widths, adds_bias=compensation.adds_bias)
 
 
 def prepare_attention(
@@ -101,27 +197,9 @@ def prepare_attention(
     compensation: Compensation,
     shapes: Sequence[tuple[int, int]],
 ) -> PrunableAttention:
-    """Choose the heads of every option, make the repair, and leave out options that a smaller one beats on error."""
-    base = arch.attention(layer)
-    W = base.o.to(stats.gram.dtype)
-    kept = criterion.choose_heads(W, stats, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
-    repair = compensation.subset(W, stats)
-    whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
-    extra = arch.hidden if compensation.adds_bias and base.o_bias is None else 0
-    dense = (base.kv_groups, base.heads_per_group)
-    options = []
-    for groups, per_group in shapes:
-        error = 0.0
-        if groups == 0:
-            error = 1.0
-        elif (groups, per_group) != dense:
-            error = repair.error(_columns(kept[groups, per_group], base.head_dim, W.device)) / whole
-        parameters = arch.attention_cost(groups, per_group)
-        parameters += extra if groups and (groups, per_group) != dense else 0
-        options.append(Option(parameters, error, kv_groups=groups, heads_per_group=per_group))
-    chosen = without_dominated(options)
-    heads = tuple(tuple(kept[o.kv_groups, o.heads_per_group]) if o.heads else () for o in chosen)
-    return PrunableAttention(base, repair, heads, chosen)
+    """:func:`measure_attention` and :func:`attention_block` in one."""
+    factors = measure_attention(arch, layer, stats, criterion, compensation)
+    return attention_block(arch, layer, factors, shapes, adds_bias=compensation.adds_bias)
 
 
 def _columns(heads: Sequence[int], width: int, device: torch.device) -> Tensor:
