@@ -156,9 +156,13 @@ class Run:
         self.trace[1:] = [point]
         self.pool.tokens, self.ended = point.tokens, point.seconds
 
+    def count(self, tokens: int) -> int:
+        """Sequences that hold ``tokens`` tokens; the whole text where it is shorter."""
+        return min(-(-tokens // self.length), self.sequences)
+
     def fresh(self, tokens: int) -> tuple[int, ...]:
-        """The next sequences of the fitness text in this seed's order, at least ``tokens`` tokens, at most the whole text."""
-        count = min(-(-tokens // self.length), self.sequences)
+        """The next :meth:`count` sequences of the fitness text, in this seed's order; a new order when they run out."""
+        count = self.count(tokens)
         if len(self._order) < count:
             self._order = self.rng.sample(range(self.sequences), self.sequences)
         taken, self._order = self._order[:count], self._order[count:]
@@ -237,9 +241,9 @@ class JudgeRuntime(Runtime):
 class Bench:
     """The prepared model: one session for all rates, since a rate changes nothing but the budget of the space."""
 
-    def __init__(self, settings: Settings, rates: Sequence[float], cache: Path) -> None:
+    def __init__(self, settings: Settings, rates: Sequence[float], cache: Path, pool: WorkerPool | None = None) -> None:
         self.settings = settings
-        self.pool: WorkerPool = InProcessPool(lambda: JudgeRuntime(settings.device))
+        self.pool = pool or InProcessPool(lambda: JudgeRuntime(settings.device))
         config = settings.config(cache, min(rates))
         self.session = session_of(config, cache)
         self.prepared: Json = {}
@@ -322,5 +326,7 @@ async def judged(bench: Bench, run: Run, method: Callable[[Run], Any]) -> dict[s
         "removed": run.space.removed(plan),
         "llm_calls": len(run.recorder.calls),
         "held_out": await bench.held_out(plan),
-        "trace": [{**asdict(point), "seconds": round(point.seconds, 2), "kl": curve[point.levels]} for point in run.trace],
+        "trace": [
+            {"tokens": p.tokens, "seconds": round(p.seconds, 2), "levels": list(p.levels), "kl": curve[p.levels]} for p in run.trace
+        ],
     }

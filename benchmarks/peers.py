@@ -82,7 +82,7 @@ async def random_search(run: Run) -> Plan:
 async def level_switch(run: Run) -> Plan:
     """EvoPress: children of the best plan by budget-preserving exchanges, staged survivors, fresh tokens every generation."""
     parent = run.uniform
-    cost = _generation_cost(run.length)
+    cost = _generation_cost(run)
     while run.left >= cost:
         field = _children(run.space, parent, run.rng)
         if not field:
@@ -97,10 +97,10 @@ async def level_switch(run: Run) -> Plan:
     return parent
 
 
-def _generation_cost(length: int) -> int:
+def _generation_cost(run: Run) -> int:
     cost, field = 0, CHILDREN
     for stage, (tokens, keep) in enumerate(STAGES):
-        cost += (field + (stage == len(STAGES) - 1)) * -(-tokens // length) * length
+        cost += (field + (stage == len(STAGES) - 1)) * run.count(tokens) * run.length
         field = keep
     return cost
 

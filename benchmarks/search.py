@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from benchmarks import summary
+from selfpruner.errors import SelfprunerError
 from selfpruner.workers.memory import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ if TYPE_CHECKING:
 
 CRITERIA = {"least_squares": "obs", "bias": "flap", "none": "obs"}
 QUICK_METHODS = ("uniform", "ramp", "owl", "flap_global", "level_switch", "default")
-# A quick look changes what a search spends before its first generation; figures are no benchmark.
-QUICK_FIELDS = {"probe_tokens": 256, "final_tokens": 512}
+# A quick look gives the product's searches small stages, so that the small budget pays for some generations; no benchmark.
+QUICK_FIELDS = {
+    "probe_tokens": 256,
+    "final_tokens": 512,
+    "stages": [{"tokens": 256, "keep": 4}, {"tokens": 512, "keep": 2}],
+}
 
 
 def main() -> None:
@@ -64,7 +69,7 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    quick: dict[str, Any] = {"calibration": (16, 256), "trace": 2048} if options.quick else {}
+    quick: dict[str, Any] = {"calibration": (16, 256), "fitness": (128, 256), "trace": 2048} if options.quick else {}
     settings = Settings(
         options.model,
         options.criterion or CRITERIA[options.compensation],
@@ -79,11 +84,16 @@ def main() -> None:
     seeds = list(range(options.seeds or (1 if options.quick else 3)))
     methods = options.methods or (QUICK_METHODS if options.quick else METHODS)
     store = Store(options.state or options.cache / "benchmarks" / "search")
+    console = Console()
+    console.width = max(console.width, summary.WIDTH)
     bench = Bench(settings, rates, options.cache)
-    judge = Judge(bench, store, options.cache, proposer_of(options.proposer), QUICK_FIELDS if options.quick else {}, Console())
-    results = asyncio.run(judge.all(rates, methods, seeds, options.redo))
+    judge = Judge(bench, store, options.cache, proposer_of(options.proposer), QUICK_FIELDS if options.quick else {}, console)
+    try:
+        results = asyncio.run(judge.all(rates, methods, seeds, options.redo))
+    except SelfprunerError as error:
+        raise SystemExit(f"{error.code}: {error.message}") from None
     name = "search" if options.compensation == "least_squares" else f"search-{settings.criterion}-{settings.compensation}"
-    report(settings, results, options.output / (f"{name}-quick" if options.quick else name), judge)
+    report(settings, results, options.output / (f"{name}-quick" if options.quick else name), console)
 
 
 def proposer_of(name: str | None) -> tuple[str, ProposerSettings] | None:
@@ -190,7 +200,7 @@ class Judge:
 
 
 def report(
-    settings: Settings, results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]] | str]], stem: Path, judge: Judge
+    settings: Settings, results: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]] | str]], stem: Path, console: Console
 ) -> None:
     """Write ``stem``.json and .svg and print the tables."""
     rows = {rate: summary.summary(methods) for rate, methods in results.items()}
@@ -205,8 +215,8 @@ def report(
     stem.with_suffix(".json").write_text(json.dumps(body, indent=1) + "\n", "utf-8")
     summary.write_chart(results, title, stem.with_suffix(".svg"))
     for rate, of_rate in rows.items():
-        judge.console.print(summary.table(rate, of_rate, title))
-    judge.console.print(f"Written: {stem.with_suffix('.json')} and {stem.with_suffix('.svg')}")
+        console.print(summary.table(rate, of_rate, title))
+    console.print(f"Written: {stem.with_suffix('.json')} and {stem.with_suffix('.svg')}")
 
 
 def _listed(found: Sequence[Mapping[str, Any]] | str) -> Sequence[Mapping[str, Any]]:

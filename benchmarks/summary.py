@@ -13,6 +13,7 @@ from rich.table import Table
 Result = Mapping[str, Any]  # one method at one rate and seed, as benchmarks.judge.judged leaves it
 Axis = Literal["tokens", "seconds"]
 NO_LLM = "no LLM configured"
+WIDTH = 160  # columns the table needs
 
 
 def summary(results: Mapping[str, Sequence[Result] | str]) -> dict[str, Any]:
@@ -78,9 +79,9 @@ def table(rate: str, rows: Mapping[str, Any], title: str) -> Table:
     texts = next((list(row["held_out"]) for row in rows.values() if "held_out" in row), [])
     made = Table(title=f"{title}, rate {rate}")
     made.add_column("method")
-    for name in ("tokens", "plans scored", "seconds", *(f"{text} KL" for text in texts), *(f"{text} ppl" for text in texts)):
+    for name in ("tokens", "plans\nscored", "seconds", *(f"{text}\nKL" for text in texts), *(f"{text}\nppl" for text in texts)):
         made.add_column(name, justify="right")
-    made.add_column("tokens to level_switch", justify="right")
+    made.add_column("tokens to\nlevel_switch", justify="right")
     for method, row in rows.items():
         if "note" in row:
             made.add_row(method, row["note"])
