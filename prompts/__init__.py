@@ -14,14 +14,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Lists that may lose entries: the history from its worst end, then notes on rejected moves.
-_SHORTENABLE = ("history", "rejected")
+# Lists that may lose entries, in this order: the history from its worst end, notes, lessons from the oldest, hints.
+_SHORTENABLE = ("history", "rejected", "lessons", "hints", "children")
 
 
 def messages(operator: str, variables: Mapping[str, Any], max_chars: int) -> tuple[dict[str, str], ...]:
     """The chat for ``operator``: system and user message, of at most ``max_chars`` characters if dropping history suffices.
 
-    ``variables`` holds what the templates name; ``history`` and ``rejected`` are lists whose last entry counts most. Raises
+    ``variables`` holds what the templates name; in lists that may lose entries the last one counts most. Raises
     jinja2.UndefinedError when one is missing.
     """
     values = dict(variables)

@@ -64,10 +64,19 @@ class FakeOpenAI:
             return {name: self.answer(child) for name, child in schema["properties"].items()}
         if kind == "array":
             items = [self.answer(schema["items"]) for _ in range(schema.get("minItems", 1))]
+            # Changes of one plan name different layers, from the whole depth.
+            layers = schema["items"].get("properties", {}).get("layer")
+            if layers:
+                drawn = self._rng.sample(range(layers["minimum"], layers["maximum"] + 1), len(items))
+                items = [{**item, "layer": layer} for item, layer in zip(items, drawn, strict=True)]
             # Two numbers in one list are a pair of candidates: never the same one twice.
             if len(items) == 2 and items[0] == items[1] and isinstance(items[0], int):
                 items[1] = items[0] % schema["items"]["maximum"] + 1
             return items
+        if kind == "string":
+            return self._rng.choice(
+                schema.get("enum", ["Early layers are sensitive: keep more of ffn 1.", "Prune attention 3 more."])
+            )
         low, high = schema["minimum"], schema["maximum"]
         return self._rng.randint(low, max(low + 1, (low + high) // 2)) if high > low else low
 

@@ -163,6 +163,8 @@ def _answer(schema: Mapping[str, Any], rng: random.Random) -> Any:
         if schema["items"]["type"] == "integer" and schema["minItems"] == 2 and values[0] == values[1]:
             values[1] = schema["items"]["minimum"] + (values[0] == schema["items"]["minimum"])
         return values
+    if schema["type"] == "string":
+        return rng.choice(schema.get("enum", [f"Keep more of ffn {rng.randint(1, 9)}, it is sensitive."]))
     assert schema["type"] == "integer"
     return rng.randint(schema["minimum"], min(schema["maximum"], 45))
 

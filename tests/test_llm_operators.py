@@ -15,8 +15,9 @@ from selfpruner.config import LlmLimits
 from selfpruner.errors import ConflictError, ProposerError
 from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators.base import Context
-from selfpruner.operators.llm import OPERATORS, Crossover, Initialize, Mutate, score
+from selfpruner.operators.llm import OPERATORS, Crossover, Initialize
 from selfpruner.operators.plan_format import PlanFormat
+from selfpruner.operators.prompt_facts import score
 from selfpruner.proposers.base import OUTCOMES
 from selfpruner.proposers.channel import FAILURES_IN_A_ROW, MAX_TEMPERATURE, LlmChannel
 from selfpruner.proposers.openai import OpenAIProposer
@@ -98,7 +99,7 @@ class Lab:
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 @pytest.mark.parametrize("name", ["initialize", "crossover", "mutate"])
 def test_offspring_are_new_legal_and_know_their_parents(fake_openai: FakeOpenAI, name: str, granularity: str) -> None:
-    lab, on = Lab(fake_openai), context(space(granularity))
+    lab, on = Lab(fake_openai), context(space(granularity, layers=8))
     children = lab.propose(name, 6, on)
     assert len(children) == 6
     assert len({child.plan.hash for child in children} - on.seen) == 6
@@ -109,9 +110,14 @@ def test_offspring_are_new_legal_and_know_their_parents(fake_openai: FakeOpenAI,
         assert len(child.parents) == {"initialize": 0, "crossover": 2, "mutate": 1}[name]
         assert set(child.parents) <= {candidate.plan_hash for candidate in on.population}
     assert lab.memory.outcomes == ["ok", "ok"], "six plans, four a call"
-    assert [
-        len(r["response_format"]["json_schema"]["schema"]["properties"]["plans"]["items"]["required"]) for r in fake_openai.requests
-    ] == [2 if granularity == "block" else 1] * 2
+    items = [r["response_format"]["json_schema"]["schema"]["properties"]["plans"]["items"] for r in fake_openai.requests]
+    if name == "mutate":
+        items = [item["properties"]["changes"]["items"] for item in items]
+        assert [item["required"] for item in items] == [
+            ["layer", "block", "rate"] if granularity == "block" else ["layer", "rate"]
+        ] * 2
+    else:
+        assert [len(item["required"]) for item in items] == [2 if granularity == "block" else 1] * 2
 
 
 def test_plans_are_read_as_written() -> None:
@@ -168,7 +174,7 @@ def test_select_refuses_pairs_that_are_none(fake_openai: FakeOpenAI, reply: str)
 
 def test_a_stuck_search_asks_warmer(fake_openai: FakeOpenAI) -> None:
     for stale in (0, 3, 99):
-        Lab(fake_openai, temperature=0.5).propose("mutate", 1, context(stale_generations=stale))
+        Lab(fake_openai, temperature=0.5).propose("crossover", 1, context(stale_generations=stale))
     assert [request["temperature"] for request in fake_openai.requests] == pytest.approx([0.5, 0.8, MAX_TEMPERATURE])
 
 
@@ -196,9 +202,9 @@ def test_wrapped_json_is_found(fake_openai: FakeOpenAI, step: str) -> None:
 def test_bad_answers_get_one_repair_turn(fake_openai: FakeOpenAI, step: str, code: str) -> None:
     fake_openai.script(step, "good", then=step)
     lab = Lab(fake_openai)
-    assert len(lab.propose("mutate", 2)) == 2
+    assert len(lab.propose("crossover", 2)) == 2
     with pytest.raises(ProposerError) as caught:
-        lab.propose("mutate", 2)
+        lab.propose("crossover", 2)
     assert caught.value.code == code
     assert lab.memory.outcomes == [code, "repaired", code, code]
     first, second = (request["messages"] for request in fake_openai.requests[:2])
@@ -231,12 +237,13 @@ def test_known_plans_are_no_new_plan_and_noted_for_the_next_prompt(fake_openai: 
     known = PlanFormat(on.space).write(on.space.rates(Plan(on.history[0].levels)))
     fake_openai.script(f'{{"plans": [{known}, {known}]}}')
     lab = Lab(fake_openai)
-    operator = Mutate(lab.channel)
+    operator = Crossover(lab.channel)
     with pytest.raises(ProposerError) as caught:
-        lab.propose("mutate", 2, on, operator)
+        lab.propose("crossover", 2, on, operator)
     assert caught.value.code == "no_new_plan"
     assert lab.memory.outcomes == ["no_new_plan"]
-    assert lab.propose("mutate", 2, on, operator)
+    assert lab.channel.rejected == {"known": 2}
+    assert lab.propose("crossover", 2, on, operator)
     assert "known already (score 90)" in fake_openai.requests[1]["messages"][1]["content"]
 
 
@@ -257,7 +264,7 @@ def test_one_good_plan_in_a_reply_is_enough(fake_openai: FakeOpenAI) -> None:
 def test_a_later_failure_does_not_lose_earlier_plans(fake_openai: FakeOpenAI) -> None:
     fake_openai.script("good", "500")
     lab = Lab(fake_openai, plans_per_call=1)
-    assert len(lab.propose("mutate", 3)) == 2
+    assert len(lab.propose("crossover", 3)) == 2
     assert lab.memory.outcomes == ["ok", "server_error", "ok"]
 
 
@@ -265,16 +272,16 @@ def test_a_later_failure_does_not_lose_earlier_plans(fake_openai: FakeOpenAI) ->
 def test_after_three_failures_in_a_row_the_generation_goes_on_without(fake_openai: FakeOpenAI) -> None:
     fake_openai.script("500", "500", "good", then="500")
     lab = Lab(fake_openai)
-    assert len(lab.propose("mutate", 12)) == 4, "two failures, then a success: not in a row"
+    assert len(lab.propose("crossover", 12)) == 4, "two failures, then a success: not in a row"
     assert lab.channel.open
     with pytest.raises(ProposerError):
-        lab.propose("mutate", 40)
+        lab.propose("crossover", 40)
     assert not lab.channel.open
     calls = 3 + FAILURES_IN_A_ROW
     assert len(fake_openai.requests) == calls
     with pytest.raises(ProposerError, match="left out"):
         asyncio.run(lab.channel.ask("mutate", 1, {}, {}, lambda reply: reply))
-    assert lab.propose("mutate", 2) == []
+    assert lab.propose("crossover", 2) == []
     assert len(fake_openai.requests) == calls
     (event,) = lab.memory.events.items()
     assert event[0] == "llm-left-out-1"
@@ -283,7 +290,7 @@ def test_after_three_failures_in_a_row_the_generation_goes_on_without(fake_opena
     lab.channel.new_generation(2)
     assert lab.channel.open
     fake_openai.script()
-    assert lab.propose("mutate", 2, replace(context(), generation=2))
+    assert lab.propose("crossover", 2, replace(context(), generation=2))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +333,7 @@ def story(lab: Lab) -> list[Any]:
     seen: list[Any] = []
     for generation in (1, 2):
         lab.channel.new_generation(generation)
-        for name in ("select", "crossover", "mutate", "mutate", "mutate", "mutate", "mutate"):
+        for name in ("select", "crossover", "mutate", "crossover", "mutate", "crossover", "mutate"):
             if not lab.channel.open:
                 seen.append("closed")
                 continue

@@ -1,7 +1,11 @@
 """The four operators of Self-Pruner (arXiv 2502.14413) as questions to an LLM: initialize, select, crossover, mutate.
 
-A reply is data: it is validated, scaled and projected onto the budget, and compared with what is known. Plans that fail are
-noted for the next prompt; one good plan in a reply is enough. Questions get warmer the longer the search has been stuck.
+A reply is data: it is validated, scaled and projected onto the budget, and compared with what is known. Plans that fail, are
+known or hardly differ from a known one are noted for the next prompt; one good plan in a reply is enough. Questions get warmer
+the longer the search has been stuck, and cool down with the first better plan.
+
+A context may be one generation old, when the question is put while workers score: its ``pending`` plans count as known, and
+children carry ``informed_by``. An operator asked by two coroutines at once would mix their notes; ask one after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from selfpruner.errors import BudgetError, ProposerError
+from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Offspring, Rejected
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed
 from selfpruner.proposers.base import CallError
@@ -22,13 +27,13 @@ from selfpruner.search.records import Candidate
 from selfpruner.space import Plan
 
 HEAT_PER_STALE_GENERATION = 0.1
-_HISTORY = 24
 _NOTES_SHOWN, _NOTES_KEPT = 5, 50
+_REPEATED = {"known": "known already", "near": "hardly different from a known one"}
 _OFF_TARGET = 5.0  # percentage points of the average rate that are worth a note
 
 
-class _LlmOperator:
-    """What the four have in common: the channel, the facts of a prompt, notes on what was rejected."""
+class LlmOperator:
+    """What all questions have in common: the channel, the facts of a prompt, notes on what was rejected."""
 
     name: str
 
@@ -42,27 +47,28 @@ class _LlmOperator:
             self._format = PlanFormat(context.space)
         return self._format
 
-    def _facts(self, context: Context, count: int, example: str, history: Sequence[Candidate]) -> dict[str, Any]:
-        """The variables every template needs. ``history``: best first."""
+    def _facts(self, context: Context, count: int, example: str) -> dict[str, Any]:
+        """The variables every template needs; known plans and hints are for those that make plans."""
         plans = self._format_of(context)
         notes = dict.fromkeys(f"{note.operator}: {note.reason}" for note in (*context.rejected, *self.rejected))
         return {
             "layers": context.space.layers,
             "keys": plans.keys,
             "most": plans.most,
+            "steps": plans.steps(),
             "target": f"{plans.target:.3g}",
             "ffn_weight": plans.ffn_weight,
             "count": count,
             "example": example,
             "sensitivities": plans.sensitivities(context.sensitivities, context.probe_levels),
-            "score_scale": _scale(context),
-            "history": [self._entry(context, candidate) for candidate in reversed(history[:_HISTORY])],
+            "score_scale": facts.scale(context),
+            "best": facts.best_score(context),
+            "stale": context.stale_generations,
+            "lessons": facts.lessons(context),
+            "hints": [],
+            "history": [],
             "rejected": list(notes)[-_NOTES_SHOWN:],
         }
-
-    def _entry(self, context: Context, candidate: Candidate) -> dict[str, str]:
-        rates = context.space.rates(Plan(candidate.levels))
-        return {"score": score(context, candidate), "plan": self._format_of(context).write(rates)}
 
     def _note(self, reason: str) -> None:
         self.rejected.append(Rejected(self.name, reason))
@@ -72,7 +78,7 @@ class _LlmOperator:
         return HEAT_PER_STALE_GENERATION * context.stale_generations
 
 
-class _PlanMaker(_LlmOperator, ABC):
+class _PlanMaker(LlmOperator, ABC):
     """An operator whose replies are plans: as many questions as it takes, a few plans each."""
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
@@ -95,27 +101,33 @@ class _PlanMaker(_LlmOperator, ABC):
     async def _ask(self, context: Context, slots: Sequence[tuple[Candidate, ...]], made: Sequence[Offspring]) -> list[Offspring]:
         """One question: plan number i of the answer comes from ``slots[i]``."""
         plans = self._format_of(context)
-        shown = {parent.plan_hash for parents in slots for parent in parents}
-        history = [candidate for candidate in context.history if candidate.plan_hash not in shown]
-        variables = self._facts(context, len(slots), plans.example(min(len(slots), 2)), history)
+        variables = self._facts(context, len(slots), self._example(plans, min(len(slots), 2)))
         variables["parents"] = self._parents(context, slots)
-        # Plans of this very generation have no score yet, and stand where they cannot pass for good ones.
-        fresh = [{"score": "not scored", "plan": plans.write(context.space.rates(child.plan))} for child in made]
-        variables["history"] = [*fresh, *variables["history"]]
-        known = context.seen | {child.plan.hash for child in made}
+        shown = frozenset(parent.plan_hash for parents in slots for parent in parents)
+        variables["history"] = facts.known_plans(context, plans, shown, [child.plan.levels for child in made])
+        variables |= self._advice(context, plans)
+        others = [*context.history, *context.pending]
+        known = context.seen | {c.plan_hash for c in others} | {child.plan.hash for child in made}
+        levels = [*(c.levels for c in others), *(child.plan.levels for child in made)]
         return await self._channel.ask(
             self.name,
             context.generation,
             variables,
-            plans.schema(len(slots)),
-            lambda reply: self._read(context, reply, slots, known),
+            self._schema(plans, len(slots)),
+            lambda reply: self._read(context, reply, slots, known, levels),
             heat=self._heat(context),
         )
 
     def _read(
-        self, context: Context, reply: dict[str, Any], slots: Sequence[tuple[Candidate, ...]], known: frozenset[str]
+        self,
+        context: Context,
+        reply: dict[str, Any],
+        slots: Sequence[tuple[Candidate, ...]],
+        known: frozenset[str],
+        levels: Sequence[Sequence[int]],
     ) -> list[Offspring]:
-        """The new plans of a reply. ValueError when none fits the format, outcome ``no_new_plan`` when none is new."""
+        """The new plans of a reply. ValueError when none fits the format, outcome ``no_new_plan`` when none is new: equal to one
+        of ``known``, or nearer than NEAR to one of ``levels``."""
         plans = self._format_of(context)
         answered = Plans.model_validate(reply).plans[: len(slots)]
         children: list[Offspring] = []
@@ -123,34 +135,72 @@ class _PlanMaker(_LlmOperator, ABC):
         repeated = 0
         for number, (answer, parents) in enumerate(zip(answered, slots, strict=False)):
             try:
-                rates = plans.read(answer)
-                plan = context.space.project(plans.near_target(rates))
+                plan, average = self._plan(plans, answer, parents)
             except (ValueError, BudgetError) as error:
                 problems.append(f"plans.{number}: {error}")
                 continue
-            if plan.hash in known:
+            if (reason := self._not_new(context, plan, known, [*levels, *(c.plan.levels for c in children)])) is not None:
                 repeated += 1
-                self._note(f"a plan that was known already{_score_of(context, plan)}")
+                self._channel.remark(reason, f"plans.{number}: {_REPEATED[reason]}")
+                self._note(f"a plan that was {_REPEATED[reason]}{_score_of(context, plan)}")
                 continue
-            if abs(plans.average(rates) - plans.target) > _OFF_TARGET:
-                self._note(f"rates of average {plans.average(rates):.0f} were corrected to the target {plans.target:.3g}")
+            if abs(average - plans.target) > _OFF_TARGET:
+                self._note(f"rates of average {average:.0f} were corrected to the target {plans.target:.3g}")
             known |= {plan.hash}
-            children.append(Offspring(plan, self.name, tuple(parent.plan_hash for parent in parents)))
+            parents_of = tuple(parent.plan_hash for parent in parents)
+            children.append(Offspring(plan, self.name, parents_of, facts.informed_by(context)))
         if children:
             for problem in problems:
+                self._channel.remark("unfit", problem)
                 self._note(problem)
             return children
         if repeated:
-            raise CallError("Every plan of the answer was known already.", code="no_new_plan")
+            raise CallError("Every plan of the answer was known already, or hardly differed from a known one.", code="no_new_plan")
         raise ValueError("; ".join(problems[:2]))
+
+    def _not_new(self, context: Context, plan: Plan, known: frozenset[str], levels: Sequence[Sequence[int]]) -> str | None:
+        if plan.hash in known:
+            return "known"
+        near = any(facts.moved(context.space, plan.levels, other) < facts.NEAR for other in levels)
+        return "near" if near else None
+
+    def _example(self, plans: PlanFormat, count: int) -> str:
+        return plans.example(count)
+
+    def _schema(self, plans: PlanFormat, count: int) -> dict[str, Any]:
+        return plans.schema(count)
+
+    def _plan(self, plans: PlanFormat, answer: dict[str, Any], parents: Sequence[Candidate]) -> tuple[Plan, float]:  # noqa: ARG002
+        """The plan within the budget, and the average rate (percent) of what was answered. ValueError says what does not fit."""
+        rates = plans.read(answer)
+        return plans.space.project(plans.near_target(rates)), plans.average(rates)
+
+    def _advice(self, context: Context, plans: PlanFormat) -> dict[str, Any]:
+        """What else the prompt says."""
+        return {"hints": facts.hints(context, plans)}
 
     @abstractmethod
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:
         """The parents of each plan to ask for."""
 
-    @abstractmethod
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[Any]:
-        """What the prompt shows of them, in the form its template wants."""
+    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[dict[str, Any]]:
+        """What the prompt shows of them: each group of parents once, with the numbers of the plans they are for."""
+        plans = self._format_of(context)
+        numbers: dict[tuple[str, ...], list[int]] = {}
+        for number, parents in enumerate(slots, 1):
+            numbers.setdefault(tuple(parent.plan_hash for parent in parents), []).append(number)
+        by_hash = {parent.plan_hash: parent for parents in slots for parent in parents}
+        groups = []
+        for hashes, places in numbers.items():
+            group = [by_hash[plan_hash] for plan_hash in hashes]
+            groups.append(
+                {
+                    "plans": f"plan{'s' if len(places) > 1 else ''} {' and '.join(map(str, places))}",
+                    "entries": [facts.entry(context, plans, parent) for parent in group],
+                    "apart": facts.apart(context, plans, *group) if len(group) == 2 else "",
+                }
+            )
+        return groups
 
 
 class Initialize(_PlanMaker):
@@ -158,10 +208,13 @@ class Initialize(_PlanMaker):
 
     name = "initialize"
 
+    def _advice(self, context: Context, plans: PlanFormat) -> dict[str, Any]:  # noqa: ARG002
+        return {"lessons": []}
+
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:  # noqa: ARG002
         return [()] * count
 
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[Any]:  # noqa: ARG002
+    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[dict[str, Any]]:  # noqa: ARG002
         return []
 
 
@@ -177,14 +230,23 @@ class Crossover(_PlanMaker):
             return []
         return [_best_last(tuple(_tournament(context.population, 2, rng))) for _ in range(count)]
 
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[Any]:
-        return [[self._entry(context, parent) for parent in pair] for pair in slots]
-
 
 class Mutate(_PlanMaker):
-    """One plan from one parent."""
+    """One plan from one parent: the answer holds only what changes."""
 
     name = "mutate"
+
+    def _example(self, plans: PlanFormat, count: int) -> str:
+        return plans.example_of_changes(count)
+
+    def _schema(self, plans: PlanFormat, count: int) -> dict[str, Any]:
+        return plans.schema_of_changes(count)
+
+    def _plan(self, plans: PlanFormat, answer: dict[str, Any], parents: Sequence[Candidate]) -> tuple[Plan, float]:
+        changes = plans.changes(answer)
+        rates = plans.space.rates(Plan(parents[0].levels))
+        average = plans.average([changes.get(index, rate) for index, rate in enumerate(rates)])
+        return plans.space.project(plans.balanced(rates, changes)), average
 
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:
         chosen = dict.fromkeys(parent.plan_hash for pair in context.parents for parent in pair)
@@ -193,15 +255,12 @@ class Mutate(_PlanMaker):
             return _cycle([(known[plan_hash],) for plan_hash in chosen], count)
         return [tuple(_tournament(context.population, 1, rng)) for _ in range(count)] if context.population else []
 
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[Any]:
-        return [self._entry(context, parent) for (parent,) in slots]
-
 
 class Pairs(Answer):
     pairs: list[list[int]] = Field(min_length=1)
 
 
-class Select(_LlmOperator):
+class Select(LlmOperator):
     """The LLM chooses which candidates become parents."""
 
     name = "select"
@@ -214,8 +273,9 @@ class Select(_LlmOperator):
         # The order tells a model which to prefer; a drawn one leaves only the scores.
         rng.shuffle(shown)
         count = min(count, 4 * self._channel.settings.plans)
-        variables = self._facts(context, count, '{"pairs":[[1,3],[2,3]]}' if count > 1 else '{"pairs":[[1,3]]}', ())
-        variables["candidates"] = [self._entry(context, candidate) for candidate in shown]
+        plans = self._format_of(context)
+        variables = self._facts(context, count, '{"pairs":[[1,3],[2,3]]}' if count > 1 else '{"pairs":[[1,3]]}')
+        variables["candidates"] = [facts.entry(context, plans, candidate) for candidate in shown]
         number = {"type": "integer", "minimum": 1, "maximum": len(shown)}
         pair = {"type": "array", "items": number, "minItems": 2, "maxItems": 2}
         schema = closed({"pairs": {"type": "array", "items": pair, "minItems": count, "maxItems": count}})
@@ -234,7 +294,7 @@ class Select(_LlmOperator):
         room = 0.6 * self._channel.settings.prompt_chars
         shown: list[Candidate] = []
         for candidate in context.population:
-            room -= len(self._entry(context, candidate)["plan"]) + 12
+            room -= len(facts.entry(context, self._format_of(context), candidate)["plan"]) + 12
             if room < 0 and len(shown) >= 2:
                 break
             shown.append(candidate)
@@ -246,28 +306,9 @@ OPERATORS: dict[str, Callable[[LlmChannel], Initialize | Crossover | Mutate | Se
 }
 
 
-def score(context: Context, candidate: Candidate) -> str:
-    """A candidate's score in whole points: differences below one are noise a model would read meaning into."""
-    if candidate.relative is not None:
-        return f"{100 * candidate.relative:.0f}"
-    best = _best_fitness(context)
-    if candidate.fitness is None or best is None or best <= 0:
-        return "unknown"
-    return f"{100 * candidate.fitness / best:.0f}"
-
-
-def _scale(context: Context) -> str:
-    relative = any(candidate.relative is not None for candidate in (*context.history, *context.population))
-    return f"100 = {'the uniform plan' if relative else 'the best known'}, lower is better"
-
-
-def _best_fitness(context: Context) -> float | None:
-    return min((c.fitness for c in (*context.history, *context.population) if c.fitness is not None), default=None)
-
-
 def _score_of(context: Context, plan: Plan) -> str:
     known = next((candidate for candidate in context.history if candidate.plan_hash == plan.hash), None)
-    return f" (score {score(context, known)})" if known is not None else ""
+    return f" (score {facts.score(context, known)})" if known is not None else ""
 
 
 def _tournament(population: Sequence[Candidate], count: int, rng: random.Random) -> list[Candidate]:

@@ -3,13 +3,20 @@
 Every call is an ``llm_call`` row, numbered from 1, failures included. A row that exists already is replayed by its number
 instead of calling, so a resumed job sees the replies it saw before. The caps of LlmLimits are checked before each call: they
 are passed by at most the call in flight. After three failed questions in a row the channel is closed for the generation.
+
+A question may be in flight while workers score (``proposers.in_flight``). Questions wait for each other, so numbers and rows stay
+in the order of asking; that order repeats on resume when one coroutine puts all the questions of a generation. A call that is
+cancelled leaves no row and counts for nothing: the next run asks it again under the same number.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
@@ -29,22 +36,47 @@ MAX_TEMPERATURE = 1.4
 _REPAIRABLE = ("not_json", "invalid")
 # Outcomes that are a verdict on a text; the others come from the transport and are replayed as they are.
 _VERDICTS = (*_REPAIRABLE, "ok", "repaired", "no_new_plan")
+_DETAIL = 500  # characters of remarks on one reply
+
+
+@dataclass(frozen=True, slots=True)
+class _Question(Generic[T]):
+    """What stays the same between a call and its repair turn."""
+
+    operator: str
+    generation: int
+    schema: Mapping[str, Any]
+    validate: Callable[[dict[str, Any]], T]
+    heat: float
 
 
 class LlmChannel:
-    """What LLM operators ask. One per job; questions are put one after the other."""
+    """What LLM operators ask. One per job; questions are put one after the other.
+
+    ``rejected`` counts what replies held and did not become a plan, by reason: ``known``, ``near`` (hardly different from a known
+    plan) and ``unfit``; the rows' ``detail`` says the same reply by reply.
+    """
 
     def __init__(self, proposer: Proposer, recorder: Recorder, limits: LlmLimits, settings: ProposerSettings, seed: int) -> None:
         self.settings = settings
         self.calls = 0
         self.tokens = 0
         self.cost = 0.0
+        self.rejected: Counter[str] = Counter()
         self._proposer = proposer
         self._recorder = recorder
         self._limits = limits
         self._seed = seed
         self._generation = 0
         self._failures = 0
+        self._remarks: list[str] = []
+        self._turn = asyncio.Lock()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a call leaves the workers free to score meanwhile. The local model is asked on a worker: there a call started
+        first only waits, and its time is up before its turn."""
+        return self.settings.kind != "local"
 
     @property
     def open(self) -> bool:
@@ -59,9 +91,15 @@ class LlmChannel:
         return self.calls >= limits.calls or self.tokens >= limits.tokens or (priced and self.cost >= limits.cost)
 
     def new_generation(self, generation: int) -> None:
-        """A proposer that was left out gets its next chance."""
-        self._generation = generation
-        self._failures = 0
+        """A proposer that was left out gets its next chance; the generation under way already changes nothing."""
+        if generation != self._generation:
+            self._generation = generation
+            self._failures = 0
+
+    def remark(self, reason: str, text: str) -> None:
+        """For ``validate``: something in the reply was left out, for ``reason``; ``text`` goes into the row's detail."""
+        self.rejected[reason] += 1
+        self._remarks.append(text)
 
     async def ask(
         self,
@@ -72,70 +110,68 @@ class LlmChannel:
         validate: Callable[[dict[str, Any]], T],
         *,
         heat: float = 0.0,
+        vital: bool = True,
     ) -> T:
         """Put one question, with one repair turn, and return what ``validate`` made of the answer.
 
-        ``variables`` fill the template named ``operator``; ``heat`` is added to the temperature. ``validate`` raises ValueError
-        (pydantic's included) when the answer does not fit, CallError to give it another outcome.
+        ``variables`` fill the template named ``operator``; ``heat`` is added to the temperature, up to MAX_TEMPERATURE.
+        ``validate`` raises ValueError (pydantic's included) when the answer does not fit, CallError to give it another outcome.
+        A bad answer to a question that is not ``vital`` does not count towards the failures that close the channel.
 
         Raises ProposerError when nothing usable came back or the channel is closed; ConflictError when the recorded calls of
         this job were made by another config.
         """
-        if generation != self._generation:
+        async with self._turn:
             self.new_generation(generation)
-        if not self.open:
-            self._tell_exhausted()
-            raise ProposerError("The proposer is left out: a cap was reached, or it failed too often in this generation.")
-        chat: Chat = prompts.messages(operator, variables, self.settings.prompt_chars)
-        try:
+            if not self.open:
+                self._tell_exhausted()
+                raise ProposerError("The proposer is left out: a cap was reached, or it failed too often in this generation.")
+            chat: Chat = prompts.messages(operator, variables, self.settings.prompt_chars)
+            question = _Question(operator, generation, schema, validate, heat)
             try:
-                answer = await self._call(operator, chat, schema, validate, heat, "ok")
+                try:
+                    answer = await self._call(question, chat, "ok")
+                except CallError as error:
+                    if error.code not in _REPAIRABLE or error.reply is None or self.exhausted:
+                        raise
+                    second = prompts.repair(chat, error.reply.text, error.message)
+                    answer = await self._call(question, second, "repaired")
             except CallError as error:
-                if error.code not in _REPAIRABLE or error.reply is None or self.exhausted:
-                    raise
-                second = prompts.repair(chat, error.reply.text, error.message)
-                answer = await self._call(operator, second, schema, validate, heat, "repaired")
-        except CallError as error:
-            self._failed(error)
-            raise
-        finally:
-            self._tell_exhausted()
-        self._failures = 0
-        return answer
+                if vital or error.code not in _VERDICTS:
+                    self._failed(generation, error)
+                raise
+            finally:
+                self._tell_exhausted()
+            if vital:
+                self._failures = 0
+            return answer
 
-    async def _call(
-        self,
-        operator: str,
-        chat: Chat,
-        schema: Mapping[str, Any],
-        validate: Callable[[dict[str, Any]], T],
-        heat: float,
-        accepted: str,
-    ) -> T:
-        """One numbered call: replayed or made, judged, recorded, counted."""
+    async def _call(self, question: _Question[T], chat: Chat, accepted: str) -> T:
+        """One numbered call: replayed or made, judged, recorded, counted. Nothing is kept of it before the reply is here."""
         sequence = self.calls + 1
         settings = self.settings
         seed = int(hashlib.sha256(f"{self._seed}:{sequence}".encode()).hexdigest()[:7], 16)
-        temperature = max(settings.temperature, min(settings.temperature + heat, MAX_TEMPERATURE))
-        request = Request(operator, chat, schema, temperature, settings.max_tokens, seed, sequence)
+        temperature = max(settings.temperature, min(settings.temperature + question.heat, MAX_TEMPERATURE))
+        request = Request(question.operator, chat, question.schema, temperature, settings.max_tokens, seed, sequence)
         recorded = self._recorder.find_llm_call(sequence)
-        if recorded is not None and (recorded.operator, recorded.generation) != (operator, self._generation):
+        if recorded is not None and (recorded.operator, recorded.generation) != (question.operator, question.generation):
             raise ConflictError(
                 f"Recorded LLM call {sequence} belongs to {recorded.operator} in generation {recorded.generation}, but the search "
-                f"is at {operator} in generation {self._generation}: its config or version changed. Start a new job.",
+                f"is at {question.operator} in generation {question.generation}: its config or version changed. Start a new job.",
                 code="replay_mismatch",
             )
         try:
             reply = await self._proposer.complete(request) if recorded is None else _replayed(recorded)
-            answer = judge(reply, validate)
+            self._remarks.clear()
+            answer = judge(reply, question.validate)
         except CallError as error:
             reply = error.reply or Reply("", self._proposer.model, 0, 0, 0.0)
-            self._book(request, reply, error.code, error.message, new=recorded is None)
+            self._book(question, request, reply, error.code, error.message, new=recorded is None)
             raise
-        self._book(request, reply, accepted, "", new=recorded is None)
+        self._book(question, request, reply, accepted, "; ".join(self._remarks)[:_DETAIL], new=recorded is None)
         return answer
 
-    def _book(self, request: Request, reply: Reply, outcome: str, detail: str, *, new: bool) -> None:
+    def _book(self, question: _Question[T], request: Request, reply: Reply, outcome: str, detail: str, *, new: bool) -> None:
         """Count the call, and record it if it is new."""
         self.calls = request.sequence
         self.tokens += reply.prompt_tokens + reply.completion_tokens
@@ -144,7 +180,7 @@ class LlmChannel:
             self._recorder.save_llm_call(
                 LlmCall(
                     sequence=request.sequence,
-                    generation=self._generation,
+                    generation=question.generation,
                     operator=request.operator,
                     proposer=self._proposer.name,
                     model=reply.model,
@@ -159,16 +195,16 @@ class LlmChannel:
                 )
             )
 
-    def _failed(self, error: CallError) -> None:
+    def _failed(self, generation: int, error: CallError) -> None:
         self._failures += 1
         if self._failures == FAILURES_IN_A_ROW:
             self._recorder.event(
-                f"llm-left-out-{self._generation}",
+                f"llm-left-out-{generation}",
                 "llm.left_out",
-                f"The proposer failed {FAILURES_IN_A_ROW} times in a row; generation {self._generation} goes on without it. "
+                f"The proposer failed {FAILURES_IN_A_ROW} times in a row; generation {generation} goes on without it. "
                 f"Last: {error.code}: {error.message}",
                 level="warn",
-                data={"generation": self._generation, "outcome": error.code},
+                data={"generation": generation, "outcome": error.code},
             )
 
     def _tell_exhausted(self) -> None:

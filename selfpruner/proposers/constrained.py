@@ -101,7 +101,10 @@ def complete(
 
 
 def longest_reply(schema: Mapping[str, Any]) -> int | None:
-    """Characters of the longest reply the schema allows, written without whitespace; None when it has no bound."""
+    """Characters of the longest reply the schema allows, written without whitespace; None when it has no bound.
+
+    A string counts as many characters as it may have; escapes, which plain text hardly needs, may pass that.
+    """
     kind = schema.get("type")
     if kind == "object":
         parts = [(len(json.dumps(key)) + 1, longest_reply(value)) for key, value in schema["properties"].items()]
@@ -113,6 +116,10 @@ def longest_reply(schema: Mapping[str, Any]) -> int | None:
         return None if item is None or most is None else 2 + most * item + max(most - 1, 0)
     if kind == "integer" and "minimum" in schema and "maximum" in schema:
         return max(len(str(schema["minimum"])), len(str(schema["maximum"])))
+    if kind == "string" and "enum" in schema:
+        return max(len(json.dumps(value)) for value in schema["enum"])
+    if kind == "string" and "maxLength" in schema:
+        return 2 + int(schema["maxLength"])
     return 5 if kind == "boolean" else None
 
 

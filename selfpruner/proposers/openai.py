@@ -2,7 +2,9 @@
 
 Every failure becomes a CallError with a typed outcome. A call is bounded in time (one wall-clock deadline over all retries)
 and in size (the body is read in pieces). What a server does not understand, such as a JSON schema as the response format or
-``max_tokens``, is left out after its first refusal and remembered. The key goes to ``base_url`` and nowhere else: redirects
+``max_tokens``, is left out after its first refusal and remembered. A server that takes the schema and ignores it (HTTP 200,
+unconstrained) gives itself away by the first reply that does not fit: from then on the schema is also written into the prompt,
+beginning with the repair turn. The key goes to ``base_url`` and nowhere else: redirects
 are not followed and the environment's OPENAI_API_KEY is not read.
 
 ``openai`` is imported with the first call: it costs the API process memory that most jobs do not need.
@@ -20,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from selfpruner.proposers.base import CallError, Reply, Request
+from selfpruner.proposers.reply import follows
 from selfpruner.proposers.settings import ProposerSettings
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class _Dialect:
     response_format: str | None = "json_schema"
     tokens: str = "max_tokens"
     left_out: frozenset[str] = frozenset()
+    spelled: bool = False  # the schema is written into the prompt, whatever response_format says
 
     def after(self, complaint: str) -> _Dialect | None:
         """The next thing to try when the server refused a request with ``complaint``; None when nothing is left."""
@@ -87,7 +91,10 @@ class OpenAIProposer:
                 dialect = following
             else:
                 self._dialect = dialect
-                return call.reply(body)
+                reply = call.reply(body)
+                if dialect.response_format == "json_schema" and not follows(reply.text, request.schema):
+                    self._dialect = replace(dialect, spelled=True)
+                return reply
 
     async def _post(self, client: openai.AsyncOpenAI, arguments: Mapping[str, Any], call: _Call) -> bytes:
         """The body of a 200. Raises CallError for everything else."""
@@ -220,11 +227,14 @@ _CURRENT: ContextVar[_Call] = ContextVar("selfpruner_llm_call")
 def _arguments(model: str, request: Request, dialect: _Dialect) -> dict[str, Any]:
     messages = [dict(message) for message in request.messages]
     formats: dict[str | None, Any] = {
-        "json_schema": {"type": "json_schema", "json_schema": {"name": request.operator, "strict": True, "schema": request.schema}},
+        "json_schema": {
+            "type": "json_schema",
+            "json_schema": {"name": request.operator, "strict": True, "schema": _strict(request.schema)},
+        },
         "json_object": {"type": "json_object"},
     }
     options = {"temperature": request.temperature, "seed": request.seed}
-    if dialect.response_format != "json_schema":
+    if dialect.spelled or dialect.response_format != "json_schema":
         messages[-1]["content"] += f"\n\nJSON schema of the answer: {json.dumps(request.schema, separators=(',', ':'))}"
     return {
         "model": model,
@@ -233,6 +243,13 @@ def _arguments(model: str, request: Request, dialect: _Dialect) -> dict[str, Any
         **{name: value for name, value in options.items() if name not in dialect.left_out},
         **({"response_format": formats[dialect.response_format]} if dialect.response_format else {}),
     }
+
+
+def _strict(schema: Any) -> Any:
+    """``schema`` without the lengths of strings: OpenAI refuses a strict schema that has them. Replies are validated anyway."""
+    if isinstance(schema, dict):
+        return {key: _strict(value) for key, value in schema.items() if key not in ("minLength", "maxLength")}
+    return [_strict(value) for value in schema] if isinstance(schema, list) else schema
 
 
 async def _on_response(response: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 _MAX_TRIES = 64
@@ -36,6 +37,30 @@ def extract(text: str) -> dict[str, Any]:
         if isinstance(value, list):
             break
     return _last_object(body)
+
+
+def follows(text: str, schema: Mapping[str, Any]) -> bool:
+    """Whether ``text`` is what decoding constrained to ``schema`` writes: one JSON value of the right shape, and nothing else.
+
+    Bounds of numbers and lengths of strings are left out: some servers constrain the shape only, and a reply is validated anyway.
+    """
+    try:
+        return _has_shape(json.loads(text, parse_constant=_refuse), schema)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_shape(value: object, schema: Mapping[str, Any]) -> bool:
+    kind = schema["type"]
+    if kind == "object":
+        parts = schema["properties"]
+        return isinstance(value, dict) and value.keys() == parts.keys() and all(_has_shape(value[key], parts[key]) for key in parts)
+    if kind == "array":
+        fewest, most = schema.get("minItems", 0), schema.get("maxItems", float("inf"))
+        return isinstance(value, list) and fewest <= len(value) <= most and all(_has_shape(x, schema["items"]) for x in value)
+    if kind == "string":
+        return isinstance(value, str) and value in schema.get("enum", (value,))
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _last_object(text: str) -> dict[str, Any]:

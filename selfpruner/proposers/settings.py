@@ -15,7 +15,7 @@ class ProposerSettings(BaseModel):
     """One named proposer.
 
     ``timeout`` bounds a whole call in seconds, retries included. Prices are per million tokens, in any one currency.
-    ``plans_per_call`` and ``max_prompt_chars`` are hints to the operators; None takes what suits the kind.
+    ``plans_per_call``, ``max_prompt_chars`` and ``reflections`` are hints to the operators; None takes what suits the kind.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -32,6 +32,7 @@ class ProposerSettings(BaseModel):
     price_completion: float = Field(default=0.0, ge=0)
     plans_per_call: int | None = Field(default=None, ge=1, le=16)
     max_prompt_chars: int | None = Field(default=None, ge=500, le=1_000_000)
+    reflections: bool | None = Field(default=None, description="whether it is asked for lessons between generations")
     recording: Path | None = Field(default=None, description="JSONL of llm_call rows, for kind replay")
 
     @field_validator("base_url")
@@ -59,6 +60,11 @@ class ProposerSettings(BaseModel):
     def prompt_chars(self) -> int:
         """The longest prompt. A local model on a CPU reads a few hundred tokens a second, and a digit is a token."""
         return self.max_prompt_chars or (1600 if self.kind == "local" else 24_000)
+
+    @property
+    def reflects(self) -> bool:
+        """Whether a lesson is worth its call. A model small enough to run beside the search has none to give."""
+        return self.kind != "local" if self.reflections is None else self.reflections
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self.price_prompt + completion_tokens * self.price_completion) / 1e6
