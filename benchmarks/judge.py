@@ -75,10 +75,8 @@ class Settings:
         )
 
 
-class BudgetSpentError(SelfprunerError):
-    """The next evaluation would pass the budget of fitness tokens."""
-
-    code = "budget_spent"
+class BudgetSpentError(Exception):
+    """The next evaluation would pass the budget of fitness tokens. None of the product's errors, so that no search handles it."""
 
 
 class Meter:
@@ -309,7 +307,7 @@ async def judged(bench: Bench, run: Run, method: Callable[[Run], Any]) -> dict[s
     try:
         plan: Plan = await method(run)
         run.note(plan)
-    except BudgetSpentError:
+    except* BudgetSpentError:
         plan = run.incumbent
     seconds = time.perf_counter() - run.started if run.ended is None else run.ended
     levels = list(dict.fromkeys(point.levels for point in run.trace))

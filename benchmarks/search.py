@@ -180,7 +180,9 @@ class Judge:
             name, proposer = self.proposer or ("local", None)
             config = product.config(settings, self.cache, rate, seed, name, **self.fields)
             of_llm = [name, proposer.model if proposer else None] if product.needs_llm else None
-            fingerprint = settings.fingerprint(config.model_dump(mode="json", exclude={"device"}), of_llm)
+            # Texts by what they are, not by where this machine keeps them: the settings say it all.
+            places = {"model", "device", "calibration", "fitness_text", "report_text"}
+            fingerprint = settings.fingerprint(config.model_dump(mode="json", exclude=places), of_llm)
             run_method, granularity = product.method(config, proposer), product.granularity
         else:
             fingerprint, run_method = settings.fingerprint(), PEERS[method]
