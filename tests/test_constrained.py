@@ -145,3 +145,16 @@ def test_longest_reply() -> None:
     assert longest_reply(closed(pairs=pairs, done={"type": "boolean"})) == len('{"pairs":[[5,5],[5,5]],"done":false}')
     assert longest_reply(closed(text={"type": "string"})) is None
     assert longest_reply(closed(rates={"type": "array", "items": {"type": "integer"}})) is None
+
+
+def test_text_and_names_are_bounded_too(pair: Pair) -> None:
+    text = {"type": "string", "minLength": 1, "maxLength": 20}
+    change = closed(layer={"type": "integer", "minimum": 1, "maximum": 30}, block={"type": "string", "enum": ["attention", "ffn"]})
+    schema = closed(lesson=text, changes={"type": "array", "items": change, "minItems": 1, "maxItems": 2})
+    longest = longest_reply(schema)
+    assert longest == len('{"lesson":"' + 20 * "x" + '","changes":[' + '{"layer":30,"block":"attention"},' * 2) - 1 + len("]}")
+    assert longest_reply(closed(lesson={"type": "string"})) is None
+    for seed in range(3):
+        value = json.loads(complete(*pair, MESSAGES, schema, 1.0, 6 * longest, seed)["text"])
+        assert 1 <= len(value["lesson"]) <= 20
+        assert {change["block"] for change in value["changes"]} <= {"attention", "ffn"}

@@ -173,9 +173,15 @@ def test_select_refuses_pairs_that_are_none(fake_openai: FakeOpenAI, reply: str)
 
 
 def test_a_stuck_search_asks_warmer(fake_openai: FakeOpenAI) -> None:
-    for stale in (0, 3, 99):
+    for stale in (0, 3, 99, 0):
         Lab(fake_openai, temperature=0.5).propose("crossover", 1, context(stale_generations=stale))
-    assert [request["temperature"] for request in fake_openai.requests] == pytest.approx([0.5, 0.8, MAX_TEMPERATURE])
+    assert [request["temperature"] for request in fake_openai.requests] == pytest.approx([0.5, 0.8, MAX_TEMPERATURE, 0.5])
+
+
+def test_a_temperature_above_the_bound_is_the_operators_own_choice(fake_openai: FakeOpenAI) -> None:
+    for stale in (0, 9):
+        Lab(fake_openai, temperature=1.8).propose("crossover", 1, context(stale_generations=stale))
+    assert [request["temperature"] for request in fake_openai.requests] == [1.8, 1.8]
 
 
 # -- outcomes ----------------------------------------------------------------------------------------------------------

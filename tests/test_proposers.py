@@ -149,6 +149,40 @@ def test_what_a_server_does_not_understand_is_left_out_and_remembered(
         assert '"maxItems":3' in fake_openai.requests[-1]["messages"][-1]["content"], "the schema moves into the prompt"
 
 
+@pytest.mark.parametrize(
+    "ignored", ["prose", "fenced", "in_prose", "wrong_length", '{"rates": ["1", 2, 3]}', '{"other": []}', "[1, 2, 3]"]
+)
+def test_a_server_that_ignores_the_schema_gets_it_in_the_prompt(fake_openai: FakeOpenAI, ignored: str) -> None:
+    """HTTP 200 and unconstrained: what vLLM does with a field it does not know."""
+    fake_openai.script("good", ignored)
+    proposer = OpenAIProposer("fake", settings(fake_openai))
+    for _ in range(4):
+        asyncio.run(proposer.complete(REQUEST))
+    spelled = ['"maxItems":3' in request["messages"][-1]["content"] for request in fake_openai.requests]
+    assert spelled == [False, False, True, True]
+    assert all(request["response_format"]["type"] == "json_schema" for request in fake_openai.requests), "it may still help"
+
+
+def test_bounds_of_numbers_are_no_sign_of_a_server_without_constraints(fake_openai: FakeOpenAI) -> None:
+    fake_openai.script("out_of_range")
+    proposer = OpenAIProposer("fake", settings(fake_openai))
+    for _ in range(2):
+        asyncio.run(proposer.complete(REQUEST))
+    assert "JSON schema" not in fake_openai.requests[1]["messages"][-1]["content"]
+
+
+def test_lengths_of_strings_stay_out_of_a_strict_schema(fake_openai: FakeOpenAI) -> None:
+    text = {"type": "string", "minLength": 1, "maxLength": 300}
+    schema = {"type": "object", "properties": {"lesson": text}, "required": ["lesson"], "additionalProperties": False}
+    fake_openai.script("good", "prose")
+    proposer = OpenAIProposer("fake", settings(fake_openai))
+    for _ in range(3):
+        asyncio.run(proposer.complete(replace(REQUEST, schema=schema)))
+    sent = fake_openai.requests[0]["response_format"]["json_schema"]["schema"]
+    assert sent == {**schema, "properties": {"lesson": {"type": "string"}}}
+    assert '"maxLength":300' in fake_openai.requests[2]["messages"][-1]["content"], "said where it can be said"
+
+
 def test_a_refused_request_changes_nothing_for_the_next(fake_openai: FakeOpenAI) -> None:
     fake_openai.script("400", "400", "400")
     proposer = OpenAIProposer("fake", settings(fake_openai))

@@ -195,7 +195,7 @@ class _PlanMaker(LlmOperator, ABC):
             group = [by_hash[plan_hash] for plan_hash in hashes]
             groups.append(
                 {
-                    "plans": f"plan{'s' if len(places) > 1 else ''} {' and '.join(map(str, places))}",
+                    "plans": f"plan{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}",
                     "entries": [facts.entry(context, plans, parent) for parent in group],
                     "apart": facts.apart(context, plans, *group) if len(group) == 2 else "",
                 }
