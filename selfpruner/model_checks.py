@@ -237,6 +237,20 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def weight_bytes(folder: Path, itemsize: int) -> tuple[int, int]:
+    """Bytes of all weights of a checked folder, and of the largest decoder layer, with ``itemsize`` bytes per number."""
+    layers: dict[str, int] = {}
+    total = 0
+    for file in weight_files(folder):
+        for name, (_, shape) in read_header(file).items():
+            size = math.prod(shape) * itemsize
+            total += size
+            if name.startswith("model.layers."):
+                index = name.split(".")[2]
+                layers[index] = layers.get(index, 0) + size
+    return total, max(layers.values(), default=0)
+
+
 def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]

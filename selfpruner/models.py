@@ -53,18 +53,30 @@ class ModelSource:
     config: Mapping[str, Any]
 
 
+# What else a model in memory needs: streams, levels that differ from the model's own weights, and the work itself.
+RESIDENT_FACTOR = 1.3
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A dense model in evaluation mode, without gradients, on one device."""
+    """A dense model in evaluation mode, without gradients, on one device.
+
+    ``memory`` is the ceiling in bytes on what the model and the work with it may take there, None for no ceiling; ``streamed``: its
+    weights stay in their files (see :mod:`selfpruner.streaming`).
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: ModelSource
     dtype: torch.dtype
+    memory: int | None = None
+    streamed: bool = False
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        decoder: Any = self.model.model
+        device: torch.device = decoder.norm.weight.device  # the one weight that is always there
+        return device
 
 
 def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> ModelSource:
@@ -199,10 +211,12 @@ def hub_available() -> bool:
     return bool(answers)
 
 
-def load(source: ModelSource, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory: int | None = None) -> LoadedModel:
     """Load a resolved model. ``device`` and ``dtype`` may be ``auto``, see :func:`choose_device` and :func:`choose_dtype`.
 
-    Raises :class:`ModelError` when weights or tokenizer do not fit together, :class:`OutOfMemoryError`.
+    ``memory`` (bytes) bounds what the model and the work with it may take on the device; the program itself comes on top. A model
+    that does not fit, or not into what a GPU has free, stays in its files and is streamed. Raises :class:`ModelError` when
+    weights or tokenizer do not fit together, :class:`OutOfMemoryError`, :class:`ConfigError` for a ceiling too low to stream.
     """
     import torch
     from safetensors import SafetensorError
@@ -211,35 +225,69 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto") -> Load
     target = choose_device(device)
     stored = source.config.get("dtype") or source.config.get("torch_dtype")
     chosen = choose_dtype(dtype, target, stored=str(stored) if stored else None)
+    room = memory if memory is not None else _free_memory(target)
+    weights, layer = model_checks.weight_bytes(source.folder, chosen.itemsize)
+    streamed = room is not None and weights * RESIDENT_FACTOR > room
     try:
         with quiet():
-            model, report = auto.AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                dtype=chosen,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            model = _stream(source, target, chosen, layer, room or 0) if streamed else _whole(source, target, chosen)
             tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-        model = model.to(target)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"{source.name} in {chosen} does not fit the memory of {target}. Use another device or a smaller model."
         ) from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         raise ModelError(f"{source.folder} cannot be loaded ({error}). Download the model again.", param="model") from error
-    missing = sorted(report["missing_keys"]) + sorted(str(item[0]) for item in report["mismatched_keys"])
-    if missing:
-        raise ModelError(f"{source.folder} lacks weights, such as {missing[0]}. Download the model again.", param="model")
     if len(tokenizer) > model.config.vocab_size:
         raise ModelError(
             f"The tokenizer of {source.folder} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}. "
             "Copy the tokenizer files that belong to the model.",
             param="model",
         )
+    return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed)
+
+
+def _whole(source: ModelSource, target: torch.device, dtype: torch.dtype) -> Any:
+    auto: Any = importlib.import_module("transformers")
+    model, report = auto.AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"]) + sorted(str(item[0]) for item in report["mismatched_keys"])
+    if missing:
+        raise ModelError(f"{source.folder} lacks weights, such as {missing[0]}. Download the model again.", param="model")
+    model = model.to(target)
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, source, chosen)
+    return model
+
+
+def _stream(source: ModelSource, target: torch.device, dtype: torch.dtype, layer_bytes: int, memory: int) -> Any:
+    from selfpruner import streaming
+
+    auto: Any = importlib.import_module("transformers")
+    least = streaming.least_memory(layer_bytes, target)
+    if memory < least:
+        raise ConfigError(
+            f"{source.name} cannot be worked on in {memory / 2**20:,.0f} MiB. Set memory to {-(-least >> 20)}MiB or more, or use a "
+            "device that has it.",
+            param="memory",
+        )
+    config = auto.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    model = streaming.stream(config, model_checks.weight_files(source.folder), target, dtype, memory)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = auto.GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    return model
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """What a GPU has free, less a tenth for what its libraries take; None elsewhere."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0] * 0.9) if device.type == "cuda" else None
 
 
 @contextmanager

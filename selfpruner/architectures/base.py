@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from selfpruner.errors import UnsupportedModelError
+from selfpruner.streaming import LayerStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,16 @@ class Architecture:
         self.layers = len(layers)
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[self.config.hidden_act]
         self.eps = float(self.config.rms_norm_eps)
-        self.dtype: torch.dtype = self.decoder.embed_tokens.weight.dtype
-        self.device: torch.device = self.decoder.embed_tokens.weight.device
+        self.dtype: torch.dtype = self.decoder.norm.weight.dtype
+        self.device: torch.device = self.decoder.norm.weight.device
+        # Set when weights stay in their files (see selfpruner.streaming): a layer has to be asked for before it is looked at.
+        self.stream: LayerStream | None = getattr(model, "layer_stream", None)
 
     # -- the parts of the model --------------------------------------------------------------------------------------
     def attention(self, layer: int) -> AttentionWeights:
+        """The layer's attention; of a streamed model valid until another layer is asked for, as :meth:`ffn` is."""
+        if self.stream is not None:
+            self.stream.present(layer)
         a = self.decoder.layers[layer].self_attn
         return AttentionWeights(
             a.q_proj.weight.detach(),
@@ -155,6 +161,11 @@ class Architecture:
         )
 
     def ffn(self, layer: int) -> FfnWeights:
+        if self.stream is not None:
+            self.stream.present(layer)
+        return self._ffn(layer)
+
+    def _ffn(self, layer: int) -> FfnWeights:
         m = self.decoder.layers[layer].mlp
         return FfnWeights(
             m.gate_proj.weight.detach(),
@@ -180,14 +191,17 @@ class Architecture:
         if current is order:
             return
         if current is None or order is None or not torch.equal(current, order):
+            if self.stream is not None:
+                self.stream.drop(layer)  # its matrices come in the new order next time; only biases are here
             target = torch.arange(self.channels, device=self.device) if order is None else order
-            own = self.ffn(layer)
-            new = own.in_order(
-                target if current is None else torch.argsort(current)[target]
-            )  # all of it first: where memory ends here, the layer is still as it was
-            for name in ("gate", "up", "down", "gate_bias", "up_bias"):
-                if getattr(own, name) is not None:
-                    getattr(own, name).copy_(getattr(new, name))
+            places = target if current is None else torch.argsort(current)[target]
+            own = self._ffn(layer)
+            axes = ((own.gate, 0), (own.up, 0), (own.down, 1), (own.gate_bias, 0), (own.up_bias, 0))
+            here = [(tensor, axis) for tensor, axis in axes if tensor is not None and not tensor.is_meta]
+            # All of it first: where memory ends here, the layer is still as it was.
+            new = [tensor.index_select(axis, places) for tensor, axis in here]
+            for (tensor, _), moved in zip(here, new, strict=True):
+                tensor.copy_(moved)
         self.decoder.layers[layer].mlp.register_buffer("channel_order", order, persistent=False)
 
     def checkpoint_ffn(self, layer: int) -> FfnWeights:
@@ -254,9 +268,14 @@ class Architecture:
     def final_norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.decoder.norm.weight.detach(), self.eps)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The head's product with final hidden states x (..., d), after the norm, in the weights' dtype: (..., V)."""
+        logits: Tensor = self.model.lm_head(x.to(self.dtype))
+        return logits
+
     @property
     def head_weight(self) -> Tensor:
-        """(V, d)"""
+        """(V, d). Of a streamed model only where the whole matrix is held; :meth:`logits` always works."""
         weight: Tensor = self.model.lm_head.weight
         return weight.detach()
 

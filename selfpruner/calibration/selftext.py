@@ -177,7 +177,7 @@ def _decode(
             for row, token in zip(rows, sampled, strict=True):
                 _put(row, token, loaded, separator, ends)
             if step + 1 < length:
-                ids = torch.tensor([[row.tokens[-1]] for row in rows], device=model.device)
+                ids = torch.tensor([[row.tokens[-1]] for row in rows], device=loaded.device)
                 output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, cached_tokens=step + 1)
                 logits = output.logits[:, -1].float()
                 # Chat markers and the like are no text; the end of a document is.

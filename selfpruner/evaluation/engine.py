@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
@@ -171,7 +170,6 @@ class Engine:
         self, dense: Tensor, finals: Sequence[Tensor], tokens: Tensor, cancelled: Callable[[], bool], chunk: int = 128
     ) -> list[Tensor]:
         """Per plan the sums (KL, negative log-likelihood) over this batch, float64 (2,)."""
-        head = self.arch.head_weight
         sequences, length = tokens.shape
         target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten()
         reference = self.arch.final_norm(dense).flatten(0, 1)
@@ -182,14 +180,14 @@ class Engine:
                 raise CancelledTaskError("Cancelled during an evaluation.")
             rows = slice(start, start + chunk)
             h = reference[rows]
-            z = F.linear(h.to(head.dtype), head).float()
+            z = self.arch.logits(h).float()
             base = z.logsumexp(-1)
             p = (z - base[:, None]).exp_()
             wanted = target[rows]
             known = wanted >= 0
             index = wanted.clamp_min(0)[:, None]
             for state, total in zip(states, sums, strict=True):
-                delta = F.linear((state[rows] - h).to(head.dtype), head).float()
+                delta = self.arch.logits(state[rows] - h).float()
                 expected = torch.linalg.vecdot(p, delta)
                 chosen = (z.gather(1, index) + delta.gather(1, index)).squeeze(1)
                 lse = delta.add_(z).logsumexp(-1)
