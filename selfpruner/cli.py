@@ -92,6 +92,7 @@ def submit(
     proposer: options.Proposer = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    memory: options.Memory = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Kept with the job; repeatable.")] = None,
@@ -118,6 +119,7 @@ def submit(
         proposer=proposer,
         seed=seed,
         device=device,
+        memory=memory,
     )
     with _client(url) as client:
         job = client.submit(body, metadata=_pairs(metadata), idempotency_key=idempotency_key)

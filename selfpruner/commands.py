@@ -50,6 +50,7 @@ def search(
     proposer: options.Proposer = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    memory: options.Memory = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     cache: Cache = None,
@@ -74,6 +75,7 @@ def search(
         proposer=proposer,
         seed=seed,
         device=device,
+        memory=memory,
     )
     checked = api.config_of(body)
     proposers = load_settings().all_proposers
@@ -106,6 +108,7 @@ def prune(
     calibration: options.Calibration = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    memory: options.Memory = None,
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     cache: Cache = None,
@@ -123,6 +126,7 @@ def prune(
         compensation=compensation,
         seed=seed,
         device=device,
+        memory=memory,
         rate=rate,
     )
     given = _plan_file(plan) if plan is not None else {}

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from selfpruner import names
 
 Metric = Literal["kl", "nll"]
 Tokens = Annotated[int, Field(ge=16, le=100_000_000)]
+
+
+def _bytes(value: Any) -> Any:
+    """``2GiB``, ``800 MiB``, ``1.5GB`` or plain bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]i?)?B?\s*", value, re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise ValueError("give bytes, or a size such as 800MiB or 2GiB")
+    unit = (match[2] or "").lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return round(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1, le=1 << 50)]
 
 
 class Strict(BaseModel):
@@ -101,6 +117,11 @@ class SearchConfig(Strict):
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory: Bytes | None = Field(
+        default=None,
+        description="most that the model and the work with it may take on the device, in bytes or as 2GiB; a model that does not fit "
+        "is streamed from its files. What libraries take comes on top",
+    )
 
     @model_validator(mode="before")
     @classmethod

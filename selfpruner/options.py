@@ -39,6 +39,10 @@ Population = Annotated[int | None, typer.Option(help="Survivors of a generation.
 Proposer = Annotated[str | None, typer.Option(help="Who answers the LLM operators.", show_default="local")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same search.", show_default="0")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or cuda:N.", show_default="auto")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Ceiling for the model and the work with it, 2GiB say; a larger model is streamed.", show_default="none"),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="JSON file with any fields of a search.")]
 Settings = Annotated[
     list[str] | None,

@@ -40,7 +40,7 @@ class JobResult:
 def session_of(config: SearchConfig, cache: Path) -> Session:
     """The session of a config: jobs that differ only in how they search share a worker's prepared state."""
     fields = ("model", "device", "dtype", "rate", "of", "pattern", "criterion", "compensation", "granularity", "attention")
-    texts = ("ffn_step", "drop_blocks", "calibration", "fitness_text", "report_text", "seed")
+    texts = ("ffn_step", "drop_blocks", "calibration", "fitness_text", "report_text", "seed", "memory")
     return Session(config.fingerprint(*fields, *texts), config.model_dump(mode="json"), str(cache))
 
 
