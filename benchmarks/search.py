@@ -207,7 +207,7 @@ def report(
     """Write ``stem``.json and .svg and print the tables."""
     rows = {rate: summary.summary(methods) for rate, methods in results.items()}
     title = f"{settings.model}, {settings.criterion} + {settings.compensation}, {settings.budget:,} fitness tokens"
-    devices = {result["device"] for methods in results.values() for found in methods.values() for result in _listed(found)}
+    devices = {result["device"] for methods in results.values() for found in methods.values() for result in summary.listed(found)}
     body = {
         "settings": asdict(settings),
         "devices": sorted(devices),
@@ -219,10 +219,6 @@ def report(
     for rate, of_rate in rows.items():
         console.print(summary.table(rate, of_rate, title))
     console.print(f"Written: {stem.with_suffix('.json')} and {stem.with_suffix('.svg')}")
-
-
-def _listed(found: Sequence[Mapping[str, Any]] | str) -> Sequence[Mapping[str, Any]]:
-    return () if isinstance(found, str) else found
 
 
 if __name__ == "__main__":

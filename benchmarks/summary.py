@@ -112,6 +112,7 @@ def chart(results: Mapping[str, Mapping[str, Sequence[Result] | str]], title: st
     import altair as alt
 
     axes: tuple[Axis, ...] = ("tokens", "seconds")
+    drawn = list(dict.fromkeys(method for methods in results.values() for method, found in methods.items() if listed(found)))
     panels = []
     for rate, methods in results.items():
         rows = []
@@ -119,20 +120,26 @@ def chart(results: Mapping[str, Mapping[str, Sequence[Result] | str]], title: st
             lines: list[dict[str, Any]] = []
             points: list[dict[str, Any]] = []
             for method, found in methods.items():
-                if isinstance(found, str) or not found:
+                runs = listed(found)
+                if not runs:
                     continue
-                curve = mean_curve(found, axis)
-                closed = all(len(result["trace"]) <= 2 for result in found)
+                curve = mean_curve(runs, axis)
+                closed = all(len(result["trace"]) <= 2 for result in runs)
                 rows_of = points if closed else lines
                 rows_of += [{"x": x, "kl": kl, "method": method} for x, kl in (curve[-1:] if closed else curve)]
-            x = alt.X("x:Q", title="fitness tokens" if axis == "tokens" else "seconds")
+            x = alt.X("x:Q", title="fitness tokens" if axis == "tokens" else "seconds", axis=alt.Axis(format="~s"))
             y = alt.Y("kl:Q", title="KL of the incumbent on unseen text", scale=alt.Scale(zero=False))
-            color = alt.Color("method:N")
+            color = alt.Color("method:N", sort=None, scale=alt.Scale(domain=drawn, scheme="category20"))
             line = alt.Chart({"values": lines}).mark_line(interpolate="step-after").encode(x=x, y=y, color=color)
             point = alt.Chart({"values": points}).mark_point(filled=True, size=80, opacity=1).encode(x=x, y=y, color=color)
             rows.append((line + point).properties(width=420, height=280, title=f"{title}, rate {rate}"))
         panels.append(rows[0] | rows[1])
     return alt.vconcat(*panels)
+
+
+def listed(found: Sequence[Result] | str) -> Sequence[Result]:
+    """The results of a method; none where there is only a reason."""
+    return () if isinstance(found, str) else found
 
 
 def write_chart(results: Mapping[str, Mapping[str, Sequence[Result] | str]], title: str, path: Path) -> None:
