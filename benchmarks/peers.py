@@ -182,7 +182,7 @@ class Product:
             if config.uses_llm and proposer is not None:
                 client = create(config.proposer, proposer, pool=run.pool, session=run.session)
                 channel = LlmChannel(client, run.recorder, config.limits, proposer, config.seed)
-            within = config if self.first else config.model_copy(update={"generations": generations(config, run)})
+            within = config if self.first else config.model_copy(update=_limits(config, run))
             outcome = await Search(within, run.space, run.evaluator, run.recorder, windows, channel, run.signals).run()
             if self.first is None:
                 return Plan(outcome.best.levels)
@@ -191,6 +191,13 @@ class Product:
             return Plan(point.levels)
 
         return method
+
+
+def _limits(config: SearchConfig, run: Run) -> dict[str, int]:
+    """What makes the search stop at the budget: its own field for it, where it has one."""
+    if "budget_tokens" in SearchConfig.model_fields:
+        return {"budget_tokens": run.budget, "generations": 10_000}
+    return {"generations": generations(config, run)}
 
 
 def generations(config: SearchConfig, run: Run) -> int:
