@@ -104,6 +104,11 @@ class WeightFiles:
             out[at - start : at - start + rows.shape[0]].copy_(rows)
         return out[: stop - start]
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor's rows in order, some at a time, each piece valid until the next is asked for."""
+        for _, rows in self._pieces(name):
+            yield rows.to(self.dtype)
+
     def gather(self, name: str, indices: Sequence[int]) -> Tensor:
         """The given rows, (len(indices), ...), on the device."""
         file = self._files[name]
@@ -313,14 +318,14 @@ class StreamedHead(nn.Module):
         super().__init__()
         self._files, self._name = files, name
         self.weight = weight
-        rows = max(1, piece_bytes // (weight.shape[1] * files.dtype.itemsize))
-        self._buffer = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=files.dtype, device=files.device)
+        self.rows = max(1, min(piece_bytes // (weight.shape[1] * files.dtype.itemsize), weight.shape[0]))
+        self._buffer = torch.empty(self.rows, weight.shape[1], dtype=files.dtype, device=files.device)
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first token, rows of the matrix), each valid until the next is asked for."""
-        vocabulary, step = self.weight.shape[0], self._buffer.shape[0]
-        for start in range(0, vocabulary, step):
-            yield start, self._files.rows(self._name, start, min(start + step, vocabulary), self._buffer)
+        vocabulary = self.weight.shape[0]
+        for start in range(0, vocabulary, self.rows):
+            yield start, self._files.rows(self._name, start, min(start + self.rows, vocabulary), self._buffer)
 
     def forward(self, x: Tensor) -> Tensor:
         out = x.new_empty(*x.shape[:-1], self.weight.shape[0])

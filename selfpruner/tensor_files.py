@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,7 +75,7 @@ class TensorFile:
         target = torch.empty(shape, dtype=dtype) if out is None else out
         if target.dtype != dtype or target.shape != shape or not target.is_contiguous():
             raise ValueError(f"{name} needs a contiguous {dtype} buffer of shape {shape}, not {target.dtype} {tuple(target.shape)}")
-        view = _bytes(target)
+        view = tensor_bytes(target)
         offset = self._offsets[name] + start * prod(shape[1:]) * dtype.itemsize
         done = 0
         while done < len(view):
@@ -102,10 +102,11 @@ class StoredParts:
 def write_tensors(
     path: Path,
     shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    tensor: Callable[[str], Tensor],
+    tensor: Callable[[str], Tensor | Iterable[Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a safetensors file, asking for one tensor after the other in the order of ``shapes``; returns the tensors' bytes."""
+    """Write a safetensors file, asking for one tensor after the other in the order of ``shapes``, whole or as runs of its rows;
+    returns the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in shapes.items():
@@ -117,14 +118,19 @@ def write_tensors(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name, (dtype, shape) in shapes.items():
-            value = tensor(name).detach()
-            if value.dtype != dtype or value.shape != torch.Size(shape):
-                raise ValueError(f"{name} should be {dtype} {tuple(shape)}, not {value.dtype} {tuple(value.shape)}")
-            file.write(_bytes(value.cpu().contiguous()))
+            value = tensor(name)
+            rows = 0
+            for part in [value] if isinstance(value, Tensor) else value:
+                if part.dtype != dtype or part.shape[1:] != torch.Size(shape[1:]):
+                    raise ValueError(f"{name} should be {dtype} {tuple(shape)}, not {part.dtype} {tuple(part.shape)}")
+                file.write(tensor_bytes(part.detach().cpu().contiguous()))
+                rows += part.shape[0] if shape else 1
+            if rows != (shape[0] if shape else 1):
+                raise ValueError(f"{name} should have {shape[0]} rows, not {rows}")
     return end
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

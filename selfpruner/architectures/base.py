@@ -10,7 +10,7 @@ The residual stream stays in float32; matrix products run in the weights' dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from selfpruner.errors import UnsupportedModelError
-from selfpruner.streaming import LayerStream
+from selfpruner.streaming import LayerStream, StreamedHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,7 @@ class Architecture:
         self.heads_per_group = self.heads // self.kv_groups
         self.channels = mlp.gate_proj.out_features
         self.hidden = int(self.config.hidden_size)
+        self.vocabulary = int(self.config.vocab_size)
         self.layers = len(layers)
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[self.config.hidden_act]
         self.eps = float(self.config.rms_norm_eps)
@@ -272,6 +273,17 @@ class Architecture:
         """The head's product with final hidden states x (..., d), after the norm, in the weights' dtype: (..., V)."""
         logits: Tensor = self.model.lm_head(x.to(self.dtype))
         return logits
+
+    def head_pieces(self) -> Iterator[tuple[int, Tensor]] | None:
+        """(first token, rows of the head) over the vocabulary where the head is not held whole, else None."""
+        head = self.model.lm_head
+        return head.pieces() if isinstance(head, StreamedHead) else None
+
+    @property
+    def piece_width(self) -> int:
+        """Tokens of the vocabulary in one piece of the head."""
+        head = self.model.lm_head
+        return head.rows if isinstance(head, StreamedHead) else self.vocabulary
 
     @property
     def head_weight(self) -> Tensor:

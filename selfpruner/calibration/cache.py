@@ -31,25 +31,30 @@ def cached_statistics(
     folder: Path,
     fingerprint: str,
     *,
+    memory: int | None = None,
+    on: torch.device | None = None,
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[BlockStatistics, BlockStatistics]]:
     """Per-layer (attention, ffn) statistics, read from ``folder`` where they are complete, else collected and written.
 
-    ``fingerprint`` identifies model, text and everything else the numbers depend on; the dtype is added here.
+    ``fingerprint`` identifies model, text and everything else the numbers depend on; the dtype is added here. ``memory`` bounds
+    collecting, see :func:`layer_statistics`; ``on`` is where the statistics go, by default the model's device.
     """
+    on = on or arch.device
     key = hashlib.sha256(f"{_FORMAT}:{fingerprint}:{arch.dtype}".encode()).hexdigest()[:24]
     place = folder / key
     files = [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
     if all(file.exists() for file in files):
         for layer, file in enumerate(files):
             progress(f"reading statistics of layer {layer + 1}/{arch.layers}")
-            yield _read(file, arch.device)
+            yield _read(file, on)
         return
     place.mkdir(parents=True, exist_ok=True)
-    for file, pair in zip(files, layer_statistics(arch, tokens, progress=progress, cancelled=cancelled), strict=True):
-        _write(file, pair)
-        yield _read(file, arch.device)
+    collected = layer_statistics(arch, tokens, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
+    for file in files:
+        _write(file, next(collected))
+        yield _read(file, on)
 
 
 def _write(file: Path, pair: tuple[BlockStatistics, BlockStatistics]) -> None:
@@ -58,7 +63,7 @@ def _write(file: Path, pair: tuple[BlockStatistics, BlockStatistics]) -> None:
         for part in _FIELDS:
             value: Tensor = getattr(stats, part)
             tensors[f"{name}.{part}"] = value.cpu().contiguous()
-        scatter = torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)
+        scatter = stats.gram.addr_(stats.mean, stats.mean, alpha=-stats.tokens)  # in place: nobody else has these statistics
         tensors[f"{name}.scatter"] = scatter.float().cpu().contiguous()
     counts = {"tokens": str(pair[0].tokens), "sequences": str(pair[0].sequences)}
     aside = file.with_suffix(f".{os.getpid()}.tmp")

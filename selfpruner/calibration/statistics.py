@@ -7,17 +7,25 @@ mean and scatter are merged batch by batch after Chan, Golub and LeVeque (the ba
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture
-from selfpruner.errors import CancelledTaskError
+from selfpruner.errors import CancelledTaskError, disk_errors
+from selfpruner.tensor_files import tensor_bytes
 
 # Tokens that pass a layer at once: enough to fill two cores or a GPU, small enough that F-wide activations stay a few MB.
 TOKENS_PER_STEP = 4096
+# Rows of a scatter matrix that are updated at once.
+STRIP = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +66,12 @@ class Accumulator:
         # Centred on the batch mean before squaring: float32 products of centred rows keep their digits.
         mean = rows.mean(0, dtype=self.dtype)
         centred = rows - mean.float()
+        del rows
         total = self.tokens + count
         delta = mean - self.mean
-        self.scatter += centred.T @ centred
+        for start in range(0, x.shape[-1], STRIP):  # the float32 product never exists whole
+            strip = slice(start, start + STRIP)
+            self.scatter[strip] += centred[:, strip].T @ centred
         self.scatter.addr_(delta, delta, alpha=self.tokens * count / total)
         self.mean += delta * (count / total)
         self.tokens, self.sequences = total, self.sequences + x.shape[0]
@@ -76,30 +87,82 @@ def layer_statistics(
     arch: Architecture,
     tokens: Tensor,
     *,
+    memory: int | None = None,
+    scratch: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[BlockStatistics, BlockStatistics]]:
     """Yield (attention, ffn) statistics of each layer in turn for token ids (sequences, length).
 
-    Channels are those of the checkpoint, in its order, whatever order the model's are in. Only one layer's statistics exist at a
-    time unless the caller keeps them. Raises CancelledTaskError between layers.
+    With ``memory`` (bytes) fewer tokens pass at once, and where the residual stream takes more than an eighth of it, that is kept
+    in a file in the folder ``scratch``. Channels are those of the checkpoint, in its order, whatever order the model's are in.
+    Only one layer's statistics exist at a time unless the caller keeps them. Raises CancelledTaskError between layers.
     """
     length = tokens.shape[1]
     rope = arch.rope(length)
-    step = max(1, TOKENS_PER_STEP // length)
-    with torch.no_grad():
-        x = torch.cat([arch.embed(part.to(arch.device)) for part in tokens.split(step)])
+    step = max(1, _tokens_at_once(arch, memory) // length)
+    size = tokens.numel() * arch.hidden * 4
+    with torch.no_grad(), disk_errors(scratch or ""), _stream_file(size, memory, scratch) as file:
+        stream = _Stream(file)
+        for sequences in tokens.split(step):
+            stream.add(arch.embed(sequences.to(arch.device)))
         for layer in range(arch.layers):
             if cancelled():
                 raise CancelledTaskError("Cancelled while collecting statistics.")
             a, f = arch.attention(layer), arch.checkpoint_ffn(layer)
             attention, ffn = Accumulator(a.o.shape[1], arch.device), Accumulator(f.down.shape[1], arch.device)
-            for part in x.split(step):  # views: the residual stream is updated in place
+            for index in range(stream.parts):
+                part = stream.take(index, arch.device)
                 z = arch.attention_inputs(layer, part, a, rope)
                 attention.add(z)
                 part += torch.nn.functional.linear(z, a.o, a.o_bias).float()
                 z = arch.ffn_inputs(layer, part, f)
                 ffn.add(z)
                 part += torch.nn.functional.linear(z, f.down, f.down_bias).float()
+                stream.put(index, part)
             progress(f"statistics of layer {layer + 1}/{arch.layers}")
-            yield attention.finish(), ffn.finish()
+            done = [ffn.finish(), attention.finish()]
+            del a, f, attention, ffn, part, z
+            yield done.pop(), done.pop()  # nothing of it is held here while the caller works with it
+
+
+def _tokens_at_once(arch: Architecture, memory: int | None) -> int:
+    """Of a token's work in a layer about twenty bytes per FFN channel are alive at once, for which a quarter of the memory is."""
+    return TOKENS_PER_STEP if memory is None else max(1, min(TOKENS_PER_STEP, memory // 4 // (20 * arch.channels)))
+
+
+class _Stream:
+    """The residual streams of all sequences, a part at a time: tensors that are changed in place, or a file."""
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file = file
+        self._parts: list[Tensor] = []  # with a file only their shapes count
+        self._offsets = [0]
+
+    @property
+    def parts(self) -> int:
+        return len(self._parts)
+
+    def add(self, part: Tensor) -> None:
+        self._parts.append(part if self._file is None else torch.empty(part.shape, device="meta"))
+        self._offsets.append(self._offsets[-1] + part.nbytes)
+        self.put(self.parts - 1, part)
+
+    def take(self, index: int, device: torch.device) -> Tensor:
+        if self._file is None:
+            return self._parts[index]
+        part = torch.empty(self._parts[index].shape)
+        os.preadv(self._file.fileno(), [tensor_bytes(part)], self._offsets[index])
+        return part.to(device)
+
+    def put(self, index: int, part: Tensor) -> None:
+        """Keep what was taken and changed."""
+        if self._file is not None:
+            os.pwrite(self._file.fileno(), tensor_bytes(part.cpu()), self._offsets[index])
+
+
+def _stream_file(size: int, memory: int | None, scratch: Path | None) -> AbstractContextManager[IO[bytes] | None]:
+    if memory is None or scratch is None or size * 8 <= memory:
+        return nullcontext()
+    scratch.mkdir(parents=True, exist_ok=True)
+    return TemporaryFile(dir=scratch, buffering=0)

@@ -59,7 +59,8 @@ class NestedFit:
         """Factor C (n, n) and multiply. W and C have their columns in keep-first order already."""
         L = torch.linalg.cholesky(C)
         identity = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
-        return cls(W @ L, torch.linalg.solve_triangular(L, identity, upper=False))
+        torch.linalg.solve_triangular(L, identity, upper=False, out=identity)
+        return cls(W @ L, identity)
 
     def weights(self, k: int) -> Tensor:
         """W'_k (d, k)."""
@@ -134,8 +135,7 @@ class LeastSquares:
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedLeastSquares:
         W = W[:, order]
-        C = covariance(stats).to(W)[order]
-        fit = NestedFit.of(W, C[:, order])
+        fit = NestedFit.of(W, covariance(stats).to(W)[order][:, order])
         mean = stats.mean.to(W)[order]
         parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), dense=(W @ mean).float(), left=fit.errors())
         n, rows = mean.numel(), _strip(mean.numel())

@@ -176,8 +176,8 @@ def _inverse_factor(C: Tensor) -> Tensor:
     """L^-1 for C = L L^T, so that C^-1 = L^-T L^-1."""
     L = torch.linalg.cholesky(C)
     identity = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
-    inverse: Tensor = torch.linalg.solve_triangular(L, identity, upper=False)
-    return inverse
+    torch.linalg.solve_triangular(L, identity, upper=False, out=identity)
+    return identity
 
 
 def _downdate(W: Tensor, P: Tensor, gone: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

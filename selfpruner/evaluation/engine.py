@@ -24,6 +24,7 @@ from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.errors import CancelledTaskError
+from selfpruner.evaluation.pieces import compare_in_pieces
 from selfpruner.patterns import PrunableAttention, PrunableFfn
 from selfpruner.space import Plan
 
@@ -82,7 +83,8 @@ class Engine:
     """Scores plans of one model on token batches.
 
     ``blocks`` are in plan order: attention and FFN of layer 0, of layer 1, and so on. ``max_tokens`` bounds the tokens that
-    pass a block at once (rows of its widest activation), ``cache_bytes`` the materialised levels kept between walks.
+    pass a block at once (rows of its widest activation), ``cache_bytes`` the materialised levels kept between walks,
+    ``logit_bytes`` the logits in work at a time.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class Engine:
         max_tokens: int = 4096,
         stream_bytes: int = 192 * 2**20,
         cache_bytes: int = 128 * 2**20,
+        logit_bytes: int = 256 * 2**20,
     ) -> None:
         self.arch = arch
+        self.logit_bytes = logit_bytes
         self.blocks = list(blocks)
         self.max_tokens = max_tokens
         self.stream_bytes = stream_bytes
@@ -174,6 +178,11 @@ class Engine:
         target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten()
         reference = self.arch.final_norm(dense).flatten(0, 1)
         states = [self.arch.final_norm(x).flatten(0, 1) for x in finals]
+        pieces = self.arch.head_pieces()
+        if pieces is not None:
+            rows_at_once = max(16, self.logit_bytes // (16 * self.arch.piece_width))
+            return compare_in_pieces(pieces, reference, states, target, rows=rows_at_once, cancelled=cancelled)
+        chunk = max(8, min(chunk, self.logit_bytes // (16 * self.arch.vocabulary)))
         sums = [torch.zeros(2, dtype=torch.float64) for _ in finals]
         for start in range(0, sequences * length, chunk):
             if cancelled():

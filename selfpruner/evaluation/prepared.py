@@ -7,11 +7,12 @@ gets to the same state.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selfpruner import compensation, criteria
@@ -19,9 +20,12 @@ from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights,
 from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
-from selfpruner.errors import CancelledTaskError
+from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.signals import gather, layer_facts, layer_signals
+from selfpruner.export.build import outline
+from selfpruner.export.checkpoint import TensorSource
+from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
 from selfpruner.export.shape import LayerShape
 from selfpruner.models import LoadedModel
 from selfpruner.patterns import (
@@ -93,7 +97,7 @@ def prepare(
     blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
     space = _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
     seconds = time.perf_counter() - started
-    return Prepared(config, loaded, arch, cache, texts, space, signals, Engine(arch, blocks), seconds)
+    return Prepared(config, loaded, arch, cache, texts, space, signals, make_engine(arch, loaded, blocks), seconds)
 
 
 def prepare_blocks(
@@ -114,7 +118,14 @@ def prepare_blocks(
     files = factor_files(arch, cache / "factors", fingerprint, criterion, repair)
     if not all(file.exists() for file in files):
         statistics = cached_statistics(
-            arch, calibration.tokens, cache / "statistics", fingerprint, progress=progress, cancelled=cancelled
+            arch,
+            calibration.tokens,
+            cache / "statistics",
+            fingerprint,
+            memory=loaded.memory,
+            on=_where_to_order(arch, loaded),
+            progress=progress,
+            cancelled=cancelled,
         )
         for layer, pair in enumerate(statistics):
             if cancelled():
@@ -143,6 +154,50 @@ def prepare_blocks(
     return blocks, gather(measured)
 
 
+def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
+    """Where the covariances of a layer are factored: on the model's device, or on the CPU when a GPU's share is too small. Raises
+    ConfigError when it is the CPU's memory that is bounded."""
+    width = max(arch.channels, arch.heads * arch.head_dim)
+    # Four matrices of the inputs' size and some of the weights', float64, at the fullest moment.
+    needed = 8 * (4 * width**2 + 4 * width * arch.hidden) + held_bytes(arch, loaded)
+    if loaded.memory is None or needed <= loaded.memory:
+        return arch.device
+    if arch.device.type == "cpu":
+        raise ConfigError(
+            f"Ordering the units of {loaded.source.name} takes {-(-needed >> 20)} MiB, and memory allows {loaded.memory >> 20}. "
+            f"Set it to {-(-needed >> 20)}MiB or more; once the order is in the cache, less will do.",
+            param="memory",
+        )
+    return torch.device("cpu")
+
+
+def held_bytes(arch: Architecture, loaded: LoadedModel) -> int:
+    """What is always in memory: the whole model, or the buffers of a streamed one with what it keeps of the vocabulary."""
+    if arch.stream is None:
+        return sum(p.numel() for p in loaded.model.parameters()) * loaded.dtype.itemsize
+    head = arch.piece_width * arch.hidden * loaded.dtype.itemsize
+    return 2 * arch.stream.layer_bytes + head + (2 << 20)
+
+
+def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[PrunableAttention | PrunableFfn]) -> Engine:
+    """An engine whose streams, levels and activations share what the model leaves of the memory there is.
+
+    A walk holds the streams before and after a block and normalised copies of the last ones, at most three times ``stream_bytes``.
+    """
+    if loaded.memory is None:
+        return Engine(arch, blocks)
+    left = max(loaded.memory - held_bytes(arch, loaded), loaded.memory // 4)
+    width = max(arch.channels, arch.hidden)
+    return Engine(
+        arch,
+        blocks,
+        max_tokens=max(64, min(4096, left // 5 // (20 * width))),
+        stream_bytes=min(192 * 2**20, left // 6),
+        cache_bytes=left // 8,
+        logit_bytes=min(256 * 2**20, left // 5),
+    )
+
+
 def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
     """The same model, texts and target with another criterion or compensation (``changes`` of the config).
 
@@ -155,9 +210,8 @@ def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Pr
         config, prepared.arch, prepared.loaded, prepared.text("calibration"), prepared.cache, progress, cancelled
     )
     space = _space(config, prepared.arch, [Block(i // 2, _kind(i), block.options) for i, block in enumerate(blocks)])
-    return replace(
-        prepared, config=config, space=space, signals=signals, engine=Engine(prepared.arch, blocks, cache_bytes=64 * 2**20)
-    )
+    engine = make_engine(prepared.arch, prepared.loaded, blocks)
+    return replace(prepared, config=config, space=space, signals=signals, engine=engine)
 
 
 def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], dict[str, Tensor]]:
@@ -175,6 +229,47 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
             elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
                 tensors.update(_named(layer, prepared.arch.checkpoint_ffn(layer)))
     return shapes, tensors
+
+
+def streamed_export(prepared: Prepared, plan: Plan) -> tuple[SelfPrunerForCausalLM, TensorSource]:
+    """The pruned model of a streamed one without its weights, and where they come from one by one."""
+    prepared.space.check(plan)
+    arch, engine = prepared.arch, prepared.engine
+    shapes, biases = [], set[str]()
+    repaired = compensation.create(prepared.config.compensation).adds_bias
+    for layer in range(arch.layers):
+        one, other = (prepared.space.blocks[block].options[plan.levels[block]] for block in (2 * layer, 2 * layer + 1))
+        shapes.append(LayerShape(one.kv_groups, one.heads_per_group, other.channels))
+        for block, place in ((2 * layer, "self_attn.o_proj"), (2 * layer + 1, "mlp.down_proj")):
+            if plan.levels[block] and repaired:
+                biases.add(f"model.layers.{layer}.{place}.bias")
+    model = outline(prepared.loaded.model, shapes, biases, dtype=prepared.loaded.dtype)
+    assert arch.stream is not None
+    files = arch.stream.files
+    held: dict[int, dict[str, Tensor]] = {}
+
+    def tensor(name: str) -> Iterable[Tensor]:
+        parts = name.split(".")
+        block = 2 * int(parts[2]) + (parts[3] == "mlp") if parts[1] == "layers" and parts[3] in ("self_attn", "mlp") else None
+        if block is None or plan.levels[block] == 0 or parts[4] in ("q_norm", "k_norm"):
+            return files.pieces(name)
+        if block not in held:
+            held.clear()
+            held[block] = _named(block // 2, engine.weights(block, plan.levels[block]))
+        return [held[block][name]]
+
+    @torch.no_grad()
+    def logits(tokens: Tensor) -> Tensor:
+        x, rope = arch.embed(tokens.to(arch.device)), arch.rope(tokens.shape[1])
+        for block, level in enumerate(plan.levels):
+            weights = engine.weights(block, level)
+            if isinstance(weights, FfnWeights):
+                x = arch.feed_forward(block // 2, x, weights)
+            elif weights is not None:
+                x = arch.attend(block // 2, x, weights, rope)
+        return arch.logits(arch.final_norm(x)).float().cpu()
+
+    return model, TensorSource(tensor, logits, prepared.loaded.memory or 0, arch.device)
 
 
 def _named(layer: int, weights: AttentionWeights | FfnWeights | None) -> dict[str, Tensor]:

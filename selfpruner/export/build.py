@@ -7,7 +7,7 @@ family, which then needs no code of ours to load.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -40,16 +40,7 @@ def build(
     """
     dtype = dtype or base.dtype
     dense: dict[str, Tensor] = base.state_dict()
-    if len(shapes) != base.config.num_hidden_layers:
-        raise ExportError(f"The model has {base.config.num_hidden_layers} layers, but {len(shapes)} layer shapes were given.")
-    try:
-        config = _config(base, shapes, dense.keys() | weights.keys())
-    except ValueError as error:
-        raise ExportError(f"These layer shapes make no model: {error}") from error
-    with torch.device("meta"):
-        model: SelfPrunerForCausalLM = SelfPrunerForCausalLM._from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation=base.config._attn_implementation
-        )
+    model = outline(base, shapes, weights.keys(), dtype=dtype)
     wanted = model.state_dict()
     if unused := sorted(weights.keys() - wanted.keys()):
         raise ExportError(f"Tensors that the pruned model has no place for: {', '.join(unused[:5])}.")
@@ -63,7 +54,27 @@ def build(
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     # Its table is computed, not stored, and was computed on the meta device above.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(base.device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(base.device)
+    return model
+
+
+def outline(
+    base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable[str], *, dtype: torch.dtype
+) -> SelfPrunerForCausalLM:
+    """The pruned model on the meta device: config and modules, no weights. ``names`` are tensors it has beyond the base model's.
+
+    Raises ExportError for layer shapes that make no model.
+    """
+    if len(shapes) != base.config.num_hidden_layers:
+        raise ExportError(f"The model has {base.config.num_hidden_layers} layers, but {len(shapes)} layer shapes were given.")
+    try:
+        config = _config(base, shapes, {*base.state_dict(), *names})
+    except ValueError as error:
+        raise ExportError(f"These layer shapes make no model: {error}") from error
+    with torch.device("meta"):
+        model: SelfPrunerForCausalLM = SelfPrunerForCausalLM._from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation=base.config._attn_implementation
+        )
     model.generation_config = base.generation_config
     model.train(False)
     return model

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,13 @@ from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 from selfpruner import manifest
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, ExportError, SelfprunerError, disk_errors
-from selfpruner.export import modeling_selfpruner
+from selfpruner.export import modeling_selfpruner, verify_streamed
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import build, count_parameters, expected_parameters, plain_config, shapes_of
 from selfpruner.export.card import CardInfo, model_card, plan
 from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
 from selfpruner.export.shape import LayerShape
+from selfpruner.tensor_files import held_shapes, write_tensors
 
 SHARD_BYTES = 5_000_000_000
 VERIFY_SECONDS = 3600.0
@@ -63,6 +64,20 @@ class ExportResult:
     reused: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """Where the weights of a model that is nowhere whole come from.
+
+    ``tensor`` gives one by name, as runs of its rows; ``logits`` what the pruned model computes for token ids (B, S), on the CPU;
+    ``memory`` bytes may be used on ``device`` to look at the result.
+    """
+
+    tensor: Callable[[str], Iterable[Tensor]]
+    logits: Callable[[Tensor], Tensor]
+    memory: int
+    device: torch.device
+
+
 def write(
     model: SelfPrunerForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,10 +86,12 @@ def write(
     card: CardInfo,
     *,
     shard_bytes: int = SHARD_BYTES,
+    source: TensorSource | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> ExportResult:
     """Write ``model`` (made by :func:`selfpruner.export.build.build`) to ``directory``, verified.
 
+    With a ``source`` the model may be an outline without weights: they are written, and looked at afterwards, one by one.
     ``base_source_folder`` is where the base model's licence files are taken from, if it is a folder. ``cancelled`` is
     polled between files and while the verification runs. A complete checkpoint of the same plan in ``directory`` is kept; an
     incomplete or corrupt one is replaced.
@@ -109,11 +126,11 @@ def write(
             for pattern in _LEGAL if base_source_folder and base_source_folder.is_dir() else ():
                 for path in base_source_folder.glob(pattern):  # type: ignore[union-attr]
                     shutil.copyfile(path, temporary / path.name)
-            size = _write_shards(model, temporary, shard_bytes, go_on)
+            size = _write_shards(model, temporary, shard_bytes, source, go_on)
             for path in temporary.rglob("*"):
                 manifest.sync(path)
             written = time.perf_counter()
-            verification = _verify(model, tokenizer, temporary, parameters, go_on)
+            verification = _verify(model, tokenizer, temporary, parameters, source, go_on)
             verified = time.perf_counter()
             digest = manifest.write(temporary, plan=facts, parameters=parameters, verification=verification)
             _into_place(temporary, directory)
@@ -259,7 +276,9 @@ def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def _write_shards(model: PreTrainedModel, folder: Path, shard_bytes: int, go_on: Callable[[], None]) -> int:
+def _write_shards(
+    model: PreTrainedModel, folder: Path, shard_bytes: int, source: TensorSource | None, go_on: Callable[[], None]
+) -> int:
     """Write the tensors in the model's order into files of at most ``shard_bytes`` (or one tensor); returns their bytes."""
     tensors = _stored(model)
     shards: list[list[str]] = [[]]
@@ -274,7 +293,8 @@ def _write_shards(model: PreTrainedModel, folder: Path, shard_bytes: int, go_on:
     files = files if len(shards) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         go_on()
-        save_file({name: _whole(tensors[name]) for name in names}, folder / file, metadata={"format": "pt"})
+        get = tensors.__getitem__ if source is None else source.tensor
+        write_tensors(folder / file, held_shapes({name: tensors[name] for name in names}), get, {"format": "pt"})
     size = sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -285,30 +305,41 @@ def _write_shards(model: PreTrainedModel, folder: Path, shard_bytes: int, go_on:
     return size
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of its own: pruned weights are often views, which safetensors refuses to share or cut."""
-    tensor = tensor.detach()
-    return tensor if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone().contiguous()
-
-
 # -- the proof ---------------------------------------------------------------------------------------------------------
 def _verify(
-    model: SelfPrunerForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, parameters: int, go_on: Callable[[], None]
+    model: SelfPrunerForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    parameters: int,
+    source: TensorSource | None,
+    go_on: Callable[[], None],
 ) -> dict[str, Any]:
-    """Run :mod:`selfpruner.export.verify` on ``folder`` in a fresh process and return its findings, or raise ExportError."""
+    """Run :mod:`selfpruner.export.verify` on ``folder`` in a fresh process and return its findings, or raise ExportError.
+
+    A checkpoint that need not fit into memory is streamed there, see :mod:`selfpruner.export.verify_streamed`.
+    """
     length = min(48, int(model.config.max_position_embeddings))
     tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        logits = model(tokens.to(model.device), use_cache=False).logits.float().cpu()
+    if source is None:
+        with torch.inference_mode():
+            logits = model(tokens.to(model.device), use_cache=False).logits.float().cpu()
+    else:
+        logits = source.logits(tokens)
     facts = {"parameters": str(parameters), "text": _TEXT, "ids": json.dumps(tokenizer(_TEXT)["input_ids"])}
     with tempfile.TemporaryDirectory(prefix="selfpruner-verify-") as scratch:
         reference = Path(scratch) / "reference.safetensors"
         save_file({"tokens": tokens, "logits": logits}, reference, metadata=facts)
-        for device in dict.fromkeys((str(model.device), "cpu")):
-            result = _run(folder, reference, device, Path(scratch), go_on)
-            # The device holds the base model already; the checkpoint can prove itself on the CPU as well.
-            if not result.get("out_of_memory"):
-                break
+        if source is not None:
+            command = ["-m", verify_streamed.__name__, str(folder), str(reference), "--memory", str(source.memory)]
+            result = _run([*command, "--device", str(source.device)], Path(scratch), go_on, PYTHONPATH=_import_path())
+        else:
+            for device in dict.fromkeys((str(model.device), "cpu")):
+                # -P: the script's own folder, full of selfpruner's modules, stays off the import path.
+                command = ["-P", str(verify_script.__file__), str(folder), str(reference), "--device", device]
+                result = _run(command, Path(scratch), go_on)
+                # The device holds the base model already; the checkpoint can prove itself on the CPU as well.
+                if not result.get("out_of_memory"):
+                    break
     if result["problems"]:
         raise ExportError(
             f"The written checkpoint does not verify: {'; '.join(result['problems'])}. It was removed; export it again, "
@@ -317,9 +348,13 @@ def _verify(
     return result
 
 
-def _run(folder: Path, reference: Path, device: str, scratch: Path, go_on: Callable[[], None]) -> dict[str, Any]:
-    # -P: the script's own folder, full of selfpruner's modules, stays off the import path.
-    command = [sys.executable, "-P", str(verify_script.__file__), str(folder), str(reference), "--device", device]
+def _import_path() -> str:
+    """PYTHONPATH by which a child finds this package as this process did."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+
+
+def _run(arguments: list[str], scratch: Path, go_on: Callable[[], None], **variables: str) -> dict[str, Any]:
+    command = [sys.executable, *arguments]
     environment = {
         **os.environ,
         "HF_MODULES_CACHE": str(scratch / "modules"),
@@ -327,6 +362,7 @@ def _run(folder: Path, reference: Path, device: str, scratch: Path, go_on: Calla
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONDONTWRITEBYTECODE": "1",
+        **variables,
         # Threads that spin while they wait make this six times slower on a machine that is busy with something else.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }

@@ -115,7 +115,7 @@ def measure_ffn(
     arch: Architecture, layer: int, stats: BlockStatistics, criterion: Criterion, compensation: Compensation
 ) -> FfnFactors:
     """Order the channels and make the repair."""
-    W = arch.checkpoint_ffn(layer).down.to(stats.gram.dtype)
+    W = arch.checkpoint_ffn(layer).down.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
     order = criterion.order_channels(W, stats)
     repair = compensation.nested(W, stats, order)
@@ -129,7 +129,7 @@ def measure_attention(
 ) -> AttentionFactors:
     """Choose the heads of every shape and make the repair."""
     base = arch.attention(layer)
-    W = base.o.to(stats.gram.dtype)
+    W = base.o.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
     heads = criterion.choose_heads(W, stats, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
     repair = compensation.subset(W, stats)

@@ -146,6 +146,8 @@ async def _report(
         }
         for name, plan in plans.items()
     }
+    if reason := timed.get("not_timed"):
+        report["not_timed"] = reason
     report |= {
         "texts": prepared["texts"],
         "model": prepared["model"],
@@ -194,7 +196,9 @@ async def _export(
     tell = _teller("exporting", config, outcome, evaluator, recorder)
     tell("writing and verifying the checkpoint")
     metrics = {
-        name: {key: report[name][key] for key in ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")}
+        name: {
+            key: report[name][key] for key in ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps") if key in report[name]
+        }
         for name in ("dense", "uniform", "best")
     }
     plan = Plan(outcome.best.levels)

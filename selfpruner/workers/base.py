@@ -9,7 +9,7 @@ preparing again cheap.
     evaluate  {plans: [[level]], text, sequences: [int]}         {rows: [{kl, nll, tokens, reason}], seconds}
     propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
     baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan
-    measure   {plans: {name: [level]}}                           {rows: {name: {parameters, prefill_tps, decode_tps}}}
+    measure   {plans: {name: [level]}}                           {rows: {name: {parameters, prefill_tps?, decode_tps?}}, not_timed?}
     export    {plan: [level], directory, card}                   {path, parameters, manifest_sha256, verification}
 """
 

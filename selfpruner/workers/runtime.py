@@ -18,10 +18,10 @@ import torch
 from selfpruner import models
 from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.errors import ConfigError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
-from selfpruner.evaluation.prepared import Prepared, baseline_engine, prepare, pruned_tensors
+from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import write
@@ -42,7 +42,7 @@ class Runtime:
         self.device = device
         root = os.environ.get("SELFPRUNER_MODEL_ROOT")
         self.model_root = Path(root) if root else None
-        self._loaded: tuple[tuple[str, str, str], LoadedModel] | None = None
+        self._loaded: tuple[tuple[str, str, str, int | None], LoadedModel] | None = None
         self._prepared: tuple[str, Prepared] | None = None
         self._tasks: dict[str, Callable[[Session, Mapping[str, Any], Progress, Cancelled], Json]] = {
             "prepare": self._prepare,
@@ -68,12 +68,12 @@ class Runtime:
     # -- holding -----------------------------------------------------------------------------------------------------
     def _model(self, config: SearchConfig, cache: Path, progress: Progress) -> LoadedModel:
         device = self.device if config.device == "auto" else config.device
-        key = (config.model, device, config.dtype)
+        key = (config.model, device, config.dtype, config.memory)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = self._prepared = None  # never two models at once
             progress(f"loading {config.model}")
             source = models.resolve(config.model, cache, allowed_root=self.model_root)
-            self._loaded = key, models.load(source, device, config.dtype)
+            self._loaded = key, models.load(source, device, config.dtype, config.memory)
         return self._loaded[1]
 
     def _session(self, session: Session, progress: Progress, cancelled: Cancelled, roles: Sequence[Role] = ()) -> Prepared:
@@ -117,6 +117,7 @@ class Runtime:
             },
             "dtype": str(arch.dtype).removeprefix("torch."),
             "device": str(arch.device),
+            "streamed": prepared.loaded.streamed,
             "seconds": prepared.seconds,
         }
 
@@ -139,6 +140,12 @@ class Runtime:
 
         config = SearchConfig.model_validate(dict(session.config))
         loaded = self._model(config, Path(session.cache), progress)
+        if loaded.streamed:
+            raise ProposerError(
+                f"{config.model} is streamed from its files, because it does not fit the memory there is: as a proposer it would "
+                "read all of them once per word. Name another proposer, or use the preset evolution, which needs none.",
+                code="rejected",
+            )
         reply = constrained.complete(
             loaded.model,
             loaded.tokenizer,
@@ -152,13 +159,18 @@ class Runtime:
         return {"model": config.model, **reply}
 
     def _measure(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
-        """Parameters and speed of ``{plans: {name: levels}}``; all-zero levels are the dense model itself."""
+        """Parameters and speed of ``{plans: {name: levels}}``; all-zero levels are the dense model itself. Without speed where the
+        models would not fit the memory there is: ``not_timed`` then says so."""
         prepared = self._session(session, progress, cancelled)
+        plans = {name: Plan(tuple(levels)) for name, levels in payload["plans"].items()}
+        if not _fit(prepared, len(plans)):
+            dense = prepared.arch.model_parameters()
+            rows = {name: {"parameters": dense - prepared.space.removed(plan)} for name, plan in plans.items()}
+            return {"rows": rows, "not_timed": "the models to be timed do not fit the memory there is at once"}
         base = prepared.loaded.model
         built = {}
-        for name, levels in payload["plans"].items():
-            plan = Plan(tuple(levels))
-            built[name] = build(base, *pruned_tensors(prepared, plan)) if any(levels) else base
+        for name, plan in plans.items():
+            built[name] = build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
         prompt = prepared.tokens("report", [0])[0]
         progress(f"timing {len(built)} models")
         speeds = speed.measure(built, prompt, cancelled=cancelled)
@@ -177,15 +189,34 @@ class Runtime:
         prepared = self._session(session, progress, cancelled)
         plan = Plan(tuple(payload["plan"]))
         progress("writing the checkpoint")
-        model = build(prepared.loaded.model, *pruned_tensors(prepared, plan))
+        source = None
+        if prepared.loaded.streamed:
+            model, source = streamed_export(prepared, plan)
+        else:
+            model = build(prepared.loaded.model, *pruned_tensors(prepared, plan))
         wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
         if count_parameters(model) != wanted:
             raise ConfigError(f"the built model has {count_parameters(model):,} parameters, the plan says {wanted:,}")
         card = CardInfo(**payload["card"])
         result = write(
-            model, prepared.loaded.tokenizer, prepared.loaded.source.folder, Path(payload["directory"]), card, cancelled=cancelled
+            model,
+            prepared.loaded.tokenizer,
+            prepared.loaded.source.folder,
+            Path(payload["directory"]),
+            card,
+            source=source,
+            cancelled=cancelled,
         )
         return {**asdict(result), "path": str(result.path)}
+
+
+def _fit(prepared: Prepared, count: int) -> bool:
+    """Whether ``count`` models can be in memory at once: what they do not share with the dense one is about half of each."""
+    if prepared.loaded.memory is None:
+        return True
+    return (
+        not prepared.loaded.streamed and held_bytes(prepared.arch, prepared.loaded) * (1.3 + 0.5 * count) <= prepared.loaded.memory
+    )
 
 
 def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled) -> Json:

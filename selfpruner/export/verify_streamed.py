@@ -1,0 +1,91 @@
+"""Compare a checkpoint with what was computed when it was written, without ever holding it: its layers are streamed.
+
+    python -m selfpruner.export.verify_streamed FOLDER REFERENCE --device cpu --memory BYTES
+
+REFERENCE and the JSON that is printed are those of :mod:`selfpruner.export.verify`, whose process loads the model whole. Here the
+checkpoint's own modules run over the written files, one layer at a time, for one pass: logits, parameters and the tokenizer's ids
+are compared; the cache and generation, which would read the files once per token, are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from selfpruner.export import modeling_selfpruner
+from selfpruner.export.verify import tolerance
+from selfpruner.model_checks import read_header, weight_files
+from selfpruner.streaming import stream
+from selfpruner.workers.memory import peak_mib
+
+
+@torch.inference_mode()
+def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, Any]:
+    """The findings; ``problems`` is empty when the checkpoint is good."""
+    started = time.perf_counter()
+    with safe_open(reference, "pt") as file:
+        tokens, expected, facts = file.get_tensor("tokens").to(device), file.get_tensor("logits"), file.metadata()
+    auto: Any = transformers
+    config = auto.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    paths = weight_files(folder)
+    stored = {name for path in paths for name in read_header(path)}
+    with torch.inference_mode(False):
+        model: Any = stream(config, paths, torch.device(device), getattr(torch, str(config.dtype).removeprefix("torch.")), memory)
+    wanted = set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    problems = [f"unexpected: {name}" for name in sorted(stored - wanted)[:3]]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != int(facts["parameters"]):
+        problems.append(f"{parameters:,} parameters instead of {int(facts['parameters']):,}")
+    logits = model(tokens, use_cache=False).logits.float().cpu()
+    scale = float(expected.abs().max())
+    bound = tolerance(model.model.norm.weight.dtype, scale)
+    difference = float((logits - expected).abs().max())
+    if not difference <= bound:  # also when it is NaN
+        problems.append(f"logits differ by {difference:.3g}, allowed {bound:.3g}")
+    ids = auto.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)(facts["text"])["input_ids"]
+    if ids != json.loads(facts["ids"]):
+        problems.append("the tokenizer gives other tokens than the one in memory")
+    return {
+        "problems": problems,
+        "class": type(model).__name__,
+        "code": modeling_selfpruner.__name__ if type(model).__module__ == modeling_selfpruner.__name__ else "transformers",
+        "device": device,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "streamed": True,
+        "tokens": tokens.numel(),
+        "parameters": parameters,
+        "max_difference": difference,
+        "allowed_difference": bound,
+        "max_logit": scale,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_mib": round(peak_mib()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("reference")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", type=int, required=True)
+    options = parser.parse_args()
+    try:
+        result = verify(options.folder, options.reference, options.device, options.memory)
+    except Exception as error:  # whatever stops the folder from being used is the finding
+        result = {"problems": [f"{type(error).__name__}: {error}"]}
+    print(json.dumps(result))
+    return 1 if result["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
