@@ -103,6 +103,27 @@ def test_the_same_questions_whichever_ends_first_and_none_on_resume(scoring: flo
     assert again.made == []
 
 
+@pytest.mark.parametrize("scoring", [0.0, 0.05])
+def test_scores_that_arrive_meanwhile_change_nothing_in_a_snapshot(scoring: float) -> None:
+    """Workers give members of the population new scores at any moment; what the proposer is told must not depend on when."""
+
+    async def story(recorder: MemoryRecorder) -> list[Offspring]:
+        on = wide()
+        chosen = replace(on, parents=[(on.population[1], on.population[2])]).snapshot()
+        assert chosen.history[0] is chosen.population[0]
+        assert chosen.parents[0][0] is chosen.population[1]
+        async with in_flight(questions(channel_of(ScriptedProposer(), recorder), chosen)) as asked:
+            for member in on.population:
+                member.relative = 5.0
+                await asyncio.sleep(scoring / 5)
+            return await asked
+
+    undisturbed, recorder = MemoryRecorder(), MemoryRecorder()
+    expected = asyncio.run(questions(channel_of(ScriptedProposer(), undisturbed), wide()))
+    assert asyncio.run(story(recorder)) == expected
+    assert recorder.calls == undisturbed.calls
+
+
 @pytest.mark.parametrize("finished", [0, 1, 2, 3])
 def test_scoring_that_fails_takes_the_question_with_it(finished: int) -> None:
     """Whatever was answered is recorded whole, the call under way not at all; going on gives what an undisturbed run gives."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 from selfpruner.search.records import Candidate
@@ -88,6 +90,14 @@ class Context:
     hints: Sequence[Hint] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     signals: Mapping[str, Any] = field(default_factory=dict)
+
+    def snapshot(self) -> Context:
+        """The same knowledge with copies of all candidates. A search gives its candidates new scores while it scores them: who is
+        asked meanwhile needs a snapshot taken before, or what it is told depends on which of the two is faster."""
+        copies = {id(c): copy(c) for c in (*self.population, *self.history, *self.pending, *chain.from_iterable(self.parents))}
+        of = {name: tuple(copies[id(c)] for c in getattr(self, name)) for name in ("population", "history", "pending")}
+        pairs = tuple((copies[id(first)], copies[id(second)]) for first, second in self.parents)
+        return replace(self, population=of["population"], history=of["history"], pending=of["pending"], parents=pairs)
 
 
 class Operator(Protocol):

@@ -1,10 +1,10 @@
 """A question in flight while workers score: started before, awaited after, never left behind.
 
-    async with in_flight(offspring(context)) as asked:  # the proposer writes ...
+    async with in_flight(offspring(context.snapshot())) as asked:  # the proposer writes ...
         await score(generation)  # ... while the workers score
         children = await asked
 
-The context was made before the scoring, so the children are informed by scores one generation old; that is the price of never
+The context is a snapshot from before the scoring, so the children are informed by scores one generation old; that is the price of never
 waiting for the LLM, and ``Offspring.informed_by`` records it. Because the context does not depend on which of the two ends
 first, a resumed search repeats the same questions in the same order. One coroutine puts all the questions of a generation.
 """
