@@ -176,7 +176,13 @@ class Product:
         async def method(run: Run) -> Plan:
             tokens = [stage.tokens for stage in config.stages]
             windows = Windows(
-                run.sequences, run.length, seed=run.seed, probe=config.probe_tokens, final=config.final_tokens, stages=tokens
+                run.sequences,
+                run.length,
+                seed=run.seed,
+                probe=config.probe_tokens,
+                final=config.final_tokens,
+                stages=tokens,
+                survey=config.survey_tokens,
             )
             channel = None
             if config.uses_llm and proposer is not None:

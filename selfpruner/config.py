@@ -108,9 +108,17 @@ class SearchConfig(Strict):
     mutation_offspring: int = Field(default=8, ge=0, le=1000)
     generations: int = Field(default=8, ge=0, le=10_000)
     stages: tuple[Stage, ...] = Field(default=(Stage(tokens=512, keep=5), Stage(tokens=1536, keep=4)), min_length=1, max_length=6)
+    survey_tokens: Annotated[int, Field(ge=0, le=100_000_000)] = 512
+    survey_step: float = Field(default=0.08, gt=0, lt=1, description="how far a survey turns a block: a share of its parameters")
     final_tokens: Tokens = 6144
+    early_rejection: bool = True
+    bandit: bool = True
+    oversample: int = Field(default=4, ge=1, le=64, description="proposals per child that the landscape's model picks from")
+    budget_tokens: int | None = Field(default=None, ge=0, description="plan-tokens for probes, generations and the final together")
+    patience: int = Field(default=4, ge=0, description="generations without progress after which the search stops; 0: never")
+    least_gain: float = Field(default=0.001, ge=0, lt=1, description="mean relative gain per generation that is progress")
     initial: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "initialize")
-    operators: tuple[str, ...] = ("select", "crossover", "mutate", "level_switch", "recombine")
+    operators: tuple[str, ...] = ("select", "crossover", "mutate", "reallocate", "level_switch", "recombine")
 
     proposer: str = Field(default="local", min_length=1, max_length=64)
     limits: LlmLimits = LlmLimits()
@@ -119,8 +127,8 @@ class SearchConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory: Bytes | None = Field(
         default=None,
-        description="most that the model and the work with it may take on the device, in bytes or as 2GiB; a model that does not fit "
-        "is streamed from its files. What libraries take comes on top",
+        description="most that the model and the work with it may take on the device, in bytes or as 2GiB; a model that does not "
+        "fit is streamed from its files. What libraries take comes on top",
     )
 
     @model_validator(mode="before")
@@ -162,7 +170,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "evolution": {
         "initial": ("uniform", "ramp", "sensitivity"),
-        "operators": ("level_switch", "recombine"),
+        "operators": ("reallocate", "level_switch", "recombine"),
     },
     # Self-Pruner, arXiv 2502.14413: one rate per layer, Wanda-sp without compensation, an LLM for all four operators,
     # population 30, 10 offspring by crossover and 10 by mutation, 20 generations, likelihood as the fitness.
@@ -178,5 +186,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mutation_offspring": 10,
         "generations": 20,
         "stages": ({"tokens": 2048, "keep": 30},),
+        "early_rejection": False,
+        "patience": 0,
     },
 }

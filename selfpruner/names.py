@@ -43,6 +43,7 @@ LLM_OPERATORS: Mapping[str, str] = {
 EVOLUTION_OPERATORS: Mapping[str, str] = {
     "level_switch": "budget-preserving exchange of levels between blocks (EvoPress)",
     "recombine": "per-layer uniform crossover of two parents, budget repaired",
+    "reallocate": "the best plan near the leader by a model of the landscape, learnt from all that was scored",
 }
 INITIAL_OPERATORS: Mapping[str, str] = {**CLOSED_FORM_OPERATORS, "initialize": LLM_OPERATORS["initialize"]}
 OFFSPRING_OPERATORS: Mapping[str, str] = {

@@ -180,6 +180,7 @@ def config_of(preset: str = "evolution", **changes: Any) -> SearchConfig:
         "generations": 3,
         "stages": [{"tokens": 32, "keep": 5}, {"tokens": 96, "keep": 3}],
         "probe_tokens": 32,
+        "survey_tokens": 32,
         "final_tokens": 128,
         "seed": 3,
     }
@@ -211,6 +212,7 @@ class Run:
             probe=config.probe_tokens,
             final=config.final_tokens,
             stages=[stage.tokens for stage in config.stages],
+            survey=config.survey_tokens,
         )
         self.proposer = proposer or ScriptedProposer()
         channel = None

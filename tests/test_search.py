@@ -215,7 +215,7 @@ def test_a_search(preset: str) -> None:
         assert set(candidate.parents) <= set(recorder.candidates)
     assert max(search.pool.seen.values()) == 1, "no plan is scored twice on the same tokens"
     windows = {name for _, name in recorder.evaluations}
-    assert all((uniform.hash, name) in recorder.evaluations for name in windows if name != "probe"), (
+    assert all((uniform.hash, name) in recorder.evaluations for name in windows if not name.startswith(("probe", "survey"))), (
         "uniform is the reference of all"
     )
 
@@ -265,7 +265,8 @@ def test_evolution_comes_close_to_the_optimum() -> None:
 def test_llm_operators_make_their_share(preset: str) -> None:
     outcome, search = run(preset)
     assert {"initialize", "crossover", "mutate"} <= set(outcome.made)
-    assert {call.operator for call in search.recorder.calls.values()} == {"initialize", "select", "crossover", "mutate"}
+    asked = {call.operator for call in search.recorder.calls.values()}
+    assert asked - {"reflect"} == {"initialize", "select", "crossover", "mutate"}
     if preset == "self-pruner":
         assert set(outcome.made) <= {"uniform", "initialize", "crossover", "mutate"}
     else:

@@ -8,6 +8,7 @@ from selfpruner.operators.allocation import FlapGlobal, Owl
 from selfpruner.operators.base import Context, Hint, Offspring, Operator, ParentSelection, Reflections, Rejected
 from selfpruner.operators.closed_form import Ramp, Random, Sensitivity, Uniform
 from selfpruner.operators.evolution import LevelSwitch, Recombine
+from selfpruner.operators.reallocate import Reallocate
 
 CLASSICAL: dict[str, Callable[[], Operator]] = {
     "uniform": Uniform,
@@ -18,6 +19,7 @@ CLASSICAL: dict[str, Callable[[], Operator]] = {
     "flap_global": FlapGlobal,
     "level_switch": LevelSwitch,
     "recombine": Recombine,
+    "reallocate": Reallocate,
 }
 
 # Which share of a generation's offspring an operator competes for; the rest of the population's plans are initial ones.

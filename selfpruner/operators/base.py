@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from selfpruner.search.records import Candidate
 from selfpruner.space import Plan, SearchSpace
+
+if TYPE_CHECKING:
+    from selfpruner.search.landscape import Landscape
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Context:
     ``hints`` say where around the best plan it is likely to pay to keep more or to remove more; empty before the landscape is
     known. A context is a snapshot: an operator asked while workers still score a generation is one generation behind, by design.
     The plans being scored then are ``pending``, and their hashes are in ``seen``.
+    ``landscape`` is the model behind the hints, None before probing.
     ``signals`` are numbers that a worker measured on the dense model, per layer and per block (``evaluation.signals.gather``).
     """
 
@@ -88,6 +92,7 @@ class Context:
     stale_generations: int = 0
     reflections: Reflections = Reflections()
     hints: Sequence[Hint] = ()
+    landscape: Landscape | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     signals: Mapping[str, Any] = field(default_factory=dict)
 

@@ -14,6 +14,8 @@ SLOPES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, -0.2, -0.4, -0.6)
 
 # Cells of the dynamic programme: a few per FFN step in the largest models, a tenth of a second in the small ones.
 CELLS = 16_384
+# A loss of this or more: a level that may not be taken.
+FORBIDDEN = 1e6
 
 
 class Uniform:
@@ -109,7 +111,10 @@ def cheapest(space: SearchSpace, losses: Sequence[Sequence[float]]) -> Plan:
         for position, (units, setting) in enumerate(zip(size, dial.settings, strict=True)):
             if units >= top:
                 break
-            with_it = best[: top - units] + sum(losses[block][level] for block, level in zip(dial.blocks, setting, strict=True))
+            loss = sum(losses[block][level] for block, level in zip(dial.blocks, setting, strict=True))
+            if loss >= FORBIDDEN:
+                continue
+            with_it = best[: top - units] + loss
             better = with_it < total[units:]
             total[units:][better] = with_it[better]
             choice[units:][better] = position

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -62,6 +62,7 @@ class LlmChannel:
         self.calls = 0
         self.tokens = 0
         self.cost = 0.0
+        self._seconds: dict[str, float] = defaultdict(float)
         self.rejected: Counter[str] = Counter()
         self._proposer = proposer
         self._recorder = recorder
@@ -171,11 +172,18 @@ class LlmChannel:
         self._book(question, request, reply, accepted, "; ".join(self._remarks)[:_DETAIL], new=recorded is None)
         return answer
 
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds of answering per operator since the last time this was asked, replayed calls included."""
+        taken = dict(self._seconds)
+        self._seconds.clear()
+        return taken
+
     def _book(self, question: _Question[T], request: Request, reply: Reply, outcome: str, detail: str, *, new: bool) -> None:
         """Count the call, and record it if it is new."""
         self.calls = request.sequence
         self.tokens += reply.prompt_tokens + reply.completion_tokens
         self.cost += reply.cost
+        self._seconds[request.operator] += reply.seconds
         if new:
             self._recorder.save_llm_call(
                 LlmCall(

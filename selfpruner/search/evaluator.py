@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from selfpruner.errors import OutOfMemoryError
 from selfpruner.search.records import Evaluation, Recorder, Window
 from selfpruner.space import Plan
 from selfpruner.workers.base import Session, WorkerPool
 
+# A race drops a plan that is worse than the last survivor at this confidence (one-sided, normal).
+CONFIDENCE = 0.995
+# How the reason of an evaluation begins that a race ended early.
+REJECTED = "rejected early"
+
 
 @dataclass(frozen=True, slots=True)
 class Fitness:
-    """Token-weighted means over the windows asked for; ``reason`` says why there is none."""
+    """Token-weighted means over the windows asked for; ``reason`` says why there is none. ``seconds`` went into scoring the plan;
+    ``rejected``: a race ended early for it, and its means are estimates from the tokens it got."""
 
     kl: float
     nll: float
     tokens: int
     reason: str | None = None
+    seconds: float = 0.0
+    rejected: bool = False
 
     @property
     def perplexity(self) -> float:
@@ -33,7 +42,8 @@ class Evaluator:
     """Scores plans through a pool. A generation's missing plans go out as one task, so that they share their prefixes.
 
     When a device runs out of memory the batch is halved, again and again; a plan that does not fit alone is stored as failed
-    with that reason. ``peak_mib`` is the largest worker seen, ``evaluations`` counts (plan, window) pairs scored.
+    with that reason. ``peak_mib`` is the largest worker seen, ``evaluations`` counts (plan, window) pairs scored,
+    ``tokens`` the plan-tokens that took.
     """
 
     def __init__(self, pool: WorkerPool, session: Session, recorder: Recorder) -> None:
@@ -41,41 +51,68 @@ class Evaluator:
         self._session = session
         self._recorder = recorder
         self.evaluations = 0
+        self.tokens = 0
+        self._counted: set[tuple[str, str]] = set()
         self.plans: set[str] = set()
         self.peak_mib = 0.0
 
-    async def score(self, plans: Sequence[Plan], windows: Sequence[Window]) -> dict[str, Fitness]:
-        """Fitness per plan hash, over all ``windows`` together."""
+    async def score(
+        self, plans: Sequence[Plan], windows: Sequence[Window], *, contenders: Collection[str] = (), keep: int = 0
+    ) -> dict[str, Fitness]:
+        """Fitness per plan hash, over all ``windows`` together.
+
+        With ``contenders`` (hashes) and ``keep`` the last window is a race: a contender that will hardly be among the best
+        ``keep`` of them gets no more tokens, and its fitness says so.
+        """
         parts: dict[str, list[Evaluation]] = {plan.hash: [] for plan in plans}
         unique = list({plan.hash: plan for plan in plans}.values())
-        for window in windows:
+        for number, window in enumerate(windows):
             known = {plan.hash: self._recorder.find_evaluation(plan.hash, window.name) for plan in unique}
             missing = [plan for plan in unique if known[plan.hash] is None]
-            fresh = {row.plan_hash: row for row in await self._evaluate(missing, window)}
+            racing = contenders if number == len(windows) - 1 else ()
+            fresh = {row.plan_hash: row for row in await self._evaluate(missing, window, racing, keep)}
             for plan in unique:
                 row = known[plan.hash] or fresh[plan.hash]
                 parts[plan.hash].append(row)
+                if (plan.hash, window.name) not in self._counted:
+                    self._counted.add((plan.hash, window.name))
+                    self.tokens += row.tokens
             self.evaluations += len(unique)
         self.plans.update(parts)
         return {plan_hash: _mean(rows) for plan_hash, rows in parts.items()}
 
-    async def _evaluate(self, plans: Sequence[Plan], window: Window) -> list[Evaluation]:
+    async def _evaluate(self, plans: Sequence[Plan], window: Window, contenders: Collection[str], keep: int) -> list[Evaluation]:
         if not plans:
             return []
-        payload = {"plans": [list(plan.levels) for plan in plans], "text": window.text, "sequences": list(window.sequences)}
+        payload: dict[str, Any] = {
+            "plans": [list(plan.levels) for plan in plans],
+            "text": window.text,
+            "sequences": list(window.sequences),
+        }
+        racing = [index for index, plan in enumerate(plans) if plan.hash in contenders]
+        if len(racing) > keep > 0:
+            payload["race"] = {"keep": keep, "contenders": racing, "confidence": CONFIDENCE}
         try:
             result = await self._pool.run(self._session, "evaluate", payload)
         except OutOfMemoryError as error:
             if len(plans) > 1:
                 middle = len(plans) // 2
-                first = await self._evaluate(plans[:middle], window)
-                return first + await self._evaluate(plans[middle:], window)
+                first = await self._evaluate(plans[:middle], window, contenders, keep)
+                return first + await self._evaluate(plans[middle:], window, contenders, keep)
             rows = [Evaluation(plan.hash, window.name, 0, None, None, 0.0, f"out of memory: {error.message}") for plan in plans]
         else:
             self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))
-            seconds = float(result["seconds"]) / len(plans)
+            tokens = sum(int(row["tokens"]) for row in result["rows"]) or 1
             rows = [
-                Evaluation(plan.hash, window.name, int(row["tokens"]), row["kl"], row["nll"], seconds, row.get("reason"))
+                Evaluation(
+                    plan.hash,
+                    window.name,
+                    int(row["tokens"]),
+                    row["kl"],
+                    row["nll"],
+                    float(result["seconds"]) * int(row["tokens"]) / tokens,
+                    f"{REJECTED} after {row['tokens']} tokens" if row.get("rejected") else row.get("reason"),
+                )
                 for plan, row in zip(plans, result["rows"], strict=True)
             ]
         self._recorder.save_evaluations(rows)
@@ -84,9 +121,11 @@ class Evaluator:
 
 def _mean(rows: Sequence[Evaluation]) -> Fitness:
     tokens = sum(row.tokens for row in rows)
+    seconds = math.fsum(row.seconds for row in rows)
     for row in rows:
         if row.kl is None or row.nll is None:
-            return Fitness(math.nan, math.nan, tokens, row.reason or "the fitness is not finite")
+            return Fitness(math.nan, math.nan, tokens, row.reason or "the fitness is not finite", seconds)
     kl = math.fsum((row.kl or 0.0) * row.tokens for row in rows) / max(tokens, 1)
     nll = math.fsum((row.nll or 0.0) * row.tokens for row in rows) / max(tokens, 1)
-    return Fitness(kl, nll, tokens)
+    rejected = any((row.reason or "").startswith(REJECTED) for row in rows)
+    return Fitness(kl, nll, tokens, None, seconds, rejected)

@@ -72,6 +72,7 @@ async def run_job(
         probe=config.probe_tokens,
         final=config.final_tokens,
         stages=[stage.tokens for stage in config.stages],
+        survey=config.survey_tokens,
     )
 
     def tell(text: str) -> None:

@@ -1,36 +1,44 @@
-"""The search: initial plans, generations of offspring, staged survival, a final on unseen tokens.
+"""The search: probes, initial plans, generations of children with staged survival, a final on unseen tokens.
 
 Everything it decides follows from the config, the seed, recorded LLM replies and evaluation results, so running it again over a
-recorder that holds them repeats it exactly and costs nothing. The uniform plan is scored in every window: a candidate's
-``relative`` fitness is its fitness over the uniform plan's on the same tokens, which can be compared across generations.
+recorder that holds them repeats it exactly and costs nothing.
+
+    probes -> landscape -> initial plans -> [ survey? -> children -> stages -> landscape, bandit ]* -> final
+
+A *survey* probes every block one step up and down around the leader; with the landscape's model it tells where to go next.
+The LLM is asked for the next generation's children while the workers score this one.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ProposerError, SelfprunerError
+from selfpruner.errors import SelfprunerError
 from selfpruner.names import LLM_OPERATORS
-from selfpruner.operators import CLASSICAL, CROSSOVERS, MUTATIONS, Context, Offspring, Operator, ParentSelection, Rejected
+from selfpruner.operators import Offspring
 from selfpruner.proposers.channel import LlmChannel
+from selfpruner.proposers.in_flight import in_flight
+from selfpruner.search.breeding import Breeder
 from selfpruner.search.evaluator import Evaluator, Fitness
+from selfpruner.search.landscape import Landscape
 from selfpruner.search.records import Candidate, Progress, Recorder, Window
+from selfpruner.search.state import Mark, State, standing
 from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
 
-# Classical operators draw again when their children are known already; this many times before a slot stays empty.
-REDRAWS = 20
+# A survey is worth its tokens again when the leader differs from the plan last surveyed in this share of its blocks.
+MOVED = 0.2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found. ``best`` won the final; ``finalists`` are sorted by their fitness there, best first."""
+    """What a search found. ``best`` won the final; ``finalists`` are sorted by their fitness there, best first. ``stopped`` says
+    why the generations ended; ``rank_correlation`` is the mean over generations of Spearman's, predicted against measured."""
 
     best: Candidate
     uniform: Candidate
@@ -39,19 +47,9 @@ class Outcome:
     generations: int
     made: Mapping[str, int]
     improved: Mapping[str, int]
-
-
-@dataclass
-class _State:
-    candidates: dict[str, Candidate] = field(default_factory=dict)
-    population: list[Candidate] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    sensitivities: list[float] = field(default_factory=list)
-    probe_levels: list[int] = field(default_factory=list)
-    stale: int = 0
-    made: Counter[str] = field(default_factory=Counter)
-    improved: Counter[str] = field(default_factory=Counter)
-    lowest: float = float("inf")
+    stopped: str = ""
+    tokens: int = 0
+    rank_correlation: float | None = None
 
 
 class Search:
@@ -73,219 +71,334 @@ class Search:
         self.recorder = recorder
         self.windows = windows
         self.channel = channel
-        self.signals = signals or {}
-        self.state = _State()
+        self.state = State(config, space, signals or {})
         self.uniform = space.project([space.rate] * space.layers)
-        self._llm: dict[str, Operator] = {}
-        self._select: ParentSelection | None = None
-        if channel is not None:
-            from selfpruner.operators import llm
-
-            self._llm = {name: llm.OPERATORS[name](channel) for name in LLM_OPERATORS if name != "select"}  # type: ignore[misc]
-            self._select = llm.Select(channel) if "select" in config.operators else None
+        self.breeder = Breeder(config, self.state, self.uniform, channel)
+        self.generation = 0
+        self._gains: list[float] = []
+        self._correlations: list[float] = []
+        self._thinking: dict[str, float] = defaultdict(float)
 
     async def run(self) -> Outcome:
         """Probe, search, decide. Raises SelfprunerError when no plan at all could be scored."""
         if self._needs_probes():
             await self._probe()
-        await self._generation(0, await self._initial())
-        for number in range(1, self.config.generations + 1):
-            await self._generation(number, await self._offspring(number))
-        return await self._final()
+        children = await self.breeder.initial()
+        stopped = None
+        while stopped is None:
+            self._count_thinking()
+            pending = [self._candidate(child) for child in children]
+            async with in_flight(self.breeder.ahead(self.generation + 1, pending)) as asked:
+                await self._generation(pending)
+                arrived = await asked
+            stopped = self._stop()
+            if stopped is None:
+                self.generation += 1
+                await self._survey()
+                children = await self.breeder.children(self.generation, arrived)
+        return await self._final(stopped)
 
     # -- probes --------------------------------------------------------------------------------------------------------
     def _needs_probes(self) -> bool:
-        return "sensitivity" in self.config.initial or self.config.uses_llm
+        names = (*self.config.initial, *self.config.operators)
+        return "sensitivity" in names or "reallocate" in names or self.config.uses_llm
 
     async def _probe(self) -> None:
         """KL when only one block is at a middle level, block by block, in one walk."""
-        self._report("probing", 0, f"measuring the sensitivity of {len(self.space.blocks)} blocks")
+        self._report("probing", f"measuring the sensitivity of {len(self.space.blocks)} blocks")
         levels = [_probe_level(self.space, index) for index in range(len(self.space.blocks))]
         plans = [Plan(tuple(level if other == index else 0 for other in range(len(levels)))) for index, level in enumerate(levels)]
         scores = await self.evaluator.score(plans, [self.windows.probe])
         values = [scores[plan.hash].kl for plan in plans]
-        self.state.sensitivities = [max(value, 0.0) if math.isfinite(value) else 0.0 for value in values]
-        self.state.probe_levels = levels
+        state = self.state
+        state.sensitivities = [max(value, 0.0) if math.isfinite(value) else 0.0 for value in values]
+        state.probe_levels = levels
+        state.landscape = Landscape(self.space, state.sensitivities, levels)
         self.evaluator.plans.clear()  # a probe is no candidate and does not count as a plan evaluated
         self.recorder.event(
             "probes",
             "search.probed",
             f"Sensitivity of {len(levels)} blocks measured on {len(self.windows.probe.sequences) * self.windows.length} tokens.",
-            data={"levels": levels, "kl": [round(value, 6) for value in self.state.sensitivities]},
+            data={"levels": levels, "kl": [round(value, 6) for value in state.sensitivities]},
         )
 
-    # -- making plans --------------------------------------------------------------------------------------------------
-    def _context(self, generation: int, parents: Sequence[tuple[Candidate, Candidate]] = ()) -> Context:
-        history = sorted((c for c in self.state.candidates.values() if c.status == "evaluated"), key=_standing)
-        return Context(
-            space=self.space,
-            generation=generation,
-            generations=self.config.generations,
-            population=tuple(self.state.population),
-            history=tuple(history),
-            sensitivities=tuple(self.state.sensitivities),
-            probe_levels=tuple(self.state.probe_levels),
-            seen=frozenset(self.state.candidates),
-            rejected=tuple(self.state.rejected[-8:]),
-            parents=tuple(parents),
-            model_name=self.config.model,
-            metric=self.config.fitness,
-            stale_generations=self.state.stale,
-            signals=self.signals,
+    async def _survey(self) -> None:
+        """Probe every block around the leader, one way or the other, on fresh tokens, where that is due."""
+        leader, landscape = self.state.leader, self.state.landscape
+        wanted = "reallocate" in self.config.operators and self.windows.survey_tokens > 0
+        if leader is None or landscape is None or not wanted or not self._survey_due():
+            return
+        number, here = self.generation, Plan(leader.levels)
+        self._report("probing", f"generation {number}: probing around the best plan")
+        probes = survey(self.space, here, self.config.survey_step)
+        window = self.windows.survey(number)
+        scores = await self.evaluator.score([here, *probes], [window])
+        self.evaluator.plans.difference_update(plan.hash for plan in probes)
+        base = scores[here.hash].kl
+        for plan in probes:
+            if math.isfinite(scores[plan.hash].kl) and math.isfinite(base):
+                change = scores[plan.hash].kl - base
+                landscape.observe(plan, here, change, window=window.name, tokens=scores[plan.hash].tokens, generation=number)
+        landscape.fit(number)
+        self._thinking["reallocate"] += sum(scores[plan.hash].seconds for plan in probes)
+        self.state.surveyed = here
+        self.recorder.event(
+            f"survey-{number}",
+            "search.surveyed",
+            f"Generation {number}: {len(probes)} probes around {leader.plan_hash} on {len(window.sequences) * self.windows.length} "
+            "tokens.",
+            data={"generation": number, "plan": leader.plan_hash, "probes": len(probes)},
         )
 
-    def _rng(self, generation: int, name: str) -> random.Random:
-        return random.Random(f"{self.config.seed}:{generation}:{name}")
-
-    async def _initial(self) -> list[Offspring]:
-        """Plans of the closed-form operators, then the LLM's until the population is full (three quarters more with both)."""
-        self._report("searching", 0, "initial plans")
-        found: dict[str, Offspring] = {self.uniform.hash: Offspring(self.uniform, "uniform")}
-        for name in self.config.initial:
-            if name in LLM_OPERATORS:
-                only = all(other in LLM_OPERATORS for other in self.config.initial)
-                want = self.config.population if only else max(2, self.config.population // 2)
-                await self._ask(self._llm[name], 0, want, found)
-            else:
-                await self._draw(CLASSICAL[name](), 0, self.config.population if name == "random" else 8, found)
-        short = self.config.population - len(found)
-        if short > 0 and self._llm_only():
-            # An LLM that is down, or repeats itself, must not leave the population empty.
-            await self._draw(CLASSICAL["random"](), 0, short, found)
-        return list(found.values())
-
-    async def _offspring(self, generation: int) -> list[Offspring]:
-        """Children by crossover and by mutation. Where LLM and classical operators share a kind they lead in turn: the LLM in odd
-        generations, the classical ones in even generations; whoever leads is asked for all, the others fill what is missing."""
-        if self.channel is not None:
-            self.channel.new_generation(generation)
-        found: dict[str, Offspring] = {}
-        parents = await self._parents(generation)
-        for kind, count in ((CROSSOVERS, self.config.crossover_offspring), (MUTATIONS, self.config.mutation_offspring)):
-            mine = [name for name in self.config.operators if name in kind]
-            ready = [n for n in mine if n in LLM_OPERATORS], [n for n in mine if n not in LLM_OPERATORS]
-            in_turn = [*ready[0], *ready[1]] if generation % 2 or not ready[1] else [*ready[1], *ready[0]]
-            want = len(found) + count
-            for name in in_turn:
-                if len(found) >= want:
-                    break
-                if name in LLM_OPERATORS:
-                    await self._ask(self._llm[name], generation, want - len(found), found, parents)
-                else:
-                    await self._draw(CLASSICAL[name](), generation, want - len(found), found, parents)
-            if len(found) < want and not ready[1] and self.channel is not None and not self.channel.open:
-                await self._draw(CLASSICAL["level_switch"](), generation, want - len(found), found)
-        return list(found.values())
-
-    async def _parents(self, generation: int) -> list[tuple[Candidate, Candidate]]:
-        """The pairs that the LLM selects, in the generations it leads; none where it is left out or not asked."""
-        classical = any(name not in LLM_OPERATORS for name in self.config.operators)
-        if self._select is None or (classical and generation % 2 == 0):
-            return []
-        try:
-            return await self._select.select(
-                self._context(generation), max(self.config.crossover_offspring, 1), self._rng(generation, "select")
-            )
-        except ProposerError as error:
-            self._note("select", error)
-            return []
-
-    async def _ask(
-        self,
-        operator: Operator,
-        generation: int,
-        want: int,
-        found: dict[str, Offspring],
-        parents: Sequence[tuple[Candidate, Candidate]] = (),
-    ) -> None:
-        """Ask an LLM operator for ``want`` new plans. Beside classical operators, which are free, it answers one question;
-        alone it is asked on while it gives new plans and its channel is open."""
-        assert self.channel is not None
-        if not self._llm_only():
-            want = min(want, self.channel.settings.plans)
-        start = len(found)
-        rng = self._rng(generation, operator.name)
-        while len(found) - start < want and self.channel.open:
-            before = len(found)
-            context = self._context(generation, parents)
-            try:
-                children = await operator.propose(context, want - (len(found) - start), rng)
-            except ProposerError as error:
-                self._note(operator.name, error)
-                if not self._llm_only():
-                    return  # the classical operators fill in at once
-                continue  # nobody else would: three failures in a row close the channel
-            self._add(children, found)
-            if len(found) == before or not self._llm_only():
-                return
-
-    async def _draw(
-        self,
-        operator: Operator,
-        generation: int,
-        want: int,
-        found: dict[str, Offspring],
-        parents: Sequence[tuple[Candidate, Candidate]] = (),
-    ) -> None:
-        start = len(found)
-        rng = self._rng(generation, operator.name)
-        for _ in range(REDRAWS):
-            missing = want - (len(found) - start)
-            if missing <= 0:
-                return
-            children = await operator.propose(self._context(generation, parents), missing, rng)
-            before = len(found)
-            self._add(children, found)
-            if not children or (generation == 0 and len(found) == before):
-                return
-
-    def _add(self, children: Sequence[Offspring], found: dict[str, Offspring]) -> None:
-        for child in children:
-            if child.plan.hash not in self.state.candidates and self.space.meets_budget(child.plan):
-                found.setdefault(child.plan.hash, child)
-
-    def _llm_only(self) -> bool:
-        names = [*self.config.initial, *self.config.operators]
-        return all(name in LLM_OPERATORS for name in names)
-
-    def _note(self, operator: str, error: ProposerError) -> None:
-        """Remember for the next prompt what was wrong with a reply; what went wrong on the way is no lesson for the LLM."""
-        if error.code in ("invalid", "not_json", "no_new_plan"):
-            self.state.rejected.append(Rejected(operator, f"{error.code}: {error.message[:160]}"))
+    def _survey_due(self) -> bool:
+        """Whether the leader has moved far from where it was last surveyed, and tokens are left for it."""
+        before, leader = self.state.surveyed, self.state.leader
+        assert leader is not None
+        if before is not None:
+            moved = sum(a != b for a, b in zip(before.levels, leader.levels, strict=True))
+            if moved < MOVED * len(leader.levels):
+                return False
+        return self._affordable(self.windows.survey_tokens * (2 * len(self.space.blocks) + 1))
 
     # -- scoring plans -------------------------------------------------------------------------------------------------
-    async def _generation(self, number: int, children: Sequence[Offspring]) -> None:
-        """Score children and population stage by stage on the same fresh tokens; the best become the population."""
-        fresh = [self._candidate(child, number) for child in children]
+    def _candidate(self, child: Offspring) -> Candidate:
+        rates = tuple(round(rate, 6) for rate in self.space.rates(child.plan))
+        candidate = Candidate(
+            child.plan.hash, child.plan.levels, rates, self.generation, child.operator, child.parents, informed_by=child.informed_by
+        )
+        leader, landscape = self.state.leader, self.state.landscape
+        if landscape is not None and leader is not None and leader.fitness and leader.relative is not None:
+            change = landscape.change(child.plan, Plan(leader.levels)) / leader.fitness
+            candidate.predicted = round(leader.relative * (1 + change), 6)
+        if child.operator in self.breeder.bandit.arms:
+            candidate.credit = round(self.breeder.bandit.value(child.operator), 9)
+        self.state.candidates[candidate.plan_hash] = candidate
+        self.state.made[child.operator] += 1
+        return candidate
+
+    async def _generation(self, fresh: Sequence[Candidate]) -> None:
+        """Score children beside leader and uniform plan, stage by stage on the same fresh tokens; the best are kept."""
+        number, state = self.generation, self.state
         self.recorder.save_candidates(fresh)
         stages = self.windows.generation(number)
-        field_ = list(fresh)
-        touched = {c.plan_hash: c for c in (*fresh, *self.state.population)}
+        leader = state.leader
+        before = leader.relative if leader is not None else None
+        standing_ = self._standing()
+        field_, uniform, last = list(fresh), math.nan, 0
+        seconds: dict[str, float] = defaultdict(float)
         for stage, keep in enumerate(stage.keep for stage in self.config.stages):
-            self._report("searching", number, f"generation {number}, stage {stage + 1}: {len(field_)} new plans")
+            self._report("searching", f"generation {number}, stage {stage + 1}: {len(field_)} new plans")
             used = stages[: stage + 1]
-            standing = [*field_, *self.state.population]
-            plans = [self.uniform, *(Plan(c.levels) for c in standing)]
-            scores = await self.evaluator.score(plans, used)
-            reference = scores[self.uniform.hash].value(self.config.fitness)
-            for candidate in standing:
-                self._judge(candidate, scores[candidate.plan_hash], reference, used)
-            field_ = sorted((c for c in field_ if c.status == "evaluated"), key=_standing)[:keep]
-        self._credit(fresh)
-        leader = self.state.population[0].plan_hash if self.state.population else None
+            scores = await self._scores([*field_, *standing_], field_, keep, used)
+            uniform = scores[self.uniform.hash].value(self.config.fitness)
+            mark = None if leader is None else Mark(before, scores[leader.plan_hash].value(self.config.fitness))
+            for candidate in (*field_, *standing_):
+                state.judge(candidate, scores[candidate.plan_hash], uniform, mark, used)
+            for candidate in field_:
+                seconds[candidate.operator] += scores[candidate.plan_hash].seconds
+            self._learn(field_, leader, scores, used, first=stage == 0)
+            last = sum(len(window.sequences) for window in used) * self.windows.length
+            field_ = sorted((c for c in field_ if c.status == "evaluated" and not c.rejected), key=standing)[:keep]
+        gains = self._gains_of(field_, before)
+        self._credit(fresh, before)
+        for candidate in field_:
+            state.admit(candidate, uniform, last)
+        for candidate in standing_:
+            state.pool(candidate, uniform, last)
         entrants = [c for c in field_ if self._may_stay(c)]
-        ranked = sorted((c for c in (*entrants, *self.state.population) if c.status == "evaluated"), key=_standing)
-        self.state.population = ranked[: self.config.population]
+        ranked = sorted((c for c in (*entrants, *state.population) if c.status == "evaluated"), key=standing)
+        touched = {c.plan_hash: c for c in (*fresh, *state.population)}
+        state.population = ranked[: self.config.population]
         for candidate in touched.values():
-            candidate.survived = any(candidate is member for member in self.state.population)
+            candidate.survived = any(candidate is member for member in state.population)
         self.recorder.save_candidates(list(touched.values()))
-        if not self.state.population:
+        if not state.population:
             raise SelfprunerError(
                 "No plan of the first generation could be scored; the candidates' reasons say why.", code="no_feasible_plan"
             )
-        best = self.state.population[0]
-        self.state.stale = self.state.stale + 1 if best.plan_hash == leader else 0
-        self.state.lowest = best.relative if best.relative is not None else self.state.lowest
+        best = state.population[0]
+        state.stale = state.stale + 1 if best is leader else 0
+        self._gains.append(max(gains.values(), default=0.0) if best is not leader else 0.0)
+        self._reward(fresh, gains, seconds)
+        self._tell(fresh, best)
+
+    def _standing(self) -> list[Candidate]:
+        """Whom children are scored beside: the leader, and the uniform plan, whose fitness is the measure of all others. In the
+        paper's loop the whole population."""
+        return list(self.state.population if self.breeder.llm_only else self.state.population[:1])
+
+    async def _scores(
+        self, plans: Sequence[Candidate], contenders: Sequence[Candidate], keep: int, windows: Sequence[Window]
+    ) -> dict[str, Fitness]:
+        race = {candidate.plan_hash for candidate in contenders} - {self.uniform.hash} if self.config.early_rejection else set()
+        everything = [self.uniform, *(Plan(candidate.levels) for candidate in plans)]
+        return await self.evaluator.score(everything, windows, contenders=race, keep=keep)
+
+    def _learn(
+        self,
+        children: Sequence[Candidate],
+        leader: Candidate | None,
+        scores: Mapping[str, Fitness],
+        used: Sequence[Window],
+        *,
+        first: bool,
+    ) -> None:
+        """Show the landscape what changed between the leader and its children on the same tokens; with the first stage, which has
+        them all, also how well it had foreseen that."""
+        landscape = self.state.landscape
+        if landscape is None or leader is None or self.config.fitness != "kl":
+            return
+        base, here = scores[leader.plan_hash], Plan(leader.levels)
+        scored = [c for c in children if c.status == "evaluated" and not c.rejected]
+        known = [c for c in scored if c.predicted is not None]
+        if first and len(known) >= 4:
+            self._correlations.append(spearman([c.predicted or 0.0 for c in known], [scores[c.plan_hash].kl for c in known]))
+        name = "+".join(window.name for window in used)
+        for candidate in scored:
+            change = scores[candidate.plan_hash].kl - base.kl
+            landscape.observe(Plan(candidate.levels), here, change, window=name, tokens=base.tokens, generation=self.generation)
+        landscape.fit(self.generation)
+
+    def _may_stay(self, candidate: Candidate) -> bool:
+        """The uniform plan is a reference for all, and a member of the population only where the config starts with it."""
+        return candidate.plan_hash != self.uniform.hash or "uniform" in self.config.initial
+
+    def _credit(self, fresh: Sequence[Candidate], lowest: float | None) -> None:
+        """Who improved on the best so far, in the order the plans were made."""
+        low = math.inf if lowest is None else lowest
+        for candidate in fresh:
+            if candidate.status == "evaluated" and candidate.relative is not None and candidate.relative < low:
+                self.state.improved[candidate.operator] += 1
+                low = candidate.relative
+
+    # -- the bandit's books --------------------------------------------------------------------------------------------
+    @staticmethod
+    def _gains_of(finalists: Sequence[Candidate], before: float | None) -> dict[str, float]:
+        """Per operator the relative improvement over the leader by the best child that reached the last stage."""
+        gains: dict[str, float] = {}
+        if not before:
+            return gains
+        for candidate in finalists:
+            if candidate.relative is not None:
+                gain = 1 - candidate.relative / before
+                gains[candidate.operator] = max(gains.get(candidate.operator, 0.0), gain)
+        return gains
+
+    def _count_thinking(self) -> None:
+        """What the LLM's answers for this generation cost: all of their seconds where it shares the worker, else what was not
+        hidden behind the scoring."""
+        if self.channel is None:
+            return
+        arms = [name for name in self.breeder.bandit.arms if name in LLM_OPERATORS]
+        for name, seconds in self.channel.take_seconds().items():
+            # Selecting parents and reflecting serve all of them.
+            for arm in [name] if name in arms else arms:
+                self._thinking[arm] += seconds if name in arms else seconds / len(arms)
+
+    def _reward(self, fresh: Sequence[Candidate], gains: Mapping[str, float], seconds: Mapping[str, float]) -> None:
+        thinking = dict(self._thinking)
+        self._thinking.clear()
+        if self.channel is not None and self.channel.overlaps:
+            hidden = sum(seconds.values())
+            thinking = {n: max(0.0, s - hidden) if n in LLM_OPERATORS else s for n, s in thinking.items()}
+        self.breeder.bandit.reward(gains, seconds, thinking, Counter(c.operator for c in fresh))
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+    def _affordable(self, tokens: int) -> bool:
+        """Whether ``tokens`` more leave enough of the budget for the final."""
+        budget = self.config.budget_tokens
+        return budget is None or self.evaluator.tokens + tokens + self._final_tokens() <= budget
+
+    def _final_tokens(self) -> int:
+        entrants = len({c.plan_hash for c in self.state.population} | {self.uniform.hash}) + 1
+        return len(self.windows.final.sequences) * self.windows.length * entrants
+
+    def _generation_tokens(self) -> int:
+        """The most a generation can cost."""
+        total, field_, before = 0, self.breeder.offspring, 0
+        beside = (len(self.state.population) if self.breeder.llm_only else 1) + 1
+        for stage in self.config.stages:
+            total += (self.windows.count(stage.tokens) - self.windows.count(before)) * self.windows.length * (field_ + beside)
+            field_, before = stage.keep, stage.tokens
+        return total
+
+    def _stop(self) -> str | None:
+        """Why the generations end here, or None."""
+        config = self.config
+        if self.generation >= config.generations:
+            return f"all {config.generations} generations were made"
+        if not self._affordable(self._generation_tokens()):
+            return f"another generation would pass the budget of {config.budget_tokens:,} tokens"
+        if config.patience and self.state.stale >= config.patience:
+            return f"no better plan in {self.state.stale} generations"
+        if config.patience and len(self._gains) > config.patience:
+            recent = self._gains[-config.patience :]
+            if sum(recent) / len(recent) < config.least_gain:
+                return f"the last {len(recent)} generations gained {100 * sum(recent):.2f} % together"
+        return None
+
+    # -- deciding ------------------------------------------------------------------------------------------------------
+    async def _final(self, stopped: str) -> Outcome:
+        """Re-score the population, the best ramp and the uniform plan on tokens that no stage saw; the best of them wins."""
+        number, state = self.generation, self.state
+        if number < self.config.generations:
+            self.recorder.event(
+                "stopped",
+                "search.stopped",
+                f"Stopped after generation {number} of {self.config.generations}: {stopped}.",
+                data={
+                    "generation": number,
+                    "reason": stopped,
+                    "tokens_spent": self.evaluator.tokens,
+                    "tokens_saved": (self.config.generations - number) * self._generation_tokens(),
+                },
+            )
+        self._report("searching", "final: re-scoring the best plans on unseen tokens")
+        ramps = [c for c in state.context(number).history if c.operator == "ramp"]
+        ramp = ramps[0] if ramps else None
+        uniform = state.candidates[self.uniform.hash]
+        entrants = {c.plan_hash: c for c in (*state.population, *([ramp] if ramp else []), uniform)}
+        window = [self.windows.final]
+        scores = await self.evaluator.score([Plan(c.levels) for c in entrants.values()], window)
+        reference = scores[self.uniform.hash].value(self.config.fitness)
+        for candidate in entrants.values():
+            state.judge(candidate, scores[candidate.plan_hash], reference, None, window)
+        self.recorder.save_candidates(list(entrants.values()))
+        finalists = sorted((c for c in entrants.values() if c.status == "evaluated"), key=standing)
+        if not finalists:
+            raise SelfprunerError("No plan could be scored on the final tokens.", code="no_feasible_plan")
+        best = finalists[0]
+        correlation = sum(self._correlations) / len(self._correlations) if self._correlations else None
+        self.recorder.event(
+            "final",
+            "search.finished",
+            f"Best plan {best.plan_hash} by {best.operator}: {self.config.fitness} {best.fitness:.4f} on unseen tokens, "
+            f"{100 * (best.relative or 1):.1f} % of uniform.",
+            data={
+                "best": best.plan_hash,
+                "fitness": best.fitness,
+                "relative": best.relative,
+                "operator": best.operator,
+                "rank_correlation": correlation,
+            },
+        )
+        self._report("searching", "search finished", best)
+        return Outcome(
+            best,
+            uniform,
+            ramp,
+            finalists,
+            number,
+            dict(state.made),
+            dict(state.improved),
+            stopped,
+            self.evaluator.tokens,
+            correlation,
+        )
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+    def _tell(self, fresh: Sequence[Candidate], best: Candidate) -> None:
+        number = self.generation
         self.recorder.event(
             f"generation-{number}",
             "search.generation",
@@ -299,76 +412,19 @@ class Search:
                 "operator": best.operator,
                 "plans": dict(Counter(c.operator for c in fresh)),
                 "population": [c.plan_hash for c in self.state.population],
+                "tokens": self.evaluator.tokens,
+                "rank_correlation": round(self._correlations[-1], 3) if self._correlations else None,
+                "bandit": {name: round(1e4 * self.breeder.bandit.value(name), 3) for name in self.breeder.bandit.arms},
             },
         )
-        self._report("searching", number, f"generation {number} done")
+        self._report("searching", f"generation {number} done")
 
-    def _candidate(self, child: Offspring, generation: int) -> Candidate:
-        rates = tuple(round(rate, 6) for rate in self.space.rates(child.plan))
-        candidate = Candidate(child.plan.hash, child.plan.levels, rates, generation, child.operator, child.parents)
-        self.state.candidates[candidate.plan_hash] = candidate
-        self.state.made[child.operator] += 1
-        return candidate
-
-    def _judge(self, candidate: Candidate, fitness: Fitness, reference: float, windows: Sequence[Window]) -> None:
-        value = fitness.value(self.config.fitness)
-        candidate.window = "+".join(window.name for window in windows)
-        candidate.tokens = fitness.tokens
-        if fitness.reason is not None or not math.isfinite(value):
-            candidate.status = "failed" if (fitness.reason or "").startswith("out of memory") else "infeasible"
-            candidate.reason = fitness.reason or "the fitness is not a number"
-            candidate.fitness = candidate.relative = None
-            return
-        candidate.status = "evaluated"
-        candidate.fitness = value
-        candidate.relative = value / reference if reference > 0 else None
-
-    def _may_stay(self, candidate: Candidate) -> bool:
-        """The uniform plan is a reference for all, and a member of the population only where the config starts with it."""
-        return candidate.plan_hash != self.uniform.hash or "uniform" in self.config.initial
-
-    def _credit(self, fresh: Sequence[Candidate]) -> None:
-        """Who improved on the best so far, in the order the plans were made."""
-        for candidate in fresh:
-            if candidate.status == "evaluated" and candidate.relative is not None and candidate.relative < self.state.lowest:
-                self.state.improved[candidate.operator] += 1
-                self.state.lowest = candidate.relative
-
-    # -- deciding ------------------------------------------------------------------------------------------------------
-    async def _final(self) -> Outcome:
-        """Re-score the population, the best ramp and the uniform plan on tokens that no stage saw; the best of them wins."""
-        number = self.config.generations
-        self._report("searching", number, "final: re-scoring the best plans on unseen tokens")
-        by_operator = [c for c in self._context(number).history if c.operator == "ramp"]
-        ramp = by_operator[0] if by_operator else None
-        uniform = self.state.candidates[self.uniform.hash]
-        entrants = {c.plan_hash: c for c in (*self.state.population, *([ramp] if ramp else []), uniform)}
-        window = [self.windows.final]
-        scores = await self.evaluator.score([Plan(c.levels) for c in entrants.values()], window)
-        reference = scores[self.uniform.hash].value(self.config.fitness)
-        for candidate in entrants.values():
-            self._judge(candidate, scores[candidate.plan_hash], reference, window)
-        self.recorder.save_candidates(list(entrants.values()))
-        finalists = sorted((c for c in entrants.values() if c.status == "evaluated"), key=_standing)
-        if not finalists:
-            raise SelfprunerError("No plan could be scored on the final tokens.", code="no_feasible_plan")
-        best = finalists[0]
-        self.recorder.event(
-            "final",
-            "search.finished",
-            f"Best plan {best.plan_hash} by {best.operator}: {self.config.fitness} {best.fitness:.4f} on unseen tokens, "
-            f"{100 * (best.relative or 1):.1f} % of uniform.",
-            data={"best": best.plan_hash, "fitness": best.fitness, "relative": best.relative, "operator": best.operator},
-        )
-        self._report("searching", number, "search finished", best)
-        return Outcome(best, uniform, ramp, finalists, number, dict(self.state.made), dict(self.state.improved))
-
-    def _report(self, stage: str, generation: int, message: str, best: Candidate | None = None) -> None:
-        best = best or (self.state.population[0] if self.state.population else None)
+    def _report(self, stage: str, message: str, best: Candidate | None = None) -> None:
+        best = best or self.state.leader
         self.recorder.progress(
             Progress(
                 stage=stage,
-                generation=generation,
+                generation=self.generation,
                 generations=self.config.generations,
                 evaluations=self.evaluator.evaluations,
                 plans=len(self.evaluator.plans),
@@ -381,10 +437,28 @@ class Search:
         )
 
 
-def _standing(candidate: Candidate) -> tuple[float, str]:
-    """Sort key: relative fitness, which exists for every evaluated candidate; equal ones by hash, so that order is stable."""
-    value = candidate.relative if candidate.relative is not None else candidate.fitness
-    return (value if value is not None else float("inf"), candidate.plan_hash)
+def survey(space: SearchSpace, plan: Plan, step: float) -> list[Plan]:
+    """Plans that differ from ``plan`` in one block only: one smaller and one larger, by a share ``step`` of the block's
+    parameters or the next level, whichever is more."""
+    plans = []
+    for index, (block, here) in enumerate(zip(space.blocks, plan.levels, strict=True)):
+        for way in (-1, 1):
+            levels = range(here + way, -1 if way < 0 else len(block.options), way)
+            far = [level for level in levels if abs(block.rate(level) - block.rate(here)) >= step - 1e-9]
+            level = far[0] if far else levels[-1] if levels else None
+            if level is not None:
+                plans.append(Plan((*plan.levels[:index], level, *plan.levels[index + 1 :])))
+    return plans
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Rank correlation in [-1, 1]; ties in the order given. 0 for fewer than two."""
+    count = len(first)
+    if count < 2:
+        return 0.0
+    ranks = [{index: rank for rank, index in enumerate(sorted(range(count), key=values.__getitem__))} for values in (first, second)]
+    distance = sum((ranks[0][index] - ranks[1][index]) ** 2 for index in range(count))
+    return 1 - 6 * distance / (count * (count**2 - 1))
 
 
 def _probe_level(space: SearchSpace, block: int) -> int:

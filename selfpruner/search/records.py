@@ -40,7 +40,10 @@ class Evaluation:
 @dataclass(slots=True)
 class Candidate:
     """A plan in the population. ``fitness`` is on its latest and largest window; ``relative`` is that over the uniform
-    plan's fitness on the same tokens, so candidates of different generations can be compared (1 = uniform, lower is better)."""
+    plan's fitness on the same tokens, so candidates of different generations can be compared (1 = uniform, lower is better).
+
+    ``predicted`` is the relative fitness the landscape's model expected before it was scored; ``credit`` what the bandit believed
+    its operator gains per second; ``informed_by`` the latest generation whose scores an LLM operator knew."""
 
     plan_hash: str
     levels: tuple[int, ...]
@@ -55,6 +58,14 @@ class Candidate:
     tokens: int = 0
     reason: str | None = None
     survived: bool = False
+    predicted: float | None = None
+    credit: float | None = None
+    informed_by: int | None = None
+
+    @property
+    def rejected(self) -> bool:
+        """Whether a race ended early for it: its fitness is an estimate, good enough to be left out by."""
+        return self.status == "evaluated" and self.reason is not None
 
 
 @dataclass(frozen=True, slots=True)

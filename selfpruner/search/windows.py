@@ -19,14 +19,17 @@ class Windows:
     Raises ConfigError when the text is too short for one generation.
     """
 
-    def __init__(self, sequences: int, length: int, *, seed: int, probe: int, final: int, stages: Sequence[int]) -> None:
+    def __init__(
+        self, sequences: int, length: int, *, seed: int, probe: int, final: int, stages: Sequence[int], survey: int = 0
+    ) -> None:
         self.length = length
         self._seed = seed
-        self._steps = [self._count(after - before) for before, after in zip((0, *stages), stages, strict=False)]
+        self._steps = [self.count(after - before) for before, after in zip((0, *stages), stages, strict=False)]
         if any(after <= before for before, after in zip((0, *stages), stages, strict=False)):
             raise ConfigError("stages must have rising token counts", param="stages")
-        finals = min(self._count(final), sequences // 3)
-        self._probe = tuple(range(min(self._count(probe), sequences // 3)))
+        self._survey = self.count(survey)
+        finals = min(self.count(final), sequences // 3)
+        self._probe = tuple(range(min(self.count(probe), sequences // 3)))
         self._final = tuple(range(sequences - finals, sequences))
         self._free = range(len(self._probe), sequences - finals)
         need = sum(self._steps)
@@ -37,7 +40,8 @@ class Windows:
                 param="fitness_text",
             )
 
-    def _count(self, tokens: int) -> int:
+    def count(self, tokens: int) -> int:
+        """Sequences that hold ``tokens`` tokens."""
         return -(-tokens // self.length)
 
     @property
@@ -47,6 +51,16 @@ class Windows:
     @property
     def final(self) -> Window:
         return Window("final", "fitness", self._final)
+
+    @property
+    def survey_tokens(self) -> int:
+        return self._survey * self.length
+
+    def survey(self, number: int) -> Window:
+        """Fresh tokens for the probes around the leader of generation ``number``."""
+        count = min(self._survey, len(self._free))
+        chosen = random.Random(f"survey:{self._seed}:{number}").sample(self._free, count)
+        return Window(f"survey.{number}", "fitness", tuple(sorted(chosen)))
 
     def generation(self, number: int) -> list[Window]:
         """One window per stage, disjoint: a stage adds its window to those before it."""

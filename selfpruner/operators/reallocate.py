@@ -1,0 +1,31 @@
+"""The plan of smallest expected KL around the best one, by the landscape's model and dynamic programming."""
+
+from __future__ import annotations
+
+import random
+
+from selfpruner.operators.base import Context, Offspring
+from selfpruner.operators.closed_form import cheapest
+from selfpruner.space import Plan
+
+# How far a block's rate may move in one step: the model is a sum of losses around the leader, and less true further away.
+RADII = (0.1, 0.05, 0.2)
+
+
+class Reallocate:
+    """Of several children the first takes the losses as expected, the others a draw each from what is still possible (Thompson
+    sampling over plans), in turn within narrow and wide bounds."""
+
+    name = "reallocate"
+
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
+        if context.landscape is None or not context.population:
+            return []
+        leader = context.population[0]
+        here = Plan(leader.levels)
+        found = []
+        for number in range(count):
+            radius = RADII[number % len(RADII)]
+            losses = context.landscape.losses(rng if number else None, around=here, radius=radius)
+            found.append(Offspring(cheapest(context.space, losses), self.name, (leader.plan_hash,)))
+        return found

@@ -1,0 +1,217 @@
+"""Who makes a generation's children, and which of many proposals are worth scoring.
+
+Where a config names LLM operators only, it is the paper's loop (Self-Pruner, arXiv 2502.14413): parents are selected, then crossed
+over, then mutated, one question after the other. Everywhere else operators compete: a bandit shares a generation's children out,
+the LLM is asked while workers score the generation before, and of what the cheap operators propose the landscape's model
+picks the most promising.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from selfpruner.config import SearchConfig
+from selfpruner.errors import ProposerError
+from selfpruner.names import LLM_OPERATORS
+from selfpruner.operators import CLASSICAL, CROSSOVERS, Context, Offspring, Operator, ParentSelection, Rejected
+from selfpruner.operators.llm import OPERATORS, Select
+from selfpruner.operators.reflect import Reflect
+from selfpruner.proposers.channel import LlmChannel
+from selfpruner.search.bandit import Bandit
+from selfpruner.search.records import Candidate
+from selfpruner.search.state import NOTES_SHOWN, State
+from selfpruner.space import Plan
+
+# Classical operators draw again when their children are known already; this many times before a slot stays empty.
+REDRAWS = 20
+# The LLM reflects on every second generation: lessons change slowly, and a question costs as much as asking for plans.
+REFLECT_EVERY = 2
+
+
+class Breeder:
+    """Makes plans for one search. ``channel`` is None when no operator of the config needs an LLM."""
+
+    def __init__(self, config: SearchConfig, state: State, uniform: Plan, channel: LlmChannel | None) -> None:
+        self.config = config
+        self.state = state
+        self.channel = channel
+        self.bandit = Bandit([name for name in config.operators if name != "select"])
+        self.llm_only = all(name in LLM_OPERATORS for name in (*config.initial, *config.operators))
+        self._uniform = uniform
+        self._llm: dict[str, Operator] = {}
+        self._select: ParentSelection | None = None
+        self._reflect: Reflect | None = None
+        if channel is not None:
+            self._llm = {name: OPERATORS[name](channel) for name in LLM_OPERATORS if name != "select"}  # type: ignore[misc]
+            self._select = Select(channel) if "select" in config.operators else None
+            self._reflect = None if self.llm_only else Reflect(channel)
+
+    # -- initial plans -------------------------------------------------------------------------------------------------
+    async def initial(self) -> list[Offspring]:
+        """Plans of the closed-form operators, then the LLM's until the population is full (half of it more with both)."""
+        config = self.config
+        found: dict[str, Offspring] = {self._uniform.hash: Offspring(self._uniform, "uniform")}
+        for name in config.initial:
+            if name in LLM_OPERATORS:
+                only = all(other in LLM_OPERATORS for other in config.initial)
+                count = config.population if only else max(2, config.population // 2)
+                await self._ask(self._llm[name], self.state.context(0), count, found)
+            else:
+                await self._draw(name, 0, config.population if name == "random" else 8, found)
+        short = config.population - len(found)
+        if short > 0 and self.llm_only:
+            # An LLM that is down, or repeats itself, must not leave the population empty.
+            await self._draw("random", 0, short, found)
+        return list(found.values())
+
+    # -- children ------------------------------------------------------------------------------------------------------
+    @property
+    def offspring(self) -> int:
+        return self.config.crossover_offspring + self.config.mutation_offspring
+
+    def shares(self, generation: int) -> dict[str, int]:
+        """How many children each operator is to make; even shares where the bandit is switched off."""
+        arms = list(self.bandit.arms)
+        if not arms:
+            return {}
+        if self.config.bandit:
+            return self.bandit.shares(self.offspring, generation)
+        # Whoever gets one more changes from generation to generation.
+        turn = generation % len(arms)
+        return {name: (self.offspring + (index - turn) % len(arms)) // len(arms) for index, name in enumerate(arms)}
+
+    async def ahead(self, generation: int, pending: Sequence[Candidate]) -> list[Offspring]:
+        """The LLM's children for ``generation``, asked for while the one before is scored. None in the paper's loop, and none where
+        the LLM lives on the worker that scores."""
+        if self.channel is None or self.llm_only or not self.channel.overlaps:
+            return []
+        return await self._consult(generation, pending)
+
+    async def _consult(self, generation: int, pending: Sequence[Candidate] = ()) -> list[Offspring]:
+        """All of a generation's questions to the LLM: lessons now and then, parents, children. Everything is asked of what was
+        known at the start, whatever is scored meanwhile."""
+        assert self.channel is not None
+        self.channel.new_generation(generation)
+        known = self.state.context(generation, pending=pending).snapshot()
+        wanted = {name: share for name, share in self.shares(generation).items() if name in LLM_OPERATORS and share}
+        if not wanted:
+            return []
+        if self._reflect is not None and generation % REFLECT_EVERY == 0:
+            self.state.reflections = await self._reflect.reflect(known, self._rng(generation, "reflect"))
+            known = replace(known, reflections=self.state.reflections)
+        found: dict[str, Offspring] = {}
+        if "crossover" in wanted:
+            known = replace(known, parents=await self._parents(known))
+        for name, share in wanted.items():
+            await self._ask(self._llm[name], known, share, found)
+        return list(found.values())
+
+    async def children(self, generation: int, arrived: Sequence[Offspring]) -> list[Offspring]:
+        """A generation's children: those of the LLM that ``arrived``, and the classical operators' for the rest."""
+        if self.llm_only:
+            return await self._paper(generation)
+        found: dict[str, Offspring] = {}
+        if self.channel is not None and not self.channel.overlaps:
+            arrived = await self._consult(generation)
+        self._add(arrived, found)
+        shares = {name: share for name, share in self.shares(generation).items() if name not in LLM_OPERATORS}
+        missing = self.offspring - len(found)
+        if not shares:
+            shares = {"level_switch": missing}
+        whole = sum(shares.values())
+        for place, (name, share) in enumerate(shares.items()):
+            # What the LLM did not deliver goes to the others in proportion.
+            count = round(missing * share / whole) if whole else missing // len(shares)
+            if place == len(shares) - 1:
+                count = self.offspring - len(found)
+            await self._draw(name, generation, min(count, self.offspring - len(found)), found)
+        return list(found.values())
+
+    async def _paper(self, generation: int) -> list[Offspring]:
+        assert self.channel is not None
+        self.channel.new_generation(generation)
+        found: dict[str, Offspring] = {}
+        parents = await self._parents(self.state.context(generation))
+        for crosses, count in ((True, self.config.crossover_offspring), (False, self.config.mutation_offspring)):
+            want = len(found) + count
+            for name in self.config.operators:
+                if name != "select" and (name in CROSSOVERS) == crosses and len(found) < want:
+                    context = self.state.context(generation, parents)
+                    await self._ask(self._llm[name], context, want - len(found), found)
+            if len(found) < want and not self.channel.open:
+                await self._draw("level_switch", generation, want - len(found), found)
+        return list(found.values())
+
+    async def _parents(self, context: Context) -> list[tuple[Candidate, Candidate]]:
+        """The pairs that the LLM selects; none where it does not."""
+        if self._select is None:
+            return []
+        rng = self._rng(context.generation, "select")
+        try:
+            return await self._select.select(context, max(self.config.crossover_offspring, 1), rng)
+        except ProposerError as error:
+            self._note("select", error)
+            return []
+
+    async def _ask(self, operator: Operator, context: Context, want: int, found: dict[str, Offspring]) -> None:
+        """Ask an LLM operator for ``want`` new plans. Beside classical operators, which are free, it answers one question;
+        alone it is asked on while it gives new plans and its channel is open."""
+        assert self.channel is not None
+        if not self.llm_only:
+            want = min(want, self.channel.settings.plans)
+        start = len(found)
+        rng = self._rng(context.generation, operator.name)
+        while len(found) - start < want and self.channel.open:
+            before = len(found)
+            now = replace(context, seen=context.seen | found.keys(), rejected=tuple(self.state.rejected[-NOTES_SHOWN:]))
+            try:
+                children = await operator.propose(now, want - (len(found) - start), rng)
+            except ProposerError as error:
+                self._note(operator.name, error)
+                if not self.llm_only:
+                    return  # the classical operators fill in at once
+                continue  # nobody else would: three failures in a row close the channel
+            self._add(children, found)
+            if len(found) == before or not self.llm_only:
+                return
+
+    async def _draw(self, name: str, generation: int, want: int, found: dict[str, Offspring]) -> None:
+        """``want`` new plans of a classical operator; the landscape picks them from several times as many."""
+        operator = CLASSICAL[name]()
+        start = len(found)
+        rng = self._rng(generation, name)
+        choosy = generation > 0 and self.state.landscape is not None and operator.name not in ("reallocate", "random")
+        more = self.config.oversample if choosy else 1
+        for _ in range(REDRAWS):
+            missing = want - (len(found) - start)
+            if missing <= 0:
+                return
+            children = await operator.propose(self.state.context(generation), missing * more, rng)
+            new = {child.plan.hash: child for child in children if child.plan.hash not in found}
+            ranked = sorted(new.values(), key=self._promise) if choosy else list(new.values())
+            before = len(found)
+            for child in ranked:
+                if len(found) - start < want or not choosy:
+                    self._add([child], found)
+            if not children or (generation == 0 and len(found) == before):
+                return
+
+    def _promise(self, child: Offspring) -> float:
+        leader = self.state.leader
+        assert self.state.landscape is not None
+        return self.state.landscape.change(child.plan, Plan(leader.levels)) if leader is not None else 0.0
+
+    def _add(self, children: Sequence[Offspring], found: dict[str, Offspring]) -> None:
+        for child in children:
+            if child.plan.hash not in self.state.candidates and self.state.space.meets_budget(child.plan):
+                found.setdefault(child.plan.hash, child)
+
+    def _rng(self, generation: int, name: str) -> random.Random:
+        return random.Random(f"{self.config.seed}:{generation}:{name}")
+
+    def _note(self, operator: str, error: ProposerError) -> None:
+        """Remember for the next prompt what was wrong with a reply; what went wrong on the way is no lesson for the LLM."""
+        if error.code in ("invalid", "not_json", "no_new_plan"):
+            self.state.rejected.append(Rejected(operator, f"{error.code}: {error.message[:160]}"))
