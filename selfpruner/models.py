@@ -230,7 +230,7 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     streamed = room is not None and weights * RESIDENT_FACTOR > room
     try:
         with quiet():
-            model = _stream(source, target, chosen, layer, room or 0) if streamed else _whole(source, target, chosen)
+            model = _model(source, target, chosen, room if streamed else None, layer)
             tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
@@ -247,37 +247,23 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed)
 
 
-def _whole(source: ModelSource, target: torch.device, dtype: torch.dtype) -> Any:
-    auto: Any = importlib.import_module("transformers")
-    model, report = auto.AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    missing = sorted(report["missing_keys"]) + sorted(str(item[0]) for item in report["mismatched_keys"])
-    if missing:
-        raise ModelError(f"{source.folder} lacks weights, such as {missing[0]}. Download the model again.", param="model")
-    model = model.to(target)
-    model.eval().requires_grad_(False)
-    return model
-
-
-def _stream(source: ModelSource, target: torch.device, dtype: torch.dtype, layer_bytes: int, memory: int) -> Any:
+def _model(source: ModelSource, target: torch.device, dtype: torch.dtype, memory: int | None, layer_bytes: int) -> PreTrainedModel:
+    """The model whole, or streamed within ``memory``."""
     from selfpruner import streaming
 
     auto: Any = importlib.import_module("transformers")
-    least = streaming.least_memory(layer_bytes, target)
-    if memory < least:
+    config = auto.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    paths = model_checks.weight_files(source.folder)
+    if memory is None:
+        model = streaming.whole(config, paths, target, dtype)
+    elif memory < (least := streaming.least_memory(layer_bytes, target)):
         raise ConfigError(
             f"{source.name} cannot be worked on in {memory / 2**20:,.0f} MiB. Set memory to {-(-least >> 20)}MiB or more, or use a "
             "device that has it.",
             param="memory",
         )
-    config = auto.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    model = streaming.stream(config, model_checks.weight_files(source.folder), target, dtype, memory)
+    else:
+        model = streaming.stream(config, paths, target, dtype, memory)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = auto.GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     return model

@@ -77,8 +77,13 @@ class WeightFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._files:
-            raise ModelError(f"The model's files lack {name}. Download the model again.", param="model")
+            raise ModelError(f"The model lacks weights, such as {name}. Download the model again.", param="model")
         return self._files[name].shapes[name][1]
+
+    def check(self, name: str, parameter: Tensor) -> None:
+        """Raises ModelError unless the files hold ``name`` in the parameter's shape."""
+        if self.shape(name) != tuple(parameter.shape):
+            raise ModelError(f"{name} has another shape than config.json asks for. Download the model again.", param="model")
 
     def read(self, name: str, out: Tensor | None = None, *, order: Tensor | None = None, axis: int = 0) -> Tensor:
         """A tensor, its index ``axis`` in the given order (a permutation, on the device), into ``out`` or a new one."""
@@ -163,10 +168,7 @@ class LayerStream:
             for attribute, parameter in module.named_parameters(recurse=False):
                 local = f"{module_name}.{attribute}"
                 name = f"model.layers.{index}.{local}"
-                if self.files.shape(name) != tuple(parameter.shape):
-                    raise ModelError(
-                        f"{name} has another shape than config.json asks for. Download the model again.", param="model"
-                    )
+                self.files.check(name, parameter)
                 if parameter.ndim > 1:
                     places.append(_Place(module, attribute, name, local, tuple(parameter.shape), offset, parameter))
                     offset += parameter.numel()
@@ -266,6 +268,28 @@ def stream(
     return streamed
 
 
+def whole(config: PreTrainedConfig, paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of ``config`` with all its weights on the device, read in pieces: nothing else takes memory on the way, whatever
+    dtype the files have. Raises ModelError when files and config do not fit together."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    files = WeightFiles.open(paths, device, dtype)
+    tied = bool(config.tie_word_embeddings)
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            for attribute, parameter in list(module.named_parameters(recurse=False)):
+                name = f"{module_name}.{attribute}"
+                if not (tied and name == "lm_head.weight"):
+                    files.check(name, parameter)
+                    setattr(module, attribute, nn.Parameter(files.read(name), requires_grad=False))
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    model.train(False)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
 class _Presence:
     def __init__(self, layers: LayerStream, index: int) -> None:
         self._layers, self._index = layers, index
@@ -277,10 +301,8 @@ class _Presence:
 def _place_vocabulary(model: Any, files: WeightFiles, memory: int) -> None:
     tied = bool(model.config.tie_word_embeddings)
     embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
-    shape = (model.config.vocab_size, model.config.hidden_size)
-    for name in [embeddings] if tied else [embeddings, head]:
-        if files.shape(name) != shape:
-            raise ModelError(f"{name} has another shape than config.json asks for. Download the model again.", param="model")
+    for name, weight in ((embeddings, model.model.embed_tokens.weight), (embeddings if tied else head, model.lm_head.weight)):
+        files.check(name, weight)
     head_name, head_weight = (embeddings, model.model.embed_tokens.weight) if tied else (head, model.lm_head.weight)
     if head_weight.numel() * files.dtype.itemsize * _HEAD_SHARE <= memory:
         model.lm_head.weight = nn.Parameter(files.read(head_name), requires_grad=False)

@@ -95,7 +95,7 @@ def prepare(
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     release()  # what writing text needed is gone before the factors come
     blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
-    space = _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
+    space = space_of(config, arch, blocks)
     seconds = time.perf_counter() - started
     return Prepared(config, loaded, arch, cache, texts, space, signals, make_engine(arch, loaded, blocks), seconds)
 
@@ -154,6 +154,11 @@ def prepare_blocks(
     return blocks, gather(measured)
 
 
+def space_of(config: SearchConfig, arch: Architecture, blocks: Sequence[PrunableAttention | PrunableFfn]) -> SearchSpace:
+    """The search space of prepared blocks, in plan order."""
+    return _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
+
+
 def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
     """Where the covariances of a layer are factored: on the model's device, or on the CPU when a GPU's share is too small. Raises
     ConfigError when it is the CPU's memory that is bounded."""
@@ -209,7 +214,7 @@ def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Pr
     blocks, signals = prepare_blocks(
         config, prepared.arch, prepared.loaded, prepared.text("calibration"), prepared.cache, progress, cancelled
     )
-    space = _space(config, prepared.arch, [Block(i // 2, _kind(i), block.options) for i, block in enumerate(blocks)])
+    space = space_of(config, prepared.arch, blocks)
     engine = make_engine(prepared.arch, prepared.loaded, blocks)
     return replace(prepared, config=config, space=space, signals=signals, engine=engine)
 
