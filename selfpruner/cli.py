@@ -83,6 +83,8 @@ def serve(
 def submit(
     model: options.Model = None,
     rate: options.Rate = None,
+    objective: options.Objective = None,
+    rates: options.Rates = None,
     preset: options.Preset = None,
     criterion: options.Criterion = None,
     compensation: options.Compensation = None,
@@ -111,6 +113,8 @@ def submit(
         calibration=calibration,
         model=model,
         rate=rate,
+        objective=objective,
+        rates=rates,
         preset=preset,
         criterion=criterion,
         compensation=compensation,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from selfpruner import names
 
 Metric = Literal["kl", "nll"]
+Objective = Literal["quality", "latency", "parameters"]
 Tokens = Annotated[int, Field(ge=16, le=100_000_000)]
 
 
@@ -32,6 +33,16 @@ def _bytes(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1, le=1 << 50)]
+
+
+def _listed(value: Any) -> Any:
+    """``a,b`` as a list, as a command line has it."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[Objective, ...])]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Rates = Annotated[tuple[Share, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[Share, ...])]
 
 
 class Strict(BaseModel):
@@ -101,6 +112,18 @@ class SearchConfig(Strict):
     fitness_text: TextConfig = TextConfig(sequences=84, length=256)
     report_text: TextConfig = TextConfig(sequences=32, length=512)
 
+    objective: Objectives = Field(
+        default=("quality",),
+        min_length=1,
+        max_length=3,
+        description="quality first; with latency or parameters the job also keeps a Pareto front of plans",
+    )
+    rates: Rates = Field(
+        default=(),
+        max_length=32,
+        description="rates of a front over parameters, beside `rate`; when empty, four more from half of `rate` up to it",
+    )
+
     fitness: Metric = "kl"
     probe_tokens: Tokens = 1024
     population: int = Field(default=5, ge=1, le=1000)
@@ -114,7 +137,9 @@ class SearchConfig(Strict):
     early_rejection: bool = True
     bandit: bool = True
     oversample: int = Field(default=4, ge=1, le=64, description="proposals per child that the landscape's model picks from")
-    budget_tokens: int | None = Field(default=None, ge=0, description="plan-tokens for probes, generations and the final together")
+    budget_tokens: int | None = Field(
+        default=None, ge=0, description="plan-tokens for probes, generations, the final and the front"
+    )
     patience: int = Field(default=4, ge=0, description="generations without progress after which the search stops; 0: never")
     least_gain: float = Field(default=0.001, ge=0, lt=1, description="mean relative gain per generation that is progress")
     initial: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "initialize")
@@ -152,6 +177,10 @@ class SearchConfig(Strict):
             names.check("operator", name, names.OFFSPRING_OPERATORS, param="operators")
         if "uniform" not in self.initial and self.preset != "self-pruner":
             raise ValueError("initial must contain 'uniform': every result is compared with it")
+        if self.objective[0] != "quality" or len(set(self.objective)) < len(self.objective):
+            raise ValueError("objective must start with quality, then latency, parameters or both, each once")
+        if self.rates and "parameters" not in self.objective:
+            raise ValueError("rates are the points of a front over parameters: add it to the objective (quality,parameters)")
         if "\x00" in self.model:
             raise ValueError("model contains a null byte")
         return self
@@ -159,6 +188,14 @@ class SearchConfig(Strict):
     @property
     def uses_llm(self) -> bool:
         return any(name in names.LLM_OPERATORS for name in (*self.initial, *self.operators))
+
+    @property
+    def front_rates(self) -> tuple[float, ...]:
+        """The rates of the front's plans, ascending, the job's own among them; that one alone without a front over parameters."""
+        if "parameters" not in self.objective:
+            return (self.rate,)
+        asked = self.rates or tuple(round(self.rate * share, 6) for share in (0.5, 0.625, 0.75, 0.875))
+        return tuple(sorted({*asked, self.rate}))
 
     def fingerprint(self, *fields: str) -> str:
         """Sixteen hex digits over the given fields (all when none is given): equal configs, equal fingerprints."""

@@ -25,6 +25,15 @@ Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder or GGUF file.", show_default="smollm2-135m")
 ]
 Rate = Annotated[float | None, typer.Option("--rate", "-r", help="Parameters to remove, over those of the decoder: 0.2 is 20 %.")]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="quality; quality,parameters or quality,latency (or all three) keeps a Pareto front.", show_default="quality"
+    ),
+]
+Rates = Annotated[
+    str | None, typer.Option(help="Rates of a front over parameters: 0.1,0.15,0.2.", show_default="half of the rate up to it")
+]
 Preset = Annotated[str | None, typer.Option(help=f"Fills in what is not given: {_known(PRESETS)}.", show_default="default")]
 Criterion = Annotated[str | None, typer.Option(help=f"What to keep: {_known(names.CRITERIA)}.", show_default="obs")]
 Compensation = Annotated[
