@@ -186,6 +186,16 @@ def test_chunking_changes_nothing(case: Ready, tokens: torch.Tensor, how: dict[s
         assert found.tokens == score.tokens
 
 
+@pytest.mark.parametrize("memory", [1, 1 << 16, 1 << 30])
+def test_memory_changes_nothing(case: Ready, tokens: torch.Tensor, memory: int) -> None:
+    plans = random_plans(case.space, 6)
+    expected = case.engine.evaluate(plans, tokens)
+    engine = Engine(case.arch, case.blocks, memory_bytes=memory)
+    assert engine.stream_bytes + engine.logit_bytes + engine.cache.max_bytes <= memory
+    for found, score in zip(engine.evaluate(plans, tokens), expected, strict=True):
+        assert found.kl == pytest.approx(score.kl, abs=1e-5)
+
+
 def test_a_window_is_the_mean_of_its_sequences(case: Ready, tokens: torch.Tensor) -> None:
     plans = random_plans(case.space, 2)
     whole = case.engine.evaluate(plans, tokens)
@@ -255,18 +265,23 @@ def test_the_cache_of_levels_is_bounded(case: Ready) -> None:
         made.append(level)
         return case.blocks[1].weights(level)
 
-    for level in (1, 2, 1, 3):
-        cache.get(1, level, make)
-        assert cache.bytes <= cache.max_bytes
+    def walk(*levels: int) -> None:
+        cache.next_walk()
+        for level in levels:
+            assert cache.get(1, level, make) is not None
+            assert cache.bytes <= cache.max_bytes
+
+    walk(1, 2, 3)
     assert made == [1, 2, 3]
-    cache.get(1, 1, make)
-    assert made == [1, 2, 3], "least recently used goes first: 2 went, 1 stayed"
-    cache.get(1, 2, make)
-    assert made == [1, 2, 3, 2]
+    walk(1, 2, 3)
+    assert made == [1, 2, 3, 3], "a walk does not push out what the next one begins with"
+    walk(2, 3)
+    walk(2, 3)
+    assert made == [1, 2, 3, 3, 3], "what the last walk did not use made room"
+    assert cache.bytes == sizes[1] + sizes[2]
     tight = LevelCache(0)
-    for level in (1, 2, 3):
-        assert tight.get(1, level, make) is not None
-        assert tight.bytes == sizes[level - 1], "what is in use stays"
+    assert tight.get(1, 1, make) is not None
+    assert tight.bytes == 0
 
 
 def test_dense_levels_are_the_models_own_weights(case: Ready) -> None:

@@ -294,13 +294,13 @@ class Architecture:
     def attention_inputs(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What o_proj sees: residual x (B, S, d) to head outputs (B, S, K*r*h) in the weights' dtype."""
         batch, length, _ = x.shape
-        n = rms_norm(x, self.decoder.layers[layer].input_layernorm.weight.detach(), self.eps).to(w.q.dtype)
+        n = rms_norm(x, self.decoder.layers[layer].input_layernorm.weight.detach(), self.eps, w.q.dtype)
         q = F.linear(n, w.q, w.q_bias).view(batch, length, -1, w.head_dim)
         k = F.linear(n, w.k, w.k_bias).view(batch, length, -1, w.head_dim)
         v = F.linear(n, w.v, w.v_bias).view(batch, length, -1, w.head_dim).transpose(1, 2)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.eps), rms_norm(k, w.k_norm, self.eps)
-        q, k = rotate(q.transpose(1, 2), rope).to(v.dtype), rotate(k.transpose(1, 2), rope).to(v.dtype)
+        q, k = rotate(q, rope).to(v.dtype).transpose(1, 2), rotate(k, rope).to(v.dtype).transpose(1, 2)
         window = self.window(layer)
         mask = None
         if window is not None and length > window:
@@ -317,35 +317,41 @@ class Architecture:
 
     def ffn_inputs(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
         """What down_proj sees: residual x (B, S, d) to gated channels (B, S, F) in the weights' dtype."""
-        n = rms_norm(x, self.decoder.layers[layer].post_attention_layernorm.weight.detach(), self.eps).to(w.gate.dtype)
-        return self.activation(F.linear(n, w.gate, w.gate_bias)) * F.linear(n, w.up, w.up_bias)
+        n = rms_norm(x, self.decoder.layers[layer].post_attention_layernorm.weight.detach(), self.eps, w.gate.dtype)
+        return self.activation(F.linear(n, w.gate, w.gate_bias)).mul_(F.linear(n, w.up, w.up_bias))
+
+    def attention_update(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """What the attention block adds to the residual x (B, S, d), in the weights' dtype."""
+        return F.linear(self.attention_inputs(layer, x, w, rope), w.o, w.o_bias)
+
+    def ffn_update(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
+        """What the FFN block adds to the residual x (B, S, d), in the weights' dtype."""
+        return F.linear(self.ffn_inputs(layer, x, w), w.down, w.down_bias)
 
     def attend(self, layer: int, x: Tensor, w: AttentionWeights | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The residual stream after the attention block; None is a block that was dropped."""
-        if w is None:
-            return x
-        return x + F.linear(self.attention_inputs(layer, x, w, rope), w.o, w.o_bias).float()
+        return x if w is None else x + self.attention_update(layer, x, w, rope)
 
     def feed_forward(self, layer: int, x: Tensor, w: FfnWeights | None) -> Tensor:
         """The residual stream after the FFN block; None is a block that was dropped."""
-        if w is None:
-            return x
-        return x + F.linear(self.ffn_inputs(layer, x, w), w.down, w.down_bias).float()
+        return x if w is None else x + self.ffn_update(layer, x, w)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 and returned in x's dtype."""
-    y = x.float()
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
-    return y.to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 and returned in ``dtype`` (x's own)."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight).to(dtype or x.dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding of x (B, heads, S, h), half-split convention, in float32."""
-    cos, sin = rope
+    """Rotary position embedding of x (B, S, heads, h), half-split convention, in float32."""
+    cos, sin = (table[:, None] for table in rope)
+    half = x.shape[-1] // 2
+    # rotate_half(x) * sin with the sign on the sines: one pass over x less.
+    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
     y = x.float()
-    left, right = y.chunk(2, dim=-1)
-    return y * cos + torch.cat((-right, left), dim=-1) * sin
+    return (y * cos).addcmul_(y.roll(half, -1), signed)
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

@@ -2,29 +2,24 @@
 
 A population is a set of level vectors. At each block the engine holds one residual stream per *distinct prefix* of levels, and
 every distinct prefix passes the block once; plans that agree on their first blocks share that work, with each other
-and with the dense model, which walks along as the reference. Streams at the same level are joined and pass as one wide batch.
-
-KL is taken from the difference of final hidden states: with the dense logits z and the change delta = (x' - x) W_head^T,
-
-    KL(dense || pruned) = logsumexp(z + delta) - logsumexp(z) - sum_v p_v delta_v
-
-so rounding in bfloat16 is relative to the change and not to the logits. Dense logits are recomputed chunk by chunk from the
-final hidden state, never kept.
+and with the dense model, which walks along as the reference. A stream is copied only where plans part; blocks add to it in place.
+What the final streams say is compared by :mod:`selfpruner.evaluation.divergence`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.errors import CancelledTaskError
-from selfpruner.evaluation.pieces import compare_in_pieces
+from selfpruner.evaluation.divergence import Divergences, divergences
+from selfpruner.evaluation.pieces import divergences_in_pieces
+from selfpruner.evaluation.race import Race, segments
 from selfpruner.patterns import PrunableAttention, PrunableFfn
 from selfpruner.space import Plan
 
@@ -33,11 +28,15 @@ Weights = AttentionWeights | FfnWeights | None
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Means per token in nats: ``kl`` over all positions, ``nll`` over the positions that have a next token."""
+    """Means per token in nats: ``kl`` over all positions, ``nll`` over the positions that have a next token.
+
+    A ``rejected`` plan left a race after ``tokens`` tokens; its figures are what they would have come to, estimated.
+    """
 
     kl: float
     nll: float
     tokens: int
+    rejected: bool = False
 
     @property
     def perplexity(self) -> float:
@@ -53,38 +52,54 @@ class Work:
 
 
 class LevelCache:
-    """Materialised weights of levels, least recently used out first. Only what is not a view of the model counts."""
+    """Materialised weights of levels, as many as fit; only what is not a view of the model counts.
+
+    A walk asks for every level once and in order, so what was used last is what is needed last: a level that finds no room
+    replaces levels that the last walk did not use, and is not kept where there are none.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.bytes = 0
-        self._entries: OrderedDict[tuple[int, int], tuple[Weights, int]] = OrderedDict()
+        self._walk = 0
+        self._entries: dict[tuple[int, int], tuple[Weights, int, int]] = {}  # weights, bytes, walk that used them last
 
     def clear(self) -> None:
         self._entries.clear()
         self.bytes = 0
 
+    def next_walk(self) -> None:
+        self._walk += 1
+
     def get(self, block: int, level: int, make: Callable[[int], Weights]) -> Weights:
         key = (block, level)
         if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-        weights = make(level)
-        size = 0 if level == 0 else _own_bytes(weights)
-        self._entries[key] = (weights, size)
-        self.bytes += size
-        while self.bytes > self.max_bytes and len(self._entries) > 1:
-            _, (_, freed) = self._entries.popitem(last=False)
-            self.bytes -= freed
+            weights, size, _ = self._entries[key]
+        else:
+            weights = make(level)
+            size = 0 if level == 0 else _own_bytes(weights)
+            if not self._make_room(size):
+                return weights
+            self.bytes += size
+        self._entries[key] = (weights, size, self._walk)
         return weights
+
+    def _make_room(self, size: int) -> bool:
+        if self.bytes + size > self.max_bytes:
+            for key in [key for key, (_, own, walk) in self._entries.items() if own and walk < self._walk]:
+                if self.bytes + size <= self.max_bytes:
+                    break
+                self.bytes -= self._entries.pop(key)[1]
+        return self.bytes + size <= self.max_bytes
 
 
 class Engine:
     """Scores plans of one model on token batches.
 
-    ``blocks`` are in plan order: attention and FFN of layer 0, of layer 1, and so on. ``max_tokens`` bounds the tokens that
-    pass a block at once (rows of its widest activation), ``cache_bytes`` the materialised levels kept between walks,
-    ``logit_bytes`` the logits in work at a time.
+    ``blocks`` are in plan order: attention and FFN of layer 0, of layer 1, and so on. ``memory_bytes`` is what the engine may add
+    to the weights: half for the residual streams (``stream_bytes``), a quarter for what is computed from them at a time (tokens
+    that pass a block together, ``max_tokens``, then logits, ``logit_bytes``), a quarter for materialised levels
+    (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory.
     """
 
     def __init__(
@@ -92,41 +107,81 @@ class Engine:
         arch: Architecture,
         blocks: Sequence[PrunableAttention | PrunableFfn],
         *,
-        max_tokens: int = 4096,
-        stream_bytes: int = 192 * 2**20,
-        cache_bytes: int = 128 * 2**20,
-        logit_bytes: int = 256 * 2**20,
+        memory_bytes: int | None = None,
+        max_tokens: int | None = None,
+        stream_bytes: int | None = None,
+        cache_bytes: int | None = None,
+        logit_bytes: int | None = None,
     ) -> None:
+        memory = _default_memory(arch) if memory_bytes is None else memory_bytes
         self.arch = arch
-        self.logit_bytes = logit_bytes
         self.blocks = list(blocks)
-        self.max_tokens = max_tokens
-        self.stream_bytes = stream_bytes
-        self.cache = LevelCache(cache_bytes)
+        # A token's widest moment: its normalised state, gate and up (an attention block needs less), and a change of the stream.
+        per_token = arch.dtype.itemsize * (3 * arch.channels + 2 * arch.hidden) + 12 * arch.hidden
+        self.max_tokens = max(64, memory // 4 // per_token) if max_tokens is None else max_tokens
+        self.stream_bytes = memory // 2 if stream_bytes is None else stream_bytes
+        self.logit_bytes = memory // 4 if logit_bytes is None else logit_bytes
+        self.cache = LevelCache(memory // 4 if cache_bytes is None else cache_bytes)
         self.work = Work(0, 0)
 
     def weights(self, block: int, level: int) -> Weights:
         prunable = self.blocks[block]
         return prunable.renewed(level, self.cache.get(block, level, prunable.weights))
 
-    def evaluate(self, plans: Sequence[Plan], tokens: Tensor, *, cancelled: Callable[[], bool] = lambda: False) -> list[Score]:
+    def evaluate(
+        self,
+        plans: Sequence[Plan],
+        tokens: Tensor,
+        *,
+        exact: bool = True,
+        race: Race | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[Score]:
         """Score every plan on ``tokens`` (sequences, length), in the given order. Equal plans are computed once.
 
-        Sequences are taken in batches whose residual streams fit ``stream_bytes``. Raises CancelledTaskError between blocks.
+        ``exact=False`` takes the expectations over the vocabulary on chosen tokens (see :mod:`selfpruner.evaluation.divergence`).
+        With a ``race``, contenders that cannot be among those kept are dropped on the way; a contender equal to a plan that
+        is none is scored on everything. Sequences are taken in batches whose residual streams fit ``stream_bytes``. Raises
+        CancelledTaskError between blocks.
         """
         unique = list(dict.fromkeys(plan.levels for plan in plans))
-        per_sequence = tokens.shape[1] * self.arch.hidden * 4 * (len(unique) + 1)
-        batch = max(1, min(self.stream_bytes // per_sequence, tokens.shape[0]))
-        totals = {levels: torch.zeros(2, dtype=torch.float64) for levels in unique}
+        sequences, length = tokens.shape
+        most = max(1, min(self.stream_bytes // (length * self.arch.hidden * 4 * (len(unique) + 1)), sequences))
+        parts = [len(part) for part in torch.arange(sequences).split(most)]
+        contenders: set[int] = set()
+        if race is not None:
+            protected = {plan.levels for index, plan in enumerate(plans) if index not in race.contenders}
+            contenders = {index for index, levels in enumerate(unique) if levels not in protected}
+            if len(contenders) > race.keep:
+                parts = race.parts(sequences, length, most)
+        self.cache.next_walk()
+        kl, nll = torch.zeros(2, len(unique), sequences, length)
+        ran, done = [0] * len(unique), 0
+        running = list(range(len(unique)))
         with torch.no_grad():
-            for part in tokens.split(batch):
-                dense, finals = self._walk(unique, part.to(self.arch.device), cancelled)
-                for levels, sums in zip(unique, self._compare(dense, finals, part.to(self.arch.device), cancelled), strict=True):
-                    totals[levels] += sums
-        count = tokens.numel()
-        predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-        scores = {levels: Score(float(total[0]) / count, float(total[1]) / predicted, count) for levels, total in totals.items()}
-        return [scores[plan.levels] for plan in plans]
+            for count in parts if unique else []:
+                rows = slice(done, done + count)
+                part = tokens[rows].to(self.arch.device)
+                dense, finals = self._walk([unique[index] for index in running], part, cancelled)
+                found = self._compare(dense, finals, part, exact, cancelled)
+                kl[running, rows], nll[running, rows] = found.kl, found.nll
+                del dense, finals
+                done += count
+                for index in running:
+                    ran[index] = done
+                if race is not None and done < sequences:
+                    racing = [index for index in running if index in contenders]
+                    lost = {racing[row] for row in race.losers(segments(kl[racing, :done]))}
+                    running = [index for index in running if index not in lost]
+        scores = [_score(kl[index], nll[index], ran[index]) for index in range(len(unique))]
+        if race is not None:
+            finished = sorted(
+                (i for i in contenders if ran[i] == sequences), key=lambda i: (math.isnan(scores[i].kl), scores[i].kl)
+            )
+            for index in contenders.difference(finished):
+                last = finished[min(race.keep, len(finished)) - 1]
+                scores[index] = _estimate(scores[index], scores[last], _score(kl[last], nll[last], ran[index]))
+        return [scores[unique.index(plan.levels)] for plan in plans]
 
     # -- walking -----------------------------------------------------------------------------------------------------
     def _walk(self, plans: Sequence[tuple[int, ...]], tokens: Tensor, cancelled: Callable[[], bool]) -> tuple[Tensor, list[Tensor]]:
@@ -140,70 +195,79 @@ class Engine:
         for block in range(len(self.blocks)):
             if cancelled():
                 raise CancelledTaskError("Cancelled during an evaluation.")
-            following = sorted({(node[row], levels[block]) for row, levels in enumerate(rows)}, key=lambda pair: (pair[1], pair[0]))
-            place = {pair: index for index, pair in enumerate(following)}
-            after: list[Tensor] = []
-            for level in sorted({level for _, level in following}):
-                parents = [streams[parent] for parent, at in following if at == level]
-                after += self._pass(block, level, parents, rope)
-            passes += len(following)
+            pairs = list(dict.fromkeys((node[row], levels[block]) for row, levels in enumerate(rows)))
+            place = {pair: index for index, pair in enumerate(pairs)}
+            # The first plan to follow a stream takes it over, the others take copies, all before anything is added.
+            taken: set[int] = set()
+            after = []
+            for parent, _ in pairs:
+                after.append(streams[parent].clone() if parent in taken else streams[parent])
+                taken.add(parent)
+            for level in sorted({level for _, level in pairs}):
+                self._pass(block, level, [after[place[pair]] for pair in pairs if pair[1] == level], rope)
+            passes += len(pairs)
             node = [place[node[row], levels[block]] for row, levels in enumerate(rows)]
             streams = after
         self.work = Work(self.work.passes + passes, self.work.passes_without_sharing + len(rows) * len(self.blocks))
         return streams[node[0]], [streams[index] for index in node[1:]]
 
-    def _pass(self, block: int, level: int, parents: list[Tensor], rope: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Streams (B, S, d) through one block at one level, as wide as ``max_tokens`` allows."""
+    def _pass(self, block: int, level: int, streams: list[Tensor], rope: tuple[Tensor, Tensor]) -> None:
+        """Add one block at one level to ``streams`` (B, S, d), as many sequences at once as ``max_tokens`` allows."""
         weights = self.weights(block, level)
-        layer, is_ffn = divmod(block, 2)
-        wide = max(1, self.max_tokens // (parents[0].shape[0] * parents[0].shape[1]))
-        out: list[Tensor] = []
-        for start in range(0, len(parents), wide):
-            joined = torch.cat(parents[start : start + wide])
-            if is_ffn:
-                assert weights is None or isinstance(weights, FfnWeights)
-                result = self.arch.feed_forward(layer, joined, weights)
+        if weights is None:
+            return
+        sequences, length, _ = streams[0].shape
+        wide = max(1, self.max_tokens // length)
+        parts = [part for stream in streams for part in stream.split(wide)]
+        together = max(1, wide // sequences)
+        for start in range(0, len(parts), together):
+            group = parts[start : start + together]
+            x = group[0] if len(group) == 1 else torch.cat(group)
+            if isinstance(weights, FfnWeights):
+                update = self.arch.ffn_update(block // 2, x, weights)
             else:
-                assert weights is None or isinstance(weights, AttentionWeights)
-                result = self.arch.attend(layer, joined, weights, rope)
-            out += result.split(parents[0].shape[0])
-        return out
+                update = self.arch.attention_update(block // 2, x, weights, rope)
+            for part, change in zip(group, update.split([len(part) for part in group]), strict=True):
+                part += change
 
     # -- comparing ---------------------------------------------------------------------------------------------------
     def _compare(
-        self, dense: Tensor, finals: Sequence[Tensor], tokens: Tensor, cancelled: Callable[[], bool], chunk: int = 128
-    ) -> list[Tensor]:
-        """Per plan the sums (KL, negative log-likelihood) over this batch, float64 (2,)."""
-        sequences, length = tokens.shape
-        target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten()
-        reference = self.arch.final_norm(dense).flatten(0, 1)
-        states = [self.arch.final_norm(x).flatten(0, 1) for x in finals]
-        pieces = self.arch.head_pieces()
+        self, dense: Tensor, finals: Sequence[Tensor], tokens: Tensor, exact: bool, cancelled: Callable[[], bool]
+    ) -> Divergences:
+        arch = self.arch
+        pieces = arch.head_pieces()
         if pieces is not None:
-            rows_at_once = max(16, self.logit_bytes // (16 * self.arch.piece_width))
-            return compare_in_pieces(pieces, reference, states, target, rows=rows_at_once, cancelled=cancelled)
-        chunk = max(8, min(chunk, self.logit_bytes // (16 * self.arch.vocabulary)))
-        sums = [torch.zeros(2, dtype=torch.float64) for _ in finals]
-        for start in range(0, sequences * length, chunk):
-            if cancelled():
-                raise CancelledTaskError("Cancelled during an evaluation.")
-            rows = slice(start, start + chunk)
-            h = reference[rows]
-            z = self.arch.logits(h).float()
-            base = z.logsumexp(-1)
-            p = (z - base[:, None]).exp_()
-            wanted = target[rows]
-            known = wanted >= 0
-            index = wanted.clamp_min(0)[:, None]
-            for state, total in zip(states, sums, strict=True):
-                delta = self.arch.logits(state[rows] - h).float()
-                expected = torch.linalg.vecdot(p, delta)
-                chosen = (z.gather(1, index) + delta.gather(1, index)).squeeze(1)
-                lse = delta.add_(z).logsumexp(-1)
-                kl = (lse - base - expected).double().sum()
-                nll = (lse - chosen)[known].double().sum()
-                total += torch.stack((kl, nll)).cpu()
-        return sums
+            rows = max(16, self.logit_bytes // (16 * arch.piece_width))
+            return divergences_in_pieces(pieces, arch.final_norm, dense, finals, tokens, rows=rows, cancelled=cancelled)
+        return divergences(
+            arch.head_weight,
+            arch.final_norm,
+            dense,
+            finals,
+            tokens,
+            exact=exact,
+            memory_bytes=self.logit_bytes,
+            cancelled=cancelled,
+        )
+
+
+def _score(kl: Tensor, nll: Tensor, sequences: int) -> Score:
+    """Of the first ``sequences`` of (sequences, length)."""
+    length = kl.shape[1]
+    kl_sum, nll_sum = float(kl[:sequences].double().sum()), float(nll[:sequences].double().sum())
+    return Score(kl_sum / (sequences * length), nll_sum / (sequences * (length - 1)), sequences * length)
+
+
+def _estimate(partial: Score, last: Score, last_partial: Score) -> Score:
+    """What a dropped plan would have scored: as much above ``last``, who finished, as it was when it was dropped."""
+    ratio = partial.kl / last_partial.kl if last_partial.kl > 0 else 1.0
+    return replace(partial, kl=last.kl * ratio, nll=last.nll + partial.nll - last_partial.nll, rejected=True)
+
+
+def _default_memory(arch: Architecture) -> int:
+    if arch.device.type == "cuda":
+        return max(64 << 20, torch.cuda.mem_get_info(arch.device)[0] // 4)
+    return max(64 << 20, arch.model_parameters() * arch.dtype.itemsize // 4)
 
 
 def _own_bytes(weights: Weights) -> int:

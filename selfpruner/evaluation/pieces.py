@@ -18,26 +18,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfpruner.errors import CancelledTaskError
+from selfpruner.evaluation.divergence import Divergences
 
 
-def compare_in_pieces(
+def divergences_in_pieces(
     head: Iterable[tuple[int, Tensor]],
-    reference: Tensor,
-    states: Sequence[Tensor],
-    target: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    dense: Tensor,
+    finals: Sequence[Tensor],
+    tokens: Tensor,
     *,
     rows: int,
     cancelled: Callable[[], bool] = lambda: False,
-) -> list[Tensor]:
-    """Per state the sums (KL, negative log-likelihood) over all tokens, float64 (2,).
+) -> Divergences:
+    """Compare the residual streams ``finals`` with ``dense``, all (sequences, length, d) before ``norm``.
 
-    ``head`` yields (first token, matrix (piece, d)) over the whole vocabulary; ``reference`` and ``states`` are final hidden states
-    (T, d) after the norm; ``target`` (T,) holds the next token, -1 where there is none; ``rows`` tokens are multiplied at a time.
-    Raises CancelledTaskError between pieces.
+    ``head`` yields (first token, matrix (piece, d)) over the whole vocabulary; ``rows`` positions are multiplied at a time. Raises
+    CancelledTaskError between pieces.
     """
-    count = reference.shape[0]
-    dense = _Sums(count, reference.device)
-    pruned = [_Sums(count, reference.device) for _ in states]
+    sequences, length, d = dense.shape
+    count = sequences * length
+    target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten().to(dense.device)
+    reference, streams = dense.reshape(count, d), [stream.reshape(count, d) for stream in finals]
+    base = _Sums(count, dense.device)
+    pruned = [_Sums(count, dense.device) for _ in finals]
     known = target >= 0
     for first, piece in head:
         if cancelled():
@@ -47,23 +51,22 @@ def compare_in_pieces(
         index = place.clamp(0, piece.shape[0] - 1)[:, None]
         for start in range(0, count, rows):
             part = slice(start, start + rows)
-            h = reference[part]
+            h = norm(reference[part])
             z = F.linear(h.to(piece.dtype), piece).float()
-            p, shrink = dense.add(part, z)
+            p, shrink = base.add(part, z)
             own = z.gather(1, index[part]).squeeze(1)
-            for state, sums in zip(states, pruned, strict=True):
-                delta = F.linear((state[part] - h).to(piece.dtype), piece).float()
+            for stream, sums in zip(streams, pruned, strict=True):
+                delta = F.linear((norm(stream[part]) - h).to(piece.dtype), piece).float()
                 sums.change[part] = sums.change[part] * shrink + torch.linalg.vecdot(p, delta)
                 sums.chosen[part] += (own + delta.gather(1, index[part]).squeeze(1)) * inside[part]
                 sums.add(part, delta.add_(z))
-    base = dense.logsumexp()
-    out = []
-    for sums in pruned:
-        lse = sums.logsumexp()
-        kl = (lse - base - sums.change / dense.total).double().sum()
-        nll = (lse - sums.chosen)[known].double().sum()
-        out.append(torch.stack((kl, nll)).cpu())
-    return out
+    total = base.logsumexp()
+    kl, nll = torch.zeros(2, len(pruned), count)
+    for number, sums in enumerate(pruned):
+        grown = sums.logsumexp()
+        kl[number] = grown - total - sums.change / base.total
+        nll[number] = (grown - sums.chosen) * known
+    return Divergences(kl.view(-1, sequences, length), nll.view(-1, sequences, length))
 
 
 class _Sums:

@@ -6,11 +6,17 @@ preparing again cheap.
 
     kind      payload                                            result
     prepare   {texts?: [role]}                                   {space, signals, model, texts, dtype, device, seconds, peak_mib}
-    evaluate  {plans: [[level]], text, sequences: [int]}         {rows: [{kl, nll, tokens, reason}], seconds}
+    evaluate  {plans: [[level]], text, sequences: [int],         {rows: [{kl, nll, tokens, reason, rejected}], seconds,
+               exact?, race?: {keep, contenders: [index],         passes, passes_without_sharing}
+               confidence?}}
     propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
     baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan
     measure   {plans: {name: [level]}}                           {rows: {name: {parameters, prefill_tps?, decode_tps?}}, not_timed?}
     export    {plan: [level], directory, card}                   {path, parameters, manifest_sha256, verification}
+
+``exact`` says whether expectations over the vocabulary are exact; by default on the text ``report`` only. ``race``: of the plans
+at ``contenders`` only ``keep`` will be kept, so others may be dropped early; their rows are ``rejected``, with estimated figures
+and the tokens that were spent on them.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from selfpruner.errors import ConfigError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export
+from selfpruner.evaluation.race import Race
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import write
@@ -225,7 +226,14 @@ def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled
     for plan in plans:
         prepared.space.check(plan)
     work = prepared.engine.work
-    scores = prepared.engine.evaluate(plans, prepared.tokens(payload["text"], payload["sequences"]), cancelled=cancelled)
+    race = payload.get("race")
+    scores = prepared.engine.evaluate(
+        plans,
+        prepared.tokens(payload["text"], payload["sequences"]),
+        exact=bool(payload.get("exact", payload["text"] == "report")),
+        race=None if race is None else Race(int(race["keep"]), tuple(race["contenders"]), float(race.get("confidence", 0.95))),
+        cancelled=cancelled,
+    )
     after = prepared.engine.work
     return {
         "rows": [_row(score) for score in scores],
@@ -237,5 +245,6 @@ def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled
 
 def _row(score: Score) -> Json:
     if math.isfinite(score.kl) and math.isfinite(score.nll):
-        return {"kl": score.kl, "nll": score.nll, "tokens": score.tokens, "reason": None}
-    return {"kl": None, "nll": None, "tokens": score.tokens, "reason": f"fitness is not finite (kl {score.kl}, nll {score.nll})"}
+        return {"kl": score.kl, "nll": score.nll, "tokens": score.tokens, "reason": None, "rejected": score.rejected}
+    reason = f"fitness is not finite (kl {score.kl}, nll {score.nll})"
+    return {"kl": None, "nll": None, "tokens": score.tokens, "reason": reason, "rejected": score.rejected}

@@ -1,0 +1,134 @@
+"""KL(dense || pruned) and next-token loss of many models that share one output head, from their final hidden states.
+
+With p the dense model's distribution at a position, z its logits and delta = (x' - x) W_head^T the change of the logits,
+
+    KL = log E_p[exp delta] - E_p[delta]            NLL = NLL_dense - delta_y + log E_p[exp delta]
+
+so rounding is relative to the change and not to the logits, and all that a pruned model adds is delta on the tokens that matter.
+*Exact* takes the whole vocabulary. *Compact* takes the ``EXACT`` tokens that q holds likeliest, and ``SAMPLED`` points placed
+evenly on the cumulative mass of q on all others, weighted by p / q. q is half p and half the distribution of the mean of the
+compared hidden states: where pruned models put mass that the dense one does not, p alone would hardly ever look (the KL came out
+2 % too low). It remains an expectation under a distribution on few tokens: no divergence is negative, all models are compared
+on the same tokens, and one gather of head rows serves all. How near it is to the exact value is in benchmarks/README.md. Logits
+live for one chunk of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfpruner.errors import CancelledTaskError
+
+EXACT, SAMPLED = 256, 128
+# A vocabulary of fewer than this many times the chosen tokens is taken whole: gathering rows token by token costs more than
+# multiplying all of them at once.
+_WORTH = 8
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True, slots=True)
+class Divergences:
+    """Per model and position in nats, (models, sequences, length) float32 on the CPU. ``nll`` is 0 at the last position."""
+
+    kl: Tensor
+    nll: Tensor
+
+
+def divergences(
+    head: Tensor,
+    norm: Callable[[Tensor], Tensor],
+    dense: Tensor,
+    finals: Sequence[Tensor],
+    tokens: Tensor,
+    *,
+    exact: bool = False,
+    memory_bytes: int = 32 << 20,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Divergences:
+    """Compare the residual streams ``finals`` with ``dense``, all (sequences, length, d) before ``norm``, under ``head`` (V, d).
+
+    ``memory_bytes`` bounds what a chunk of positions takes. Raises CancelledTaskError between chunks.
+    """
+    sequences, length, d = dense.shape
+    models, count, vocabulary = len(finals), sequences * length, head.shape[0]
+    compact = not exact and vocabulary >= _WORTH * (EXACT + SAMPLED)
+    each = vocabulary * 20 + models * d * 12
+    if compact:
+        each += (EXACT + SAMPLED) * (d * head.element_size() + models * 12)
+    chunk = max(1, min(memory_bytes // each, count))
+    target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten().to(dense.device)
+    reference, streams = dense.reshape(count, d), [stream.reshape(count, d) for stream in finals]
+    kl, nll = torch.zeros(2, models, count, device=dense.device)
+    for start in range(0, count if models else 0, chunk):
+        if cancelled():
+            raise CancelledTaskError("Cancelled during an evaluation.")
+        rows = slice(start, start + chunk)
+        h = norm(reference[rows])
+        changes = torch.stack([norm(stream[rows]) for stream in streams]).sub_(h)
+        wanted = target[rows].clamp_min(0)
+        kl[:, rows], loss = _compact(head, h, changes, wanted, start) if compact else _exact(head, h, changes, wanted)
+        nll[:, rows] = loss * (target[rows] >= 0)
+    shape = (models, sequences, length)
+    return Divergences(kl.view(shape).cpu(), nll.view(shape).cpu())
+
+
+def choose(z: Tensor, other: Tensor, start: int = 0, *, exact: int = EXACT, sampled: int = SAMPLED) -> tuple[Tensor, Tensor]:
+    """Tokens (C, exact + sampled) that stand for the distribution of logits z (C, V), and the logarithms of their weights, which
+    sum to one. ``other`` (C, V), which is used up, are the logits of the distribution that shares the looking.
+
+    Position i of the text starts its points at the fractional part of i * golden ratio: spread evenly, and the same every time.
+    """
+    q = z.softmax(-1).add_(torch.softmax(other, -1, out=other))
+    likeliest = q.topk(exact, sorted=False)
+    cumulative = torch.cumsum(q.scatter(1, likeliest.indices, 0.0), 1, out=other)
+    mass = cumulative[:, -1:]
+    first = torch.arange(start, start + z.shape[0], device=z.device, dtype=torch.float64).mul_(_GOLDEN).frac_()
+    points = (torch.arange(sampled, device=z.device) + first[:, None]) / sampled
+    # A point is never quite at an end of the mass, where rounding may put it beside the tokens that have any.
+    drawn = torch.searchsorted(cumulative, points.float().clamp_(1e-6, 1 - 1e-6) * mass).clamp_max_(z.shape[1] - 1)
+    tokens = torch.cat((likeliest.indices, drawn), dim=1)
+    weights = z.gather(1, tokens)
+    weights[:, exact:] += (mass / sampled).log() - q.gather(1, drawn).log()
+    # No mass outside the likeliest tokens: 0 / 0, which weighs nothing.
+    weights = weights.where(weights.isfinite(), -torch.inf)
+    return tokens, weights.log_softmax(-1)
+
+
+def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """(KL, NLL), each (models, C), of ``changes`` (models, C, d) of the hidden states h; ``wanted`` (C,) the next tokens."""
+    # A model that broke down must not decide where the others are looked at.
+    sound = changes.isfinite().all(-1, keepdim=True)
+    mean = changes.where(sound, 0.0).sum(0) / sound.sum(0).clamp_min(1)
+    z, other = F.linear(torch.cat((h, mean)).to(head.dtype), head).float().chunk(2)
+    base, own = z.logsumexp(-1), z.gather(1, wanted[:, None]).squeeze(1)
+    tokens, log_p = choose(z, other.add_(z), start)
+    narrow = changes.to(head.dtype)
+    rows = head.index_select(0, tokens.flatten()).view(*tokens.shape, -1)
+    delta = torch.bmm(narrow.transpose(0, 1), rows.transpose(1, 2)).float()
+    expected = torch.linalg.vecdot(log_p.exp()[:, None], delta)
+    # Less what the weights themselves come to, so that no change is no divergence, to the last bit.
+    grown = delta.add_(log_p[:, None]).logsumexp(-1) - log_p[:, None].logsumexp(-1)
+    of_wanted = torch.linalg.vecdot(narrow.float(), head[wanted].float())
+    return (grown - expected).T, base - own - of_wanted + grown.T
+
+
+def _exact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over the whole vocabulary, one model at a time."""
+    z = F.linear(h.to(head.dtype), head).float()
+    base = z.logsumexp(-1)
+    p = (z - base[:, None]).exp_()
+    index = wanted[:, None]
+    parts = []
+    for change in changes:
+        delta = F.linear(change.to(head.dtype), head).float()
+        expected = torch.linalg.vecdot(p, delta)
+        chosen = (z.gather(1, index) + delta.gather(1, index)).squeeze(1)
+        grown = delta.add_(z).logsumexp(-1)
+        parts.append(torch.stack((grown - base - expected, grown - chosen)))
+    kl, nll = torch.stack(parts, 1)
+    return kl, nll

@@ -1,0 +1,107 @@
+"""Races drop the plans that lose, keep the ones that win, and say what the dropped would have come to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from selfpruner.errors import ConfigError
+from selfpruner.evaluation.engine import Engine
+from selfpruner.evaluation.race import LEAST_SAMPLES, Race, quantile, segments
+from selfpruner.space import Plan
+from tests.pruned import Ready, load_tiny, ready, tokens_of
+
+
+@pytest.fixture(scope="module")
+def case() -> Ready:
+    return ready(load_tiny("llama"))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return tokens_of(24, 64, seed=5)
+
+
+def ladder(case: Ready) -> list[Plan]:
+    """Plans from mild to hard: the FFN of the last layer at one level after another, then everything at its smallest."""
+    plans = [Plan((0, 0, 0, 0, 0, level)) for level in (1, 2, 3, 4, 5, 6)]
+    return [*plans, Plan(tuple(len(block.options) - 1 for block in case.blocks))]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "freedom", "expected"),
+    [(0.95, 7, 1.8946), (0.95, 15, 1.7531), (0.99, 7, 2.9980), (0.99, 31, 2.4528), (0.999, 10, 4.1437), (0.9, 1000, 1.2824)],
+)
+def test_students_quantiles(confidence: float, freedom: int, expected: float) -> None:
+    assert quantile(confidence, freedom) == pytest.approx(expected, rel=2e-2)
+
+
+def test_losers() -> None:
+    g = torch.Generator().manual_seed(0)
+    text = torch.rand(32, generator=g) * 10  # what the text does to all plans alike
+    quiet = torch.randn(5, 32, generator=g) * 0.01
+    samples = text + quiet + torch.tensor([0.0, 0.1, 0.1005, 0.5, math.nan])[:, None]
+    assert Race(2, (0, 1, 2, 3, 4), 0.99).losers(samples) == [3, 4], "0.1005 and 0.1 cannot be told apart"
+    assert Race(5, (0, 1, 2, 3, 4)).losers(samples) == []
+    assert Race(2, (0, 1, 2, 3, 4)).losers(samples[:, : LEAST_SAMPLES - 1]) == []
+    assert sorted(Race(1, (0, 1, 2, 3, 4)).losers(samples)) == [1, 2, 3, 4]
+    assert Race(1, (0, 1)).losers(torch.full((2, 16), math.nan)) == [], "nobody to lose to"
+
+
+def test_parts_cover_the_text() -> None:
+    for sequences, length, most in ((1, 16, 9), (16, 256, 99), (16, 256, 1), (64, 32, 20), (3, 4096, 2)):
+        parts = Race(1, (0,)).parts(sequences, length, most)
+        assert sum(parts) == sequences
+        assert all(0 < part <= most for part in parts)
+    assert Race(1, (0,)).parts(16, 256, 99) == [2] * 8
+    assert segments(torch.arange(600.0).view(2, 3, 100)).shape == (2, 6)
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"confidence": 1.0}, {"confidence": 0.5}])
+def test_no_such_race(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Race(**{"keep": 1, "contenders": (0,), **wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_race_keeps_the_best_and_estimates_the_rest(case: Ready, tokens: torch.Tensor, exact: bool) -> None:
+    plans = ladder(case)
+    full = case.engine.evaluate(plans, tokens, exact=exact)
+    best = sorted(range(len(plans)), key=lambda index: full[index].kl)
+    engine = Engine(case.arch, case.blocks)
+    raced = engine.evaluate(plans, tokens, exact=exact, race=Race(2, tuple(range(len(plans)))))
+    assert [score.rejected for score in raced].count(True) >= 3
+    assert sorted(range(len(plans)), key=lambda index: raced[index].kl)[:2] == best[:2]
+    for score, whole in zip(raced, full, strict=True):
+        if score.rejected:
+            assert LEAST_SAMPLES * 64 <= score.tokens < tokens.numel()
+            assert score.kl == pytest.approx(whole.kl, rel=0.3)
+            assert score.nll == pytest.approx(whole.nll, rel=0.1)
+        else:
+            assert score.tokens == tokens.numel()
+            assert score.kl == pytest.approx(whole.kl, rel=1e-4)
+    assert engine.evaluate(plans, tokens, exact=exact, race=Race(2, tuple(range(len(plans))))) == raced, "the same every time"
+
+
+def test_who_is_no_contender_is_always_scored(case: Ready, tokens: torch.Tensor) -> None:
+    plans = ladder(case)
+    hardest = len(plans) - 1
+    raced = case.engine.evaluate([*plans, plans[3]], tokens, race=Race(1, (0, 1, 2, 3, 4, 5)))
+    full = case.engine.evaluate(plans, tokens)
+    assert not raced[hardest].rejected, "protected, however bad"
+    assert not raced[3].rejected, "also asked for as no contender"
+    assert raced[3] == raced[-1]
+    assert raced[hardest].kl == pytest.approx(full[hardest].kl, rel=1e-4)
+    assert any(score.rejected for score in raced)
+
+
+def test_a_race_that_is_none(case: Ready, tokens: torch.Tensor) -> None:
+    plans = ladder(case)
+    full = case.engine.evaluate(plans, tokens)
+    assert case.engine.evaluate(plans, tokens, race=Race(len(plans), tuple(range(len(plans))))) == full
+    assert case.engine.evaluate(plans, tokens, race=Race(1, (2,))) == full
+    assert case.engine.evaluate([], tokens, race=Race(1, ())) == []
+    few = case.engine.evaluate(plans, tokens[:2], race=Race(1, tuple(range(len(plans)))))
+    assert not any(score.rejected for score in few), "too few samples to decide"
