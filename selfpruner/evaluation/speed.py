@@ -19,10 +19,15 @@ from selfpruner.errors import CancelledTaskError
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second at batch 1: ``prefill`` over the prompt, ``decode`` with the cache, greedy."""
+    """Tokens per second at batch 1: ``prefill`` over the prompt, ``decode`` with the cache, greedy (None where nothing was written)."""
 
     prefill: float
-    decode: float
+    decode: float | None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """As a report has them."""
+        return {"prefill_tps": round(self.prefill, 1)} | ({} if self.decode is None else {"decode_tps": round(self.decode, 1)})
 
 
 def measure(
@@ -40,28 +45,33 @@ def measure(
         for name, model in models.items():
             if cancelled():
                 raise CancelledTaskError("Cancelled while measuring speed.")
-            first, rest = _once(model, prompt.to(model.device)[None], new_tokens if round_ else 4)
+            first, rest = _once(model, prompt.to(model.device)[None], new_tokens if round_ else min(new_tokens, 4))
             if round_:
                 prefill[name].append(prompt.numel() / first)
                 decode[name].append(new_tokens / rest)
-    return {name: Speed(statistics.median(prefill[name]), statistics.median(decode[name])) for name in models}
+    return {
+        name: Speed(statistics.median(prefill[name]), statistics.median(decode[name]) if new_tokens else None) for name in models
+    }
 
 
 def _once(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of reading the prompt, and of writing ``new_tokens`` after it."""
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
-        _wait(model)
+        wait(model.device)
         started = time.perf_counter()
         step = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        _wait(model)
+        wait(model.device)
         read = time.perf_counter()
         for _ in range(new_tokens):
             step = model(input_ids=step.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        _wait(model)
+        wait(model.device)
         return read - started, time.perf_counter() - read
 
 
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

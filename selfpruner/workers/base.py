@@ -11,7 +11,8 @@ preparing again cheap.
                confidence?}}
     propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
     baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan
-    measure   {plans: {name: [level]}}                           {rows: {name: {parameters, prefill_tps?, decode_tps?}}, not_timed?}
+    measure   {plans: {name: [level]}, decode?}                  {rows: {name: {parameters, prefill_tps?, decode_tps?}}, not_timed?}
+    time_blocks {tokens}                                         {tokens, blocks: [[us]], rest}, prefill at batch 1
     export    {plan: [level], directory, card}                   {path, parameters, manifest_sha256, verification}
 
 ``exact`` says whether expectations over the vocabulary are exact; by default on the text ``report`` only. ``race``: of the plans

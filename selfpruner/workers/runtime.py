@@ -21,6 +21,7 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
+from selfpruner.evaluation.latency import time_blocks
 from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export
 from selfpruner.evaluation.race import Race
 from selfpruner.export.build import build, count_parameters
@@ -51,6 +52,7 @@ class Runtime:
             "baseline": self._baseline,
             "propose": self._propose,
             "measure": self._measure,
+            "time_blocks": self._time_blocks,
             "export": self._export,
         }
 
@@ -160,8 +162,8 @@ class Runtime:
         return {"model": config.model, **reply}
 
     def _measure(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
-        """Parameters and speed of ``{plans: {name: levels}}``; all-zero levels are the dense model itself. Without speed where the
-        models would not fit the memory there is: ``not_timed`` then says so."""
+        """Parameters and speed of ``{plans: {name: levels}}``; all-zero levels are the dense model itself. With ``decode`` false only
+        reading is timed. Without speed where the models would not fit the memory there is: ``not_timed`` then says so."""
         prepared = self._session(session, progress, cancelled)
         plans = {name: Plan(tuple(levels)) for name, levels in payload["plans"].items()}
         if not _fit(prepared, len(plans)):
@@ -174,17 +176,14 @@ class Runtime:
             built[name] = build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
         prompt = prepared.tokens("report", [0])[0]
         progress(f"timing {len(built)} models")
-        speeds = speed.measure(built, prompt, cancelled=cancelled)
-        return {
-            "rows": {
-                name: {
-                    "parameters": count_parameters(model),
-                    "prefill_tps": round(speeds[name].prefill, 1),
-                    "decode_tps": round(speeds[name].decode, 1),
-                }
-                for name, model in built.items()
-            }
-        }
+        speeds = speed.measure(built, prompt, new_tokens=32 if payload.get("decode", True) else 0, cancelled=cancelled)
+        rows = {name: {"parameters": count_parameters(model), **speeds[name].figures} for name, model in built.items()}
+        return {"rows": rows}
+
+    def _time_blocks(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        progress("timing blocks")
+        return asdict(time_blocks(prepared, int(payload["tokens"]), cancelled=cancelled))
 
     def _export(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
