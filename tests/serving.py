@@ -48,6 +48,7 @@ def record(recorder: Recorder, plans: int = 3) -> None:
                     status="evaluated",
                     fitness=1.0 / (number + 1),
                     relative=1.0,
+                    predicted=0.75,
                 )
             ]
         )

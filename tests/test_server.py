@@ -139,6 +139,7 @@ def test_candidates_by_generation_and_by_fitness(http: httpx.Client, client: Cli
     until(client, job_id, "succeeded")
     assert [row["generation"] for row in client.candidates(job_id)] == [0, 1, 2]
     best = list(client.candidates(job_id, "fitness"))
+    assert (best[0]["predicted"], best[0]["credit"], best[0]["informed_by"]) == (0.75, None, None)
     assert [row["id"] for row in best] == [f"{n:016x}" for n in (2, 1, 0)]
     assert best[0]["rates"] == [0.1, 0.3]
     page = http.get(f"/v1/jobs/{job_id}/candidates", params={"limit": 1, "after": best[2]["id"]}).json()

@@ -387,6 +387,24 @@ def test_what_was_written_first_stays(store: Store) -> None:
     assert (row.levels, row.rates, row.sequence, row.survived) == ([0, 3], [0.0, 0.4], 1, True)
 
 
+def test_beliefs_stay_and_an_early_rejection_is_known_by_its_reason(store: Store) -> None:
+    recorder = store.recorder(started(store))
+    new = candidate("a", generation=2, predicted=0.9, credit=0.001, informed_by=1)
+    recorder.save_candidates([new])
+    early = "rejected early after 64 tokens"
+    judged = replace(new, status="evaluated", fitness=0.5, relative=1.1, tokens=64, reason=early, predicted=0.1, credit=0.2)
+    recorder.save_candidates([judged])
+    recorder.save_evaluations([Evaluation("a", "w0", 64, 0.5, 3.1, 0.1, early)])
+    row = store.candidate(recorder.job_id, "a")
+    assert (row.predicted, row.credit, row.informed_by) == (0.9, 0.001, 1)
+    assert (row.status, row.relative, row.reason) == ("evaluated", 1.1, early)
+    assert recorder.find_evaluation("a", "w0") == Evaluation("a", "w0", 64, 0.5, 3.1, 0.1, early)
+    assert judged.rejected
+    recorder.save_candidates([replace(judged, reason=None, fitness=0.45, tokens=256, window="final")])
+    row = store.candidate(recorder.job_id, "a")
+    assert (row.reason, row.fitness, row.window) == (None, 0.45, "final")
+
+
 def test_recorders_of_two_jobs_do_not_meet(store: Store) -> None:
     one, two = store.recorder(started(store)), store.recorder(started(store))
     for recorder, kl in ((one, 0.1), (two, 0.2)):
@@ -414,6 +432,10 @@ def test_recorders_of_two_jobs_do_not_meet(store: Store) -> None:
         lambda recorder: recorder.save_candidates([candidate("a", status="evaluated", fitness=float("-inf"))]),
         lambda recorder: recorder.save_candidates([candidate("a", status="evaluated", fitness=0.1, relative=float("nan"))]),
         lambda recorder: recorder.save_candidates([candidate("a", status="infeasible")]),
+        lambda recorder: recorder.save_candidates([candidate("a", predicted=float("nan"))]),
+        lambda recorder: recorder.save_candidates([candidate("a", predicted=float("inf"))]),
+        lambda recorder: recorder.save_candidates([candidate("a", credit=float("-inf"))]),
+        lambda recorder: recorder.save_candidates([candidate("a", generation=2, informed_by=3)]),
         lambda recorder: recorder.save_candidates([candidate("b"), candidate("a", status="great")]),
         lambda recorder: recorder.save_candidates([candidate("a", rates=(float("nan"),))]),
         lambda recorder: recorder.save_llm_call(call(outcome="lovely")),

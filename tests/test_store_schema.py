@@ -64,7 +64,7 @@ def test_migrations_and_tables_make_the_same_database(tmp_path: Path) -> None:
 
 
 def test_every_view_of_the_file_is_made(tmp_path: Path) -> None:
-    assert list(schema.views()) == ["population", "best", "lineage", "operator_report", "llm_cost"]
+    assert list(schema.views()) == ["population", "best", "lineage", "operator_report", "foresight", "llm_cost"]
     Store(tmp_path / "store.db").close()
     assert schema.views().keys() <= objects(tmp_path / "store.db").keys()
 
@@ -90,6 +90,8 @@ def test_an_old_database_opens_with_everything_in_it(dump: Path, tmp_path: Path)
             ("cccc", "infeasible", ["aaaa", "bbbb"]),
         ]
         assert rows[0].rates == [0.125, 0.21875]
+        beliefs = [(row.predicted, row.credit, row.informed_by) for row in rows]
+        assert beliefs == [(0.875, 0.00025, 0) if dump.stem >= "store_0002" else (None, None, None), *[(None, None, None)] * 2]
         recorder = store.recorder(done.id)
         assert recorder.find_evaluation("bbbb", "w1") == Evaluation("bbbb", "w1", 3072, 0.27, 3.4, 0.5)
         assert [call.outcome for call in store.llm_calls(done.id)] == ["ok", "timeout"]
@@ -118,8 +120,8 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade():
@@ -131,20 +133,21 @@ def upgrade():
 
 @pytest.fixture
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Pretend that a release with revision 0002, which rebuilds the table every other table refers to, is running."""
+    """Pretend that a release with revision 0003, which rebuilds the table every other table refers to, is running."""
 
     def install(then: str) -> None:
         folder = tmp_path / "release"
         shutil.copytree(STORE_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "migrations/versions/v0002_note.py").write_text(NEXT_REVISION.format(then=then))
+        (folder / "migrations/versions/v0003_note.py").write_text(NEXT_REVISION.format(then=then))
         monkeypatch.setattr(schema, "files", lambda _: folder)
-        monkeypatch.setattr(schema, "REVISION", "0002")
+        monkeypatch.setattr(schema, "REVISION", "0003")
 
     return install
 
 
-def test_a_migration_keeps_every_row(tmp_path: Path, next_release: Callable[[str], None]) -> None:
-    path = restored(GOLDEN[0], tmp_path / "old.db")
+@pytest.mark.parametrize("dump", GOLDEN, ids=lambda dump: dump.stem)
+def test_a_migration_keeps_every_row(dump: Path, tmp_path: Path, next_release: Callable[[str], None]) -> None:
+    path = restored(dump, tmp_path / "old.db")
     counts = "SELECT (SELECT count(*) FROM job), (SELECT count(*) FROM candidate), (SELECT count(*) FROM event)"
     with closing(sqlite3.connect(path)) as connection:
         before = connection.execute(counts).fetchall()
@@ -160,11 +163,12 @@ def test_a_migration_keeps_every_row(tmp_path: Path, next_release: Callable[[str
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute(counts).fetchall() == before
         assert connection.execute("SELECT DISTINCT note FROM job").fetchall() == [("none",)]
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
         assert connection.execute("SELECT plan FROM best").fetchall() == [("bbbb",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
+@pytest.mark.parametrize("dump", GOLDEN, ids=lambda dump: dump.stem)
 @pytest.mark.parametrize(
     ("then", "expected"),
     [
@@ -173,16 +177,16 @@ def test_a_migration_keeps_every_row(tmp_path: Path, next_release: Callable[[str
     ],
 )
 def test_a_migration_that_fails_leaves_the_file_as_it_was(
-    then: str, expected: str, tmp_path: Path, next_release: Callable[[str], None]
+    then: str, expected: str, dump: Path, tmp_path: Path, next_release: Callable[[str], None]
 ) -> None:
-    path = restored(GOLDEN[0], tmp_path / "old.db")
+    path = restored(dump, tmp_path / "old.db")
     before = objects(path)
     next_release(then)
     with pytest.raises(StoreError, match=expected):
         Store(path)
     assert objects(path) == before
     with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(dump.stem[-4:],)]
         assert connection.execute("SELECT count(*) FROM job").fetchall() == [(3,)]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfpruner.config import SearchConfig
-from selfpruner.search.records import Candidate, LlmCall
+from selfpruner.search.records import Candidate, Evaluation, LlmCall
 from selfpruner.store.store import Store
 
 # What is the best plan of job X? Who were its parents? What did the LLM cost? What did each operator contribute?
@@ -27,7 +28,7 @@ QUESTIONS = {
         SELECT operator, calls, ok, failed, prompt_tokens + completion_tokens AS tokens, cost FROM llm_cost WHERE job_id = :job
     """,
     "operators": """
-        SELECT operator, plans, evaluated, infeasible, failed, best_relative, improved
+        SELECT operator, plans, evaluated, infeasible, failed, best_relative, improved, survived, seconds, credit
         FROM operator_report WHERE job_id = :job
     """,
     "fitness": """
@@ -47,14 +48,18 @@ def plan(
     )  # fmt: skip
 
 
+def believed(candidate: Candidate, predicted: float, credit: float) -> Candidate:
+    return replace(candidate, predicted=predicted, credit=credit, informed_by=candidate.generation - 1, survived=True)
+
+
 HISTORY = [
     plan("U", "uniform", 0, 1.0),
     plan("R", "ramp", 0, 0.95),  # better than U
     plan("S", "sensitivity", 0, 0.97),
     plan("I", "initialize", 0, None, status="infeasible"),
-    plan("M", "mutate", 1, 0.90, "R"),  # better than R
-    plan("L", "level_switch", 1, 0.93, "U"),
-    plan("C", "crossover", 2, 0.85, "ML"),  # better than M
+    believed(plan("M", "mutate", 1, 0.90, "R"), 0.875, 0.25),  # better than R
+    believed(plan("L", "level_switch", 1, 0.93, "U"), 0.925, 0.5),
+    believed(plan("C", "crossover", 2, 0.85, "ML"), 0.75, 0.125),  # better than M
     plan("X", "mutate", 2, None, "M", status="failed"),
     plan("P", "mutate", 2, None, "C", status="pending"),
 ]
@@ -76,6 +81,10 @@ def job(store: Store) -> str:
         job_id = store.create_job(SearchConfig(rate=0.2))[0].id
         recorder = store.recorder(job_id)
         recorder.save_candidates(HISTORY)
+        seconds = {"M": 2.0, "X": 0.5, "C": 1.0}
+        recorder.save_evaluations([Evaluation(name, "w0", 64, 0.3, 3.0, spent) for name, spent in seconds.items()])
+        recorder.save_evaluations([Evaluation("M", "w1", 64, 0.3, 3.0, 4.0), Evaluation("M", "report.0", 64, 0.3, 3.0, 8.0)])
+        recorder.event("generation-1", "search.generation", "Generation 1", data={"rank_correlation": 0.5})
         recorder.save_llm_call(call(1, "mutate", "ok", 100, 20, 0.25))
         recorder.save_llm_call(call(2, "mutate", "timeout", 100, 0, 0.125))
         recorder.save_llm_call(call(3, "crossover", "repaired", 200, 40, 0.5))
@@ -109,14 +118,36 @@ def test_what_the_llm_cost(store: Store, job: str) -> None:
 
 def test_what_each_operator_contributed(store: Store, job: str) -> None:
     assert ask(store, QUESTIONS["operators"], job) == [
-        ("crossover", 1, 1, 0, 0, 0.85, 1),
-        ("initialize", 1, 0, 1, 0, None, 0),
-        ("level_switch", 1, 1, 0, 0, 0.93, 0),
-        ("mutate", 3, 1, 0, 1, 0.90, 1),
-        ("ramp", 1, 1, 0, 0, 0.95, 1),
-        ("sensitivity", 1, 1, 0, 0, 0.97, 0),
-        ("uniform", 1, 1, 0, 0, 1.0, 0),
+        ("crossover", 1, 1, 0, 0, 0.85, 1, 1, 1.0, 0.125),
+        ("initialize", 1, 0, 1, 0, None, 0, 0, 0.0, None),
+        ("level_switch", 1, 1, 0, 0, 0.93, 0, 1, 0.0, 0.5),
+        ("mutate", 3, 1, 0, 1, 0.90, 1, 1, 6.5, 0.25),
+        ("ramp", 1, 1, 0, 0, 0.95, 1, 0, 0.0, None),
+        ("sensitivity", 1, 1, 0, 0, 0.97, 0, 0, 0.0, None),
+        ("uniform", 1, 1, 0, 0, 1.0, 0, 0, 0.0, None),
     ]
+
+
+def test_how_well_it_was_foreseen(store: Store, job: str) -> None:
+    question = "SELECT generation, children, predicted, round(measured, 6), rank_correlation FROM foresight WHERE job_id = :job"
+    assert ask(store, question, job) == [(1, 2, 0.9, 0.915, 0.5), (2, 1, 0.75, 0.85, None)]
+    assert ask(store, "SELECT plan, predicted FROM population WHERE job_id = :job AND predicted < 0.9", job) == [
+        ("C", 0.75), ("M", 0.875)
+    ]  # fmt: skip
+
+
+def test_a_plan_rejected_early_is_no_best_plan(store: Store, job: str) -> None:
+    """Its fitness is an estimate from few tokens, however good it looks."""
+    early = replace(plan("E", "mutate", 2, 0.5, "M"), reason="rejected early after 64 tokens", predicted=0.9)
+    store.recorder(job).save_candidates([early])
+    assert ask(store, QUESTIONS["best"], job) == [("C", "crossover", 2, 0.85, "[0.1235,0.2]")]
+    assert ask(store, "SELECT rank, reason FROM population WHERE job_id = :job AND plan = 'E'", job) == [
+        (7, "rejected early after 64 tokens")
+    ]
+    counts = "SELECT plans, evaluated, rejected, best_relative, improved FROM operator_report WHERE job_id = :job"
+    assert ask(store, f"{counts} AND operator = 'mutate'", job) == [(4, 2, 1, 0.90, 1)]
+    assert ask(store, "SELECT children FROM foresight WHERE job_id = :job AND generation = 2", job) == [(1,)]
+    assert [row.plan_hash for row in store.candidates(job, order="fitness").data][:7] == [*"CMLRSU", "E"]
 
 
 def test_how_fitness_fell(store: Store, job: str) -> None:
@@ -128,7 +159,7 @@ def test_the_population_is_ranked(store: Store, job: str) -> None:
     assert [(row[0], row[1]) for row in rows] == [
         ("U", 6), ("R", 4), ("S", 5), ("I", None), ("M", 2), ("L", 3), ("C", 1), ("X", None), ("P", None)
     ]  # fmt: skip
-    assert rows[6][2:] == ('["M","L"]', "evaluated", 0)
+    assert rows[6][2:] == ('["M","L"]', "evaluated", 1)
 
 
 def test_the_result_decides_which_plan_is_best(store: Store, job: str) -> None:

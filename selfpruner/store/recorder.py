@@ -1,7 +1,7 @@
 """Where a search writes its history: :class:`selfpruner.search.records.Recorder` on the store.
 
 Resume is replay, so everything is written as if for the first time and what is there already stays: an evaluation, an LLM call and
-an event keep their first content; a candidate keeps its origin and takes its latest score.
+an event keep their first content; a candidate keeps its origin, and what was believed of it then, and takes its latest score.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class JobRecorder:
                         parents=list(candidate.parents),
                         levels=list(candidate.levels),
                         rates=list(candidate.rates),
+                        **_beliefs(candidate),
                         **_score(candidate),
                     )
                     write.session.add(row)
@@ -117,6 +118,11 @@ def _fields(row: Any) -> dict[str, Any]:
 
 def _text(text: str | None) -> str | None:
     return None if text is None else storable(text)
+
+
+def _beliefs(candidate: Candidate) -> dict[str, Any]:
+    fields = _fields(candidate)
+    return {name: fields[name] for name in ("predicted", "credit", "informed_by")}
 
 
 def _score(candidate: Candidate) -> dict[str, Any]:

@@ -210,7 +210,8 @@ class Store:
     def candidates(
         self, job_id: str, after: str | None = None, limit: int = 100, *, order: Literal["generation", "fitness"] = "generation"
     ) -> Page[CandidateRow]:
-        """Candidates in order of generation, or best first with those without fitness last; those after plan ``after``."""
+        """Candidates in order of generation, or best first with those rejected early and those without fitness last; those after
+        plan ``after``."""
         keys = _candidate_order(order)
         query = select(CandidateRow).where(CandidateRow.job_id == job_id).order_by(*keys)
         with self._database.reading() as session:
@@ -333,5 +334,6 @@ def _candidate_order(order: Literal["generation", "fitness"]) -> list[SQLColumnE
     if order == "generation":
         return [col(CandidateRow.generation), sequence]
     unknown = literal(1e308)
-    status = case((col(CandidateRow.status) == "evaluated", 0), else_=1)
+    # The fitness of an evaluated plan with a reason, one that was rejected early, is an estimate.
+    status = case((col(CandidateRow.status) != "evaluated", 2), (col(CandidateRow.reason).is_not(None), 1), else_=0)
     return [status, func.coalesce(CandidateRow.relative, unknown), func.coalesce(CandidateRow.fitness, unknown), sequence]

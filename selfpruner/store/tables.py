@@ -22,7 +22,7 @@ from sqlmodel import Field, SQLModel
 from selfpruner.proposers.base import OUTCOMES
 from selfpruner.search.records import CandidateStatus, Level
 
-REVISION = "0001"
+REVISION = "0002"
 
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TRANSITIONS: Mapping[JobStatus, tuple[JobStatus, ...]] = {
@@ -105,7 +105,8 @@ class Job(Table, table=True):
 
 
 class CandidateRow(Table, table=True):
-    """A plan of a job's search. ``sequence`` is its order of creation within the job, from 1."""
+    """A plan of a job's search. ``sequence`` is its order of creation within the job, from 1. ``predicted``, ``credit`` and
+    ``informed_by`` are what was believed when it was made, see :class:`selfpruner.search.records.Candidate`."""
 
     __tablename__: ClassVar[str] = "candidate"
     __table_args__: ClassVar[Any] = (
@@ -115,6 +116,8 @@ class CandidateRow(Table, table=True):
         check("candidate_evaluated", "status <> 'evaluated' OR fitness IS NOT NULL"),
         check("candidate_reason", "status NOT IN ('infeasible', 'failed') OR reason IS NOT NULL"),
         check("candidate_counts", "generation >= 0 AND tokens >= 0 AND sequence >= 1 AND survived IN (0, 1)"),
+        check("candidate_beliefs", finite("predicted", "credit")),
+        check("candidate_informed_by", "informed_by BETWEEN 0 AND generation"),
         check("candidate_levels_json", json("levels", "array")),
         check("candidate_rates_json", json("rates", "array")),
         check("candidate_parents_json", json("parents", "array")),
@@ -136,6 +139,9 @@ class CandidateRow(Table, table=True):
     tokens: int
     reason: str | None = None
     survived: bool
+    predicted: float | None = None
+    credit: float | None = None
+    informed_by: int | None = None
 
 
 class EvaluationRow(Table, table=True):

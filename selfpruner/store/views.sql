@@ -2,13 +2,16 @@
 -- In every view: rates are removed / original parameters, lower fitness is better, relative is fitness over that of the uniform
 -- plan on the same tokens (1 = as good as uniform).
 
--- One row per candidate. rank 1 is the best evaluated plan of its job; plans without fitness have none.
+-- One row per candidate. rank 1 is the best evaluated plan of its job; plans without fitness have none. predicted: the relative
+-- fitness expected before it was scored. An evaluated plan with a reason was rejected early: its fitness is an estimate.
 CREATE VIEW population AS
 SELECT
     job_id,
     generation,
     CASE WHEN status = 'evaluated' THEN
-        row_number() OVER (PARTITION BY job_id ORDER BY status <> 'evaluated', relative IS NULL, relative, fitness, sequence)
+        row_number() OVER (
+            PARTITION BY job_id ORDER BY status <> 'evaluated', reason IS NOT NULL, relative IS NULL, relative, fitness, sequence
+        )
     END AS rank,
     plan_hash AS plan,
     operator,
@@ -16,6 +19,7 @@ SELECT
     (SELECT json_group_array(round(value, 4)) FROM json_each(candidate.rates)) AS rates,
     fitness,
     relative,
+    predicted,
     status,
     survived,
     reason,
@@ -43,7 +47,7 @@ FROM job
 CROSS JOIN candidate ON candidate.job_id = job.id AND candidate.plan_hash = coalesce(
     (SELECT plan_hash FROM candidate WHERE job_id = job.id AND plan_hash = json_extract(job.result, '$.best_plan')),
     (SELECT plan_hash FROM candidate WHERE job_id = job.id AND status = 'evaluated'
-     ORDER BY relative IS NULL, relative, fitness, sequence LIMIT 1)
+     ORDER BY reason IS NOT NULL, relative IS NULL, relative, fitness, sequence LIMIT 1)
 )
 LEFT JOIN checkpoint ON checkpoint.job_id = job.id AND checkpoint.plan_hash = candidate.plan_hash;
 
@@ -72,11 +76,13 @@ JOIN candidate ON candidate.job_id = ancestor.job_id AND candidate.plan_hash = a
 GROUP BY ancestor.job_id, ancestor.plan
 ORDER BY ancestor.job_id, depth, candidate.sequence;
 
--- What each operator contributed. improved: plans better than every evaluated plan made before them (a job's first plan improves
--- on nothing).
+-- What each operator contributed. survived: plans in the last population; rejected: evaluated plans that a race ended early for;
+-- best_relative: of the others; improved: plans better than every evaluated plan made before them (a job's first plan improves on
+-- nothing); seconds: what scoring its plans took in the search; credit: the gain per second that the bandit believed in, mean
+-- over plans.
 CREATE VIEW operator_report AS
 WITH scored AS (
-    SELECT *, CASE WHEN status = 'evaluated' THEN
+    SELECT *, CASE WHEN status = 'evaluated' AND reason IS NULL THEN
         CASE WHEN max(relative) OVER (PARTITION BY job_id) IS NULL THEN fitness ELSE relative END
     END AS score
     FROM candidate
@@ -85,18 +91,40 @@ WITH scored AS (
         PARTITION BY job_id ORDER BY sequence ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
     ) AS better
     FROM scored
+), spent AS (
+    SELECT job_id, plan_hash, sum(seconds) AS seconds FROM evaluation WHERE window NOT LIKE 'report%' GROUP BY job_id, plan_hash
 )
 SELECT
-    job_id,
+    compared.job_id,
     operator,
     count(*) AS plans,
     count(*) FILTER (WHERE status = 'evaluated') AS evaluated,
+    count(*) FILTER (WHERE status = 'evaluated' AND reason IS NOT NULL) AS rejected,
     count(*) FILTER (WHERE status = 'infeasible') AS infeasible,
     count(*) FILTER (WHERE status = 'failed') AS failed,
-    min(relative) FILTER (WHERE status = 'evaluated') AS best_relative,
-    count(*) FILTER (WHERE better) AS improved
+    count(*) FILTER (WHERE survived) AS survived,
+    count(*) FILTER (WHERE better) AS improved,
+    min(relative) FILTER (WHERE score IS NOT NULL) AS best_relative,
+    total(spent.seconds) AS seconds,
+    avg(credit) AS credit
 FROM compared
-GROUP BY job_id, operator;
+LEFT JOIN spent ON spent.job_id = compared.job_id AND spent.plan_hash = compared.plan_hash
+GROUP BY compared.job_id, operator;
+
+-- How well the landscape's model foresaw a generation: mean relative fitness of the children it had a prediction for, expected and
+-- measured, and the rank correlation of the two on the tokens that all of them were scored on.
+CREATE VIEW foresight AS
+SELECT
+    candidate.job_id,
+    candidate.generation,
+    count(*) AS children,
+    avg(candidate.predicted) AS predicted,
+    avg(candidate.relative) AS measured,
+    json_extract(event.data, '$.rank_correlation') AS rank_correlation
+FROM candidate
+LEFT JOIN event ON event.job_id = candidate.job_id AND event.key = 'generation-' || candidate.generation
+WHERE candidate.predicted IS NOT NULL AND candidate.relative IS NOT NULL AND candidate.reason IS NULL
+GROUP BY candidate.job_id, candidate.generation;
 
 -- What the proposer's calls cost. ok: calls that gave plans; seconds and cost are sums, cost in the currency of the prices.
 CREATE VIEW llm_cost AS
