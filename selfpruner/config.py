@@ -134,6 +134,9 @@ class SearchConfig(Strict):
     survey_tokens: Annotated[int, Field(ge=0, le=100_000_000)] = 512
     survey_step: float = Field(default=0.08, gt=0, lt=1, description="how far a survey turns a block: a share of its parameters")
     final_tokens: Tokens = 6144
+    generation_probe: bool = Field(
+        default=True, description="whether the final also looks at how much the best plans repeat themselves when they write"
+    )
     early_rejection: bool = True
     bandit: bool = True
     oversample: int = Field(default=4, ge=1, le=64, description="proposals per child that the landscape's model picks from")
@@ -224,6 +227,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "generations": 20,
         "stages": ({"tokens": 2048, "keep": 30},),
         "early_rejection": False,
+        "generation_probe": False,
         "patience": 0,
     },
 }

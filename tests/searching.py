@@ -90,7 +90,9 @@ class AnalyticPool:
     """KL is a known convex function of the levels, times a factor that all plans share on the same tokens.
 
     ``memory``: more plans than that in one task do not fit. ``broken``: hashes of plans that score NaN. ``seen`` counts every
-    (plan, tokens) pair that was really scored.
+    (plan, tokens) pair that was really scored. In a race the contenders beyond those to be kept are dropped after a quarter of the
+    tokens. ``repetition``: rates by plan hash and ``dense`` (0.3 where not named) or the error that writing raises; ``wrote``: the
+    names of every such task.
     """
 
     def __init__(self, space: SearchSpace, interruptions: Interruptions | None = None) -> None:
@@ -101,6 +103,8 @@ class AnalyticPool:
         self.too_large: set[str] = set()
         self.seen: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
         self.tasks: list[int] = []
+        self.repetition: dict[str, float] | Exception = {}
+        self.wrote: list[list[str]] = []
         rng = random.Random(5)
         self.weights = [rng.uniform(0.2, 3.0) for _ in space.blocks]
 
@@ -109,15 +113,19 @@ class AnalyticPool:
         return sum(weight * (rate + 4 * rate**3) for weight, rate in pairs) / len(self.weights)
 
     async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:  # noqa: ARG002
-        assert kind == "evaluate"
         self.interruptions.point()
+        if kind == "generate":
+            return self._generate(payload)
+        assert kind == "evaluate"
         plans = [Plan(tuple(levels)) for levels in json.loads(json.dumps(payload["plans"]))]
         self.tasks.append(len(plans))
         if len(plans) > self.memory or self.too_large & {plan.hash for plan in plans}:
             raise OutOfMemoryError("no room")
         sequences = tuple(payload["sequences"])
+        race = payload.get("race", {"contenders": [], "keep": 0})
+        dropped = sorted(race["contenders"], key=lambda index: self.kl(plans[index]))[race["keep"] :]
         rows: list[Json] = []
-        for plan in plans:
+        for index, plan in enumerate(plans):
             self.space.check(plan)
             self.seen[plan.hash, payload["text"], sequences] += 1
             noise = 1 + 0.2 * random.Random(str(sequences)).random()
@@ -125,8 +133,20 @@ class AnalyticPool:
             row: Json = {"kl": kl, "nll": 3 + kl, "tokens": 16 * len(sequences), "reason": None}
             if plan.hash in self.broken:
                 row |= {"kl": None, "nll": None, "reason": "fitness is not finite (kl nan, nll nan)"}
+            elif index in dropped:
+                row |= {"kl": 1.01 * kl, "nll": 3 + 1.01 * kl, "tokens": 4 * len(sequences), "rejected": True}
             rows.append(row)
         return {"rows": rows, "seconds": 0.01 * len(plans), "peak_mib": 100.0 + len(self.tasks)}
+
+    def _generate(self, payload: Mapping[str, Any]) -> Json:
+        assert (payload["text"], payload["prompt"], payload["new_tokens"]) == ("fitness", 32, 48)
+        assert 1 <= len(payload["sequences"]) <= 8
+        self.wrote.append(list(payload["plans"]))
+        if isinstance(self.repetition, Exception):
+            raise self.repetition
+        assert not any(payload["plans"]["dense"])
+        rates = self.repetition
+        return {"repetition": {name: rates.get(name, 0.3) for name in payload["plans"]}, "seconds": 0.01}
 
     async def close(self) -> None:
         """Nothing to close."""

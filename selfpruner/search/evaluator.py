@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,26 @@ class Evaluator:
             self.evaluations += len(unique)
         self.plans.update(parts)
         return {plan_hash: _mean(rows) for plan_hash, rows in parts.items()}
+
+    async def repetition(self, plans: Mapping[str, Plan], window: Window, *, prompt: int, new_tokens: int) -> dict[str, float]:
+        """How much greedy continuations repeat themselves, by the name of the plan and, as ``dense``, of the model unpruned.
+
+        ``window`` gives the prompts: the first ``prompt`` tokens of its sequences. Not recorded; the same question has the same
+        answer. Raises what the task raises: a ConfigError where the worker cannot write.
+        """
+        if not plans:
+            return {}
+        dense = [0] * len(next(iter(plans.values())).levels)
+        payload = {
+            "plans": {"dense": dense, **{name: list(plan.levels) for name, plan in plans.items()}},
+            "text": window.text,
+            "sequences": list(window.sequences),
+            "prompt": prompt,
+            "new_tokens": new_tokens,
+        }
+        result = await self._pool.run(self._session, "generate", payload)
+        self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))
+        return {name: float(rate) for name, rate in result["repetition"].items()}
 
     async def _evaluate(self, plans: Sequence[Plan], window: Window, contenders: Collection[str], keep: int) -> list[Evaluation]:
         if not plans:

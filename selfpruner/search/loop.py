@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from selfpruner.config import SearchConfig
@@ -25,6 +25,7 @@ from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
 from selfpruner.search.breeding import Breeder
 from selfpruner.search.evaluator import Evaluator, Fitness
+from selfpruner.search.generation import probe
 from selfpruner.search.landscape import Landscape
 from selfpruner.search.records import Candidate, Progress, Recorder, Window
 from selfpruner.search.state import Mark, State, standing
@@ -38,7 +39,9 @@ MOVED = 0.2
 @dataclass(frozen=True)
 class Outcome:
     """What a search found. ``best`` won the final; ``finalists`` are sorted by their fitness there, best first. ``stopped`` says
-    why the generations ended; ``rank_correlation`` is the mean over generations of Spearman's, predicted against measured."""
+    why the generations ended, ``tokens_saved`` what those that were not made would have cost at most; ``rank_correlation`` is the
+    mean over generations of Spearman's, predicted against measured; ``repetition`` holds the rates of the generation probe, by plan
+    hash and ``dense``: empty without one."""
 
     best: Candidate
     uniform: Candidate
@@ -50,6 +53,8 @@ class Outcome:
     stopped: str = ""
     tokens: int = 0
     rank_correlation: float | None = None
+    tokens_saved: int = 0
+    repetition: Mapping[str, float] = field(default_factory=dict)
 
 
 class Search:
@@ -339,8 +344,10 @@ class Search:
 
     # -- deciding ------------------------------------------------------------------------------------------------------
     async def _final(self, stopped: str) -> Outcome:
-        """Re-score the population, the best ramp and the uniform plan on tokens that no stage saw; the best of them wins."""
+        """Re-score the population, the best ramp and the uniform plan on tokens that no stage saw; the best of them wins, unless
+        it writes badly."""
         number, state = self.generation, self.state
+        saved = (self.config.generations - number) * self._generation_tokens()
         if number < self.config.generations:
             self.recorder.event(
                 "stopped",
@@ -350,7 +357,7 @@ class Search:
                     "generation": number,
                     "reason": stopped,
                     "tokens_spent": self.evaluator.tokens,
-                    "tokens_saved": (self.config.generations - number) * self._generation_tokens(),
+                    "tokens_saved": saved,
                 },
             )
         self._report("searching", "final: re-scoring the best plans on unseen tokens")
@@ -367,7 +374,9 @@ class Search:
         finalists = sorted((c for c in entrants.values() if c.status == "evaluated"), key=standing)
         if not finalists:
             raise SelfprunerError("No plan could be scored on the final tokens.", code="no_feasible_plan")
-        best = finalists[0]
+        best, repetition = finalists[0], dict[str, float]()
+        if self.config.generation_probe:
+            best, repetition = await probe(finalists, scores, self.evaluator, self.recorder, self.windows.final)
         correlation = sum(self._correlations) / len(self._correlations) if self._correlations else None
         self.recorder.event(
             "final",
@@ -394,6 +403,8 @@ class Search:
             stopped,
             self.evaluator.tokens,
             correlation,
+            saved,
+            repetition,
         )
 
     # -- telling -------------------------------------------------------------------------------------------------------

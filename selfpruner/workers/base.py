@@ -12,12 +12,15 @@ preparing again cheap.
     propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
     baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan
     measure   {plans: {name: [level]}, decode?}                  {rows: {name: {parameters, prefill_tps?, decode_tps?}}, not_timed?}
+    generate  {plans: {name: [level]}, text,                     {repetition: {name: rate}, seconds}
+               sequences: [int], prompt, new_tokens}
     time_blocks {tokens}                                         {tokens, blocks: [[us]], rest}, prefill at batch 1
     export    {plan: [level], directory, card}                   {path, parameters, manifest_sha256, verification}
 
 ``exact`` says whether expectations over the vocabulary are exact; by default on the text ``report`` only. ``race``: of the plans
 at ``contenders`` only ``keep`` will be kept, so others may be dropped early; their rows are ``rejected``, with estimated figures
-and the tokens that were spent on them.
+and the tokens that were spent on them. ``generate`` writes ``new_tokens`` greedily after the first ``prompt`` tokens of each
+sequence; a worker whose model is streamed cannot, and raises ConfigError.
 """
 
 from __future__ import annotations

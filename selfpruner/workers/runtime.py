@@ -24,6 +24,7 @@ from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.latency import time_blocks
 from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export
 from selfpruner.evaluation.race import Race
+from selfpruner.evaluation.repetition import repetition
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import write
@@ -52,6 +53,7 @@ class Runtime:
             "baseline": self._baseline,
             "propose": self._propose,
             "measure": self._measure,
+            "generate": self._generate,
             "time_blocks": self._time_blocks,
             "export": self._export,
         }
@@ -179,6 +181,27 @@ class Runtime:
         speeds = speed.measure(built, prompt, new_tokens=32 if payload.get("decode", True) else 0, cancelled=cancelled)
         rows = {name: {"parameters": count_parameters(model), **speeds[name].figures} for name, model in built.items()}
         return {"rows": rows}
+
+    def _generate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """How much ``{plans: {name: levels}}`` repeat themselves; all-zero levels are the dense model itself. One after another."""
+        started = time.perf_counter()
+        prepared = self._session(session, progress, cancelled)
+        if prepared.loaded.streamed:
+            raise ConfigError(
+                f"{prepared.config.model} is streamed from its files, because it does not fit the memory there is: writing would "
+                "read all of them once per word. Set generation_probe to false, or give more memory.",
+                param="generation_probe",
+            )
+        if not _fit(prepared, 1):
+            raise OutOfMemoryError("A pruned model does not fit beside the dense one in the memory there is.")
+        base, prompts = prepared.loaded.model, prepared.tokens(payload["text"], payload["sequences"])[:, : int(payload["prompt"])]
+        rates = {}
+        for name, levels in payload["plans"].items():
+            progress(f"writing with {name}")
+            model = build(base, *pruned_tensors(prepared, Plan(tuple(levels)))) if any(levels) else base
+            rates[name] = repetition(model, prompts, new_tokens=int(payload["new_tokens"]), cancelled=cancelled)
+            del model  # before the next is built
+        return {"repetition": rates, "seconds": time.perf_counter() - started}
 
     def _time_blocks(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
