@@ -19,7 +19,7 @@ from selfpruner.errors import CancelledTaskError
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second at batch 1: ``prefill`` over the prompt, ``decode`` with the cache, greedy (None where nothing was written)."""
+    """Tokens per second at batch 1: ``prefill`` over the prompt, ``decode`` with the cache, greedy; None where nothing was written."""
 
     prefill: float
     decode: float | None
@@ -27,7 +27,8 @@ class Speed:
     @property
     def figures(self) -> dict[str, float]:
         """As a report has them."""
-        return {"prefill_tps": round(self.prefill, 1)} | ({} if self.decode is None else {"decode_tps": round(self.decode, 1)})
+        found = {"prefill_tps": self.prefill, "decode_tps": self.decode}
+        return {name: round(value, 1) for name, value in found.items() if value is not None}
 
 
 def measure(

@@ -25,6 +25,7 @@ from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
 from selfpruner.search.breeding import Breeder
 from selfpruner.search.evaluator import Evaluator, Fitness
+from selfpruner.search.front import front_tokens
 from selfpruner.search.generation import probe
 from selfpruner.search.landscape import Landscape
 from selfpruner.search.records import Candidate, Progress, Recorder, Window
@@ -106,7 +107,7 @@ class Search:
     # -- probes --------------------------------------------------------------------------------------------------------
     def _needs_probes(self) -> bool:
         names = (*self.config.initial, *self.config.operators)
-        return "sensitivity" in names or "reallocate" in names or self.config.uses_llm
+        return "sensitivity" in names or "reallocate" in names or self.config.uses_llm or len(self.config.objective) > 1
 
     async def _probe(self) -> None:
         """KL when only one block is at a middle level, block by block, in one walk."""
@@ -316,7 +317,7 @@ class Search:
 
     def _final_tokens(self) -> int:
         entrants = len({c.plan_hash for c in self.state.population} | {self.uniform.hash}) + 1
-        return len(self.windows.final.sequences) * self.windows.length * entrants
+        return len(self.windows.final.sequences) * self.windows.length * entrants + front_tokens(self.config, self.windows)
 
     def _generation_tokens(self) -> int:
         """The most a generation can cost."""

@@ -164,8 +164,8 @@ class Runtime:
         return {"model": config.model, **reply}
 
     def _measure(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
-        """Parameters and speed of ``{plans: {name: levels}}``; all-zero levels are the dense model itself. With ``decode`` false only
-        reading is timed. Without speed where the models would not fit the memory there is: ``not_timed`` then says so."""
+        """Parameters and speed of ``{plans: {name: levels}}``, with ``decode`` false of reading only; all-zero levels are the dense
+        model itself. Without speed where the models would not fit the memory there is: ``not_timed`` then says so."""
         prepared = self._session(session, progress, cancelled)
         plans = {name: Plan(tuple(levels)) for name, levels in payload["plans"].items()}
         if not _fit(prepared, len(plans)):
@@ -179,8 +179,8 @@ class Runtime:
         prompt = prepared.tokens("report", [0])[0]
         progress(f"timing {len(built)} models")
         speeds = speed.measure(built, prompt, new_tokens=32 if payload.get("decode", True) else 0, cancelled=cancelled)
-        rows = {name: {"parameters": count_parameters(model), **speeds[name].figures} for name, model in built.items()}
-        return {"rows": rows}
+        timed: Json = {name: {"parameters": count_parameters(model)} | speeds[name].figures for name, model in built.items()}
+        return {"rows": timed}
 
     def _generate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         """How much ``{plans: {name: levels}}`` repeat themselves; all-zero levels are the dense model itself. One after another."""
