@@ -90,7 +90,7 @@ class AnalyticPool:
     """KL is a known convex function of the levels, times a factor that all plans share on the same tokens.
 
     ``memory``: more plans than that in one task do not fit. ``broken``: hashes of plans that score NaN. ``seen`` counts every
-    (plan, tokens) pair that was really scored. In a race the contenders beyond those to be kept are dropped after a quarter of the
+    (plan, tokens) pair that was really scored, ``tokens`` the plan-tokens by text. In a race the contenders beyond those to be kept are dropped after a quarter of the
     tokens. ``repetition``: rates by plan hash and ``dense`` (0.3 where not named) or the error that writing raises; ``wrote``: the
     names of every such task.
     """
@@ -102,6 +102,7 @@ class AnalyticPool:
         self.broken: set[str] = set()
         self.too_large: set[str] = set()
         self.seen: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+        self.tokens: Counter[str] = Counter()
         self.tasks: list[int] = []
         self.repetition: dict[str, float] | Exception = {}
         self.wrote: list[list[str]] = []
@@ -135,6 +136,7 @@ class AnalyticPool:
                 row |= {"kl": None, "nll": None, "reason": "fitness is not finite (kl nan, nll nan)"}
             elif index in dropped:
                 row |= {"kl": 1.01 * kl, "nll": 3 + 1.01 * kl, "tokens": 4 * len(sequences), "rejected": True}
+            self.tokens[payload["text"]] += row["tokens"]
             rows.append(row)
         return {"rows": rows, "seconds": 0.01 * len(plans), "peak_mib": 100.0 + len(self.tasks)}
 
