@@ -90,9 +90,9 @@ class AnalyticPool:
     """KL is a known convex function of the levels, times a factor that all plans share on the same tokens.
 
     ``memory``: more plans than that in one task do not fit. ``broken``: hashes of plans that score NaN. ``seen`` counts every
-    (plan, tokens) pair that was really scored, ``tokens`` the plan-tokens by text. In a race the contenders beyond those to be kept are dropped after a quarter of the
-    tokens. ``repetition``: rates by plan hash and ``dense`` (0.3 where not named) or the error that writing raises; ``wrote``: the
-    names of every such task.
+    (plan, tokens) pair that was really scored, ``tokens`` the plan-tokens by text. In a race the contenders beyond those to be kept
+    are dropped after a quarter of the tokens. ``repetition``: rates by plan hash and ``dense`` (0.3 where not named) or the error
+    that writing raises; ``wrote``: the names of every such task.
     """
 
     def __init__(self, space: SearchSpace, interruptions: Interruptions | None = None) -> None:
