@@ -293,7 +293,7 @@ def _report(client: Client, job: Mapping[str, Any]) -> None:
 
     from rich.table import Table
 
-    from selfpruner.live import operators
+    from selfpruner.live import account, operators
 
     console = _console()
     console.print(f"{job['id']}  {job['status']}  {job['model']}  rate {job['config']['rate']:g}  {_summary(job)}")
@@ -307,6 +307,8 @@ def _report(client: Client, job: Mapping[str, Any]) -> None:
             fitness = row["status"] if row["fitness"] is None else f"{row['fitness']:.4f}"
             table.add_row(row["id"], str(row["generation"]), row["operator"], fitness, relative)
         console.print(table)
+    if members := (job["result"] or {}).get("front"):
+        console.print(commands.front(members))
     made = (job["result"] or {}).get("operators", {})
     final = {
         "data": {
@@ -315,6 +317,8 @@ def _report(client: Client, job: Mapping[str, Any]) -> None:
     }
     if contributed := operators(final if made else job["progress"] or {}):
         console.print(contributed)
+    for line in account(job["result"] or {}):
+        console.print(line)
     for checkpoint in client.checkpoints(job["id"]):
         console.print(
             f"checkpoint {checkpoint['path']}  {checkpoint['parameters']:,} parameters, {checkpoint['bytes'] / 1e6:,.1f} MB"

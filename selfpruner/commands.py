@@ -60,7 +60,7 @@ def search(
 ) -> int:
     """Search in this process, without a server. The same call again goes on where it was interrupted."""
     from selfpruner import api
-    from selfpruner.live import LiveView
+    from selfpruner.live import LiveView, account
     from server.settings import load_settings
 
     body = options.read_config(
@@ -96,6 +96,8 @@ def search(
         print(json.dumps(result.report))
     else:
         _table(result.report)
+        for line in account(result.report):
+            print(line)
         print(f"checkpoint {result.checkpoint['path']}")
     return 0
 
@@ -236,7 +238,10 @@ ROWS = {
 def _table(report: Mapping[str, Any]) -> None:
     from rich.console import Console
 
-    Console(markup=False, highlight=False).print(comparison(report))
+    console = Console(markup=False, highlight=False)
+    console.print(comparison(report))
+    if report.get("front"):
+        console.print(front(report["front"]))
 
 
 def comparison(report: Mapping[str, Any]) -> Any:
@@ -251,6 +256,24 @@ def comparison(report: Mapping[str, Any]) -> Any:
         if row := report.get(key):
             speeds = [f"{row[name]:,.0f}" if name in row else "" for name in ("prefill_tps", "decode_tps")]
             table.add_row(title, f"{row['parameters']:,}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}", *speeds)
+    return table
+
+
+def front(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The members of a front side by side, best quality first, as a rich table."""
+    from rich.table import Table
+
+    timed = "latency_us" in rows[0]
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("front", no_wrap=True)
+    for name in ("rate", "parameters", "KL", "perplexity", *(("block times", "prefill", "speedup") if timed else ()), "made by"):
+        table.add_column(name, justify="left" if name == "made by" else "right", no_wrap=True)
+    for row in rows:
+        speeds = [f"{row['latency_us'] / 1000:,.1f} ms"] if timed else []
+        if timed:
+            speeds += [f"{row['prefill_tps']:,.0f} tok/s", f"{row['speedup']:.2f}x"] if "speedup" in row else ["", ""]
+        figures = [f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}"]
+        table.add_row(row["plan"], *figures, *speeds, row["operator"] + (" (best)" if row["best"] else ""))
     return table
 
 

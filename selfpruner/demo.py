@@ -24,7 +24,7 @@ from rich.table import Table
 from selfpruner.client import Client
 from selfpruner.commands import comparison
 from selfpruner.errors import SelfprunerError
-from selfpruner.live import LiveView
+from selfpruner.live import LiveView, account
 
 REQUEST = {"model": "smollm2-135m", "rate": 0.2, "preset": "default", "proposer": "local"}
 ROWS = ("dense", "uniform_flap_bias", "uniform", "ramp", "best")
@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = {
         **{name: report[name] for name in ROWS if name in report},
         **{key: report[key] for key in ("evaluations", "plans", "peak_worker_mib", "operators", "checkpoint", "verification")},
+        **{key: report[key] for key in ("tokens", "stopped", "tokens_saved", "rank_correlation")},
         **{key: report[key] for key in ("texts", "plan", "method", "target")},
         "seconds": round(time.monotonic() - started, 1),
         "job": job["id"],
@@ -132,8 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
     kl, perplexity = (report["best"][name] / report["uniform"][name] - 1 for name in ("kl", "perplexity"))
     console.print(
         f"Found against uniform: KL {kl:+.1%}, perplexity {perplexity:+.1%}. "
-        f"{result['plans']} plans in {result['seconds']:.0f} s, worker memory {result['peak_worker_mib']:,} MiB."
+        f"{result['seconds']:.0f} s, worker memory {result['peak_worker_mib']:,} MiB."
     )
+    for line in account(report):
+        console.print(line)
     console.print(contributions(report))
     console.print(f"Checkpoint, loaded again in a fresh process and verified: {report['checkpoint']}")
     console.print(f"Figures: {home / 'result.json'}   picture: {home / 'result.svg'}")

@@ -64,11 +64,13 @@ class LiveView:
 
 
 def facts(progress: Mapping[str, Any], status: str) -> Text:
-    """One line: stage, plans, evaluations, best fitness."""
+    """One line: stage, plans, evaluations, plan-tokens, best fitness."""
     parts = [str(progress.get("stage") or status)]
     for name in ("plans", "evaluations"):
         if progress.get(name):
             parts.append(f"{progress[name]} {name}")
+    if tokens := (progress.get("data") or {}).get("tokens"):
+        parts.append(f"{tokens:,} tokens")
     if progress.get("best_fitness") is not None:
         parts.append(f"best {progress['best_fitness']:.4f} nats/token")
     if progress.get("best_relative") is not None:
@@ -91,6 +93,21 @@ def operators(progress: Mapping[str, Any]) -> Table | None:
     for name, plans in made.items():
         table.add_row(str(name), str(plans), str(improved.get(name, 0)))
     return table
+
+
+def account(report: Mapping[str, Any]) -> list[str]:
+    """Lines for the end of a job, from its report: what the search cost and why it ended, what it foresaw, how the result writes.
+    Reports of older jobs lack some of that."""
+    lines = []
+    if report.get("tokens"):
+        line = f"{report['plans']} plans on {report['tokens']:,} plan-tokens; {report['stopped']}"
+        lines.append(line + (f", which saved up to {report['tokens_saved']:,}." if report["tokens_saved"] else "."))
+    if report.get("rank_correlation") is not None:
+        lines.append(f"Rank correlation of foreseen and measured fitness: {report['rank_correlation']:.2f}.")
+    rates = [report.get(name, {}).get("repetition") for name in ("best", "dense")]
+    if None not in rates:
+        lines.append(f"Greedy text repeats {100 * rates[0]:.0f} % of itself, the dense model's {100 * rates[1]:.0f} %.")
+    return lines
 
 
 def printable(text: str) -> str:

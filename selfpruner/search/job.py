@@ -57,7 +57,9 @@ async def run_job(
     """Run ``config`` to the end and leave a verified checkpoint in ``checkpoint_dir``.
 
     The report holds ``dense``, ``uniform``, ``ramp``, ``best`` and ``uniform_flap_bias`` (parameters, kl, perplexity,
-    prefill_tps, decode_tps where timed), ``evaluations``, ``plans``, ``seconds``, ``peak_worker_mib``, ``operators``,
+    prefill_tps, decode_tps where timed; repetition of ``dense`` and ``best`` where they were made to write), ``evaluations``,
+    ``plans``, ``tokens`` (plan-tokens that the search was charged), ``stopped`` (why its generations ended), ``tokens_saved`` (at
+    most, by ending early), ``rank_correlation`` (predicted against measured), ``seconds``, ``peak_worker_mib``, ``operators``,
     ``texts``, ``model``, ``plan`` and ``checkpoint``. Raises UnknownNameError for a proposer the settings do not name and
     ConfigError for a fitness text too short for the stages, both before any work.
     """
@@ -105,6 +107,10 @@ async def run_job(
     report |= {
         "evaluations": evaluator.evaluations,
         "plans": len(search.state.candidates),
+        "tokens": outcome.tokens,
+        "stopped": outcome.stopped,
+        "tokens_saved": outcome.tokens_saved,
+        "rank_correlation": None if outcome.rank_correlation is None else round(outcome.rank_correlation, 3),
         "seconds": round(time.monotonic() - started, 1),
         "peak_worker_mib": round(max(evaluator.peak_mib, float(checkpoint.pop("peak_mib", 0.0)))),
         "operators": _operators(outcome),
@@ -147,6 +153,9 @@ async def _report(
         }
         for name, plan in plans.items()
     }
+    for name, key in (("dense", "dense"), ("best", outcome.best.plan_hash)):
+        if key in outcome.repetition:
+            report[name]["repetition"] = round(outcome.repetition[key], 4)
     if reason := timed.get("not_timed"):
         report["not_timed"] = reason
     report |= {
@@ -234,7 +243,7 @@ def _teller(stage: str, config: SearchConfig, outcome: Outcome, evaluator: Evalu
         recorder.progress(
             Progress(
                 stage=stage,
-                generation=config.generations,
+                generation=outcome.generations,
                 generations=config.generations,
                 evaluations=evaluator.evaluations,
                 plans=len(evaluator.plans),
@@ -242,7 +251,7 @@ def _teller(stage: str, config: SearchConfig, outcome: Outcome, evaluator: Evalu
                 best_relative=outcome.best.relative,
                 best_plan=outcome.best.plan_hash,
                 message=text,
-                data={"operators": dict(outcome.made), "improved": dict(outcome.improved)},
+                data={"operators": dict(outcome.made), "improved": dict(outcome.improved), "tokens": outcome.tokens},
             )
         )
 

@@ -444,7 +444,7 @@ class Search:
                 best_relative=best.relative if best else None,
                 best_plan=best.plan_hash if best else None,
                 message=message,
-                data={"operators": dict(self.state.made), "improved": dict(self.state.improved)},
+                data={"operators": dict(self.state.made), "improved": dict(self.state.improved), "tokens": self.evaluator.tokens},
             )
         )
 
