@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from selfpruner.architectures import AttentionWeights, FfnWeights
+from selfpruner.architectures import AttentionWeights, FfnWeights, describe
 from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Engine, LevelCache, Work
@@ -136,6 +136,19 @@ def test_the_dense_plan(case: Ready, tokens: torch.Tensor) -> None:
     assert score.nll == pytest.approx(float(case.model(tokens, labels=tokens).loss), rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(score.nll))
     assert score.tokens == tokens.numel()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [64, 65, 150])
+def test_sequences_longer_than_a_block_of_queries(name: str, length: int) -> None:
+    model = load_tiny(name.split()[0], **MODELS[name])
+    arch = describe(model)
+    tokens = tokens_of(2, length)
+    x, rope = arch.embed(tokens), arch.rope(length)
+    for layer in range(arch.layers):
+        x = arch.feed_forward(layer, arch.attend(layer, x, arch.attention(layer), rope), arch.ffn(layer))
+    expected = model.model(tokens, use_cache=False).last_hidden_state
+    torch.testing.assert_close(arch.final_norm(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_results_do_not_depend_on_company(case: Ready, tokens: torch.Tensor) -> None:
