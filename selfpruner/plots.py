@@ -8,7 +8,7 @@ from typing import Any
 
 
 def result_chart(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Any:
-    """Rates per layer of the best plan beside the best fitness by generation, as an Altair chart.
+    """Rates per layer of the best plan beside the best fitness by generation, as an Altair chart; and the front where there is one.
 
     ``report`` is a job's report; ``events`` its events, of which the generations' are drawn.
     """
@@ -46,7 +46,36 @@ def result_chart(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]])
         )
     )
     convergence = (line + points).properties(width=420, height=220, title="Convergence, fresh tokens every generation")
+    if report.get("front"):
+        return (bars + target) | convergence | front_chart(report["front"])
     return (bars + target) | convergence
+
+
+def front_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """KL of a front's members over their predicted latency, or else over their parameters. ``rows``: a report's ``front``."""
+    import altair as alt
+
+    if "latency_us" in rows[0]:
+        points = [{**_point(row), "ms": row["latency_us"] / 1000} for row in rows]
+        x = alt.X("ms:Q", title="prefill, ms by the sum of its blocks", scale=alt.Scale(zero=False))
+    else:
+        points = [_point(row) for row in rows]
+        x = alt.X("parameters:Q", title="parameters", scale=alt.Scale(zero=False), axis=alt.Axis(format="~s"))
+    marks = (
+        alt.Chart(_data(points))
+        .mark_point(filled=True, size=70, opacity=1)
+        .encode(
+            x=x,
+            y=alt.Y("kl:Q", title="KL, nats per token", scale=alt.Scale(zero=False)),
+            color=alt.Color("removed:N", title="removed"),
+            tooltip=["plan:N", "kl:Q", "parameters:Q"],
+        )
+    )
+    return marks.properties(width=420, height=220, title="Front, held-out text")
+
+
+def _point(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"plan": row["plan"], "kl": row["kl"], "parameters": row["parameters"], "removed": f"{100 * row['rate']:g} %"}
 
 
 def _data(values: Sequence[Mapping[str, Any]]) -> Any:

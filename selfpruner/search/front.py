@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from selfpruner.config import SearchConfig
+from selfpruner.errors import BudgetError
 from selfpruner.operators.closed_form import cheapest
 from selfpruner.search.evaluator import Evaluator, Fitness
 from selfpruner.search.records import Candidate, Recorder, Window
@@ -35,6 +36,8 @@ NAME = "front"
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 # Bold plans per rate, and how far they may turn a block of the scaled best plan (a share of its parameters).
 DRAWS, RADIUS = 3, 0.25
+# Latencies nearer than this share of the dense model's count as equal: less than a measurement can tell.
+ALIKE = 0.005
 # Plans of a rate that go on to the final's tokens: with latency several points, without it the best and its rival.
 KEEP, KEEP_POINTS = 2, 5
 
@@ -49,6 +52,10 @@ class Latencies:
 
     def of(self, plan: Plan) -> float:
         return self.rest + math.fsum(times[level] for times, level in zip(self.blocks, plan.levels, strict=True))
+
+    def steps(self, plan: Plan) -> int:
+        """The plan's latency, counted in the smallest difference that matters."""
+        return round(self.of(plan) / (ALIKE * self.of(Plan((0,) * len(plan.levels)))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ class Front:
         self.recorder = recorder
         self.windows = windows
         self.space = space
-        self.spaces = {rate: space if rate == config.rate else replace(space, rate=rate) for rate in config.front_rates}
+        self.spaces = {rate: space if rate == config.rate else _at(space, rate) for rate in config.front_rates}
 
     async def make(
         self,
@@ -170,7 +177,7 @@ class Front:
     def _fast_known(self, state: State, latencies: Latencies) -> list[Plan]:
         """Plans of the search that none beats both in standing and in latency."""
         known = [c for c in state.candidates.values() if c.status == "evaluated" and not c.rejected and c.relative is not None]
-        rows = [((c.relative or 0.0, latencies.of(Plan(c.levels))), Plan(c.levels)) for c in known]
+        rows = [((c.relative or 0.0, latencies.steps(Plan(c.levels))), Plan(c.levels)) for c in known]
         rows.sort(key=lambda row: (row[0], row[1].hash))
         return _spread([plan for values, plan in rows if not any(_beats(other, values) for other, _ in rows)], KEEP_POINTS)
 
@@ -203,7 +210,8 @@ class Front:
 
     def _member(self, candidate: Candidate, fitness: Fitness, rate: float, latencies: Latencies | None) -> Member:
         latency = None if latencies is None else latencies.of(Plan(candidate.levels))
-        costs = (-rate if name == "parameters" else latency or 0.0 for name in self.config.objective[1:])
+        steps = 0 if latencies is None else latencies.steps(Plan(candidate.levels))
+        costs = (-rate if name == "parameters" else float(steps) for name in self.config.objective[1:])
         return Member(candidate, fitness, rate, latency, tuple(costs))
 
     def _chosen(self, points: Sequence[Member]) -> list[Candidate]:
@@ -242,6 +250,13 @@ def front_of(members: Sequence[Member], metric: str) -> list[Member]:
     ranked = sorted(members, key=lambda member: (member.values(metric), member.candidate.plan_hash))
     unlike = {member.values(metric): member for member in reversed(ranked)}
     return [unlike[values] for values in sorted(unlike) if not any(_beats(other, values) for other in unlike)]
+
+
+def _at(space: SearchSpace, rate: float) -> SearchSpace:
+    try:
+        return replace(space, rate=rate)
+    except BudgetError as error:
+        raise BudgetError(error.message, param="rates") from None
 
 
 def _beats(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from selfpruner.config import SearchConfig
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.search.evaluator import Evaluator
+from selfpruner.search.front import Front, Latencies, Member
+from selfpruner.search.front_report import front_rows, latencies_of
 from selfpruner.search.loop import Outcome, Search
 from selfpruner.search.records import Progress, Recorder
 from selfpruner.search.windows import Windows, report_windows
@@ -60,8 +62,9 @@ async def run_job(
     prefill_tps, decode_tps where timed; repetition of ``dense`` and ``best`` where they were made to write), ``evaluations``,
     ``plans``, ``tokens`` (plan-tokens that the search was charged), ``stopped`` (why its generations ended), ``tokens_saved`` (at
     most, by ending early), ``rank_correlation`` (predicted against measured), ``seconds``, ``peak_worker_mib``, ``operators``,
-    ``texts``, ``model``, ``plan`` and ``checkpoint``. Raises UnknownNameError for a proposer the settings do not name and
-    ConfigError for a fitness text too short for the stages, both before any work.
+    ``texts``, ``model``, ``plan`` and ``checkpoint``; with more than one objective also ``front`` and, where it is one of them,
+    ``latency``. Raises UnknownNameError for a proposer the settings do not name and ConfigError for a fitness text too short for
+    the stages, both before any work.
     """
     started = time.monotonic()
     if config.uses_llm:
@@ -97,9 +100,19 @@ async def run_job(
         settings = proposer_settings[config.proposer]
         proposer = create(config.proposer, settings, pool=pool, session=session)
         channel = LlmChannel(proposer, recorder, config.limits, settings, config.seed)
+    front = Front(config, space, evaluator, recorder, windows)
+    latencies = None
+    if "latency" in config.objective:
+        latencies = await latencies_of(pool, session, int(prepared["texts"]["report"]["length"]), tell)
     search = Search(config, space, evaluator, recorder, windows, channel, prepared.get("signals", {}))
     outcome = await search.run()
+    members: list[Member] = []
+    if len(config.objective) > 1:
+        told = _teller("searching", config, outcome, evaluator, recorder)
+        outcome, members = await front.make(search.state, outcome, latencies, told)
     report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder)
+    if members:
+        report |= await _front(config, prepared, space, outcome, members, latencies, evaluator, pool, session, recorder)
     checkpoint = await _export(config, job_id, prepared, space, outcome, report, evaluator, pool, session, recorder, checkpoint_dir)
     if (config.criterion, config.compensation) != tuple(BASELINE.values()):
         _teller("reporting", config, outcome, evaluator, recorder)("scoring the uniform FLAP baseline")
@@ -175,6 +188,38 @@ async def _report(
         },
     }
     return report
+
+
+async def _front(
+    config: SearchConfig,
+    prepared: Json,
+    space: SearchSpace,
+    outcome: Outcome,
+    members: Sequence[Member],
+    latencies: Latencies | None,
+    evaluator: Evaluator,
+    pool: WorkerPool,
+    session: Session,
+    recorder: Recorder,
+) -> dict[str, Any]:
+    """``front`` (see :func:`front_rows`), and ``latency`` where that is an objective: what its predictions are made of."""
+    rows = await front_rows(
+        members,
+        best=outcome.best.plan_hash,
+        metric=config.fitness,
+        prepared=prepared,
+        space=space,
+        evaluator=evaluator,
+        windows=report_windows(prepared["texts"]["report"]["sequences"]),
+        pool=pool,
+        session=session,
+        tell=_teller("reporting", config, outcome, evaluator, recorder),
+    )
+    found: dict[str, Any] = {"front": rows}
+    if latencies is not None:
+        dense, rest = round(latencies.of(space.dense), 1), round(latencies.rest, 1)
+        found["latency"] = {"prompt_tokens": latencies.tokens, "dense_us": dense, "unpruned_us": rest}
+    return found
 
 
 async def _baseline(prepared: Json, evaluator: Evaluator, pool: WorkerPool, session: Session) -> dict[str, Any]:
