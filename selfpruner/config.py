@@ -126,14 +126,14 @@ class SearchConfig(Strict):
 
     fitness: Metric = "kl"
     probe_tokens: Tokens = 1024
-    population: int = Field(default=5, ge=1, le=1000)
-    crossover_offspring: int = Field(default=4, ge=0, le=1000)
-    mutation_offspring: int = Field(default=8, ge=0, le=1000)
+    population: int = Field(default=4, ge=1, le=1000)
+    crossover_offspring: int = Field(default=2, ge=0, le=1000)
+    mutation_offspring: int = Field(default=4, ge=0, le=1000)
     generations: int = Field(default=8, ge=0, le=10_000)
-    stages: tuple[Stage, ...] = Field(default=(Stage(tokens=512, keep=5), Stage(tokens=1536, keep=4)), min_length=1, max_length=6)
+    stages: tuple[Stage, ...] = Field(default=(Stage(tokens=1024, keep=4),), min_length=1, max_length=6)
     survey_tokens: Annotated[int, Field(ge=0, le=100_000_000)] = 512
     survey_step: float = Field(default=0.08, gt=0, lt=1, description="how far a survey turns a block: a share of its parameters")
-    final_tokens: Tokens = 6144
+    final_tokens: Tokens = 4096
     generation_probe: bool = Field(
         default=True, description="whether the final also looks at how much the best plans repeat themselves when they write"
     )

@@ -241,7 +241,7 @@ def test_equal_seeds_equal_searches(preset: str) -> None:
 
 
 def test_the_best_never_gets_worse() -> None:
-    _, search = run("evolution", generations=8)
+    _, search = run("evolution", generations=8, patience=0)
     best = [data["relative"] for key, (_, _, data) in search.recorder.events.items() if key.startswith("generation-")]
     assert len(best) == 9
     # The pool's noise is common to all plans of a window, so relative fitness is exact.

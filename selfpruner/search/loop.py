@@ -212,7 +212,7 @@ class Search:
         for candidate in standing_:
             state.pool(candidate, uniform, last)
         entrants = [c for c in field_ if self._may_stay(c)]
-        ranked = sorted((c for c in (*entrants, *state.population) if c.status == "evaluated"), key=standing)
+        ranked = state.ranked([*entrants, *state.population])
         touched = {c.plan_hash: c for c in (*fresh, *state.population)}
         state.population = ranked[: self.config.population]
         for candidate in touched.values():

@@ -87,6 +87,18 @@ class State:
             if math.isfinite(change)
         )
 
+    def ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Best first. Once the landscape has learnt anything, plans stand by what it expects of them: a child's own tokens are few
+        and noisy, and the model has weighed them together with everything else. But none passes the leader that did not beat it
+        where both were measured."""
+        scored = sorted((c for c in candidates if c.status == "evaluated"), key=standing)
+        landscape, leader = self.landscape, self.leader
+        if landscape is None or leader is None or not landscape.differences:
+            return scored
+        here = Plan(leader.levels)
+        expected = {c.plan_hash: landscape.change(Plan(c.levels), here) for c in scored}
+        return sorted(scored, key=lambda c: (standing(c) > standing(leader), expected[c.plan_hash], c.plan_hash))
+
     # -- standing ------------------------------------------------------------------------------------------------------
     def judge(self, candidate: Candidate, fitness: Fitness, uniform: float, leader: Mark | None, windows: Sequence[Window]) -> None:
         """Give ``candidate`` its fitness on ``windows``. ``uniform`` is the uniform plan's value there, ``leader`` where the leader
