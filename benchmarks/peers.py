@@ -35,6 +35,9 @@ RANDOM_BATCH = 16
 CHILDREN = 16
 STAGES = ((512, 2), (2048, 1))
 
+# The product's searches end with their budget and not before; what writes no fitness tokens is left out.
+BUDGETED = {"generations": 10_000, "patience": 0, "generation_probe": False}
+
 # A classical genetic algorithm with the sizes of Self-Pruner's (arXiv 2502.14413).
 POPULATION, CROSSED, MUTATED, GENERATIONS = 30, 10, 10, 20
 GENETIC_TOKENS = 512  # at the least; more where the budget allows for all 20 generations
@@ -188,7 +191,7 @@ class Product:
             if config.uses_llm and proposer is not None:
                 client = create(config.proposer, proposer, pool=run.pool, session=run.session)
                 channel = LlmChannel(client, run.recorder, config.limits, proposer, config.seed)
-            within = config if self.first else config.model_copy(update=_limits(config, run))
+            within = config if self.first else config.model_copy(update={**BUDGETED, "budget_tokens": run.budget})
             outcome = await Search(within, run.space, run.evaluator, run.recorder, windows, channel, run.signals).run()
             if self.first is None:
                 return Plan(outcome.best.levels)
@@ -197,25 +200,6 @@ class Product:
             return Plan(point.levels)
 
         return method
-
-
-def _limits(config: SearchConfig, run: Run) -> dict[str, int]:
-    """What makes the search stop at the budget: its own field for it, where it has one."""
-    if "budget_tokens" in SearchConfig.model_fields:
-        return {"budget_tokens": run.budget, "generations": 10_000}
-    return {"generations": generations(config, run)}
-
-
-def generations(config: SearchConfig, run: Run) -> int:
-    """How many generations the budget pays for, beside probes, initial plans and the final."""
-    stages = list(config.stages)
-    steps = [stage.tokens - before for stage, before in zip(stages, (0, *(s.tokens for s in stages)), strict=False)]
-    standing = config.population + 1  # the members and the uniform plan are scored in every stage
-    fields = (config.crossover_offspring + config.mutation_offspring, *(stage.keep for stage in stages))
-    each = sum(step * (field + standing) for step, field in zip(steps, fields, strict=False))
-    first = max(len(config.initial) * 8, config.population) * sum(steps) + config.final_tokens * (config.population + 2)
-    probes = len(run.space.blocks) * config.probe_tokens if "sensitivity" in config.initial or config.uses_llm else 0
-    return max(0, (run.budget - probes - first) // each)
 
 
 def _self_pruner(budget: int) -> dict[str, Any]:

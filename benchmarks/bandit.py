@@ -1,0 +1,212 @@
+"""Does choosing operators by a bandit cost anything? The whole search against each of its operators alone, at equal seconds.
+
+    python -m benchmarks.bandit --seeds 10
+
+Dozens of searches are needed for an answer, so their fitness is a stand-in: the search space is the real model's, a plan's KL a
+sum of losses per block and level that scatter around what the dense model's error curves say, and every window of tokens
+weighs the blocks a little differently, as windows of text do (size of both as surveyed on the real model). Plans, operators,
+bandit and landscape are the product's own. Seconds are counted, not measured: plan-tokens at a given speed, and an LLM that
+answers rubbish after a given time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.judge import TraceRecorder
+from selfpruner.config import SearchConfig
+from selfpruner.proposers import ProposerSettings
+from selfpruner.proposers.base import Reply, Request
+from selfpruner.proposers.channel import LlmChannel
+from selfpruner.search.evaluator import Evaluator
+from selfpruner.search.loop import Search
+from selfpruner.search.records import LlmCall
+from selfpruner.search.windows import Windows
+from selfpruner.space import Plan, SearchSpace
+from selfpruner.workers.base import Json, OnProgress, Session
+
+LENGTH, SEQUENCES = 256, 512
+# Spread of losses around the error curves (log-normal): of a block, of an attention shape. Of a block's weight in a window of
+# 4,096 tokens.
+BLOCK, SHAPE, WINDOW = 0.25, 0.3, 0.22
+
+
+class World:
+    """A pool whose evaluations are made up; ``speed`` in plan-tokens per second."""
+
+    def __init__(self, space: SearchSpace, weights: Sequence[float], seed: int, speed: float) -> None:
+        self.space, self.speed, self.seconds = space, speed, 0.0
+        rng = np.random.default_rng(seed)
+        self.losses = []
+        for block, weight in zip(space.blocks, weights, strict=True):
+            errors = np.maximum.accumulate([option.error for option in block.options])
+            curve = weight * math.exp(BLOCK * rng.standard_normal()) * errors
+            if block.kind == "attention":
+                curve = curve * np.exp(SHAPE * rng.standard_normal(len(curve)))
+            self.losses.append(curve)
+
+    def kl(self, plan: Plan, weights: Sequence[float] | None = None) -> float:
+        parts = [float(curve[level]) for curve, level in zip(self.losses, plan.levels, strict=True)]
+        return math.fsum(parts if weights is None else (w * p for w, p in zip(weights, parts, strict=True)))
+
+    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:  # noqa: ARG002
+        assert kind == "evaluate", kind
+        sequences = payload["sequences"]
+        drawn = [np.random.default_rng([7, number]).standard_normal(len(self.losses)) for number in sequences]
+        scale = WINDOW * math.sqrt(4096 / LENGTH)
+        weights = np.mean([np.exp(scale * d - scale**2 / 2) for d in drawn], axis=0).tolist()
+        tokens = len(sequences) * LENGTH
+        rows = [
+            {"kl": self.kl(Plan(tuple(levels)), weights), "nll": 3.0, "tokens": tokens, "reason": None}
+            for levels in payload["plans"]
+        ]
+        seconds = tokens * len(rows) / self.speed
+        self.seconds += seconds
+        return {"rows": rows, "seconds": seconds, "peak_mib": 0.0}
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+class Rubbish:
+    """A proposer that answers every question within its schema and without sense, after ``latency`` seconds."""
+
+    name = model = "rubbish"
+
+    def __init__(self, latency: float) -> None:
+        self.latency = latency
+
+    async def complete(self, request: Request) -> Reply:
+        rng = random.Random(request.seed)
+        return Reply(json.dumps(_rubbish(request.schema, rng)), self.model, 1000, 200, self.latency)
+
+
+def _rubbish(schema: Mapping[str, Any], rng: random.Random) -> Any:
+    if "enum" in schema:
+        return rng.choice(list(schema["enum"]))
+    if schema["type"] == "object":
+        return {name: _rubbish(part, rng) for name, part in schema["properties"].items()}
+    if schema["type"] == "array":
+        return [_rubbish(schema["items"], rng) for _ in range(schema.get("minItems", 1))]
+    if schema["type"] == "string":
+        return "keep more of what is kept"
+    return rng.randint(int(schema.get("minimum", 0)), int(schema.get("maximum", 60)))
+
+
+class Curve(TraceRecorder):
+    """The trace of the best plan over counted seconds; ``channel`` adds the LLM's where they are not hidden."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.points = world, [(0.0, math.inf)]
+        self.evaluations, self.calls, self.levels, self.first = {}, {}, {}, {}
+        self._waited = 0.0
+        self._scored = 0.0
+
+    def save_candidates(self, rows: Sequence[Any]) -> None:
+        for row in rows:
+            self.levels[row.plan_hash] = row.levels
+
+    def save_llm_call(self, call: LlmCall) -> None:
+        self.calls[call.sequence] = call
+
+    def event(self, key: str, type: str, message: str, *, level: Any = "info", data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+        best = (data or {}).get("best")
+        if best in self.levels:
+            # Questions are in flight while workers score: a generation takes the longer of the two.
+            asked = sum(call.seconds for call in self.calls.values()) - self._waited
+            scored = self.world.seconds - self._scored
+            self._waited += asked
+            self._scored += scored
+            last = self.points[-1][0]
+            self.points.append((last + max(asked, scored), self.world.kl(Plan(self.levels[best]))))
+
+
+async def one(
+    space: SearchSpace, operators: Sequence[str], seed: int, options: argparse.Namespace, *, bandit: bool = True
+) -> Curve:
+    llm = any(name in ("select", "crossover", "mutate") for name in operators)
+    fields = {
+        "rate": space.rate,
+        "preset": "evolution",
+        "initial": ["uniform", "ramp", "sensitivity"],
+        "operators": list(operators),
+        "bandit": bandit,
+        "seed": seed,
+        "budget_tokens": options.budget_tokens,
+        "generations": 10_000,
+        "patience": 0,
+        "generation_probe": False,
+    }
+    config = SearchConfig.model_validate({name: value for name, value in fields.items() if name in SearchConfig.model_fields})
+    world = World(space, options.weights, seed, options.speed)
+    recorder = Curve(world)
+    evaluator = Evaluator(world, Session("bandit", {}, ""), recorder)
+    windows = Windows(
+        SEQUENCES,
+        LENGTH,
+        seed=seed,
+        probe=config.probe_tokens,
+        final=config.final_tokens,
+        stages=[stage.tokens for stage in config.stages],
+        survey=config.survey_tokens,
+    )
+    channel = None
+    if llm:
+        settings = ProposerSettings(kind="openai", model="rubbish")
+        channel = LlmChannel(Rubbish(options.latency), recorder, config.limits, settings, seed)
+    await Search(config, space, evaluator, recorder, windows, channel).run()
+    return recorder
+
+
+def at(curve: Curve, seconds: float) -> float:
+    """KL of the best plan after so many seconds."""
+    return [kl for when, kl in curve.points if when <= seconds + 1e-9][-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", type=Path, required=True, help="a `space` as the prepare task returns it, in JSON")
+    parser.add_argument("--rate", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--budget-tokens", type=int, default=250_000)
+    parser.add_argument("--speed", type=float, default=1500.0, help="plan-tokens per second")
+    parser.add_argument("--latency", type=float, default=10.0, help="seconds of one answer of the LLM")
+    options = parser.parse_args()
+    data = json.loads(options.space.read_text("utf-8"))
+    data = data.get("space", data)
+    classical = ("reallocate", "level_switch", "recombine")
+    cases: dict[str, tuple[tuple[str, ...], bool]] = {name: ((name,), True) for name in classical}
+    cases |= {
+        "all, bandit": (classical, True),
+        "all, even shares": (classical, False),
+        "all and rubbish LLM, bandit": (("select", "crossover", "mutate", *classical), True),
+        "all and rubbish LLM, even": (("select", "crossover", "mutate", *classical), False),
+    }
+    for rate in options.rate:
+        space = SearchSpace.from_dict({**data, "rate": rate})
+        curves = {
+            name: [asyncio.run(one(space, operators, seed, options, bandit=bandit)) for seed in range(options.seeds)]
+            for name, (operators, bandit) in cases.items()
+        }
+        # Equal seconds: those of the shortest run of each seed.
+        ends = [min(curve[seed].points[-1][0] for curve in curves.values()) for seed in range(options.seeds)]
+        finals = {name: [at(curve, end) for curve, end in zip(runs, ends, strict=True)] for name, runs in curves.items()}
+        single = min(classical, key=lambda name: statistics.mean(finals[name]))
+        print(f"rate {rate:g}: mean KL of the best plan after {statistics.mean(ends):.0f} counted seconds, {options.seeds} seeds")
+        for name, values in finals.items():
+            against = statistics.mean(value / best for value, best in zip(values, finals[single], strict=True))
+            print(f"  {name:30} {statistics.mean(values):.4f}   {100 * (against - 1):+6.2f} % against {single} alone")
+
+
+if __name__ == "__main__":
+    main()
