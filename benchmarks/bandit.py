@@ -2,9 +2,9 @@
 
     python -m benchmarks.bandit --seeds 10
 
-Dozens of searches are needed for an answer, so their fitness is a stand-in: the search space is the real model's, a plan's KL a
-sum of losses per block and level that scatter around what the dense model's error curves say, and every window of tokens
-weighs the blocks a little differently, as windows of text do (size of both as surveyed on the real model). Plans, operators,
+Dozens of searches are needed for an answer, so their fitness is a stand-in: search space and sensitivities are the real model's, a
+plan's KL a sum of losses per block and level that scatter around what those two say, and every window of tokens weighs the
+blocks a little differently, as windows of text do (size of both as surveyed on the real model). Plans, operators,
 bandit and landscape are the product's own. Seconds are counted, not measured: plan-tokens at a given speed, and an LLM that
 answers rubbish after a given time.
 """
@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.judge import TraceRecorder
+from benchmarks.judge import Bench, Settings, TraceRecorder
+from selfpruner.api import default_cache
 from selfpruner.config import SearchConfig
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.search.evaluator import Evaluator
-from selfpruner.search.loop import Search
+from selfpruner.search.loop import Search, probe_level
 from selfpruner.search.records import LlmCall
 from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
@@ -147,7 +148,7 @@ async def one(
         "patience": 0,
         "generation_probe": False,
     }
-    config = SearchConfig.model_validate({name: value for name, value in fields.items() if name in SearchConfig.model_fields})
+    config = SearchConfig.model_validate(fields)
     world = World(space, options.weights, seed, options.speed)
     recorder = Curve(world)
     evaluator = Evaluator(world, Session("bandit", {}, ""), recorder)
@@ -168,6 +169,28 @@ async def one(
     return recorder
 
 
+async def measured(model: str, cache: Path) -> tuple[dict[str, Any], list[float]]:
+    """The model's search space as plain data, and per block nats of KL per unit of relative error; kept in the cache."""
+    settings = Settings(model, "obs", "least_squares", 10**9)
+    kept = cache / "benchmarks" / f"bandit-{settings.fingerprint()}.json"
+    if not kept.exists():
+        bench = Bench(settings, [0.2], cache)
+        try:
+            await bench.prepare(print)
+            run = bench.run(0.2, 0)
+            levels = [probe_level(run.space, block) for block in range(len(run.space.blocks))]
+            plans = [Plan(tuple(level * (other == block) for other in range(len(levels)))) for block, level in enumerate(levels)]
+            values = await run.score(plans, run.fresh(4096))
+        finally:
+            await bench.close()
+        errors = [block.options[level].error for block, level in zip(run.space.blocks, levels, strict=True)]
+        weights = [max(kl, 1e-6) / max(error, 1e-9) for kl, error in zip(values, errors, strict=True)]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"space": run.space.to_dict(), "weights": weights}), "utf-8")
+    found = json.loads(kept.read_text("utf-8"))
+    return found["space"], found["weights"]
+
+
 def at(curve: Curve, seconds: float) -> float:
     """KL of the best plan after so many seconds."""
     return [kl for when, kl in curve.points if when <= seconds + 1e-9][-1]
@@ -175,15 +198,14 @@ def at(curve: Curve, seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--space", type=Path, required=True, help="a `space` as the prepare task returns it, in JSON")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rate", type=float, nargs="+", default=[0.2, 0.3])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--budget-tokens", type=int, default=250_000)
     parser.add_argument("--speed", type=float, default=1500.0, help="plan-tokens per second")
     parser.add_argument("--latency", type=float, default=10.0, help="seconds of one answer of the LLM")
     options = parser.parse_args()
-    data = json.loads(options.space.read_text("utf-8"))
-    data = data.get("space", data)
+    data, options.weights = asyncio.run(measured(options.model, default_cache()))
     classical = ("reallocate", "level_switch", "recombine")
     cases: dict[str, tuple[tuple[str, ...], bool]] = {name: ((name,), True) for name in classical}
     cases |= {

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.console import Console
 from selfpruner import cli, options
 from selfpruner.client import Client
 from selfpruner.errors import ConfigError
-from selfpruner.live import LiveView, printable
+from selfpruner.live import LiveView, account, printable
 from server.settings import ServerSettings
 from tests.serving import BUDGET, QUICK, WAITS, Running, running_server
 
@@ -197,7 +198,7 @@ def test_live_view_draws_progress_and_obeys_no_control_characters() -> None:
                 "plans": 9,
                 "best_fitness": 0.25,
                 "best_relative": 0.88,
-                "data": {"operators": {"mutate": 3}, "improved": {"mutate": 1}},
+                "data": {"operators": {"mutate": 3}, "improved": {"mutate": 1}, "tokens": 12_345},
             }
         )
         view.event({"created_at": time.time(), "level": "warn", "message": "evil \x1b[31m[bold]text"})
@@ -206,6 +207,7 @@ def test_live_view_draws_progress_and_obeys_no_control_characters() -> None:
     for part in (
         "generation 2 of 7",
         "9 plans",
+        "12,345 tokens",
         "0.2500",
         "-12.0 %",
         "mutate",
@@ -214,3 +216,23 @@ def test_live_view_draws_progress_and_obeys_no_control_characters() -> None:
     ):
         assert part in text
     assert printable("a\x07b\nc") == "a\N{REPLACEMENT CHARACTER}b\nc"
+
+
+def test_the_account_of_a_job() -> None:
+    report: dict[str, Any] = {
+        "plans": 93,
+        "tokens": 412_160,
+        "stopped": "no better plan in 4 generations",
+        "tokens_saved": 24_000,
+        "rank_correlation": 0.617,
+        "best": {"repetition": 0.31},
+        "dense": {"repetition": 0.28},
+    }
+    assert account(report) == [
+        "93 plans on 412,160 plan-tokens; no better plan in 4 generations, which saved up to 24,000.",
+        "Rank correlation of foreseen and measured fitness: 0.62.",
+        "Greedy text repeats 31 % of itself, the dense model's 28 %.",
+    ]
+    plain = {**report, "tokens_saved": 0, "rank_correlation": None, "best": {"kl": 0.2}}
+    assert account(plain) == ["93 plans on 412,160 plan-tokens; no better plan in 4 generations."]
+    assert account({"best": {}, "dense": {}, "plans": 3}) == [], "a report made before these figures"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from selfpruner.architectures.base import Architecture, AttentionWeights, FfnWeights
+from selfpruner.architectures.base import Architecture, AttentionWeights, FfnWeights, in_float32
 from selfpruner.architectures.llama import Llama
 from selfpruner.architectures.mistral import Mistral
 from selfpruner.architectures.qwen2 import Qwen2
@@ -24,4 +24,4 @@ def describe(model: PreTrainedModel) -> Architecture:
     return FAMILIES[family](model)
 
 
-__all__ = ["FAMILIES", "Architecture", "AttentionWeights", "FfnWeights", "describe"]
+__all__ = ["FAMILIES", "Architecture", "AttentionWeights", "FfnWeights", "describe", "in_float32"]

@@ -11,8 +11,8 @@ The residual stream stays in float32; matrix products run in the weights' dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,16 @@ class FfnWeights:
             gate_bias=None if self.gate_bias is None else self.gate_bias[order],
             up_bias=None if self.up_bias is None else self.up_bias[order],
         )
+
+
+W = TypeVar("W", AttentionWeights, FfnWeights)
+
+
+def in_float32(weights: W) -> W:
+    """The same weights, so that the block computes in float32."""
+    values: dict[str, Any] = {field.name: getattr(weights, field.name) for field in fields(weights)}
+    changed: dict[str, Any] = {name: value.float() for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(weights, **changed)
 
 
 def _spread(units: list[int], width: int, device: torch.device) -> Tensor:

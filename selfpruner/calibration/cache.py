@@ -20,6 +20,7 @@ from torch import Tensor
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
 from selfpruner.errors import disk_errors
+from selfpruner.workers.memory import release
 
 _FIELDS = ("mean", "variance", "energy")
 _FORMAT = 2
@@ -54,6 +55,7 @@ def cached_statistics(
     collected = layer_statistics(arch, tokens, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
     for file in files:
         _write(file, next(collected))
+        release()
         yield _read(file, on)
 
 

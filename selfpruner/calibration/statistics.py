@@ -127,8 +127,8 @@ def layer_statistics(
 
 
 def _tokens_at_once(arch: Architecture, memory: int | None) -> int:
-    """Of a token's work in a layer about twenty bytes per FFN channel are alive at once, for which a quarter of the memory is."""
-    return TOKENS_PER_STEP if memory is None else max(1, min(TOKENS_PER_STEP, memory // 4 // (20 * arch.channels)))
+    """Of a token's work in a layer about twenty bytes per FFN channel are alive at once, for which an eighth of the memory is."""
+    return TOKENS_PER_STEP if memory is None else max(1, min(TOKENS_PER_STEP, memory // 8 // (20 * arch.channels)))
 
 
 class _Stream:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selfpruner import compensation, criteria
-from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe
+from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
 from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
@@ -130,6 +130,7 @@ def prepare_blocks(
         for layer, pair in enumerate(statistics):
             if cancelled():
                 raise CancelledTaskError("Cancelled while ordering units.")
+            release()
             if not files[layer].exists():
                 factors = (
                     measure_attention(arch, layer, pair[0], criterion, repair),
@@ -163,8 +164,8 @@ def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
     """Where the covariances of a layer are factored: on the model's device, or on the CPU when a GPU's share is too small. Raises
     ConfigError when it is the CPU's memory that is bounded."""
     width = max(arch.channels, arch.heads * arch.head_dim)
-    # Four matrices of the inputs' size and some of the weights', float64, at the fullest moment.
-    needed = 8 * (4 * width**2 + 4 * width * arch.hidden) + held_bytes(arch, loaded)
+    # Six matrices of the inputs' size and some of the weights', float64, at the fullest moment (measured).
+    needed = 8 * (6 * width**2 + 4 * width * arch.hidden) + held_bytes(arch, loaded) + (8 << 20)
     if loaded.memory is None or needed <= loaded.memory:
         return arch.device
     if arch.device.type == "cpu":
@@ -185,22 +186,10 @@ def held_bytes(arch: Architecture, loaded: LoadedModel) -> int:
 
 
 def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[PrunableAttention | PrunableFfn]) -> Engine:
-    """An engine whose streams, levels and activations share what the model leaves of the memory there is.
-
-    A walk holds the streams before and after a block and normalised copies of the last ones, at most three times ``stream_bytes``.
-    """
+    """An engine that adds to the weights what they leave of the memory there is."""
     if loaded.memory is None:
         return Engine(arch, blocks)
-    left = max(loaded.memory - held_bytes(arch, loaded), loaded.memory // 4)
-    width = max(arch.channels, arch.hidden)
-    return Engine(
-        arch,
-        blocks,
-        max_tokens=max(64, min(4096, left // 5 // (20 * width))),
-        stream_bytes=min(192 * 2**20, left // 6),
-        cache_bytes=left // 8,
-        logit_bytes=min(256 * 2**20, left // 5),
-    )
+    return Engine(arch, blocks, memory_bytes=max(loaded.memory - held_bytes(arch, loaded), loaded.memory // 8))
 
 
 def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
@@ -265,14 +254,17 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[SelfPrunerForCausal
 
     @torch.no_grad()
     def logits(tokens: Tensor) -> Tensor:
+        # In float32 like the verification, so that all that can differ is what was written.
         x, rope = arch.embed(tokens.to(arch.device)), arch.rope(tokens.shape[1])
         for block, level in enumerate(plan.levels):
             weights = engine.weights(block, level)
             if isinstance(weights, FfnWeights):
-                x = arch.feed_forward(block // 2, x, weights)
+                x = arch.feed_forward(block // 2, x, in_float32(weights))
             elif weights is not None:
-                x = arch.attend(block // 2, x, weights, rope)
-        return arch.logits(arch.final_norm(x)).float().cpu()
+                x = arch.attend(block // 2, x, in_float32(weights), rope)
+        x = arch.final_norm(x)
+        head = arch.head_pieces() or ((0, rows) for rows in arch.head_weight.split(1024))
+        return torch.cat([(x @ rows.float().T).cpu() for _, rows in head], -1)
 
     return model, TensorSource(tensor, logits, prepared.loaded.memory or 0, arch.device)
 

@@ -3,8 +3,9 @@
     python -m selfpruner.export.verify_streamed FOLDER REFERENCE --device cpu --memory BYTES
 
 REFERENCE and the JSON that is printed are those of :mod:`selfpruner.export.verify`, whose process loads the model whole. Here the
-checkpoint's own modules run over the written files, one layer at a time, for one pass: logits, parameters and the tokenizer's ids
-are compared; the cache and generation, which would read the files once per token, are not.
+checkpoint's own modules run over the written files, one layer at a time, for one pass in float32, as the engine computed the
+reference: logits may differ by a thousandth of the largest. Parameters and the tokenizer's ids are compared as well; the cache
+and generation, which would read the files once per token, are not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import transformers
 from safetensors import safe_open
 
 from selfpruner.export import modeling_selfpruner
-from selfpruner.export.verify import tolerance
 from selfpruner.model_checks import read_header, weight_files
 from selfpruner.streaming import stream
 from selfpruner.workers.memory import peak_mib
@@ -38,7 +38,7 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
     paths = weight_files(folder)
     stored = {name for path in paths for name in read_header(path)}
     with torch.inference_mode(False):
-        model: Any = stream(config, paths, torch.device(device), getattr(torch, str(config.dtype).removeprefix("torch.")), memory)
+        model: Any = stream(config, paths, torch.device(device), torch.float32, memory)
     wanted = set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     problems = [f"unexpected: {name}" for name in sorted(stored - wanted)[:3]]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -46,7 +46,7 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
         problems.append(f"{parameters:,} parameters instead of {int(facts['parameters']):,}")
     logits = model(tokens, use_cache=False).logits.float().cpu()
     scale = float(expected.abs().max())
-    bound = tolerance(model.model.norm.weight.dtype, scale)
+    bound = 1e-3 * max(1.0, scale)
     difference = float((logits - expected).abs().max())
     if not difference <= bound:  # also when it is NaN
         problems.append(f"logits differ by {difference:.3g}, allowed {bound:.3g}")

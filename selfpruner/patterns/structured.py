@@ -21,6 +21,7 @@ from selfpruner.compensation import Compensation, NestedRepair, SubsetRepair
 from selfpruner.compensation.base import energy
 from selfpruner.criteria import Criterion, Heads
 from selfpruner.space import Option, without_dominated
+from selfpruner.workers.memory import release
 
 Weights = AttentionWeights | FfnWeights | None
 
@@ -118,6 +119,7 @@ def measure_ffn(
     W = arch.checkpoint_ffn(layer).down.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
     order = criterion.order_channels(W, stats)
+    release()  # large matrices come and go here; what the last ones left must not add to the next ones
     repair = compensation.nested(W, stats, order)
     errors = repair.errors() / whole
     errors[0], errors[-1] = 1.0, 0.0

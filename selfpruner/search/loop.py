@@ -112,7 +112,7 @@ class Search:
     async def _probe(self) -> None:
         """KL when only one block is at a middle level, block by block, in one walk."""
         self._report("probing", f"measuring the sensitivity of {len(self.space.blocks)} blocks")
-        levels = [_probe_level(self.space, index) for index in range(len(self.space.blocks))]
+        levels = [probe_level(self.space, index) for index in range(len(self.space.blocks))]
         plans = [Plan(tuple(level if other == index else 0 for other in range(len(levels)))) for index, level in enumerate(levels)]
         scores = await self.evaluator.score(plans, [self.windows.probe])
         values = [scores[plan.hash].kl for plan in plans]
@@ -473,7 +473,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     return 1 - 6 * distance / (count * (count**2 - 1))
 
 
-def _probe_level(space: SearchSpace, block: int) -> int:
+def probe_level(space: SearchSpace, block: int) -> int:
     """The level whose rate is nearest to twice the target, at most a half: strong enough to be heard, near what is asked."""
     options = space.blocks[block]
     wanted = min(2 * space.rate, 0.5)
