@@ -14,7 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from selfpruner import api, commands
+from selfpruner import api, cli, commands, options
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError
 from selfpruner.evaluation.latency import time_blocks
@@ -28,6 +28,7 @@ from selfpruner.search.loop import Outcome
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
 from selfpruner.workers.runtime import Runtime
+from server.schemas import JobRequest
 from tests.searching import SESSION, AnalyticPool, DiedError, Interruptions, MemoryRecorder, Run, config_of
 from tests.spaces import space_of
 from tests.test_job import Place
@@ -80,6 +81,15 @@ def test_objectives_as_a_command_line_has_them() -> None:
     assert config.front_rates == (0.1, 0.2, 0.3)
     assert SearchConfig(rate=0.2).front_rates == (0.2,)
     assert SearchConfig(rate=0.2, objective=("quality", "parameters")).front_rates == (0.1, 0.125, 0.15, 0.175, 0.2)
+
+
+def test_objectives_over_http_and_on_the_command_line() -> None:
+    asked = JobRequest.model_validate({"rate": 0.2, "objective": "quality,parameters", "rates": [0.1], "metadata": {"who": "me"}})
+    assert asked.config().front_rates == (0.1, 0.2)
+    stored = json.loads(json.dumps(asked.config().model_dump(mode="json")))
+    assert SearchConfig.model_validate(stored) == asked.config()
+    body = options.read_config(None, None, rate=0.2, objective="quality,latency", rates=None)
+    assert api.config_of(body).objective == ("quality", "latency")
 
 
 @pytest.mark.parametrize(
@@ -342,3 +352,16 @@ def test_the_table_and_the_picture(done: Done, timed: bool) -> None:
     assert chart["encoding"]["x"]["field"] == ("ms" if timed else "parameters")
     events = [{"type": event.type, "data": event.data} for event in done.place.store.events(done.job_id).data]
     assert len(result_chart({**done.result.report, "front": rows}, events).to_dict()["hconcat"]) == 3
+
+
+def test_a_finished_job_is_shown_with_its_front(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
+    class Quiet:
+        def candidates(self, *_: object) -> Iterator[Any]:
+            return iter(())
+
+        checkpoints = candidates
+
+    job = {"id": done.job_id, "status": "succeeded", "model": "tiny", "config": {"rate": 0.2}, "error": None, "progress": None}
+    cli._report(Quiet(), {**job, "result": done.result.report})  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    assert all(row["plan"] in shown for row in done.result.report["front"])

@@ -40,7 +40,8 @@ class Evaluation:
 @dataclass(slots=True)
 class Candidate:
     """A plan in the population. ``fitness`` is on its latest and largest window; ``relative`` is that over the uniform
-    plan's fitness on the same tokens, so candidates of different generations can be compared (1 = uniform, lower is better).
+    plan's fitness on the same tokens, so candidates of different generations can be compared (1 = uniform, lower is better);
+    None for a front's plan of another rate, which the uniform plan says nothing about.
 
     ``predicted`` is the relative fitness the landscape's model expected before it was scored; ``credit`` what the bandit believed
     its operator gains per second; ``informed_by`` the latest generation whose scores an LLM operator knew."""
