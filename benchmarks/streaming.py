@@ -133,8 +133,8 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     )
     if device.type == "cuda":
         torch.zeros(1, device=device)
-    _warm_up(source.folder, device, dtype)
-    memory = _Memory(device)
+    warm_up(source.folder, device, dtype)
+    memory = Memory(device)
     out: dict[str, Any] = {"weights_mib": round(weights / 2**20, 1), "ceiling_mib": ceiling and round(ceiling / 2**20, 1)}
     out |= {"libraries_mib": round(memory.base / 2**20, 1), "peaks": {}}
 
@@ -181,7 +181,7 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-def _warm_up(folder: Path, device: Any, dtype: Any) -> None:
+def warm_up(folder: Path, device: Any, dtype: Any) -> None:
     """Use once what loads or compiles itself at first use: the tokenizer's library, transformers' modules, kernels."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig
@@ -194,7 +194,7 @@ def _warm_up(folder: Path, device: Any, dtype: Any) -> None:
     torch.linalg.cholesky(torch.eye(600, dtype=torch.float64)) @ torch.eye(600, dtype=torch.float64)
 
 
-class _Memory:
+class Memory:
     """Peaks since the last look, in MiB beyond what there was at the start."""
 
     def __init__(self, device: Any) -> None:
