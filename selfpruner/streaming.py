@@ -227,9 +227,10 @@ class LayerStream:
             slot.free = torch.cuda.Event()
             slot.free.record(torch.cuda.current_stream(self.device))
         slot.layer = layer
-        slot.filled = self._thread.submit(self._read, slot, layer, self._layers[layer].mlp)
+        slot.filled = self._thread.submit(self._read, slot, layer)
 
-    def _read(self, slot: _Slot, layer: int, mlp: Any) -> None:
+    def _read(self, slot: _Slot, layer: int) -> None:
+        mlp = getattr(self._layers[layer], "mlp", None)  # a pruned layer may have none
         order: Tensor | None = getattr(mlp, "channel_order", None)
         with torch.no_grad(), torch.cuda.stream(self._side):
             if self._side is not None:
