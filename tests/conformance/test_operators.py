@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from dataclasses import replace
 from itertools import product
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from selfpruner.operators.allocation import FlapGlobal, Owl, below_threshold, ow
 from selfpruner.operators.closed_form import SLOPES, Ramp, Random, Sensitivity, Uniform, cheapest, predicted_losses, ramp
 from selfpruner.operators.evolution import LevelSwitch, Recombine, switch
 from selfpruner.operators.llm import OPERATORS
+from selfpruner.operators.reallocate import RADII, Reallocate
+from selfpruner.search.landscape import Landscape
 from selfpruner.search.records import Candidate
 from selfpruner.space import Plan, SearchSpace
 from tests.spaces import positions, shape, space_of
@@ -242,6 +245,37 @@ class TestRecombine(OperatorSuite):
         assert {child.plan for child in self.propose(context_of(space, population=twins), 3)} == {plan}
 
 
+class TestReallocate(OperatorSuite):
+    operator = Reallocate
+    needs = 1
+
+    def propose(self, context: Context, count: int, seed: int = 0) -> list[Offspring]:
+        landscape = Landscape(context.space, context.sensitivities, context.probe_levels)
+        return super().propose(replace(context, landscape=landscape), count, seed)
+
+    def test_without_a_landscape_it_says_nothing(self) -> None:
+        assert super().propose(context_of(space_of()), 3) == []
+
+    def test_the_first_child_is_the_best_expected_one_within_reach(self) -> None:
+        context = context_of(space_of(**SPACES["smollm"]))
+        landscape = Landscape(context.space, context.sensitivities, context.probe_levels)
+        here = Plan(context.population[0].levels)
+        first, *others = self.propose(context, 6)
+        assert first.plan == cheapest(context.space, landscape.losses(around=here, radius=RADII[0]))
+        assert landscape.change(first.plan, here) < 0
+        assert first.parents == (context.population[0].plan_hash,)
+        assert len({child.plan for child in others} | {first.plan}) == 6, "draws differ"
+
+    def test_children_stay_within_reach_of_the_leader(self) -> None:
+        space = space_of(layers=8, rate=0.2, mode="none", channels=384)
+        context = context_of(space)
+        here = Plan(context.population[0].levels)
+        for number, child in enumerate(self.propose(context, 6)):
+            pairs = zip(space.rates(child.plan), space.rates(here), strict=True)
+            # The projection may turn a dial by one step more, where sizes were rounded.
+            assert max(abs(a - b) for a, b in pairs) <= RADII[number % len(RADII)] + 8 / 384 + 1e-9
+
+
 # -- the closed-form plan ------------------------------------------------------------------------------------------------
 def best_by_trying_all(space: SearchSpace, losses: list[list[float]]) -> float:
     """The smallest summed loss of all plans within the budget that the dials can make."""
@@ -316,4 +350,4 @@ def test_the_registries_and_the_tables_of_names_agree() -> None:
     assert set(CLASSICAL) == set(names.CLOSED_FORM_OPERATORS) | set(names.EVOLUTION_OPERATORS)
     assert set(OPERATORS) == set(names.LLM_OPERATORS)
     assert all(name == operator.name for name, operator in CLASSICAL.items())  # type: ignore[attr-defined]
-    assert {*CROSSOVERS, *MUTATIONS, "select"} == set(names.OFFSPRING_OPERATORS)
+    assert {*CROSSOVERS, *MUTATIONS, "select", "reallocate"} == set(names.OFFSPRING_OPERATORS)
