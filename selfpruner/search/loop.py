@@ -31,10 +31,12 @@ from selfpruner.search.landscape import Landscape
 from selfpruner.search.records import Candidate, Progress, Recorder, Window
 from selfpruner.search.state import Mark, State, standing
 from selfpruner.search.windows import Windows
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.space import Block, Plan, SearchSpace
 
 # A survey is worth its tokens again when the leader differs from the plan last surveyed in this share of its blocks.
 MOVED = 0.2
+# FFNs are surveyed in so many groups of neighbouring layers.
+FFN_GROUPS = 6
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Search:
             moved = sum(a != b for a, b in zip(before.levels, leader.levels, strict=True))
             if moved < MOVED * len(leader.levels):
                 return False
-        return self._affordable(self.windows.survey_tokens * (2 * len(self.space.blocks) + 1))
+        return self._affordable(self.windows.survey_tokens * (len(self.space.blocks) + 2 * FFN_GROUPS + 1))
 
     # -- scoring plans -------------------------------------------------------------------------------------------------
     def _candidate(self, child: Offspring) -> Candidate:
@@ -450,17 +452,31 @@ class Search:
 
 
 def survey(space: SearchSpace, plan: Plan, step: float) -> list[Plan]:
-    """Plans that differ from ``plan`` in one block only: one smaller and one larger, by a share ``step`` of the block's
-    parameters or the next level, whichever is more."""
-    plans = []
-    for index, (block, here) in enumerate(zip(space.blocks, plan.levels, strict=True)):
+    """Plans around ``plan`` that tell what its blocks are worth. Attention blocks turn one at a time, to the next shape either way:
+    what a shape costs is hard to foresee. FFNs turn in groups of neighbouring layers, both ways, each by a share ``step`` of its
+    parameters or the next level, whichever is more: their losses follow the error curves, and a group is heard above the noise."""
+    groups: list[tuple[int, ...]] = [(index,) for index, block in enumerate(space.blocks) if block.kind == "attention"]
+    ffns = [index for index, block in enumerate(space.blocks) if block.kind == "ffn"]
+    size = -(-len(ffns) // FFN_GROUPS)
+    groups += [tuple(ffns[start : start + size]) for start in range(0, len(ffns), size)]
+    found = {}
+    for group in groups:
         for way in (-1, 1):
-            levels = range(here + way, -1 if way < 0 else len(block.options), way)
-            far = [level for level in levels if abs(block.rate(level) - block.rate(here)) >= step - 1e-9]
-            level = far[0] if far else levels[-1] if levels else None
-            if level is not None:
-                plans.append(Plan((*plan.levels[:index], level, *plan.levels[index + 1 :])))
-    return plans
+            levels = list(plan.levels)
+            for index in group:
+                levels[index] = _turned(space.blocks[index], levels[index], way, step)
+            probe = Plan(tuple(levels))
+            if probe != plan:
+                found[probe.levels] = probe
+    return list(found.values())
+
+
+def _turned(block: Block, here: int, way: int, step: float) -> int:
+    levels = range(here + way, -1 if way < 0 else len(block.options), way)
+    if block.kind == "attention":
+        return levels[0] if levels else here
+    far = [level for level in levels if abs(block.rate(level) - block.rate(here)) >= step - 1e-9]
+    return far[0] if far else levels[-1] if levels else here
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
