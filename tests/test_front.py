@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 
+from benchmarks.front import Subject, compare, table
 from selfpruner import api, cli, commands, options
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError
@@ -27,6 +30,7 @@ from selfpruner.search.job import JobResult, session_of
 from selfpruner.search.loop import Outcome
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
+from selfpruner.workers.base import Json, OnProgress, Session
 from selfpruner.workers.runtime import Runtime
 from server.schemas import JobRequest
 from tests.searching import SESSION, AnalyticPool, DiedError, Interruptions, MemoryRecorder, Run, config_of
@@ -336,11 +340,46 @@ def test_a_streamed_model_has_no_latency_worth_a_plan(done: Done) -> None:
     assert caught.value.param == "objective"
 
 
+# -- the benchmark -------------------------------------------------------------------------------------------------------
+class TimingPool(AnalyticPool):
+    """Also builds and times models: their prefill takes what their blocks take."""
+
+    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
+        if kind != "measure":
+            return await super().run(session, kind, payload, on_progress)
+        assert payload["decode"] is False
+        assert 2 <= len(payload["plans"]) <= 4
+        times = await super().run(session, "time_blocks", {"tokens": 64})
+        latencies = Latencies(64, times["blocks"], times["rest"])
+        return {"rows": {n: {"prefill_tps": 64e6 / latencies.of(Plan(tuple(levels)))} for n, levels in payload["plans"].items()}}
+
+
+def test_the_benchmark_of_fronts(tmp_path: Path) -> None:
+    config = config_of(objective="quality,parameters,latency", rates=[0.1, 0.15])
+    space = space_for(config)
+    prepared = {"space": space.to_dict(), "signals": {}, "model": {"parameters": space.total}}
+    console = Console(file=StringIO())
+
+    async def go(pool: AnalyticPool) -> dict[str, Any]:
+        return await compare(Subject(pool, SESSION, prepared, store, held_out=8), config, True, console)
+
+    with Store(tmp_path / "front.db") as store:
+        found = asyncio.run(go(TimingPool(space)))
+        again = TimingPool(space)
+        assert asyncio.run(go(again)) == found
+        assert not again.seen
+    assert set(found["rates"]) == {"0.1", "0.15", "0.2"}
+    for row in found["rates"].values():
+        assert row["front"] < row["uniform"]
+        assert found["front_tokens"] < row["alone_tokens"] * 3
+    assert found["latency"]["pearson"] == pytest.approx(1, abs=0.01)
+    assert found["latency"]["mean_error"] == pytest.approx(0, abs=0.01)
+    console.print(table(found))
+
+
 # -- showing it ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("timed", [False, True])
 def test_the_table_and_the_picture(done: Done, timed: bool) -> None:
-    from rich.console import Console
-
     hidden = () if timed else ("latency_us", "prefill_tps", "speedup")
     rows = [{key: value for key, value in row.items() if key not in hidden} for row in done.result.report["front"]]
     console = Console(width=160, record=True, file=StringIO())
