@@ -19,7 +19,8 @@ from selfpruner.errors import CancelledTaskError
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second at batch 1: ``prefill`` over the prompt, ``decode`` with the cache, greedy; None where nothing was written."""
+    """Tokens per second at batch 1: ``prefill`` over the prompt, ``decode`` with the cache, greedy; None where nothing was
+    written."""
 
     prefill: float
     decode: float | None
