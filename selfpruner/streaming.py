@@ -62,9 +62,9 @@ class WeightFiles:
     def __init__(self, files: Mapping[str, TensorFile], device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self._files = files
-        self._piece = _PIECE["cuda" if device.type == "cuda" else "cpu"]
+        self.piece_bytes = _PIECE["cuda" if device.type == "cuda" else "cpu"]
         pinned = device.type == "cuda"
-        self._staging = [torch.empty(self._piece, dtype=torch.uint8, pin_memory=pinned) for _ in range(2 if pinned else 1)]
+        self._staging = [torch.empty(self.piece_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2 if pinned else 1)]
         self._sent: list[Any] = [None] * len(self._staging)
         self._turn = 0
 
@@ -129,7 +129,7 @@ class WeightFiles:
         stored, shape = file.shapes[name]
         stop = shape[0] if stop is None else stop
         row_bytes = max(1, stored.itemsize * int(torch.Size(shape[1:]).numel()))
-        count = max(1, self._piece // row_bytes)
+        count = max(1, self.piece_bytes // row_bytes)
         for at in range(start, stop, count):
             rows = min(count, stop - at)
             self._turn = (self._turn + 1) % len(self._staging)
@@ -142,7 +142,7 @@ class WeightFiles:
             yield at, held.to(self.device, non_blocking=True)
             if self.device.type == "cuda":
                 self._sent[self._turn] = torch.cuda.Event()
-                self._sent[self._turn].record()
+                self._sent[self._turn].record(torch.cuda.current_stream(self.device))
 
 
 class LayerStream:

@@ -182,18 +182,18 @@ def held_bytes(arch: Architecture, loaded: LoadedModel) -> int:
     if arch.stream is None:
         return sum(p.numel() for p in loaded.model.parameters()) * loaded.dtype.itemsize
     head = arch.piece_width * arch.hidden * loaded.dtype.itemsize
-    return 2 * arch.stream.layer_bytes + head + (2 << 20)
+    return 2 * (arch.stream.layer_bytes + arch.stream.files.piece_bytes) + head
 
 
 def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[PrunableAttention | PrunableFfn]) -> Engine:
     """An engine that adds to the weights what they leave of the memory there is.
 
-    Two thirds of it are its to plan with: allocators hold on to freed memory, and cutting a level takes some for a moment.
+    Half of it is its to plan with: allocators hold on to freed memory, and cutting a level takes some for a moment.
     """
     if loaded.memory is None:
         return Engine(arch, blocks)
     left = max(loaded.memory - held_bytes(arch, loaded), loaded.memory // 8)
-    return Engine(arch, blocks, memory_bytes=left * 2 // 3)
+    return Engine(arch, blocks, memory_bytes=left // 2)
 
 
 def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:

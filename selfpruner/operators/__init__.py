@@ -22,14 +22,12 @@ CLASSICAL: dict[str, Callable[[], Operator]] = {
     "reallocate": Reallocate,
 }
 
-# Which share of a generation's offspring an operator competes for; the rest of the population's plans are initial ones.
+# What makes one plan of two.
 CROSSOVERS = ("crossover", "recombine")
-MUTATIONS = ("mutate", "level_switch", "random")
 
 __all__ = [
     "CLASSICAL",
     "CROSSOVERS",
-    "MUTATIONS",
     "Context",
     "Hint",
     "Offspring",

@@ -117,16 +117,13 @@ class Breeder:
             arrived = await self._consult(generation)
         self._add(arrived, found)
         shares = {name: share for name, share in self.shares(generation).items() if name not in LLM_OPERATORS}
-        missing = self.offspring - len(found)
-        if not shares:
-            shares = {"level_switch": missing}
-        whole = sum(shares.values())
-        for place, (name, share) in enumerate(shares.items()):
+        missing, whole = self.offspring - len(found), sum(shares.values())
+        for name, share in shares.items():
             # What the LLM did not deliver goes to the others in proportion.
-            count = round(missing * share / whole) if whole else missing // len(shares)
-            if place == len(shares) - 1:
-                count = self.offspring - len(found)
+            count = -(-missing * share // whole) if whole else 0
             await self._draw(name, generation, min(count, self.offspring - len(found)), found)
+        # An operator that finds nothing new leaves its slots to the one that always does.
+        await self._draw("level_switch", generation, self.offspring - len(found), found)
         return list(found.values())
 
     async def _paper(self, generation: int) -> list[Offspring]:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     Vector = NDArray[np.float64]
 
 # Spreads of the prior, as shares of the expected loss: of all blocks together, of the blocks of a kind, of a block, of an FFN's
-# level beside its neighbours, of one attention shape. From surveys of SmolLM2-135M (benchmarks/README.md): around a closed-form plan
-# FFN losses came out 0.77 of the expected ones, with no scatter beyond noise; attention shapes scatter by a third.
+# level beside its neighbours, of one attention shape. From surveys of SmolLM2-135M (benchmarks/README.md): around a closed-form
+# plan FFN losses came out 0.77 of the expected ones, with no scatter beyond noise; attention shapes scatter by a third.
 COMMON, KIND = 0.4, 0.25
 FFN_BLOCK, FFN_LEVEL = 0.1, 0.05
 ATTENTION_BLOCK, ATTENTION_LEVEL = 0.15, 0.35

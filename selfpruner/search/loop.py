@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfpruner.config import SearchConfig
-from selfpruner.errors import SelfprunerError
+from selfpruner.errors import ConfigError, SelfprunerError
 from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators import Offspring
 from selfpruner.proposers.channel import LlmChannel
@@ -84,7 +84,7 @@ class Search:
         self.breeder = Breeder(config, self.state, self.uniform, channel)
         self.generation = 0
         self._gains: list[float] = []
-        self._correlations: list[float] = []
+        self._correlations: dict[int, float] = {}
         self._thinking: dict[str, float] = defaultdict(float)
 
     async def run(self) -> Outcome:
@@ -92,6 +92,7 @@ class Search:
         if self._needs_probes():
             await self._probe()
         children = await self.breeder.initial()
+        self._check_budget(len(children))
         stopped = None
         while stopped is None:
             self._count_thinking()
@@ -260,7 +261,8 @@ class Search:
         scored = [c for c in children if c.status == "evaluated" and not c.rejected]
         known = [c for c in scored if c.predicted is not None]
         if first and len(known) >= 4:
-            self._correlations.append(spearman([c.predicted or 0.0 for c in known], [scores[c.plan_hash].kl for c in known]))
+            foreseen = spearman([c.predicted or 0.0 for c in known], [scores[c.plan_hash].kl for c in known])
+            self._correlations[self.generation] = round(foreseen, 3)
         name = "+".join(window.name for window in used)
         for candidate in scored:
             change = scores[candidate.plan_hash].kl - base.kl
@@ -311,6 +313,19 @@ class Search:
             thinking = {n: max(0.0, s - hidden) if n in LLM_OPERATORS else s for n, s in thinking.items()}
         self.breeder.bandit.reward(gains, seconds, thinking, Counter(c.operator for c in fresh))
 
+    def _check_budget(self, children: int) -> None:
+        """Raise ConfigError where the budget does not even pay for the initial plans and the final."""
+        budget = self.config.budget_tokens
+        stages = [self.windows.count(stage.tokens) * self.windows.length for stage in self.config.stages]
+        final = len(self.windows.final.sequences) * self.windows.length
+        least = self.evaluator.tokens + (children + 1) * stages[-1] + final * min(self.config.population + 2, children + 1)
+        if budget is not None and budget < least:
+            raise ConfigError(
+                f"budget_tokens is {budget:,}; probes, initial plans and the final alone take up to {least:,}. Raise it, or lower "
+                "probe_tokens, stages or final_tokens.",
+                param="budget_tokens",
+            )
+
     # -- stopping ------------------------------------------------------------------------------------------------------
     def _affordable(self, tokens: int) -> bool:
         """Whether ``tokens`` more leave enough of the budget for the final."""
@@ -350,7 +365,9 @@ class Search:
         """Re-score the population, the best ramp and the uniform plan on tokens that no stage saw; the best of them wins, unless
         it writes badly."""
         number, state = self.generation, self.state
-        saved = (self.config.generations - number) * self._generation_tokens()
+        # Generations that the budget did not allow for are not saved.
+        each = self._generation_tokens()
+        saved = (self.config.generations - number) * each if self._affordable(each) else 0
         if number < self.config.generations:
             self.recorder.event(
                 "stopped",
@@ -380,7 +397,8 @@ class Search:
         best, repetition = finalists[0], dict[str, float]()
         if self.config.generation_probe:
             best, repetition = await probe(finalists, scores, self.evaluator, self.recorder, self.windows.final)
-        correlation = sum(self._correlations) / len(self._correlations) if self._correlations else None
+        foreseen = self._correlations.values()
+        correlation = sum(foreseen) / len(foreseen) if foreseen else None
         self.recorder.event(
             "final",
             "search.finished",
@@ -427,7 +445,7 @@ class Search:
                 "plans": dict(Counter(c.operator for c in fresh)),
                 "population": [c.plan_hash for c in self.state.population],
                 "tokens": self.evaluator.tokens,
-                "rank_correlation": round(self._correlations[-1], 3) if self._correlations else None,
+                "rank_correlation": self._correlations.get(number),
                 "bandit": {name: round(1e4 * self.breeder.bandit.value(name), 3) for name in self.breeder.bandit.arms},
             },
         )
