@@ -219,7 +219,8 @@ def test_plans_of_other_rates_are_candidates_without_a_standing(objective: str) 
     outcome, members = fronted.go()
     recorder = fronted.run.recorder
     made = [row for row in recorder.candidates.values() if row.operator == NAME]
-    assert outcome.made[NAME] == len(made) > 0
+    assert outcome.made[NAME] == len(made)
+    assert made or "latency" in objective, "a faster plan may have been tried already, one of another rate cannot"
     assert len(recorder.candidates) == sum(outcome.made.values())
     for row in made:
         assert row.status == "evaluated"
