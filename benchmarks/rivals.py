@@ -96,8 +96,8 @@ class _Masks:
         module = layer.mlp.down_proj if index % 2 else layer.self_attn.o_proj
         if index not in self.saved:
             self.saved[index] = module.weight.clone(), module.bias
+        weight, module.bias = self.saved[index]
         if level == 0:
-            weight, module.bias = self.saved[index]
             module.weight.copy_(weight)
             return
         block = self.blocks[index]
