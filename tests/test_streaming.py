@@ -276,7 +276,7 @@ def run(config: SearchConfig, cache: Path, *tasks: tuple[str, dict[str, Any]]) -
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("method", ["least_squares", "none"])
+@pytest.mark.parametrize("method", ["least_squares", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_streamed_export_is_the_resident_one(place: Path, tmp_path: Path, method: str) -> None:
     """Pruned, dense and dropped blocks; the checkpoint is written tensor by tensor, and loads in transformers."""
     texts = place / "model", place / "text.txt"
