@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.streaming import SHAPES
 
 METHODS = ("naive", "masked", "engine", "race")
+SECTIONS = ("time", "survivors", "memory")
 
 
 def main() -> None:
@@ -41,12 +42,15 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--children", type=int, nargs="*", default=[8, 16, 32])
     parser.add_argument("--keep", type=int, default=4)
-    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--confidence", type=float, default=0.98)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument(
         "--generations", type=int, default=20, help="generations of the survivors' comparison, per number of children"
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=SECTIONS, default=SECTIONS, help="sections to measure; the others' results stay"
     )
     parser.add_argument("--cost-model", action="store_true", help="only: how time and memory grow")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/engine.json"))
@@ -63,27 +67,25 @@ def main() -> None:
 
 
 def _all(options: argparse.Namespace) -> None:
-    from selfpruner.workers.memory import release
-
+    """Section by section, each kept in the file as soon as it is there."""
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
-    case = prepare(options)
+
+    def keep(children: int, found: dict[str, Any]) -> None:
+        results.setdefault(f"children_{children}", {}).update(found)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"children_{children}", json.dumps(found), flush=True)
+
+    if "memory" in options.only:
+        for children in options.children:
+            keep(children, _memory({method: _child(method, children) for method in METHODS}))
+    case = prepare(options) if {"time", "survivors"} & set(options.only) else None
     for children in options.children:
-        timed = _timed(case, options, children)
-        row = _row(timed, children) | _survivors(case, options, children)
-        results[f"children_{children}"] = row
-        release()
-        print(f"children_{children}", json.dumps(row, indent=2), flush=True)
+        if case is not None and "time" in options.only:
+            keep(children, _row(_timed(case, options, children), children))
     for children in options.children:
-        peaks = {method: _child(method, children) for method in METHODS}
-        row = results[f"children_{children}"]
-        row["added_mib"] = {method: round(peak["added_mib"], 1) for method, peak in peaks.items()}
-        row["peak_mib"] = round(peaks["engine"]["model_mib"] + peaks["engine"]["added_mib"], 1)
-        row["peaks_over_model"] = {m: round(1 + peak["added_mib"] / peak["model_mib"], 3) for m, peak in peaks.items()}
-        row["peak_over_model"] = row["peaks_over_model"]["engine"]
-        print(f"children_{children}", json.dumps(row["peaks_over_model"]), flush=True)
-    results["options"] = {key: str(value) for key, value in vars(options).items() if value is not None}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
+        if case is not None and "survivors" in options.only:
+            keep(children, _survivors(case, options, children))
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------------
@@ -192,14 +194,14 @@ def _row(timed: dict[str, Any], children: int) -> dict[str, Any]:
         "saved_passes": round(1 - work.passes / work.passes_without_sharing, 4),
         "fitness_difference": max(timed["difference"]),
         "approximation": max(timed["approximation"]),
+        "tokens": timed["tokens"],
+        "repetitions": len(timed["seconds"]["naive"]),
         "tokens_of_race": round(statistics.mean(timed["race_tokens"]) / timed["tokens"], 4),
     }
 
 
 def _survivors(case: Case, options: argparse.Namespace, children: int) -> dict[str, Any]:
     """Generations from the best of the one before, each scored twice. ``lost``: what the survivors' mean KL was worse by."""
-    if not options.generations:
-        return {}
     sequences = options.tokens // options.length
     parent = case.space.project([options.rate] * case.space.layers)
     full, race = scorer(case, options, "engine"), scorer(case, options, "race")
@@ -235,13 +237,25 @@ def _child(method: str, children: int) -> dict[str, float]:
     return found
 
 
+def _memory(peaks: dict[str, dict[str, float]]) -> dict[str, Any]:
+    over = {method: round(1 + peak["added_mib"] / peak["model_mib"], 3) for method, peak in peaks.items()}
+    return {
+        "added_mib": {method: round(peak["added_mib"], 1) for method, peak in peaks.items()},
+        "peak_mib": round(peaks["engine"]["model_mib"] + peaks["engine"]["added_mib"], 1),
+        "peaks_over_model": over,
+        "peak_over_model": over["engine"],
+    }
+
+
 def _memory_of(options: argparse.Namespace) -> dict[str, float]:
     from selfpruner.workers.memory import release
 
     case = prepare(options)
     run = scorer(case, options, options.one)
     parent = case.space.project([options.rate] * case.space.layers)
-    plans = children_of(case.space, parent, options.children[0], 0)
+    # Candidates that come one after the other need no more memory when there are many.
+    count = 2 if options.one in ("naive", "masked") else options.children[0]
+    plans = children_of(case.space, parent, count, 0)
     release()
     case.held()
     run(plans, case.window(0, options.tokens // options.length))

@@ -9,7 +9,7 @@ import torch
 
 from selfpruner.errors import ConfigError
 from selfpruner.evaluation.engine import Engine
-from selfpruner.evaluation.race import LEAST_SAMPLES, Race, quantile, segments
+from selfpruner.evaluation.race import LEAST_SAMPLES, SEGMENT, Race, quantile, segments
 from selfpruner.space import Plan
 from tests.pruned import Ready, load_tiny, ready, tokens_of
 
@@ -43,11 +43,14 @@ def test_losers() -> None:
     text = torch.rand(32, generator=g) * 10  # what the text does to all plans alike
     quiet = torch.randn(5, 32, generator=g) * 0.01
     samples = text + quiet + torch.tensor([0.0, 0.1, 0.1005, 0.5, math.nan])[:, None]
-    assert Race(2, (0, 1, 2, 3, 4), 0.99).losers(samples) == [3, 4], "0.1005 and 0.1 cannot be told apart"
-    assert Race(5, (0, 1, 2, 3, 4)).losers(samples) == []
-    assert Race(2, (0, 1, 2, 3, 4)).losers(samples[:, : LEAST_SAMPLES - 1]) == []
-    assert sorted(Race(1, (0, 1, 2, 3, 4)).losers(samples)) == [1, 2, 3, 4]
-    assert Race(1, (0, 1)).losers(torch.full((2, 16), math.nan)) == [], "nobody to lose to"
+    assert Race(2, (0, 1, 2, 3, 4), 0.99).losers(samples, 64) == [3, 4], "0.1005 and 0.1 cannot be told apart"
+    assert Race(5, (0, 1, 2, 3, 4)).losers(samples, 64) == []
+    assert Race(2, (0, 1, 2, 3, 4)).losers(samples[:, : LEAST_SAMPLES - 1], 64) == []
+    assert sorted(Race(1, (0, 1, 2, 3, 4)).losers(samples, 64)) == [1, 2, 3, 4]
+    close = torch.stack((text, text + 0.2 + 0.6 * torch.tensor([1.0, -1.0]).repeat(16)))
+    assert Race(1, (0, 1)).losers(close, 1000) == [], "the rest of a long text may turn it round"
+    assert Race(1, (0, 1)).losers(close, 33) == [1], "the rest of this one hardly"
+    assert Race(1, (0, 1)).losers(torch.full((2, 16), math.nan), 64) == [], "nobody to lose to"
 
 
 def test_parts_cover_the_text() -> None:
@@ -56,7 +59,7 @@ def test_parts_cover_the_text() -> None:
         assert sum(parts) == sequences
         assert all(0 < part <= most for part in parts)
     assert Race(1, (0,)).parts(16, 256, 99) == [2] * 8
-    assert segments(torch.arange(600.0).view(2, 3, 100)).shape == (2, 6)
+    assert segments(torch.arange(600.0).view(2, 3, 100)).shape == (2, 12)
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"confidence": 1.0}, {"confidence": 0.5}])
@@ -76,7 +79,7 @@ def test_a_race_keeps_the_best_and_estimates_the_rest(case: Ready, tokens: torch
     assert sorted(range(len(plans)), key=lambda index: raced[index].kl)[:2] == best[:2]
     for score, whole in zip(raced, full, strict=True):
         if score.rejected:
-            assert LEAST_SAMPLES * 64 <= score.tokens < tokens.numel()
+            assert LEAST_SAMPLES * SEGMENT <= score.tokens < tokens.numel()
             assert score.kl == pytest.approx(whole.kl, rel=0.3)
             assert score.nll == pytest.approx(whole.nll, rel=0.1)
         else:

@@ -171,7 +171,8 @@ class Engine:
                     ran[index] = done
                 if race is not None and done < sequences:
                     racing = [index for index in running if index in contenders]
-                    lost = {racing[row] for row in race.losers(segments(kl[racing, :done]))}
+                    samples = segments(kl[racing, :done])
+                    lost = {racing[row] for row in race.losers(samples, samples.shape[1] // done * sequences)}
                     running = [index for index in running if index not in lost]
         scores = [_score(kl[index], nll[index], ran[index]) for index in range(len(unique))]
         if race is not None:

@@ -2,7 +2,9 @@
 
 Plans are scored on the same text, so what tells them apart is the difference on the same stretch of it, which is far quieter than
 either value. A contender is dropped when the lower confidence bound of its mean difference from the contender that is now the
-last to be kept is above zero (a racing algorithm: Maron & Moore 1994; Birattari et al. 2002 with paired differences).
+last to be kept is above zero (a racing algorithm: Maron & Moore 1994; Birattari et al. 2002 with paired differences). The question
+is who will lead at the end of this text, not on all texts, so the bound shrinks to nothing as the text runs out (Cochran's finite
+population correction).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from selfpruner.errors import ConfigError
 
 # Tokens whose mean is one sample, samples before the first decision, and tokens between decisions.
-SEGMENT, LEAST_SAMPLES, STEP = 64, 8, 512
+SEGMENT, LEAST_SAMPLES, STEP = 32, 16, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Race:
 
     keep: int
     contenders: tuple[int, ...]
-    confidence: float = 0.95
+    confidence: float = 0.98
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -46,15 +48,15 @@ class Race:
             parts.append(min(first if not parts else step, left, most))
         return parts
 
-    def losers(self, samples: Tensor) -> list[int]:
-        """Rows of ``samples`` (contenders, n), a divergence per stretch of text, that can be dropped now."""
+    def losers(self, samples: Tensor, total: int) -> list[int]:
+        """Rows of ``samples`` (contenders, n), a divergence per stretch of the first n of ``total``, that can be dropped now."""
         count, n = samples.shape
         samples = samples.double().nan_to_num(nan=torch.inf)
         if count <= self.keep or n < LEAST_SAMPLES:
             return []
         order = samples.mean(1).argsort(stable=True).tolist()
         last = samples[order[self.keep - 1]]
-        bound = quantile(self.confidence, n - 1) / math.sqrt(n)
+        bound = quantile(self.confidence, n - 1) * math.sqrt((1 - n / total) / n)
         losers = []
         for row in order[self.keep :]:
             difference = samples[row] - last
