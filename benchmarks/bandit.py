@@ -38,8 +38,8 @@ from selfpruner.workers.base import Json, OnProgress, Session
 
 LENGTH, SEQUENCES = 256, 512
 # Losses against those expected: FFNs together, spread (log-normal) of an FFN, of an attention block, of an attention shape. And of
-# a block's weight in a window of 4,096 tokens.
-FFNS, FFN, ATTENTION, SHAPE, WINDOW = 0.77, 0.08, 0.15, 0.35, 0.22
+# a block's weight, and of that of all blocks of a kind, in a sequence of 256 tokens.
+FFNS, FFN, ATTENTION, SHAPE, WINDOW, KIND = 0.77, 0.08, 0.15, 0.35, 0.9, 0.27
 
 
 class World:
@@ -62,12 +62,17 @@ class World:
         parts = [float(curve[level]) for curve, level in zip(self.losses, plan.levels, strict=True)]
         return math.fsum(parts if weights is None else (w * p for w, p in zip(weights, parts, strict=True)))
 
+    def weights(self, sequence: int) -> Any:
+        """What every block weighs on one sequence, 1 on average."""
+        drawn = np.random.default_rng([7, sequence]).standard_normal(len(self.losses) + 2)
+        kinds = np.array([drawn[-1] if block.kind == "ffn" else drawn[-2] for block in self.space.blocks])
+        spread = math.sqrt(math.log(1 + WINDOW**2))
+        return np.exp(spread * drawn[:-2] - spread**2 / 2) * np.maximum(1 + KIND * kinds, 0.1)
+
     async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:  # noqa: ARG002
         assert kind == "evaluate", kind
         sequences = payload["sequences"]
-        drawn = [np.random.default_rng([7, number]).standard_normal(len(self.losses)) for number in sequences]
-        scale = WINDOW * math.sqrt(4096 / LENGTH)
-        weights = np.mean([np.exp(scale * d - scale**2 / 2) for d in drawn], axis=0).tolist()
+        weights = np.mean([self.weights(number) for number in sequences], axis=0).tolist()
         tokens = len(sequences) * LENGTH
         rows = [
             {"kl": self.kl(Plan(tuple(levels)), weights), "nll": 3.0, "tokens": tokens, "reason": None}
@@ -182,7 +187,7 @@ async def measured(model: str, cache: Path) -> tuple[dict[str, Any], list[float]
             run = bench.run(0.2, 0)
             levels = [probe_level(run.space, block) for block in range(len(run.space.blocks))]
             plans = [Plan(tuple(level * (other == block) for other in range(len(levels)))) for block, level in enumerate(levels)]
-            values = await run.score(plans, run.fresh(4096))
+            values = await run.score(plans, run.fresh(1024))
         finally:
             await bench.close()
         errors = [block.options[level].error for block, level in zip(run.space.blocks, levels, strict=True)]

@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--held-out-tokens", type=int)
+    parser.add_argument("--trace-tokens", type=int, default=8192, help="tokens that draw the curves")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--state", type=Path, help="where single results are kept; default: in the cache")
@@ -69,7 +70,9 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    quick: dict[str, Any] = {"calibration": (16, 256), "fitness": (128, 256), "trace": 2048} if options.quick else {}
+    quick: dict[str, Any] = {"trace": options.trace_tokens}
+    if options.quick:
+        quick = {"calibration": (16, 256), "fitness": (128, 256), "trace": 2048}
     settings = Settings(
         options.model,
         options.criterion or CRITERIA[options.compensation],

@@ -7,9 +7,9 @@ deviation per level, smooth over an FFN's many widths and independent over an at
 nest. Differences of plans on the same tokens (surveys around the leader, every child against the leader) update the losses in
 closed form: a Gaussian process whose kernel is a sum over blocks.
 
-Two things make a difference noisy. A window is a sample of tokens, on which each block matters a little more or less than it
-does in general; all differences from one window share that, so many children on few tokens are no substitute for tokens.
-And old differences were taken around another leader, where blocks may have mattered differently.
+Two things make a difference noisy. A window is a sample of tokens, on which each block, and each kind of block, matters a little
+more or less than it does in general; all differences from one window share that, so many children on few tokens are no
+substitute for tokens. And old differences were taken around another leader, where blocks may have mattered differently.
 
 Sums over blocks make the best plan of any budget a dynamic programme (:func:`selfpruner.operators.closed_form.cheapest`), and a
 draw from the posterior a plan that is good where the data agree and bold where they are silent (Thompson sampling).
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 COMMON, KIND = 0.4, 0.25
 FFN_BLOCK, FFN_LEVEL = 0.1, 0.05
 ATTENTION_BLOCK, ATTENTION_LEVEL = 0.15, 0.35
-# How much more or less a block matters on a window of so many tokens than in general (standard deviation).
-WINDOW_NOISE, WINDOW_TOKENS = 0.22, 4096
+# How much more or less a block, and all blocks of a kind together, matter on a window of so many tokens than in general (standard
+# deviations; same surveys).
+BLOCK_NOISE, KIND_NOISE, WINDOW_TOKENS = 0.23, 0.07, 4096
 # What sums cannot say, as a share of a difference's terms, and the smallest standard deviation in nats.
 MISFIT, FLOOR = 0.1, 2e-4
 # Growth of a difference's variance with every generation that has passed.
@@ -50,11 +51,13 @@ MOST = 800
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two plans on the same tokens: ``change`` = KL(plan) - KL(reference), in nats per token, on ``tokens`` of ``window``."""
+    """Two plans on the same ``tokens`` of ``window``: ``change`` = KL(plan) - KL(reference) in nats per token, and ``base`` =
+    KL(reference)."""
 
     levels: tuple[int, ...]
     reference: tuple[int, ...]
     change: float
+    base: float
     window: str
     tokens: int
     generation: int
@@ -108,10 +111,12 @@ class Landscape:
         return slice(self._start[block], self._start[block] + len(self.space.blocks[block].options))
 
     # -- learning ------------------------------------------------------------------------------------------------------
-    def observe(self, plan: Plan, reference: Plan, change: float, *, window: str, tokens: int, generation: int) -> None:
-        """Take note of KL(plan) - KL(reference) on the same tokens. Equal plans say nothing."""
-        if plan.levels != reference.levels:
-            self.differences.append(Difference(plan.levels, reference.levels, change, window, tokens, generation))
+    def observe(
+        self, plan: Plan, reference: Plan, change: float, *, base: float, window: str, tokens: int, generation: int
+    ) -> None:
+        """Take note of KL(plan) - KL(reference) on the same tokens, where the reference's is ``base``. Equal plans say nothing."""
+        if plan.levels != reference.levels and base > 0:
+            self.differences.append(Difference(plan.levels, reference.levels, change, base, window, tokens, generation))
 
     def _row(self, levels: Sequence[int], reference: Sequence[int]) -> Vector:
         import numpy as np
@@ -132,12 +137,16 @@ class Landscape:
         self._fitted = len(self.differences)
         seen = self.differences[-MOST:]
         X = np.array([self._row(d.levels, d.reference) for d in seen])
-        y = np.array([d.change for d in seen])
+        # Where text is hard for the reference every change is larger: what counts is the change relative to that.
+        bases = np.array([d.base for d in seen])
+        y = np.array([d.change for d in seen]) / bases * float(np.average(bases, weights=[d.tokens for d in seen]))
         # What each block contributes to each difference, by the losses believed in so far.
         terms = np.stack([X[:, self._part(b)] @ self._mean[self._part(b)] for b in range(len(self.space.blocks))], axis=1)
         names = np.array([d.window for d in seen])
-        share = WINDOW_NOISE * np.sqrt(WINDOW_TOKENS / np.array([d.tokens for d in seen]))
-        noise = np.where(names[:, None] == names[None, :], (terms * share[:, None]) @ (terms * share[:, None]).T, 0.0)
+        scale = np.sqrt(WINDOW_TOKENS / np.array([d.tokens for d in seen]))[:, None]
+        kinds = np.stack([terms[:, [b.kind == kind for b in self.space.blocks]].sum(1) for kind in ("attention", "ffn")], axis=1)
+        weighed = np.concatenate((BLOCK_NOISE * terms, KIND_NOISE * kinds), axis=1) * scale
+        noise = np.where(names[:, None] == names[None, :], weighed @ weighed.T, 0.0)
         noise += np.diag(np.square(MISFIT * np.abs(terms).sum(1)) + FLOOR**2)
         ageing = np.sqrt(AGEING ** np.array([float(generation - d.generation) for d in seen]))
         noise *= np.outer(ageing, ageing)

@@ -147,7 +147,8 @@ class Search:
         for plan in probes:
             if math.isfinite(scores[plan.hash].kl) and math.isfinite(base):
                 change = scores[plan.hash].kl - base
-                landscape.observe(plan, here, change, window=window.name, tokens=scores[plan.hash].tokens, generation=number)
+                tokens = scores[plan.hash].tokens
+                landscape.observe(plan, here, change, base=base, window=window.name, tokens=tokens, generation=number)
         landscape.fit(number)
         self._thinking["reallocate"] += sum(scores[plan.hash].seconds for plan in probes)
         self.state.surveyed = here
@@ -266,7 +267,9 @@ class Search:
         name = "+".join(window.name for window in used)
         for candidate in scored:
             change = scores[candidate.plan_hash].kl - base.kl
-            landscape.observe(Plan(candidate.levels), here, change, window=name, tokens=base.tokens, generation=self.generation)
+            landscape.observe(
+                Plan(candidate.levels), here, change, base=base.kl, window=name, tokens=base.tokens, generation=self.generation
+            )
         landscape.fit(self.generation)
 
     def _may_stay(self, candidate: Candidate) -> bool:
