@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--children", type=int, nargs="*", default=[8, 16, 32])
     parser.add_argument("--keep", type=int, default=4)
-    parser.add_argument("--confidence", type=float, default=0.98)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--confidence", type=float, default=0.99)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument(

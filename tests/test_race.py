@@ -58,8 +58,8 @@ def test_parts_cover_the_text() -> None:
         parts = Race(1, (0,)).parts(sequences, length, most)
         assert sum(parts) == sequences
         assert all(0 < part <= most for part in parts)
-    assert Race(1, (0,)).parts(16, 256, 99) == [2] * 8
-    assert segments(torch.arange(600.0).view(2, 3, 100)).shape == (2, 12)
+    assert Race(1, (0,)).parts(16, 256, 99) == [4, 2, 2, 2, 2, 2, 2]
+    assert segments(torch.arange(600.0).view(2, 3, 100)).shape == (2, 6)
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"confidence": 1.0}, {"confidence": 0.5}])

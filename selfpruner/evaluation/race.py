@@ -19,7 +19,7 @@ from torch import Tensor
 from selfpruner.errors import ConfigError
 
 # Tokens whose mean is one sample, samples before the first decision, and tokens between decisions.
-SEGMENT, LEAST_SAMPLES, STEP = 32, 16, 512
+SEGMENT, LEAST_SAMPLES, STEP = 64, 16, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Race:
 
     keep: int
     contenders: tuple[int, ...]
-    confidence: float = 0.98
+    confidence: float = 0.99
 
     def __post_init__(self) -> None:
         if self.keep < 1:

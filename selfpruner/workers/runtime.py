@@ -253,7 +253,7 @@ def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled
         plans,
         prepared.tokens(payload["text"], payload["sequences"]),
         exact=bool(payload.get("exact", payload["text"] == "report")),
-        race=None if race is None else Race(int(race["keep"]), tuple(race["contenders"]), float(race.get("confidence", 0.98))),
+        race=None if race is None else Race(int(race["keep"]), tuple(race["contenders"]), float(race.get("confidence", 0.99))),
         cancelled=cancelled,
     )
     after = prepared.engine.work
