@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> None:
 TERMS = ("passes * tokens", "tokens * vocabulary", "tokens * candidates", "levels")
 
 
-def _measure(options: argparse.Namespace, sizes: Sizes, ceiling: int = 1024) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, sizes: Sizes, ceiling: int | None = None) -> dict[str, Any]:
     """Seconds (the better of two), peak beyond the weights and the terms of the formula."""
     shape = {"hidden_size": HIDDEN, "intermediate_size": CHANNELS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS // 2}
     shape |= {"num_hidden_layers": sizes.layers, "vocab_size": sizes.vocabulary}
@@ -77,9 +77,8 @@ def _measure(options: argparse.Namespace, sizes: Sizes, ceiling: int = 1024) -> 
     arch, space = case.arch, case.space
     plans = children_of(space, space.project([options.rate] * space.layers), sizes.candidates, 0)
     tokens = torch.randint(sizes.vocabulary, (sizes.tokens // LENGTH, LENGTH))
-    engine = Engine(
-        arch, case.blocks, memory_bytes=ceiling << 20, cache_bytes=0, logit_bytes=min(32, ceiling // 4) << 20, max_tokens=1024
-    )
+    wide = {"memory_bytes": 1 << 30, "cache_bytes": 0, "logit_bytes": 32 << 20, "max_tokens": 1024}
+    engine = Engine(arch, case.blocks, **(wide if ceiling is None else {"memory_bytes": ceiling << 20}))
     engine.evaluate(plans[:2], tokens[:1], exact=False)
     seconds = []
     release()

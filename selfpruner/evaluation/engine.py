@@ -113,7 +113,8 @@ class Engine:
         cache_bytes: int | None = None,
         logit_bytes: int | None = None,
     ) -> None:
-        memory = _default_memory(arch) if memory_bytes is None else memory_bytes
+        # A tenth stays free, for the level in use and for what the allocator keeps.
+        memory = (_default_memory(arch) if memory_bytes is None else memory_bytes) * 9 // 10
         self.arch = arch
         self.blocks = list(blocks)
         # A token's widest moment: its normalised state, gate and up (an attention block needs less), and a change of the stream.
