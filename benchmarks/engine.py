@@ -296,7 +296,7 @@ def prepare(options: argparse.Namespace) -> Case:
         return token_batches(wanted, role, loaded, cache, 0)
 
     calibration = tokens("wikitext2-train", 32, 512, "calibration")
-    judged = tokens("wikitext2-valid", 512, options.length, "fitness").tokens
+    judged = tokens("wikitext2-valid", 76_800 // options.length, options.length, "fitness").tokens
     with torch.no_grad():
         blocks, _ = prepared.prepare_blocks(config, arch, loaded, calibration, cache, lambda _: None, lambda: False)
     return Case(arch, blocks, prepared.space_of(config, arch, blocks), judged, memory.peak)
