@@ -1,9 +1,9 @@
 """The Pareto front of a job: for every rate, or every latency, the best plan, from one search.
 
-What a search learns about its model (the landscape: a loss per block and level) holds for other rates and other objectives too, and
-a sum over blocks makes the best plan of any of them a dynamic programme: on the losses under another budget, and on
-loss + weight * latency for a range of weights. These plans, the best plan scaled, and bold ones drawn from what the model holds
-possible, are scored on fresh tokens; the best of each rate go on to the final's tokens. The front is what no other plan scored
+What a search learns about its model holds for other rates and other objectives too. The best plan scaled to another rate is a
+good plan there; what the landscape has learnt (a loss per block and level) tells where to go from it, and a sum over blocks makes the
+best plan near it a dynamic programme: on the losses under another budget, and on loss + weight * latency for a range of weights.
+These plans are scored on fresh tokens; the best of each rate go on to the final's tokens. The front is what no other plan scored
 there beats on one objective without losing on another.
 
 All plans of one rate meet its budget, so they count as equally large; a plan's latency is the sum of its blocks'.
@@ -12,14 +12,13 @@ All plans of one rate meet its budget, so they count as equally large; a plan's 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError
-from selfpruner.operators.closed_form import cheapest
+from selfpruner.operators.closed_form import cheapest, predicted_losses
 from selfpruner.search.evaluator import Evaluator, Fitness
 from selfpruner.search.records import Candidate, Recorder, Window
 from selfpruner.search.state import State
@@ -34,8 +33,11 @@ T = TypeVar("T")
 NAME = "front"
 # Exchange rates of the dynamic programme: so many percent of the predicted loss for one percent of the latency.
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-# Bold plans per rate, and how far they may turn a block of the scaled best plan (a share of its parameters).
-DRAWS, RADIUS = 3, 0.25
+# How far from the scaled best plan a block may be turned, as a share of its parameters: the landscape was learnt around the best
+# plan, and far from there it knows less than the plan does.
+RADII = (0.1, 0.3)
+# Shares of the scaled plan in mixtures with the plan of smallest predicted loss.
+MIXTURES = (0.75, 0.5)
 # Latencies nearer than this share of the dense model's count as equal: less than a measurement can tell.
 ALIKE = 0.005
 # Plans of a rate that go on to the final's tokens: with latency several points, without it the best and its rival.
@@ -82,7 +84,7 @@ def front_tokens(config: SearchConfig, windows: Windows) -> int:
     if len(config.objective) == 1:
         return 0
     timed, other = "latency" in config.objective, len(config.front_rates) - 1
-    per_rate = (3 + DRAWS) * other + (2 * len(WEIGHTS) * (other + 1) + KEEP_POINTS + 2) * timed
+    per_rate = (2 + len(RADII) + len(MIXTURES)) * other + (len(RADII) * len(WEIGHTS) * (other + 1) + KEEP_POINTS + 2) * timed
     kept = KEEP_POINTS * (other + 1) if timed else KEEP * other
     stages = sum(len(window.sequences) for window in windows.generation(0))
     return windows.length * (per_rate * stages + kept * len(windows.final.sequences))
@@ -149,24 +151,22 @@ class Front:
         """(rate, plan), distinct plans, without what the final has already scored for the job's own rate."""
         landscape = state.landscape
         assert landscape is not None, "a search with a front probes"
-        rng = random.Random(f"{self.config.seed}:{NAME}")
-        losses = landscape.losses()
+        expected = landscape.losses()
+        probed = predicted_losses(self.space, state.sensitivities, state.probe_levels)
         found: dict[str, tuple[float, Plan]] = {}
         for rate, space in self.spaces.items():
-            scaled = best
+            scaled = space.project([share * rate / self.config.rate for share in space.rates(best)])
+            near = [landscape.losses(around=scaled, radius=radius) for radius in RADII]
             plans = []
             if rate != self.config.rate:
-                scaled = space.project([share * rate / self.config.rate for share in space.rates(best)])
-                near = landscape.losses(around=scaled, radius=RADIUS)
-                plans += [cheapest(space, losses), cheapest(space, near), scaled]
-                plans += [cheapest(space, landscape.losses(rng, around=scaled, radius=RADIUS)) for _ in range(DRAWS)]
+                start = cheapest(space, probed)
+                pairs = list(zip(space.rates(scaled), space.rates(start), strict=True))
+                plans += [scaled, start, *(space.project([m * a + (1 - m) * b for a, b in pairs]) for m in MIXTURES)]
+                plans += [cheapest(space, losses) for losses in near]
             if latencies is not None:
-                near = landscape.losses(around=scaled, radius=RADIUS)
-                expected = max(math.fsum(curve[level] for curve, level in zip(losses, scaled.levels, strict=True)), 1e-6)
-                unit = expected / latencies.of(scaled)
-                for weight in WEIGHTS:
-                    for curves in (losses, near):
-                        plans.append(cheapest(space, _with_latency(curves, latencies, weight * unit)))
+                whole = max(math.fsum(curve[level] for curve, level in zip(expected, scaled.levels, strict=True)), 1e-6)
+                unit = whole / latencies.of(scaled)
+                plans += [cheapest(space, _with_latency(losses, latencies, w * unit)) for w in WEIGHTS for losses in near]
             for plan in plans:
                 found.setdefault(plan.hash, (rate, plan))
         if latencies is not None:
