@@ -1,7 +1,7 @@
 """The Pareto front of a job: for every rate, or every latency, the best plan, from one search.
 
-What a search learns about its model holds for other rates and other objectives too. The best plan scaled to another rate is a
-good plan there; what the landscape has learnt (a loss per block and level) tells where to go from it, and a sum over blocks makes the
+What a search learns about its model holds for other rates and other objectives too. The best plan scaled to another rate is a good
+plan there; what the landscape has learnt (a loss per block and level) tells where to go from it, and a sum over blocks makes the
 best plan near it a dynamic programme: on the losses under another budget, and on loss + weight * latency for a range of weights.
 These plans are scored on fresh tokens; the best of each rate go on to the final's tokens. The front is what no other plan scored
 there beats on one objective without losing on another.
