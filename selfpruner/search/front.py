@@ -1,10 +1,9 @@
 """The Pareto front of a job: for every rate, or every latency, the best plan, from one search.
 
-What a search learns about its model holds for other rates and other objectives too. The best plan scaled to another rate is a good
-plan there; what the landscape has learnt (a loss per block and level) tells where to go from it, and a sum over blocks makes the
-best plan near it a dynamic programme: on the losses under another budget, and on loss + weight * latency for a range of weights.
-These plans are scored on fresh tokens; the best of each rate go on to the final's tokens. The front is what no other plan scored
-there beats on one objective without losing on another.
+What a search learns about its model holds for other rates and other objectives too: its best plan scaled, the plan of smallest loss
+by the probes of the dense model, and mixtures of both are good plans of another rate. A sum over blocks makes faster plans of the
+same size a dynamic programme: on loss + weight * latency for a range of weights. These plans are scored on fresh tokens; the best of
+each rate go on to the final's tokens. The front is what no other plan scored there beats on one objective without losing on another.
 
 All plans of one rate meet its budget, so they count as equally large; a plan's latency is the sum of its blocks'.
 """
@@ -33,11 +32,11 @@ T = TypeVar("T")
 NAME = "front"
 # Exchange rates of the dynamic programme: so many percent of the predicted loss for one percent of the latency.
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-# How far from the scaled best plan a block may be turned, as a share of its parameters: the landscape was learnt around the best
-# plan, and far from there it knows less than the plan does.
+# How far from the job's best plan a faster one may turn a block, as a share of its parameters: what the landscape has learnt is true
+# near that plan.
 RADII = (0.1, 0.3)
-# Shares of the scaled plan in mixtures with the plan of smallest predicted loss.
-MIXTURES = (0.75, 0.5)
+# Shares of the scaled plan in mixtures with the one of smallest loss by the probes, which were taken near the dense model.
+MIXTURES = (0.75, 0.5, 0.25)
 # Latencies nearer than this share of the dense model's count as equal: less than a measurement can tell.
 ALIKE = 0.005
 # Plans of a rate that go on to the final's tokens: with latency several points, without it the best and its rival.
@@ -84,7 +83,7 @@ def front_tokens(config: SearchConfig, windows: Windows) -> int:
     if len(config.objective) == 1:
         return 0
     timed, other = "latency" in config.objective, len(config.front_rates) - 1
-    per_rate = (2 + len(RADII) + len(MIXTURES)) * other + (len(RADII) * len(WEIGHTS) * (other + 1) + KEEP_POINTS + 2) * timed
+    per_rate = (3 + len(MIXTURES)) * other + (len(RADII) * len(WEIGHTS) * (other + 1) + KEEP_POINTS + 2) * timed
     kept = KEEP_POINTS * (other + 1) if timed else KEEP * other
     stages = sum(len(window.sequences) for window in windows.generation(0))
     return windows.length * (per_rate * stages + kept * len(windows.final.sequences))
@@ -151,22 +150,22 @@ class Front:
         """(rate, plan), distinct plans, without what the final has already scored for the job's own rate."""
         landscape = state.landscape
         assert landscape is not None, "a search with a front probes"
-        expected = landscape.losses()
+        learnt = [landscape.losses(around=best, radius=radius) for radius in RADII]
         probed = predicted_losses(self.space, state.sensitivities, state.probe_levels)
+        between = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(landscape.losses(), probed, strict=True)]
         found: dict[str, tuple[float, Plan]] = {}
         for rate, space in self.spaces.items():
-            scaled = space.project([share * rate / self.config.rate for share in space.rates(best)])
-            near = [landscape.losses(around=scaled, radius=radius) for radius in RADII]
-            plans = []
+            scaled, plans, curves = best, [], learnt
             if rate != self.config.rate:
-                start = cheapest(space, probed)
-                pairs = list(zip(space.rates(scaled), space.rates(start), strict=True))
-                plans += [scaled, start, *(space.project([m * a + (1 - m) * b for a, b in pairs]) for m in MIXTURES)]
-                plans += [cheapest(space, losses) for losses in near]
+                curves = [probed, between]
+                scaled = space.project([share * rate / self.config.rate for share in space.rates(best)])
+                plans += [scaled, *(cheapest(space, losses) for losses in curves)]
+                pairs = list(zip(space.rates(scaled), space.rates(plans[1]), strict=True))
+                plans += [space.project([m * a + (1 - m) * b for a, b in pairs]) for m in MIXTURES]
             if latencies is not None:
-                whole = max(math.fsum(curve[level] for curve, level in zip(expected, scaled.levels, strict=True)), 1e-6)
-                unit = whole / latencies.of(scaled)
-                plans += [cheapest(space, _with_latency(losses, latencies, w * unit)) for w in WEIGHTS for losses in near]
+                whole = math.fsum(losses[level] for losses, level in zip(probed, scaled.levels, strict=True))
+                unit = max(whole, 1e-6) / latencies.of(scaled)
+                plans += [cheapest(space, _with_latency(losses, latencies, w * unit)) for w in WEIGHTS for losses in curves]
             for plan in plans:
                 found.setdefault(plan.hash, (rate, plan))
         if latencies is not None:
