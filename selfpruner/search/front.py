@@ -1,9 +1,10 @@
 """The Pareto front of a job: for every rate, or every latency, the best plan, from one search.
 
-What a search learns about its model holds for other rates and other objectives too: its best plan scaled, the plan of smallest loss
-by the probes of the dense model, and mixtures of both are good plans of another rate. A sum over blocks makes faster plans of the
-same size a dynamic programme: on loss + weight * latency for a range of weights. These plans are scored on fresh tokens; the best of
-each rate go on to the final's tokens. The front is what no other plan scored there beats on one objective without losing on another.
+What a search learns about its model holds for other rates and other objectives too: its best plan scaled, the plan of smallest
+loss by the probes of the dense model, and mixtures of both are good plans of another rate. A sum over blocks makes faster plans of
+the same size a dynamic programme: on loss + weight * latency for a range of weights. These plans are scored on fresh tokens; the
+best of each rate go on to the final's tokens. The front is what no other plan scored there beats on one objective without losing on
+another.
 
 All plans of one rate meet its budget, so they count as equally large; a plan's latency is the sum of its blocks'.
 """
@@ -32,8 +33,8 @@ T = TypeVar("T")
 NAME = "front"
 # Exchange rates of the dynamic programme: so many percent of the predicted loss for one percent of the latency.
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-# How far from the job's best plan a faster one may turn a block, as a share of its parameters: what the landscape has learnt is true
-# near that plan.
+# How far from the job's best plan a faster one may turn a block, as a share of its parameters: what the landscape has learnt is
+# true near that plan.
 RADII = (0.1, 0.3)
 # Shares of the scaled plan in mixtures with the one of smallest loss by the probes, which were taken near the dense model.
 MIXTURES = (0.75, 0.5, 0.25)
