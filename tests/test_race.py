@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from selfpruner.errors import ConfigError
 from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.race import LEAST_SAMPLES, SEGMENT, Race, quantile, segments
 from selfpruner.space import Plan
+from selfpruner.workers.runtime import _scores
 from tests.pruned import Ready, load_tiny, ready, tokens_of
 
 
@@ -108,3 +111,28 @@ def test_a_race_that_is_none(case: Ready, tokens: torch.Tensor) -> None:
     assert case.engine.evaluate([], tokens, race=Race(1, ())) == []
     few = case.engine.evaluate(plans, tokens[:2], race=Race(1, tuple(range(len(plans)))))
     assert not any(score.rejected for score in few), "too few samples to decide"
+
+
+def test_a_race_as_a_task(case: Ready, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker is sent and sends back; the report is exact unless told otherwise, the fitness is not."""
+    asked: list[bool] = []
+    evaluate = case.engine.evaluate
+
+    def watched(*args: Any, exact: bool, **options: Any) -> Any:
+        asked.append(exact)
+        return evaluate(*args, exact=exact, **options)
+
+    monkeypatch.setattr(case.engine, "evaluate", watched)
+    prepared: Any = SimpleNamespace(space=case.space, engine=case.engine, tokens=lambda _, sequences: tokens[sequences])
+    payload = {"plans": [list(plan.levels) for plan in ladder(case)], "text": "fitness", "sequences": list(range(24))}
+    race = {"keep": 2, "contenders": [1, 2, 3, 4, 5, 6], "confidence": 0.95}
+    rows = _scores(prepared, {**payload, "race": race}, lambda: False)["rows"]
+    assert rows[0]["rejected"] is False
+    assert [row["rejected"] for row in rows].count(True) >= 2
+    assert all(row["tokens"] < tokens.numel() for row in rows if row["rejected"])
+    for changes in ({"text": "report"}, {"exact": True}, {"text": "report", "exact": False}):
+        plain = _scores(prepared, {**payload, **changes}, lambda: False)["rows"]
+        assert not any(row["rejected"] for row in plain)
+    assert asked == [False, True, True, False]
+    with pytest.raises(ConfigError):
+        _scores(prepared, {**payload, "race": {"keep": 0, "contenders": [1]}}, lambda: False)
