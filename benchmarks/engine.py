@@ -148,14 +148,17 @@ def _timed(case: Case, options: argparse.Namespace, children: int) -> dict[str, 
     for method in METHODS:  # kernels are compiled, files are in the page cache
         scorers[method](children_of(case.space, parent, 2, seed=-1), case.window(-1, 2))
     seconds: dict[str, list[float]] = {method: [] for method in (*METHODS, "late")}
-    out: dict[str, Any] = {"seconds": seconds, "tokens": options.tokens, "difference": [], "race_tokens": []}
+    cpu: dict[str, list[float]] = {name: [] for name in seconds}
+    out: dict[str, Any] = {"seconds": seconds, "cpu": cpu, "tokens": options.tokens, "difference": [], "race_tokens": []}
 
     def clock(name: str, run: Callable[[Sequence[Any], Any], list[Any]], plans: Sequence[Any], tokens: Any) -> list[Any]:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         found = run(plans, tokens)
         if case.arch.device.type == "cuda":
             torch.cuda.synchronize(case.arch.device)
         seconds[name].append(time.perf_counter() - started)
+        cpu[name].append(time.process_time() - busy)
+        print(f"{name}: {seconds[name][-1]:.1f} s, {cpu[name][-1]:.1f} s of CPU", file=sys.stderr, flush=True)
         return found
 
     for repetition in range(options.repetitions):
@@ -190,6 +193,7 @@ def _row(timed: dict[str, Any], children: int) -> dict[str, Any]:
         "ratio_masked": round(median["masked"] / median["engine"], 3),
         "ratio_early_rejection": round(median["naive"] / median["race"], 3),
         "ratio_late": round(median["naive"] / median["late"], 3),
+        "cpu_seconds": {name: round(statistics.median(values), 1) for name, values in timed["cpu"].items()},
         "ratios_naive": [round(a / c, 3) for a, c in zip(timed["seconds"]["naive"], timed["seconds"]["engine"], strict=True)],
         "saved_passes": round(1 - work.passes / work.passes_without_sharing, 4),
         "fitness_difference": max(timed["difference"]),
