@@ -29,8 +29,8 @@ from selfpruner.config import SearchConfig
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.search.evaluator import Evaluator
-from selfpruner.search.loop import Search, probe_level
+from selfpruner.search.evaluator import FIRST, SLOPE_PASSES, Evaluator
+from selfpruner.search.loop import FORESIGHT, Search, probe_level
 from selfpruner.search.records import LlmCall
 from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
@@ -70,10 +70,21 @@ class World:
         return np.exp(spread * drawn[:-2] - spread**2 / 2) * np.maximum(1 + KIND * kinds, 0.1)
 
     async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:  # noqa: ARG002
-        assert kind == "evaluate", kind
         sequences = payload["sequences"]
         weights = np.mean([self.weights(number) for number in sequences], axis=0).tolist()
         tokens = len(sequences) * LENGTH
+        if kind == "slopes":
+            here, passes = payload["plan"], SLOPE_PASSES + len(payload["moves"]) // len(payload["plan"])
+            terms = [
+                weights[block] * (self.losses[block][level] - self.losses[block][here[block]]) for block, level in payload["moves"]
+            ]
+            seconds = tokens * passes / self.speed
+            self.seconds += seconds
+            wrong = np.random.default_rng(sequences).normal(1, FORESIGHT, len(terms))
+            first = [float(term * error / FIRST) for term, error in zip(terms, wrong, strict=True)]
+            zeros = [0.0] * len(first)
+            return {"kl": self.kl(Plan(tuple(here)), weights), "first": first, "size": zeros, "tokens": tokens, "seconds": seconds}
+        assert kind == "evaluate", kind
         rows = [
             {"kl": self.kl(Plan(tuple(levels)), weights), "nll": 3.0, "tokens": tokens, "reason": None}
             for levels in payload["plans"]

@@ -23,7 +23,7 @@ from benchmarks.data import joined_rows, original, text
 from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, TextError
 from selfpruner.evaluation.engine import Score
-from selfpruner.search.evaluator import Evaluator
+from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator
 from selfpruner.search.job import session_of
 from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
 from selfpruner.space import Plan, SearchSpace
@@ -88,8 +88,13 @@ class Meter:
         self.evaluations = 0
 
     async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
-        if kind != "evaluate" or payload["text"] != "fitness":
+        if kind not in ("evaluate", "slopes") or payload["text"] != "fitness":
             return await self._pool.run(session, kind, payload, on_progress)
+        if kind == "slopes":  # a walk forth and back counts as the passes it is worth
+            result = await self._pool.run(session, kind, payload, on_progress)
+            passes = SLOPE_PASSES + len(payload["moves"]) // len(payload["plan"])
+            self.tokens += passes * len(payload["sequences"]) * self._length
+            return result
         asked = len(payload["plans"]) * len(payload["sequences"]) * self._length
         if self.tokens + asked > self._budget:
             raise BudgetSpentError(f"{asked:,} more tokens would pass the budget of {self._budget:,}; {self.tokens:,} are spent.")

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfpruner.config import LlmLimits, SearchConfig
-from selfpruner.errors import OutOfMemoryError
+from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import CallError, Reply, Request
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.search.evaluator import Evaluator
+from selfpruner.search.evaluator import FIRST, SLOPE_PASSES, Evaluator
 from selfpruner.search.loop import Outcome, Search
 from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
 from selfpruner.search.windows import Windows
@@ -99,6 +99,7 @@ class AnalyticPool:
         self.space = space
         self.interruptions = interruptions or Interruptions()
         self.memory = 10**9
+        self.foresees = True
         self.broken: set[str] = set()
         self.too_large: set[str] = set()
         self.seen: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
@@ -120,6 +121,8 @@ class AnalyticPool:
             return self._generate(payload)
         if kind == "time_blocks":
             return {"tokens": payload["tokens"], "blocks": [self._times(block) for block in self.space.blocks], "rest": 40.0}
+        if kind == "slopes":
+            return self._slopes(payload)
         assert kind == "evaluate"
         plans = [Plan(tuple(levels)) for levels in json.loads(json.dumps(payload["plans"]))]
         self.tasks.append(len(plans))
@@ -157,6 +160,19 @@ class AnalyticPool:
         assert not any(payload["plans"]["dense"])
         rates = self.repetition
         return {"repetition": {name: rates.get(name, 0.3) for name in payload["plans"]}, "seconds": 0.01}
+
+    def _slopes(self, payload: Mapping[str, Any]) -> Json:
+        """Exact: what a move changes is what the first term says."""
+        if not self.foresees:
+            raise ConfigError("slopes need the model in memory")
+        here = Plan(tuple(payload["plan"]))
+        kl, sequences = self.kl(here), tuple(payload["sequences"])
+        self.seen[here.hash, "slopes", sequences] += 1
+        moved = [Plan((*here.levels[:block], level, *here.levels[block + 1 :])) for block, level in payload["moves"]]
+        first = [(self.kl(plan) - kl) / FIRST for plan in moved]
+        tokens = 16 * len(sequences)
+        self.tokens[payload["text"]] += tokens * (SLOPE_PASSES + len(moved) // len(here.levels))
+        return {"kl": kl, "first": first, "size": [0.0] * len(first), "tokens": tokens, "seconds": 0.01, "peak_mib": 100.0}
 
     async def close(self) -> None:
         """Nothing to close."""

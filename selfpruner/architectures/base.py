@@ -333,7 +333,8 @@ class Architecture:
     def ffn_inputs(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
         """What down_proj sees: residual x (B, S, d) to gated channels (B, S, F) in the weights' dtype."""
         n = rms_norm(x, self.decoder.layers[layer].post_attention_layernorm.weight.detach(), self.eps, w.gate.dtype)
-        return self.activation(F.linear(n, w.gate, w.gate_bias)).mul_(F.linear(n, w.up, w.up_bias))
+        gate, up = self.activation(F.linear(n, w.gate, w.gate_bias)), F.linear(n, w.up, w.up_bias)
+        return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
     def attention_update(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What the attention block adds to the residual x (B, S, d), in the weights' dtype."""
@@ -355,7 +356,10 @@ class Architecture:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 and returned in ``dtype`` (x's own)."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    if torch.is_grad_enabled():  # the backward pass needs what would be overwritten
+        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
+    else:
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * scale).mul_(weight).to(dtype or x.dtype)
 
 

@@ -61,6 +61,7 @@ class Difference:
     window: str
     tokens: int
     generation: int
+    misfit: float = MISFIT
 
 
 class Landscape:
@@ -72,6 +73,7 @@ class Landscape:
         self.space = space
         self.differences: list[Difference] = []
         self._fitted = 0
+        self._weights: list[float] = []
         starts = np.cumsum([0, *(len(block.options) for block in space.blocks)])
         self._start = [int(start) for start in starts[:-1]]
         self._size = int(starts[-1])
@@ -81,6 +83,7 @@ class Landscape:
         for index, (block, kl, level) in enumerate(zip(space.blocks, sensitivities, probe_levels, strict=True)):
             error = np.maximum.accumulate([option.error for option in block.options])
             weight = max(kl, least) / max(float(error[level]), 1e-9) if level else 0.0
+            self._weights.append(weight)
             curve = weight * error
             part = self._part(index)
             self._prior[part] = curve
@@ -112,11 +115,21 @@ class Landscape:
 
     # -- learning ------------------------------------------------------------------------------------------------------
     def observe(
-        self, plan: Plan, reference: Plan, change: float, *, base: float, window: str, tokens: int, generation: int
+        self,
+        plan: Plan,
+        reference: Plan,
+        change: float,
+        *,
+        base: float,
+        window: str,
+        tokens: int,
+        generation: int,
+        misfit: float = MISFIT,
     ) -> None:
-        """Take note of KL(plan) - KL(reference) on the same tokens, where the reference's is ``base``. Equal plans say nothing."""
+        """Take note of KL(plan) - KL(reference) on the same tokens, where the reference's is ``base``. ``misfit``: what a sum of
+        losses, or an estimate, cannot say, as a share of the terms. Equal plans say nothing."""
         if plan.levels != reference.levels and base > 0:
-            self.differences.append(Difference(plan.levels, reference.levels, change, base, window, tokens, generation))
+            self.differences.append(Difference(plan.levels, reference.levels, change, base, window, tokens, generation, misfit))
 
     def _row(self, levels: Sequence[int], reference: Sequence[int]) -> Vector:
         import numpy as np
@@ -147,7 +160,8 @@ class Landscape:
         kinds = np.stack([terms[:, [b.kind == kind for b in self.space.blocks]].sum(1) for kind in ("attention", "ffn")], axis=1)
         weighed = np.concatenate((BLOCK_NOISE * terms, KIND_NOISE * kinds), axis=1) * scale
         noise = np.where(names[:, None] == names[None, :], weighed @ weighed.T, 0.0)
-        noise += np.diag(np.square(MISFIT * np.abs(terms).sum(1)) + FLOOR**2)
+        misfit = np.array([d.misfit for d in seen])
+        noise += np.diag(np.square(misfit * np.abs(terms).sum(1)) + FLOOR**2)
         ageing = np.sqrt(AGEING ** np.array([float(generation - d.generation) for d in seen]))
         noise *= np.outer(ageing, ageing)
         G = X @ self._covariance @ X.T + noise
@@ -155,6 +169,11 @@ class Landscape:
         self._X, self._noise = X, noise
         self._mean = self._prior + self._gain @ (y - X @ self._prior)
         self._y = y
+
+    @property
+    def weights(self) -> list[float]:
+        """Per block the nats its probe of the dense model says it costs when all energy of its output is lost."""
+        return self._weights
 
     # -- asking --------------------------------------------------------------------------------------------------------
     def losses(self, rng: random.Random | None = None, *, around: Plan | None = None, radius: float = 1.0) -> list[list[float]]:

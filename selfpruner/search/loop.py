@@ -24,7 +24,7 @@ from selfpruner.operators import Offspring
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
 from selfpruner.search.breeding import Breeder
-from selfpruner.search.evaluator import Evaluator, Fitness
+from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator, Fitness
 from selfpruner.search.front import front_tokens
 from selfpruner.search.generation import probe
 from selfpruner.search.landscape import Landscape
@@ -35,6 +35,11 @@ from selfpruner.space import Block, Plan, SearchSpace
 
 # A survey is worth its tokens again when the leader differs from the plan last surveyed in this share of its blocks.
 MOVED = 0.2
+# A survey foresees changes by up to so many levels. What it says of one is off by this share of it, beside what its tokens
+# leave open. A survey by evaluations takes this share of the tokens.
+REACH = 2
+FORESIGHT = 0.3
+PROBED = 0.25
 # FFNs are surveyed in so many groups of neighbouring layers.
 FFN_GROUPS = 6
 
@@ -132,33 +137,55 @@ class Search:
         )
 
     async def _survey(self) -> None:
-        """Probe every block around the leader, one way or the other, on fresh tokens, where that is due."""
+        """What every block's next levels would do, around the leader, on fresh tokens, where that is due: foreseen from slopes
+        in one walk forth and back, or where the worker cannot do that probed plan by plan."""
         leader, landscape = self.state.leader, self.state.landscape
-        wanted = "reallocate" in self.config.operators and self.windows.survey_tokens > 0
+        wanted = "reallocate" in self.config.operators and self.windows.survey_tokens > 0 and self.config.fitness == "kl"
         if leader is None or landscape is None or not wanted or not self._survey_due():
             return
         number, here = self.generation, Plan(leader.levels)
-        self._report("probing", f"generation {number}: probing around the best plan")
-        probes = survey(self.space, here, self.config.survey_step)
+        self._report("probing", f"generation {number}: looking around the best plan")
         window = self.windows.survey(number)
+        tokens = len(window.sequences) * self.windows.length
+        moves = {move: landscape.weights[move[0]] for move in steps(self.space, here)}
+        before = self.evaluator.seconds
+        foreseen = await self.evaluator.foresee(here, moves, window)
+        if foreseen is not None:
+            base = self.recorder.find_evaluation(here.hash, window.name)
+            assert base is not None
+            for (block, level), change in foreseen.items():
+                moved = Plan((*here.levels[:block], level, *here.levels[block + 1 :]))
+                landscape.observe(
+                    moved, here, change, base=base.kl or 0.0, window=window.name, tokens=tokens, generation=number, misfit=FORESIGHT
+                )
+            self._thinking["reallocate"] += self.evaluator.seconds - before
+            count = len(foreseen)
+        else:
+            count = await self._probe_around(here, number)
+        landscape.fit(number)
+        self.state.surveyed = here
+        self.recorder.event(
+            f"survey-{number}",
+            "search.surveyed",
+            f"Generation {number}: {count} changes of {leader.plan_hash} {'probed' if foreseen is None else 'foreseen'} on "
+            f"{tokens} tokens.",
+            data={"generation": number, "plan": leader.plan_hash, "changes": count, "foreseen": foreseen is not None},
+        )
+
+    async def _probe_around(self, here: Plan, number: int) -> int:
+        """A survey by evaluations, on fewer tokens; the number of probes."""
+        landscape, window = self.state.landscape, self.windows.survey(number, PROBED)
+        assert landscape is not None
+        probes = survey(self.space, here, self.config.survey_step)
         scores = await self.evaluator.score([here, *probes], [window])
         self.evaluator.plans.difference_update(plan.hash for plan in probes)
         base = scores[here.hash].kl
         for plan in probes:
             if math.isfinite(scores[plan.hash].kl) and math.isfinite(base):
-                change = scores[plan.hash].kl - base
-                tokens = scores[plan.hash].tokens
+                change, tokens = scores[plan.hash].kl - base, scores[plan.hash].tokens
                 landscape.observe(plan, here, change, base=base, window=window.name, tokens=tokens, generation=number)
-        landscape.fit(number)
         self._thinking["reallocate"] += sum(scores[plan.hash].seconds for plan in probes)
-        self.state.surveyed = here
-        self.recorder.event(
-            f"survey-{number}",
-            "search.surveyed",
-            f"Generation {number}: {len(probes)} probes around {leader.plan_hash} on {len(window.sequences) * self.windows.length} "
-            "tokens.",
-            data={"generation": number, "plan": leader.plan_hash, "probes": len(probes)},
-        )
+        return len(probes)
 
     def _survey_due(self) -> bool:
         """Whether the leader has moved far from where it was last surveyed, and tokens are left for it."""
@@ -168,7 +195,7 @@ class Search:
             moved = sum(a != b for a, b in zip(before.levels, leader.levels, strict=True))
             if moved < MOVED * len(leader.levels):
                 return False
-        return self._affordable(self.windows.survey_tokens * (len(self.space.blocks) + 2 * FFN_GROUPS + 1))
+        return self._affordable(self.windows.survey_tokens * (SLOPE_PASSES + 1 + 2 * REACH) + self._generation_tokens())
 
     # -- scoring plans -------------------------------------------------------------------------------------------------
     def _candidate(self, child: Offspring) -> Candidate:
@@ -470,6 +497,16 @@ class Search:
                 data={"operators": dict(self.state.made), "improved": dict(self.state.improved), "tokens": self.evaluator.tokens},
             )
         )
+
+
+def steps(space: SearchSpace, plan: Plan) -> list[tuple[int, int]]:
+    """(block, level) of every change by up to REACH levels, either way."""
+    return [
+        (index, level)
+        for index, (block, here) in enumerate(zip(space.blocks, plan.levels, strict=True))
+        for level in range(max(0, here - REACH), min(len(block.options), here + REACH + 1))
+        if level != here
+    ]
 
 
 def survey(space: SearchSpace, plan: Plan, step: float) -> list[Plan]:

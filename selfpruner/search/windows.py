@@ -56,11 +56,11 @@ class Windows:
     def survey_tokens(self) -> int:
         return self._survey * self.length
 
-    def survey(self, number: int) -> Window:
-        """Fresh tokens for the probes around the leader of generation ``number``."""
-        count = min(self._survey, len(self._free))
+    def survey(self, number: int, share: float = 1.0) -> Window:
+        """Fresh tokens for a survey around the leader of generation ``number``, or a ``share`` of them."""
+        count = min(max(1, round(share * self._survey)), len(self._free))
         chosen = random.Random(f"survey:{self._seed}:{number}").sample(self._free, count)
-        return Window(f"survey.{number}", "fitness", tuple(sorted(chosen)))
+        return Window(f"survey.{number}" if share == 1.0 else f"survey.{number}.{count}", "fitness", tuple(sorted(chosen)))
 
     def generation(self, number: int) -> list[Window]:
         """One window per stage, disjoint: a stage adds its window to those before it."""

@@ -9,6 +9,8 @@ preparing again cheap.
     evaluate  {plans: [[level]], text, sequences: [int],         {rows: [{kl, nll, tokens, reason, rejected}], seconds,
                exact?, race?: {keep, contenders: [index],         passes, passes_without_sharing}
                confidence?}}
+    slopes    {plan: [level], moves: [[block, level]], text,     {kl, first: [nats], size: [share], tokens, seconds}: see
+               sequences: [int]}                                  ``evaluation.slopes``
     propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
     baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan
     measure   {plans: {name: [level]}, decode?}                  {rows: {name: {parameters, prefill_tps?, decode_tps?}}, not_timed?}

@@ -25,6 +25,7 @@ from selfpruner.evaluation.latency import time_blocks
 from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export
 from selfpruner.evaluation.race import Race
 from selfpruner.evaluation.repetition import repetition
+from selfpruner.evaluation.slopes import slopes
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import write
@@ -50,6 +51,7 @@ class Runtime:
         self._tasks: dict[str, Callable[[Session, Mapping[str, Any], Progress, Cancelled], Json]] = {
             "prepare": self._prepare,
             "evaluate": self._evaluate,
+            "slopes": self._slopes,
             "baseline": self._baseline,
             "propose": self._propose,
             "measure": self._measure,
@@ -129,6 +131,17 @@ class Runtime:
     def _evaluate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
         return _scores(prepared, payload, cancelled)
+
+    def _slopes(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        started = time.perf_counter()
+        plan = Plan(tuple(payload["plan"]))
+        moves = [(int(block), int(level)) for block, level in payload["moves"]]
+        for block, level in moves:
+            prepared.space.check(Plan((*plan.levels[:block], level, *plan.levels[block + 1 :])))
+        tokens = prepared.tokens(payload["text"], payload["sequences"])
+        found = slopes(prepared.engine, plan, moves, tokens, cancelled=cancelled)
+        return {**asdict(found), "seconds": time.perf_counter() - started}
 
     def _baseline(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``. Gives up the session."""
