@@ -54,16 +54,17 @@ def test_exact_is_exact(problem: tuple[Tensor, Tensor, list[Tensor], Tensor]) ->
 
 @pytest.mark.parametrize("which", [[0], [1], [2], [3], [1, 2], [0, 1, 2, 3]])
 def test_compact_is_near(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], which: list[int]) -> None:
-    """A vocabulary much flatter than a language model's, and 256 positions only: within 1 % of the mean, and never negative."""
+    """A vocabulary much flatter than a language model's, and 256 positions only: within 1 % of the mean."""
     head, dense, finals, tokens = problem
     chosen = [finals[index] for index in which]
     found = divergences(head, norm, dense, chosen, tokens)
     kl, nll = plain(head, dense, chosen, tokens)
-    assert float(found.kl.min()) >= 0
     for index in range(len(which)):
         assert float(found.kl[index].mean()) == pytest.approx(float(kl[index].mean()), rel=1e-2)
         assert float(found.nll[index].mean()) == pytest.approx(float(nll[index].mean()), rel=1e-3)
-    assert not torch.equal(found.kl, divergences(head, norm, dense, chosen, tokens, exact=True).kl)
+    # One model alone is its own control: exact. Several are not, or nothing was approximated.
+    same = torch.allclose(found.kl, divergences(head, norm, dense, chosen, tokens, exact=True).kl, rtol=1e-3, atol=1e-4)
+    assert same == (len(which) == 1)
 
 
 def test_a_small_vocabulary_is_taken_whole(problem: tuple[Tensor, Tensor, list[Tensor], Tensor]) -> None:
@@ -110,7 +111,7 @@ def test_chosen_tokens_stand_for_the_distribution() -> None:
     g = torch.Generator().manual_seed(1)
     z = (torch.randn(VOCABULARY, generator=g) * 2).expand(512, -1).contiguous()
     other = z + torch.randn(VOCABULARY, generator=g)
-    tokens, log_weights = choose(z, other.clone())
+    tokens, log_weights = choose(z, z.softmax(-1), other.softmax(-1))
     assert tokens.shape == log_weights.shape == (512, EXACT + SAMPLED)
     torch.testing.assert_close(log_weights.logsumexp(-1), torch.zeros(512), atol=1e-5, rtol=0)
     value = torch.randn(VOCABULARY, generator=g)
@@ -125,7 +126,7 @@ def test_chosen_tokens_stand_for_the_distribution() -> None:
 def test_a_distribution_without_a_tail() -> None:
     z = torch.full((3, VOCABULARY), -1e4)
     z[:, 5] = 0
-    tokens, log_weights = choose(z, z.clone())
+    tokens, log_weights = choose(z, z.softmax(-1), z.softmax(-1))
     assert not bool(log_weights.isnan().any())
     assert float(log_weights.exp()[tokens == 5].sum()) == pytest.approx(3)
     head, dense = torch.eye(VOCABULARY)[:, :8] * 1e4, torch.eye(8)[None, :3]

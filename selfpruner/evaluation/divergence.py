@@ -6,11 +6,11 @@ With p the dense model's distribution at a position, z its logits and delta = (x
 
 so rounding is relative to the change and not to the logits, and all that a pruned model adds is delta on the tokens that matter.
 *Exact* takes the whole vocabulary. *Compact* takes the ``EXACT`` tokens that q holds likeliest, and ``SAMPLED`` points placed
-evenly on the cumulative mass of q on all others, weighted by p / q. q is half p and half the distribution of the mean of the
+evenly on the cumulative mass of q on all others, weighted by p / q. q is half p and half the distribution r of the mean of the
 compared hidden states: where pruned models put mass that the dense one does not, p alone would hardly ever look (the KL came out
-2 % too low). It remains an expectation under a distribution on few tokens: no divergence is negative, all models are compared
-on the same tokens, and one gather of head rows serves all. How near it is to the exact value is in benchmarks/README.md. Logits
-live for one chunk of positions.
+2 % too low). All models are compared on the same tokens, and one gather of head rows serves all. Of r itself the exact value is
+known, so its error on the chosen tokens is too, and is taken off every model as far as its delta is that of r (a control variate).
+How near all this is to the exact value is in benchmarks/README.md. Logits live for one chunk of positions.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ def divergences(
     return Divergences(kl.view(shape).cpu(), nll.view(shape).cpu())
 
 
-def choose(z: Tensor, other: Tensor, start: int = 0, *, exact: int = EXACT, sampled: int = SAMPLED) -> tuple[Tensor, Tensor]:
-    """Tokens (C, exact + sampled) that stand for the distribution of logits z (C, V), and the logarithms of their weights, which
-    sum to one. ``other`` (C, V), which is used up, are the logits of the distribution that shares the looking.
+def choose(z: Tensor, p: Tensor, r: Tensor, start: int = 0, *, exact: int = EXACT, sampled: int = SAMPLED) -> tuple[Tensor, Tensor]:
+    """Tokens (C, exact + sampled) that stand for p (C, V), the distribution of logits z, and the logarithms of their weights, which
+    sum to one. The distribution r (C, V), which is used up as p is, shares the looking.
 
     Position i of the text starts its points at the fractional part of i * golden ratio: spread evenly, and the same every time.
     """
-    q = z.softmax(-1).add_(torch.softmax(other, -1, out=other))
+    q = p.add_(r)
     likeliest = q.topk(exact, sorted=False)
-    cumulative = torch.cumsum(q.scatter(1, likeliest.indices, 0.0), 1, out=other)
+    cumulative = torch.cumsum(q.scatter(1, likeliest.indices, 0.0), 1, out=r)
     mass = cumulative[:, -1:]
     first = torch.arange(start, start + z.shape[0], device=z.device, dtype=torch.float64).mul_(_GOLDEN).frac_()
     points = (torch.arange(sampled, device=z.device) + first[:, None]) / sampled
@@ -103,18 +103,29 @@ def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: in
     """(KL, NLL), each (models, C), of ``changes`` (models, C, d) of the hidden states h; ``wanted`` (C,) the next tokens."""
     # A model that broke down must not decide where the others are looked at.
     sound = changes.isfinite().all(-1, keepdim=True)
-    mean = changes.where(sound, 0.0).sum(0) / sound.sum(0).clamp_min(1)
-    z, other = F.linear(torch.cat((h, mean)).to(head.dtype), head).float().chunk(2)
+    mean = (changes.where(sound, 0.0).sum(0) / sound.sum(0).clamp_min(1)).to(head.dtype)
+    z, common = F.linear(torch.cat((h.to(head.dtype), mean)), head).float().chunk(2)
     base, own = z.logsumexp(-1), z.gather(1, wanted[:, None]).squeeze(1)
-    tokens, log_p = choose(z, other.add_(z), start)
-    narrow = changes.to(head.dtype)
+    p = (z - base[:, None]).exp_()
+    expected_of_mean = torch.linalg.vecdot(p, common)
+    grown_of_mean = common.add_(z).logsumexp(-1)
+    r = torch.exp(common.sub_(grown_of_mean[:, None]), out=common)
+    tokens, log_p = choose(z, p, r, start)
+    narrow = torch.cat((changes.to(head.dtype), mean[None]))
     rows = head.index_select(0, tokens.flatten()).view(*tokens.shape, -1)
     delta = torch.bmm(narrow.transpose(0, 1), rows.transpose(1, 2)).float()
-    expected = torch.linalg.vecdot(log_p.exp()[:, None], delta)
+    log_p, weights = log_p[:, None], log_p.exp()[:, None]
+    expected = torch.linalg.vecdot(weights, delta)
+    centred = delta - expected[..., None]
+    like_mean = torch.linalg.vecdot(centred, weights * centred[:, -1:])
+    like_mean = (like_mean / like_mean[:, -1:].clamp_min(torch.finfo(torch.float32).tiny)).clamp_(0, 1.5)
     # Less what the weights themselves come to, so that no change is no divergence, to the last bit.
-    grown = delta.add_(log_p[:, None]).logsumexp(-1) - log_p[:, None].logsumexp(-1)
-    of_wanted = torch.linalg.vecdot(narrow.float(), head[wanted].float())
-    return (grown - expected).T, base - own - of_wanted + grown.T
+    grown = delta.add_(log_p).logsumexp(-1) - log_p.logsumexp(-1)
+    grown += like_mean * (grown_of_mean - base - grown[:, -1])[:, None]
+    expected += like_mean * (expected_of_mean - expected[:, -1])[:, None]
+    grown, expected = grown[:, :-1].T, expected[:, :-1].T
+    of_wanted = torch.linalg.vecdot(narrow[:-1].float(), head[wanted].float())
+    return grown - expected, base - own - of_wanted + grown
 
 
 def _exact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
