@@ -203,6 +203,7 @@ def search(tiny_llama: Path) -> dict[str, Any]:
         "probe_tokens": 64,
         "final_tokens": 128,
         "generations": 12,
+        "patience": 0,
         "population": 4,
         "crossover_offspring": 2,
         "mutation_offspring": 2,

@@ -133,14 +133,16 @@ class Evaluator:
             self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))
             kl, tokens = float(result["kl"]), int(result["tokens"])
             each = float(result["seconds"]) / (len(moves) + 1)
-            base = Evaluation(plan.hash, window.name, tokens, kl, None, each)
+            # The walk's whole cost stands at the plan it went around; what it foresees costs nothing more.
+            spent = tokens * (SLOPE_PASSES + len(moves) // max(len(plan.levels), 1))
+            base = Evaluation(plan.hash, window.name, spent, kl, None, each)
             rows = [base]
             for (move, weight), first, size in zip(moves.items(), result["first"], result["size"], strict=True):
                 expected = max(kl + FIRST * float(first) + OWN * weight * float(size), 0.0)
-                known[move] = Evaluation(plans[move].hash, window.name, tokens, expected, None, each, FORESEEN)
+                known[move] = Evaluation(plans[move].hash, window.name, 0, expected, None, each, FORESEEN)
                 rows.append(known[move])  # type: ignore[arg-type]
             self._recorder.save_evaluations(rows)
-        self.tokens += base.tokens * (SLOPE_PASSES + len(moves) // max(len(plan.levels), 1))
+        self.tokens += base.tokens
         self.seconds += base.seconds * (len(moves) + 1)
         return {move: (row.kl or 0.0) - (base.kl or 0.0) for move, row in known.items() if row is not None}
 
