@@ -30,8 +30,9 @@ from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.search.evaluator import FIRST, SLOPE_PASSES, Evaluator
-from selfpruner.search.loop import FORESIGHT, Search, probe_level
+from selfpruner.search.loop import Search
 from selfpruner.search.records import LlmCall
+from selfpruner.search.survey import FORESIGHT, probe_level
 from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.base import Json, OnProgress, Session
@@ -165,20 +166,13 @@ async def one(
         "generations": 10_000,
         "patience": 0,
         "generation_probe": False,
+        "fitness_text": {"sequences": SEQUENCES, "length": LENGTH},
     }
     config = SearchConfig.model_validate(fields)
     world = World(space, options.weights, seed, options.speed)
     recorder = Curve(world)
     evaluator = Evaluator(world, Session("bandit", {}, ""), recorder)
-    windows = Windows(
-        SEQUENCES,
-        LENGTH,
-        seed=seed,
-        probe=config.probe_tokens,
-        final=config.final_tokens,
-        stages=[stage.tokens for stage in config.stages],
-        survey=config.survey_tokens,
-    )
+    windows = Windows.of(config)
     channel = None
     if llm:
         settings = ProposerSettings(kind="openai", model="rubbish")

@@ -26,7 +26,8 @@ from selfpruner.search.evaluator import Evaluator
 from selfpruner.search.front import Front, Member
 from selfpruner.search.front_report import front_rows, latencies_of
 from selfpruner.search.job import session_of
-from selfpruner.search.loop import Outcome, Search, spearman
+from selfpruner.search.landscape import spearman
+from selfpruner.search.loop import Outcome, Search
 from selfpruner.search.records import Window
 from selfpruner.search.windows import Windows, report_windows
 from selfpruner.space import Plan, SearchSpace
@@ -48,15 +49,7 @@ class Subject:
         known = next((job for job in self.store.jobs(limit=100).data if job.config == body), None)
         recorder = self.store.recorder((known or self.store.create_job(config)[0]).id)
         space = SearchSpace.from_dict({**self.prepared["space"], "rate": config.rate})
-        windows = Windows(
-            config.fitness_text.sequences,
-            config.fitness_text.length,
-            seed=config.seed,
-            probe=config.probe_tokens,
-            final=config.final_tokens,
-            stages=[stage.tokens for stage in config.stages],
-            survey=config.survey_tokens,
-        )
+        windows = Windows.of(config)
         evaluator = Evaluator(self.pool, self.session, recorder)
         search = Search(config, space, evaluator, recorder, windows, None, self.prepared["signals"])
         return search, Front(config, space, evaluator, recorder, windows)

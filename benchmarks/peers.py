@@ -177,16 +177,7 @@ class Product:
 
     def method(self, config: SearchConfig, proposer: ProposerSettings | None) -> Method:
         async def method(run: Run) -> Plan:
-            tokens = [stage.tokens for stage in config.stages]
-            windows = Windows(
-                run.sequences,
-                run.length,
-                seed=run.seed,
-                probe=config.probe_tokens,
-                final=config.final_tokens,
-                stages=tokens,
-                survey=config.survey_tokens,
-            )
+            windows = Windows.of(config)
             channel = None
             if config.uses_llm and proposer is not None:
                 client = create(config.proposer, proposer, pool=run.pool, session=run.session)

@@ -30,11 +30,14 @@ class WatchedPool(AnalyticPool):
         return await super().run(session, kind, payload, on_progress)
 
 
-def run(preset: str = "evolution", proposer: ScriptedProposer | None = None, **changes: Any) -> tuple[Outcome, Run, WatchedPool]:
+def run(
+    preset: str = "evolution", proposer: ScriptedProposer | None = None, *, foresees: bool = True, **changes: Any
+) -> tuple[Outcome, Run, WatchedPool]:
     config = config_of(preset, **changes)
     space = space_of(layers=6, rate=config.rate, granularity=config.granularity, bias=True)
     pool = WatchedPool(space)
     pool.payloads = []
+    pool.foresees = foresees
     search = Run(config, space, MemoryRecorder(), pool=pool, proposer=proposer)
     return asyncio.run(search.go()), search, pool
 
@@ -135,6 +138,22 @@ def test_of_more_proposals_the_more_promising_are_scored() -> None:
         return fmean(c.predicted for c in children if c.predicted is not None)
 
     assert promised(16) < promised(4) < promised(1)
+
+
+@pytest.mark.parametrize("foresees", [True, False])
+def test_a_survey_shows_what_changes_of_the_leader_do(foresees: bool) -> None:
+    """Where the worker gives no slopes, plans around the leader are evaluated instead, within the same budget."""
+    outcome, search, pool = run("default", foresees=foresees, generations=30, patience=0, budget_tokens=20_000)
+    told = [data for key, (_, _, data) in search.recorder.events.items() if key.startswith("survey-")]
+    assert told
+    assert all(data["foreseen"] is foresees for data in told)
+    assert any(text == "slopes" for _, text, _ in pool.seen) is foresees
+    looked = [window for _, window in search.recorder.evaluations if window == f"survey.{told[0]['generation']}"]
+    assert len(looked) == (told[0]["changes"] + 1 if foresees else 0)
+    assert search.recorder.candidates[outcome.best.plan_hash].operator == outcome.best.operator
+    assert outcome.tokens == pool.tokens["fitness"] <= 20_000
+    assert outcome.best.relative is not None
+    assert outcome.best.relative < 0.9
 
 
 def test_what_was_foreseen_is_recorded_and_compared() -> None:

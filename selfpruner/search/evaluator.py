@@ -110,9 +110,10 @@ class Evaluator:
 
     async def foresee(
         self, plan: Plan, moves: Mapping[tuple[int, int], float], window: Window
-    ) -> dict[tuple[int, int], float] | None:
-        """Expected change of the KL, in nats, by every move (block, level) away from ``plan``, all from one walk forth and back;
-        ``moves`` gives the nats that a block's own output costs when all its energy is lost. None where the worker cannot.
+    ) -> tuple[float, dict[tuple[int, int], float]] | None:
+        """The plan's KL, and the expected change of it by every move (block, level) away from ``plan``, in nats, all from one walk
+        forth and back; ``moves`` gives the nats that a block's own output costs when all its energy is lost. None where the worker
+        cannot.
 
         Kept as estimates of the plans moved to, so a resumed search asks nobody.
         """
@@ -144,7 +145,8 @@ class Evaluator:
             self._recorder.save_evaluations(rows)
         self.tokens += base.tokens
         self.seconds += base.seconds * (len(moves) + 1)
-        return {move: (row.kl or 0.0) - (base.kl or 0.0) for move, row in known.items() if row is not None}
+        kl = base.kl or 0.0
+        return kl, {move: (row.kl or 0.0) - kl for move, row in known.items() if row is not None}
 
     async def _evaluate(self, plans: Sequence[Plan], window: Window, contenders: Collection[str], keep: int) -> list[Evaluation]:
         if not plans:

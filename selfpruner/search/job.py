@@ -70,15 +70,7 @@ async def run_job(
     if config.uses_llm:
         names.check("proposer", config.proposer, dict.fromkeys(proposer_settings, ""))
     session = session_of(config, cache)
-    windows = Windows(
-        config.fitness_text.sequences,
-        config.fitness_text.length,
-        seed=config.seed,
-        probe=config.probe_tokens,
-        final=config.final_tokens,
-        stages=[stage.tokens for stage in config.stages],
-        survey=config.survey_tokens,
-    )
+    windows = Windows.of(config)
 
     def tell(text: str) -> None:
         recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))

@@ -236,3 +236,13 @@ class Landscape:
             return []
         going = max(float(np.median(prices)), 0.0)
         return [(index, going * size - saved) for index, saved, size in dearer]
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Rank correlation in [-1, 1]; ties in the order given. 0 for fewer than two."""
+    count = len(first)
+    if count < 2:
+        return 0.0
+    ranks = [{index: rank for rank, index in enumerate(sorted(range(count), key=values.__getitem__))} for values in (first, second)]
+    distance = sum((ranks[0][index] - ranks[1][index]) ** 2 for index in range(count))
+    return 1 - 6 * distance / (count * (count**2 - 1))

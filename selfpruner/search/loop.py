@@ -5,7 +5,7 @@ recorder that holds them repeats it exactly and costs nothing.
 
     probes -> landscape -> initial plans -> [ survey? -> children -> stages -> landscape, bandit ]* -> final
 
-A *survey* probes every block one step up and down around the leader; with the landscape's model it tells where to go next.
+A *survey* tells what every block's next levels would do around the leader; with it the landscape's model says where to go next.
 The LLM is asked for the next generation's children while the workers score this one.
 """
 
@@ -24,24 +24,18 @@ from selfpruner.operators import Offspring
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
 from selfpruner.search.breeding import Breeder
-from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator, Fitness
+from selfpruner.search.evaluator import Evaluator, Fitness
 from selfpruner.search.front import front_tokens
 from selfpruner.search.generation import probe
-from selfpruner.search.landscape import Landscape
+from selfpruner.search.landscape import Landscape, spearman
 from selfpruner.search.records import Candidate, Progress, Recorder, Window
 from selfpruner.search.state import Mark, State, standing
+from selfpruner.search.survey import Surveyor
 from selfpruner.search.windows import Windows
-from selfpruner.space import Block, Plan, SearchSpace
+from selfpruner.space import Plan, SearchSpace
 
 # A survey is worth its tokens again when the leader differs from the plan last surveyed in this share of its blocks.
 MOVED = 0.2
-# A survey foresees changes by up to so many levels. What it says of one is off by this share of it, beside what its tokens
-# leave open. A survey by evaluations takes this share of the tokens.
-REACH = 2
-FORESIGHT = 0.3
-PROBED = 0.25
-# FFNs are surveyed in so many groups of neighbouring layers.
-FFN_GROUPS = 6
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,7 @@ class Search:
         self.channel = channel
         self.state = State(config, space, signals or {})
         self.uniform = space.project([space.rate] * space.layers)
+        self.surveyor = Surveyor(space, evaluator, windows, recorder, config.survey_step)
         self.breeder = Breeder(config, self.state, self.uniform, channel)
         self.generation = 0
         self._gains: list[float] = []
@@ -118,74 +113,23 @@ class Search:
         return "sensitivity" in names or "reallocate" in names or self.config.uses_llm or len(self.config.objective) > 1
 
     async def _probe(self) -> None:
-        """KL when only one block is at a middle level, block by block, in one walk."""
+        """The sensitivity of every block of the dense model: where the landscape starts."""
         self._report("probing", f"measuring the sensitivity of {len(self.space.blocks)} blocks")
-        levels = [probe_level(self.space, index) for index in range(len(self.space.blocks))]
-        plans = [Plan(tuple(level if other == index else 0 for other in range(len(levels)))) for index, level in enumerate(levels)]
-        scores = await self.evaluator.score(plans, [self.windows.probe])
-        values = [scores[plan.hash].kl for plan in plans]
         state = self.state
-        state.sensitivities = [max(value, 0.0) if math.isfinite(value) else 0.0 for value in values]
-        state.probe_levels = levels
-        state.landscape = Landscape(self.space, state.sensitivities, levels)
-        self.evaluator.plans.clear()  # a probe is no candidate and does not count as a plan evaluated
-        self.recorder.event(
-            "probes",
-            "search.probed",
-            f"Sensitivity of {len(levels)} blocks measured on {len(self.windows.probe.sequences) * self.windows.length} tokens.",
-            data={"levels": levels, "kl": [round(value, 6) for value in state.sensitivities]},
-        )
+        state.probe_levels, state.sensitivities = await self.surveyor.probe()
+        state.landscape = Landscape(self.space, state.sensitivities, state.probe_levels)
 
     async def _survey(self) -> None:
-        """What every block's next levels would do, around the leader, on fresh tokens, where that is due: foreseen from slopes
-        in one walk forth and back, or where the worker cannot do that probed plan by plan."""
+        """Show the landscape what every block's next levels would do around the leader, where that is due."""
         leader, landscape = self.state.leader, self.state.landscape
         wanted = "reallocate" in self.config.operators and self.windows.survey_tokens > 0 and self.config.fitness == "kl"
         if leader is None or landscape is None or not wanted or not self._survey_due():
             return
-        number, here = self.generation, Plan(leader.levels)
-        self._report("probing", f"generation {number}: looking around the best plan")
-        window = self.windows.survey(number)
-        tokens = len(window.sequences) * self.windows.length
-        moves = {move: landscape.weights[move[0]] for move in steps(self.space, here)}
-        before = self.evaluator.seconds
-        foreseen = await self.evaluator.foresee(here, moves, window)
-        if foreseen is not None:
-            base = self.recorder.find_evaluation(here.hash, window.name)
-            assert base is not None
-            for (block, level), change in foreseen.items():
-                moved = Plan((*here.levels[:block], level, *here.levels[block + 1 :]))
-                landscape.observe(
-                    moved, here, change, base=base.kl or 0.0, window=window.name, tokens=tokens, generation=number, misfit=FORESIGHT
-                )
-            self._thinking["reallocate"] += self.evaluator.seconds - before
-            count = len(foreseen)
-        else:
-            count = await self._probe_around(here, number)
-        landscape.fit(number)
+        self._report("probing", f"generation {self.generation}: looking around the best plan")
+        here = Plan(leader.levels)
+        self._thinking["reallocate"] += await self.surveyor.around(here, landscape, self.generation)
+        landscape.fit(self.generation)
         self.state.surveyed = here
-        self.recorder.event(
-            f"survey-{number}",
-            "search.surveyed",
-            f"Generation {number}: {count} changes of {leader.plan_hash} {'probed' if foreseen is None else 'foreseen'} on "
-            f"{tokens} tokens.",
-            data={"generation": number, "plan": leader.plan_hash, "changes": count, "foreseen": foreseen is not None},
-        )
-
-    async def _probe_around(self, here: Plan, number: int) -> int:
-        """A survey by evaluations, on fewer tokens; the number of probes."""
-        landscape, window = self.state.landscape, self.windows.survey(number, PROBED)
-        assert landscape is not None
-        probes = survey(self.space, here, self.config.survey_step)
-        scores = await self.evaluator.score([here, *probes], [window])
-        self.evaluator.plans.difference_update(plan.hash for plan in probes)
-        base = scores[here.hash].kl
-        for plan in probes:
-            if math.isfinite(scores[plan.hash].kl) and math.isfinite(base):
-                change, tokens = scores[plan.hash].kl - base, scores[plan.hash].tokens
-                landscape.observe(plan, here, change, base=base, window=window.name, tokens=tokens, generation=number)
-        self._thinking["reallocate"] += sum(scores[plan.hash].seconds for plan in probes)
-        return len(probes)
 
     def _survey_due(self) -> bool:
         """Whether the leader has moved far from where it was last surveyed, and tokens are left for it."""
@@ -195,7 +139,7 @@ class Search:
             moved = sum(a != b for a, b in zip(before.levels, leader.levels, strict=True))
             if moved < MOVED * len(leader.levels):
                 return False
-        return self._affordable(self.windows.survey_tokens * (SLOPE_PASSES + 1 + 2 * REACH) + self._generation_tokens())
+        return self._affordable(self.surveyor.tokens + self._generation_tokens())
 
     # -- scoring plans -------------------------------------------------------------------------------------------------
     def _candidate(self, child: Offspring) -> Candidate:
@@ -497,59 +441,3 @@ class Search:
                 data={"operators": dict(self.state.made), "improved": dict(self.state.improved), "tokens": self.evaluator.tokens},
             )
         )
-
-
-def steps(space: SearchSpace, plan: Plan) -> list[tuple[int, int]]:
-    """(block, level) of every change by up to REACH levels, either way."""
-    return [
-        (index, level)
-        for index, (block, here) in enumerate(zip(space.blocks, plan.levels, strict=True))
-        for level in range(max(0, here - REACH), min(len(block.options), here + REACH + 1))
-        if level != here
-    ]
-
-
-def survey(space: SearchSpace, plan: Plan, step: float) -> list[Plan]:
-    """Plans around ``plan`` that tell what its blocks are worth. Attention blocks turn one at a time, to the next shape either way:
-    what a shape costs is hard to foresee. FFNs turn in groups of neighbouring layers, both ways, each by a share ``step`` of its
-    parameters or the next level, whichever is more: their losses follow the error curves, and a group is heard above the noise."""
-    groups: list[tuple[int, ...]] = [(index,) for index, block in enumerate(space.blocks) if block.kind == "attention"]
-    ffns = [index for index, block in enumerate(space.blocks) if block.kind == "ffn"]
-    size = -(-len(ffns) // FFN_GROUPS)
-    groups += [tuple(ffns[start : start + size]) for start in range(0, len(ffns), size)]
-    found = {}
-    for group in groups:
-        for way in (-1, 1):
-            levels = list(plan.levels)
-            for index in group:
-                levels[index] = _turned(space.blocks[index], levels[index], way, step)
-            probe = Plan(tuple(levels))
-            if probe != plan:
-                found[probe.levels] = probe
-    return list(found.values())
-
-
-def _turned(block: Block, here: int, way: int, step: float) -> int:
-    levels = range(here + way, -1 if way < 0 else len(block.options), way)
-    if block.kind == "attention":
-        return levels[0] if levels else here
-    far = [level for level in levels if abs(block.rate(level) - block.rate(here)) >= step - 1e-9]
-    return far[0] if far else levels[-1] if levels else here
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation in [-1, 1]; ties in the order given. 0 for fewer than two."""
-    count = len(first)
-    if count < 2:
-        return 0.0
-    ranks = [{index: rank for rank, index in enumerate(sorted(range(count), key=values.__getitem__))} for values in (first, second)]
-    distance = sum((ranks[0][index] - ranks[1][index]) ** 2 for index in range(count))
-    return 1 - 6 * distance / (count * (count**2 - 1))
-
-
-def probe_level(space: SearchSpace, block: int) -> int:
-    """The level whose rate is nearest to twice the target, at most a half: strong enough to be heard, near what is asked."""
-    options = space.blocks[block]
-    wanted = min(2 * space.rate, 0.5)
-    levels = range(1, len(options.options))
-    return min(levels, key=lambda level: (abs(options.rate(level) - wanted), level)) if levels else 0

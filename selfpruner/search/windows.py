@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError
 from selfpruner.search.records import Window
 
@@ -39,6 +40,19 @@ class Windows:
                 f"those for probes and the final. Raise fitness_text.sequences to at least {3 * need} or lower the stages.",
                 param="fitness_text",
             )
+
+    @classmethod
+    def of(cls, config: SearchConfig) -> Windows:
+        """The windows of a config's fitness text."""
+        return cls(
+            config.fitness_text.sequences,
+            config.fitness_text.length,
+            seed=config.seed,
+            probe=config.probe_tokens,
+            final=config.final_tokens,
+            stages=[stage.tokens for stage in config.stages],
+            survey=config.survey_tokens,
+        )
 
     def count(self, tokens: int) -> int:
         """Sequences that hold ``tokens`` tokens."""

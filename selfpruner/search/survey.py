@@ -1,0 +1,144 @@
+"""Looking before leaping: what blocks cost in the dense model, and what their next levels would do around a plan.
+
+The dense model's *probes* come first: one block at a time at a middle level. A *survey* of a plan is foreseen from slopes, all
+blocks and levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`); where the worker cannot do that, because
+the model is streamed or memory is short, it is made of evaluations, on fewer tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator
+from selfpruner.search.landscape import Landscape
+from selfpruner.search.records import Recorder
+from selfpruner.search.windows import Windows
+from selfpruner.space import Block, Plan, SearchSpace
+
+# A survey foresees changes by up to so many levels. What it says of one is off by this share of it, beside what its tokens
+# leave open. A survey by evaluations takes this share of the tokens.
+REACH = 2
+FORESIGHT = 0.3
+PROBED = 0.25
+# FFNs are surveyed in so many groups of neighbouring layers.
+FFN_GROUPS = 6
+
+
+class Surveyor:
+    """Probes and surveys of one search. ``step`` is the share of its parameters that an FFN turns by in a survey by evaluations."""
+
+    def __init__(self, space: SearchSpace, evaluator: Evaluator, windows: Windows, recorder: Recorder, step: float) -> None:
+        self._space = space
+        self._evaluator = evaluator
+        self._windows = windows
+        self._recorder = recorder
+        self._step = step
+
+    @property
+    def tokens(self) -> int:
+        """The most plan-tokens a survey takes, whichever way it is made."""
+        foreseen = self._windows.survey_tokens * (SLOPE_PASSES + 2 * REACH)
+        probed = self._windows.count(math.ceil(PROBED * self._windows.survey_tokens)) * self._windows.length
+        return max(foreseen, probed * (len(self._space.blocks) + 2 * FFN_GROUPS + 1))
+
+    async def probe(self) -> tuple[list[int], list[float]]:
+        """Per block of the dense model a middle level, and the KL (nats) when only that block is at it."""
+        blocks, window = range(len(self._space.blocks)), self._windows.probe
+        levels = [probe_level(self._space, block) for block in blocks]
+        plans = [Plan(tuple(level if other == block else 0 for other in blocks)) for block, level in enumerate(levels)]
+        scores = await self._evaluator.score(plans, [window])
+        self._evaluator.plans.clear()  # a probe is no candidate and does not count as a plan evaluated
+        found = [scores[plan.hash].kl for plan in plans]
+        values = [max(value, 0.0) if math.isfinite(value) else 0.0 for value in found]
+        self._recorder.event(
+            "probes",
+            "search.probed",
+            f"Sensitivity of {len(levels)} blocks measured on {len(window.sequences) * self._windows.length} tokens.",
+            data={"levels": levels, "kl": [round(value, 6) for value in values]},
+        )
+        return levels, values
+
+    async def around(self, here: Plan, landscape: Landscape, number: int) -> float:
+        """Show ``landscape`` what changes of ``here`` do on fresh tokens of generation ``number``; the seconds it took."""
+        window = self._windows.survey(number)
+        tokens = len(window.sequences) * self._windows.length
+        moves = {move: landscape.weights[move[0]] for move in steps(self._space, here)}
+        before = self._evaluator.seconds
+        foreseen = await self._evaluator.foresee(here, moves, window)
+        if foreseen is None:
+            count, tokens, seconds = await self._probe_around(here, landscape, number)
+        else:
+            base, changes = foreseen
+            for (block, level), change in changes.items():
+                moved = Plan((*here.levels[:block], level, *here.levels[block + 1 :]))
+                landscape.observe(
+                    moved, here, change, base=base, window=window.name, tokens=tokens, generation=number, misfit=FORESIGHT
+                )
+            count, seconds = len(changes), self._evaluator.seconds - before
+        how = "probed" if foreseen is None else "foreseen"
+        self._recorder.event(
+            f"survey-{number}",
+            "search.surveyed",
+            f"Generation {number}: {count} changes of {here.hash} {how} on {tokens} tokens.",
+            data={"generation": number, "plan": here.hash, "changes": count, "foreseen": foreseen is not None},
+        )
+        return seconds
+
+    async def _probe_around(self, here: Plan, landscape: Landscape, number: int) -> tuple[int, int, float]:
+        """A survey by evaluations: probes, tokens of each, and seconds."""
+        window = self._windows.survey(number, PROBED)
+        probes = survey(self._space, here, self._step)
+        scores = await self._evaluator.score([here, *probes], [window])
+        self._evaluator.plans.difference_update(plan.hash for plan in probes)
+        base = scores[here.hash]
+        for plan in probes:
+            if math.isfinite(scores[plan.hash].kl) and math.isfinite(base.kl):
+                change = scores[plan.hash].kl - base.kl
+                landscape.observe(plan, here, change, base=base.kl, window=window.name, tokens=base.tokens, generation=number)
+        return len(probes), base.tokens, sum(score.seconds for score in scores.values())
+
+
+def steps(space: SearchSpace, plan: Plan) -> list[tuple[int, int]]:
+    """(block, level) of every change by up to REACH levels, either way."""
+    return [
+        (index, level)
+        for index, (block, here) in enumerate(zip(space.blocks, plan.levels, strict=True))
+        for level in range(max(0, here - REACH), min(len(block.options), here + REACH + 1))
+        if level != here
+    ]
+
+
+def survey(space: SearchSpace, plan: Plan, step: float) -> list[Plan]:
+    """Plans around ``plan`` that tell what its blocks are worth. Attention blocks turn one at a time, to the next shape either way:
+    what a shape costs is hard to foresee. FFNs turn in groups of neighbouring layers, both ways, each by a share ``step`` of its
+    parameters or the next level, whichever is more: their losses follow the error curves, and a group is heard above the noise."""
+    groups: list[tuple[int, ...]] = [(index,) for index, block in enumerate(space.blocks) if block.kind == "attention"]
+    ffns = [index for index, block in enumerate(space.blocks) if block.kind == "ffn"]
+    size = -(-len(ffns) // FFN_GROUPS)
+    groups += [tuple(ffns[start : start + size]) for start in range(0, len(ffns), size)]
+    found = {}
+    for group in groups:
+        for way in (-1, 1):
+            levels = list(plan.levels)
+            for index in group:
+                levels[index] = _turned(space.blocks[index], levels[index], way, step)
+            probe = Plan(tuple(levels))
+            if probe != plan:
+                found[probe.levels] = probe
+    return list(found.values())
+
+
+def _turned(block: Block, here: int, way: int, step: float) -> int:
+    levels = range(here + way, -1 if way < 0 else len(block.options), way)
+    if block.kind == "attention":
+        return levels[0] if levels else here
+    far = [level for level in levels if abs(block.rate(level) - block.rate(here)) >= step - 1e-9]
+    return far[0] if far else levels[-1] if levels else here
+
+
+def probe_level(space: SearchSpace, block: int) -> int:
+    """The level whose rate is nearest to twice the target, at most a half: strong enough to be heard, near what is asked."""
+    options = space.blocks[block]
+    wanted = min(2 * space.rate, 0.5)
+    levels = range(1, len(options.options))
+    return min(levels, key=lambda level: (abs(options.rate(level) - wanted), level)) if levels else 0
