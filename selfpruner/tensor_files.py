@@ -39,16 +39,16 @@ class Parts(Protocol):
 
     def __getitem__(self, name: str) -> Tensor: ...
 
-    def first(self, name: str, rows: int) -> Tensor:
-        """The first ``rows`` rows."""
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``."""
         ...
 
 
 class HeldParts(dict[str, Tensor]):
     """Tensors in memory."""
 
-    def first(self, name: str, rows: int) -> Tensor:
-        return self[name][:rows]
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self[name][start:stop]
 
 
 class TensorFile:
@@ -95,8 +95,8 @@ class StoredParts:
     def __getitem__(self, name: str) -> Tensor:
         return self._file.read(self._prefix + name).to(self._device)
 
-    def first(self, name: str, rows: int) -> Tensor:
-        return self._file.read(self._prefix + name, stop=rows).to(self._device)
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._file.read(self._prefix + name, start=start, stop=stop).to(self._device)
 
 
 def write_tensors(

@@ -1,7 +1,8 @@
 """The contract of a compensation: what the kept columns of a block's output matrix become, and the error that is left.
 
 W (d, n) is the block's output matrix and X (tokens, n) its inputs on the calibration text. Errors are squared errors of the
-block's output, ||X W^T - (X_kept W'^T + b)||_F^2, summed over tokens and outputs, as the statistics give them.
+block's output, ||X W^T - (X_kept W'^T + b)||_F^2, summed over tokens and outputs, as the statistics give them. A repair does not
+keep W, which the model has: it is given whenever W' is asked for, in the dtype that it has there.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class NestedRepair(Protocol):
     @property
     def parts(self) -> Parts: ...
 
-    def weights(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """(W' (d, k), bias to add (d,) or None) when the first k columns stay."""
+    def weights(self, k: int, W: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(W' (d, k), bias to add (d,) or None), both float32, when the first k columns of W (d, n) stay."""
         ...
 
     def errors(self) -> Tensor:
@@ -39,11 +40,11 @@ class SubsetRepair(Protocol):
     @property
     def parts(self) -> Parts: ...
 
-    def weights(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(W' (d, k), bias to add (d,) or None) when the columns ``kept`` (k,), ascending, stay."""
+    def weights(self, kept: Tensor, W: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(W' (d, k), bias to add (d,) or None) when the columns ``kept`` (k,), ascending, of W (d, n) stay."""
         ...
 
-    def error(self, kept: Tensor) -> float: ...
+    def error(self, kept: Tensor, W: Tensor) -> float: ...
 
 
 class Compensation(Protocol):
@@ -57,7 +58,7 @@ class Compensation(Protocol):
         """W (d, n) in the model's order; ``order`` (n,) is keep-first."""
         ...
 
-    def subset(self, W: Tensor, stats: BlockStatistics) -> SubsetRepair: ...
+    def subset(self, stats: BlockStatistics) -> SubsetRepair: ...
 
     def nested_of(self, parts: Parts) -> NestedRepair:
         """The nested repair whose parts these are."""

@@ -23,11 +23,10 @@ class Bias:
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         W, mean = W[:, order], stats.mean.to(W)[order]
         left = suffix_energies(W, _scatter(stats).to(W)[order][:, order])
-        return Slice(HeldParts(Wt=W.T.float().contiguous(), left=left, mean=mean.float()), biased=True)
+        return Slice(HeldParts(left=left, mean=mean.float()), biased=True)
 
-    def subset(self, W: Tensor, stats: BlockStatistics) -> SliceSubset:
-        parts = HeldParts(W=W.float(), moment=_scatter(stats).float(), mean=stats.mean.float())
-        return SliceSubset(parts, biased=True)
+    def subset(self, stats: BlockStatistics) -> SliceSubset:
+        return SliceSubset(HeldParts(moment=_scatter(stats).float(), mean=stats.mean.float()), biased=True)
 
     def nested_of(self, parts: Parts) -> Slice:
         return Slice(parts, biased=True)

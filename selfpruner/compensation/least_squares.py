@@ -7,8 +7,16 @@ nearest to the dense block's output on the calibration text are, for C = L L^T (
 
 because leading blocks of triangular factors nest: the normal equations of the first k columns are L_k L_k^T, and
 W C_:,k = (W L)[:, :k] L_k^T. The squared error left is the tail energy of Y = W L, sum_{j >= k} ||Y_:j||^2 (plus the damping's
-share). Centring is the same as keeping a constant input that is never removed, so the fit can never do worse than
-FLAP's bias; the bias costs d numbers per block.
+share). With W_:k = (W L) (L^-1)_:,:k the same weights are W less what the removed rows of L^-1 brought,
+
+    W'_k = W_:k - (W L)[:, k:] (L^-1)[k:, :k]
+
+which is less work where few columns go. For a set R of removed columns that is no suffix, with P = C^-1 and K the kept ones,
+
+    W'_K = W_K - W_R P_RR^-1 P_RK        error = tr(W_R P_RR^-1 W_R^T)
+
+as P_RR^-1 is what the removed inputs vary by when the kept ones are known. Centring is the same as keeping a constant input that
+is never removed, so the fit can never do worse than FLAP's bias; the bias costs d numbers per block.
 
 Source: architecture note "Nested least squares"; Hassibi & Stork 1993 and Frantar et al. 2022 (arXiv 2208.11580) for the step
 that removes one group at a time.
@@ -23,7 +31,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.compensation.base import energy
+from selfpruner.compensation.none import complement
 from selfpruner.tensor_files import HeldParts, Parts
 
 # Ridge, as a share of the mean diagonal of C.
@@ -73,29 +81,28 @@ class NestedFit:
         return torch.cat((tail, tail.new_zeros(1)))
 
 
-def solve(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
-    """The least-squares weights on the columns ``kept`` (k,), solved directly: W C_:,kept C_kept,kept^-1, (d, k)."""
-    factor = torch.linalg.cholesky(C[kept][:, kept])
-    return torch.cholesky_solve((W @ C[:, kept]).T, factor).T
-
-
 @dataclass(frozen=True, slots=True)
 class NestedLeastSquares:
     """Parts: ``Yt`` (n, d), the transposed Y; ``inverse.0``, ``inverse.1``, ... the rows of L^-1 in order, ``_strip(n)`` at a
-    time and only up to the diagonal; ``mean`` (n,) in keep-first order; ``dense`` = W m (d,): all float32, to halve what a
-    layer keeps. ``left`` (n + 1,), the errors."""
+    time and only up to the diagonal; ``mean`` (n,) in keep-first order: all float32, to halve what a layer keeps.
+    ``left`` (n + 1,), the errors."""
 
     parts: Parts
 
-    def weights(self, k: int) -> tuple[Tensor, Tensor | None]:
-        Yt = self.parts.first("Yt", k)
+    def weights(self, k: int, W: Tensor) -> tuple[Tensor, Tensor | None]:
         mean = self.parts["mean"]
-        W = Yt.new_zeros(Yt.shape[1], k)
-        rows = _strip(mean.numel())
-        for index, start in enumerate(range(0, k, rows)):
-            stop = min(start + rows, k)
-            W[:, :stop].addmm_(Yt[start:stop].T, self.parts.first(f"inverse.{index}", stop - start)[:, :stop])
-        return W, self.parts["dense"] - W @ mean[:k]
+        n, rows = mean.numel(), _strip(mean.numel())
+        whole = W.float()
+        few = 3 * k > 2 * n  # removed: d (n - k) k multiplications against d k^2 / 2 ... d k^2
+        repaired = whole[:, :k].clone() if few else whole.new_zeros(len(W), k)
+        for index in range(k // rows if few else 0, -(-(n if few else k) // rows)):
+            first = index * rows
+            start, stop = max(first, k if few else 0), min(first + rows, n if few else k)
+            if start == stop:
+                continue
+            inverse = self.parts.rows(f"inverse.{index}", start - first, stop - first)[:, : min(k, stop)]
+            repaired[:, : inverse.shape[1]].addmm_(self.parts.rows("Yt", start, stop).T, inverse, alpha=-1 if few else 1)
+        return repaired, whole @ mean - repaired @ mean[:k]
 
     def errors(self) -> Tensor:
         return self.parts["left"]
@@ -108,22 +115,29 @@ def _strip(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SubsetLeastSquares:
-    """Parts: ``W`` (d, n) and ``C`` (n, n) in float32, which the damping makes precise enough, ``mean`` (n,) in float64 where the
-    device has it; solved in the precision of the mean."""
+    """Parts: ``P`` = C^-1 (n, n) in float32, which the damping makes precise enough, ``mean`` (n,) in float64 where the device
+    has it; solved in the precision of the mean."""
 
     parts: Parts
 
-    def weights(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    def weights(self, kept: Tensor, W: Tensor) -> tuple[Tensor, Tensor | None]:
         mean = self.parts["mean"]
-        dense = self.parts["W"].to(mean)
-        W = solve(dense, self.parts["C"].to(mean), kept)
-        return W, dense @ mean - W @ mean[kept]
+        dense = W.to(mean)
+        P = self.parts["P"].to(mean)
+        removed = complement(kept, len(mean))
+        repaired = dense[:, kept] - self._spread(dense, P, removed) @ P[removed][:, kept]
+        return repaired.float(), (dense @ mean - repaired @ mean[kept]).float()
 
-    def error(self, kept: Tensor) -> float:
+    def error(self, kept: Tensor, W: Tensor) -> float:
         mean = self.parts["mean"]
-        dense, C = self.parts["W"].to(mean), self.parts["C"].to(mean)
-        W = solve(dense, C, kept)
-        return max(energy(dense, C) - float(((W @ C[kept]) * dense).sum()), 0.0)
+        dense, P = W.to(mean), self.parts["P"].to(mean)
+        removed = complement(kept, len(mean))
+        return max(float((self._spread(dense, P, removed) * dense[:, removed]).sum()), 0.0)
+
+    @staticmethod
+    def _spread(W: Tensor, P: Tensor, removed: Tensor) -> Tensor:
+        """W_R P_RR^-1, (d, removed)."""
+        return torch.cholesky_solve(W[:, removed].T, torch.linalg.cholesky(P[removed][:, removed])).T
 
 
 class LeastSquares:
@@ -137,15 +151,16 @@ class LeastSquares:
         W = W[:, order]
         fit = NestedFit.of(W, covariance(stats).to(W)[order][:, order])
         mean = stats.mean.to(W)[order]
-        parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), dense=(W @ mean).float(), left=fit.errors())
+        parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), left=fit.errors())
         n, rows = mean.numel(), _strip(mean.numel())
         for index, start in enumerate(range(0, n, rows)):
             stop = min(start + rows, n)
             parts[f"inverse.{index}"] = fit.inverse[start:stop, :stop].float().contiguous()
         return NestedLeastSquares(parts)
 
-    def subset(self, W: Tensor, stats: BlockStatistics) -> SubsetLeastSquares:
-        return SubsetLeastSquares(HeldParts(W=W.float(), C=covariance(stats).float(), mean=stats.mean.to(W)))
+    def subset(self, stats: BlockStatistics) -> SubsetLeastSquares:
+        P = torch.cholesky_inverse(torch.linalg.cholesky(covariance(stats)))
+        return SubsetLeastSquares(HeldParts(P=P.float(), mean=stats.mean.to(P)))
 
     def nested_of(self, parts: Parts) -> NestedLeastSquares:
         return NestedLeastSquares(parts)

@@ -15,17 +15,13 @@ from selfpruner.tensor_files import HeldParts, Parts
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Keeps the first columns. Parts: ``Wt`` (n, d) float32, W transposed; ``left`` (n + 1,), its errors; with ``biased``
-    ``mean`` (n,), which gives a bias."""
+    """Keeps the first columns. Parts: ``left`` (n + 1,), its errors; with ``biased`` ``mean`` (n,), which gives a bias."""
 
     parts: Parts
     biased: bool = False
 
-    def weights(self, k: int) -> tuple[Tensor, Tensor | None]:
-        if not self.biased:
-            return self.parts.first("Wt", k).T.contiguous(), None
-        Wt = self.parts["Wt"]
-        return Wt[:k].T.contiguous(), self.parts["mean"][k:] @ Wt[k:]
+    def weights(self, k: int, W: Tensor) -> tuple[Tensor, Tensor | None]:
+        return W[:, :k].float(), W[:, k:].float() @ self.parts["mean"][k:] if self.biased else None
 
     def errors(self) -> Tensor:
         return self.parts["left"]
@@ -33,20 +29,18 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class SliceSubset:
-    """Parts: ``W`` (d, n) and ``moment`` (n, n) float32; with ``biased`` ``mean`` (n,)."""
+    """Parts: ``moment`` (n, n) float32; with ``biased`` ``mean`` (n,)."""
 
     parts: Parts
     biased: bool = False
 
-    def weights(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        W = self.parts["W"]
+    def weights(self, kept: Tensor, W: Tensor) -> tuple[Tensor, Tensor | None]:
         gone = complement(kept, W.shape[1])
-        return W[:, kept], W[:, gone] @ self.parts["mean"][gone] if self.biased else None
+        return W[:, kept].float(), W[:, gone].float() @ self.parts["mean"][gone] if self.biased else None
 
-    def error(self, kept: Tensor) -> float:
-        W = self.parts["W"]
+    def error(self, kept: Tensor, W: Tensor) -> float:
         gone = complement(kept, W.shape[1])
-        return max(energy(W[:, gone], self.parts["moment"][gone][:, gone]), 0.0)
+        return max(energy(W[:, gone].float(), self.parts["moment"][gone][:, gone]), 0.0)
 
 
 def complement(kept: Tensor, n: int) -> Tensor:
@@ -66,10 +60,10 @@ class Nothing:
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         W = W[:, order]
         left = suffix_energies(W, stats.gram.to(W)[order][:, order])
-        return Slice(HeldParts(Wt=W.T.float().contiguous(), left=left))
+        return Slice(HeldParts(left=left))
 
-    def subset(self, W: Tensor, stats: BlockStatistics) -> SliceSubset:
-        return SliceSubset(HeldParts(W=W.float(), moment=stats.gram.float()))
+    def subset(self, stats: BlockStatistics) -> SliceSubset:
+        return SliceSubset(HeldParts(moment=stats.gram.float()))
 
     def nested_of(self, parts: Parts) -> Slice:
         return Slice(parts)

@@ -63,7 +63,7 @@ class PrunableFfn:
         base = self._base()
         if level == 0:
             return base
-        W, bias = self.repair.weights(channels)
+        W, bias = self.repair.weights(channels, base.down)
         cut = base.first_channels(channels)
         return replace(cut, down=W.to(self.arch.dtype), down_bias=_add(base.down_bias, bias, self.arch.dtype))
 
@@ -102,7 +102,7 @@ class PrunableAttention:
         if level == 0:
             return base
         heads = list(self.heads[level])
-        W, bias = self.repair.weights(_columns(heads, base.head_dim, self.arch.device))
+        W, bias = self.repair.weights(_columns(heads, base.head_dim, self.arch.device), base.o)
         cut = base.keep_heads(heads, option.kv_groups, option.heads_per_group)
         return replace(cut, o=W.to(self.arch.dtype), o_bias=_add(base.o_bias, bias, self.arch.dtype))
 
@@ -134,10 +134,10 @@ def measure_attention(
     W = base.o.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
     heads = criterion.choose_heads(W, stats, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
-    repair = compensation.subset(W, stats)
+    repair = compensation.subset(stats)
     dense = (base.kv_groups, base.heads_per_group)
     errors = {
-        shape: 0.0 if shape == dense else repair.error(_columns(kept, base.head_dim, W.device)) / whole
+        shape: 0.0 if shape == dense else repair.error(_columns(kept, base.head_dim, W.device), W) / whole
         for shape, kept in heads.items()
     }
     return AttentionFactors(heads, errors, repair)
