@@ -70,10 +70,6 @@ class NestedFit:
         torch.linalg.solve_triangular(L, identity, upper=False, out=identity)
         return cls(W @ L, identity)
 
-    def weights(self, k: int) -> Tensor:
-        """W'_k (d, k)."""
-        return self.Y[:, :k] @ self.inverse[:k, :k]
-
     def errors(self) -> Tensor:
         """(n + 1,): the squared error left when the first k columns are kept, k = 0..n."""
         energy = self.Y.pow(2).sum(0)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from selfpruner.errors import CancelledTaskError
 
-EXACT, SAMPLED = 256, 128
+EXACT, SAMPLED = 384, 128
 # A vocabulary of fewer than this many times the chosen tokens is taken whole: gathering rows token by token costs more than
 # multiplying all of them at once.
 _WORTH = 8
@@ -57,9 +57,9 @@ def divergences(
     sequences, length, d = dense.shape
     models, count, vocabulary = len(finals), sequences * length, head.shape[0]
     compact = not exact and vocabulary >= _WORTH * (EXACT + SAMPLED)
-    each = vocabulary * 20 + models * d * 12
-    if compact:
-        each += (EXACT + SAMPLED) * (d * head.element_size() + models * 12)
+    # Compact: first the vocabulary (dense and mean logits, the distribution they share), then the chosen tokens' rows.
+    chosen = (EXACT + SAMPLED) * (d * head.element_size() + (models + 1) * 16)
+    each = (max(vocabulary * 12, chosen) if compact else vocabulary * 20) + models * d * 12
     chunk = max(1, min(memory_bytes // each, count))
     target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten().to(dense.device)
     reference, streams = dense.reshape(count, d), [stream.reshape(count, d) for stream in finals]
@@ -85,7 +85,7 @@ def choose(z: Tensor, p: Tensor, r: Tensor, start: int = 0, *, exact: int = EXAC
     """
     q = p.add_(r)
     likeliest = q.topk(exact, sorted=False)
-    cumulative = torch.cumsum(q.scatter(1, likeliest.indices, 0.0), 1, out=r)
+    cumulative = torch.cumsum(q.scatter_(1, likeliest.indices, 0.0), 1, out=r)
     mass = cumulative[:, -1:]
     first = torch.arange(start, start + z.shape[0], device=z.device, dtype=torch.float64).mul_(_GOLDEN).frac_()
     points = (torch.arange(sampled, device=z.device) + first[:, None]) / sampled
@@ -105,12 +105,12 @@ def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: in
     sound = changes.isfinite().all(-1, keepdim=True)
     mean = (changes.where(sound, 0.0).sum(0) / sound.sum(0).clamp_min(1)).to(head.dtype)
     z, common = F.linear(torch.cat((h.to(head.dtype), mean)), head).float().chunk(2)
-    base, own = z.logsumexp(-1), z.gather(1, wanted[:, None]).squeeze(1)
-    p = (z - base[:, None]).exp_()
+    own = z.gather(1, wanted[:, None]).squeeze(1)
+    p, base = _softmax(z.clone())
     expected_of_mean = torch.linalg.vecdot(p, common)
-    grown_of_mean = common.add_(z).logsumexp(-1)
-    r = torch.exp(common.sub_(grown_of_mean[:, None]), out=common)
+    r, grown_of_mean = _softmax(common.add_(z))
     tokens, log_p = choose(z, p, r, start)
+    del z, common, p, r
     narrow = torch.cat((changes.to(head.dtype), mean[None]))
     rows = head.index_select(0, tokens.flatten()).view(*tokens.shape, -1)
     delta = torch.bmm(narrow.transpose(0, 1), rows.transpose(1, 2)).float()
@@ -126,6 +126,13 @@ def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: in
     grown, expected = grown[:, :-1].T, expected[:, :-1].T
     of_wanted = torch.linalg.vecdot(narrow[:-1].float(), head[wanted].float())
     return grown - expected, base - own - of_wanted + grown
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The distribution (C, V) of logits z, in their place, and log sum exp z (C,)."""
+    top = z.amax(-1, keepdim=True)
+    mass = z.sub_(top).exp_().sum(-1, keepdim=True)
+    return z.div_(mass), (top + mass.log_()).squeeze(-1)
 
 
 def _exact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

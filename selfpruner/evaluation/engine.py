@@ -3,6 +3,7 @@
 A population is a set of level vectors. At each block the engine holds one residual stream per *distinct prefix* of levels, and
 every distinct prefix passes the block once; plans that agree on their first blocks share that work, with each other
 and with the dense model, which walks along as the reference. A stream is copied only where plans part; blocks add to it in place.
+On a CPU the streams pass a block side by side, on a core each.
 What the final streams say is compared by :mod:`selfpruner.evaluation.divergence`.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.divergence import Divergences, divergences
+from selfpruner.evaluation.lanes import Lanes
 from selfpruner.evaluation.pieces import divergences_in_pieces
 from selfpruner.evaluation.race import Race, segments
 from selfpruner.patterns import PrunableAttention, PrunableFfn
@@ -97,8 +100,8 @@ class Engine:
     """Scores plans of one model on token batches.
 
     ``blocks`` are in plan order: attention and FFN of layer 0, of layer 1, and so on. ``memory_bytes`` is what the engine may add
-    to the weights: half for the residual streams (``stream_bytes``), a quarter for what is computed from them at a time (tokens
-    that pass a block together, ``max_tokens``, then logits, ``logit_bytes``), a quarter for materialised levels
+    to the weights: half for the residual streams (``stream_bytes``), three eighths for what is computed from them at a time (tokens
+    that pass a block together, ``max_tokens``, then logits, ``logit_bytes``), an eighth for materialised levels
     (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory.
     """
 
@@ -113,16 +116,18 @@ class Engine:
         cache_bytes: int | None = None,
         logit_bytes: int | None = None,
     ) -> None:
-        # A tenth stays free, for the level in use and for what the allocator keeps.
+        # A tenth stays free, for the levels in use and for what the allocator keeps.
         memory = (_default_memory(arch) if memory_bytes is None else memory_bytes) * 9 // 10
         self.arch = arch
         self.blocks = list(blocks)
+        self.lanes = Lanes(arch.device)
         # A token's widest moment: its normalised state, gate and up (an attention block needs less), and a change of the stream.
         per_token = arch.dtype.itemsize * (3 * arch.channels + 2 * arch.hidden) + 12 * arch.hidden
-        self.max_tokens = max(64, memory // 4 // per_token) if max_tokens is None else max_tokens
+        self.max_tokens = max(64, memory * 3 // 8 // per_token) if max_tokens is None else max_tokens
         self.stream_bytes = memory // 2 if stream_bytes is None else stream_bytes
-        self.logit_bytes = memory // 4 if logit_bytes is None else logit_bytes
-        self.cache = LevelCache(memory // 4 if cache_bytes is None else cache_bytes)
+        self.logit_bytes = memory * 3 // 8 if logit_bytes is None else logit_bytes
+        self.held_bytes = memory // 10
+        self.cache = LevelCache(memory // 8 if cache_bytes is None else cache_bytes)
         self.work = Work(0, 0)
 
     def weights(self, block: int, level: int) -> Weights:
@@ -205,32 +210,49 @@ class Engine:
             for parent, _ in pairs:
                 after.append(streams[parent].clone() if parent in taken else streams[parent])
                 taken.add(parent)
-            for level in sorted({level for _, level in pairs}):
-                self._pass(block, level, [after[place[pair]] for pair in pairs if pair[1] == level], rope)
+            self._pass(block, [(level, after[place[prefix, level]]) for prefix, level in pairs], rope)
             passes += len(pairs)
             node = [place[node[row], levels[block]] for row, levels in enumerate(rows)]
             streams = after
         self.work = Work(self.work.passes + passes, self.work.passes_without_sharing + len(rows) * len(self.blocks))
         return streams[node[0]], [streams[index] for index in node[1:]]
 
-    def _pass(self, block: int, level: int, streams: list[Tensor], rope: tuple[Tensor, Tensor]) -> None:
-        """Add one block at one level to ``streams`` (B, S, d), as many sequences at once as ``max_tokens`` allows."""
-        weights = self.weights(block, level)
-        if weights is None:
-            return
+    def _pass(self, block: int, streams: Sequence[tuple[int, Tensor]], rope: tuple[Tensor, Tensor]) -> None:
+        """Add the block to every stream (B, S, d) at its level, as many sequences at once as ``max_tokens`` allows."""
+        tasks: list[Callable[[], None]] = []
+        held = 0
+        for level in sorted({level for level, _ in streams}):
+            weights = self.weights(block, level)
+            if weights is None:
+                continue
+            held += 0 if level == 0 else _own_bytes(weights)
+            if held > self.held_bytes and tasks:
+                self.lanes.run(tasks)
+                tasks, held = [], 0
+            tasks += [
+                partial(self._add, block, weights, group, rope) for group in self._groups([s for at, s in streams if at == level])
+            ]
+        self.lanes.run(tasks)
+
+    def _groups(self, streams: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Sequences of ``streams`` to pass together: every lane has some, none more than its share of ``max_tokens``."""
         sequences, length, _ = streams[0].shape
-        wide = max(1, self.max_tokens // length)
+        even = -(-sequences * len(streams) // self.lanes.count)
+        wide = max(1, min(self.max_tokens // self.lanes.count // length, even))
         parts = [part for stream in streams for part in stream.split(wide)]
         together = max(1, wide // sequences)
-        for start in range(0, len(parts), together):
-            group = parts[start : start + together]
-            x = group[0] if len(group) == 1 else torch.cat(group)
-            if isinstance(weights, FfnWeights):
-                update = self.arch.ffn_update(block // 2, x, weights)
-            else:
-                update = self.arch.attention_update(block // 2, x, weights, rope)
-            for part, change in zip(group, update.split([len(part) for part in group]), strict=True):
-                part += change
+        return [parts[start : start + together] for start in range(0, len(parts), together)]
+
+    def _add(
+        self, block: int, weights: AttentionWeights | FfnWeights, group: Sequence[Tensor], rope: tuple[Tensor, Tensor]
+    ) -> None:
+        x = group[0] if len(group) == 1 else torch.cat(list(group))
+        if isinstance(weights, FfnWeights):
+            update = self.arch.ffn_update(block // 2, x, weights)
+        else:
+            update = self.arch.attention_update(block // 2, x, weights, rope)
+        for part, change in zip(group, update.split([len(part) for part in group]), strict=True):
+            part += change
 
     # -- comparing ---------------------------------------------------------------------------------------------------
     def _compare(

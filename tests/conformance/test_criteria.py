@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selfpruner import criteria, names
-from selfpruner.compensation.least_squares import NestedFit, covariance, solve
+from selfpruner.compensation.least_squares import NestedFit, covariance
 from selfpruner.criteria import Criterion, Heads
 from selfpruner.criteria.flap import Flap
 from selfpruner.criteria.magnitude import Magnitude
@@ -170,11 +170,16 @@ class TestObs(CriterionSuite):
                     assert mine == pytest.approx(errors[0])
 
 
+def solved(W: Tensor, C: Tensor, kept: Tensor) -> Tensor:
+    """The least-squares weights on the columns ``kept``, straight from the normal equations."""
+    return torch.linalg.solve(C[kept][:, kept], (W @ C[:, kept]).T).T
+
+
 def one_by_one(W: Tensor, C: Tensor) -> Tensor:
     """Keep-first order by removing the cheapest column again and again, each step with fresh inverses."""
     alive, removed = list(range(W.shape[1])), []
     while alive:
-        fit = solve(W, C, torch.tensor(alive))
+        fit = solved(W, C, torch.tensor(alive))
         cost = fit.pow(2).sum(0) / torch.linalg.inv(C[alive][:, alive]).diagonal()
         removed.append(alive.pop(int(cost.argmin())))
     return torch.tensor(removed[::-1])
@@ -184,7 +189,7 @@ def head_error(block: Sample, C: Tensor, heads: list[int]) -> float:
     if not heads:
         return float(((block.W @ C) * block.W).sum())
     kept = torch.tensor([head * 4 + i for head in heads for i in range(4)])
-    fit = solve(block.W, C, kept)
+    fit = solved(block.W, C, kept)
     return float(((block.W @ C) * block.W).sum() - ((fit @ C[kept]) * block.W).sum())
 
 
