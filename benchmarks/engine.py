@@ -9,13 +9,15 @@ every repetition, methods in turn in one process: ``naive`` (a) and ``masked`` (
 fidelity, ``race`` (d) with early rejection, ``--keep`` to survive. Every method pays for the dense model's side of its
 generation. ``late`` is (c) on children that share the first half of the parent's blocks. Then ``--generations`` generations, each
 from the best of the last, scored with and without early rejection: how often the same survive. Memory is measured in a process
-per method: its peak while it scores beyond what the process held before the model was loaded (on a GPU what torch allocated).
+per method, set up as workers are: its peak while it scores beyond what the process held before the model was loaded (on a GPU what
+torch allocated).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -233,8 +235,10 @@ def _survivors(case: Case, options: argparse.Namespace, children: int) -> dict[s
 
 # -- memory ----------------------------------------------------------------------------------------------------------------------
 def _child(method: str, children: int) -> dict[str, float]:
+    from selfpruner.workers.memory import ENVIRONMENT
+
     command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:], "--one", method, "--children", str(children)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **ENVIRONMENT})
     if done.returncode:
         raise SystemExit(f"the {method} process failed with code {done.returncode}")
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

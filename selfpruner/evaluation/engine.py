@@ -116,8 +116,8 @@ class Engine:
         cache_bytes: int | None = None,
         logit_bytes: int | None = None,
     ) -> None:
-        # A tenth stays free, for the levels in use and for what the allocator keeps.
-        memory = (_default_memory(arch) if memory_bytes is None else memory_bytes) * 9 // 10
+        # A fifth stays free, for the levels in use and for what the allocator keeps.
+        memory = (_default_memory(arch) if memory_bytes is None else memory_bytes) * 4 // 5
         self.arch = arch
         self.blocks = list(blocks)
         self.lanes = Lanes(arch.device)
