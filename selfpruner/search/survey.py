@@ -1,14 +1,18 @@
 """Looking before leaping: what blocks cost in the dense model, and what their next levels would do around a plan.
 
-The dense model's *probes* come first: one block at a time at a middle level. A *survey* of a plan is foreseen from slopes, all
-blocks and levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`); where the worker cannot do that, because
-the model is streamed or memory is short, it is made of evaluations, on fewer tokens.
+The dense model's *probes* come first: one block at a time at a middle level. A *survey* is foreseen from slopes, all blocks and
+levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`). Some changes cost little on most text and ruin a sequence
+now and then; around a good plan slopes do not see that coming, around one that is pruned further they do. So slopes are taken at
+the plan that the landscape holds best for a higher rate. Where the worker cannot take them, because the model is streamed or
+memory is short, a survey is made of evaluations around the leader, on fewer tokens.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from selfpruner.operators.closed_form import cheapest
 from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator
 from selfpruner.search.landscape import Landscape
 from selfpruner.search.records import Recorder
@@ -19,6 +23,8 @@ from selfpruner.space import Block, Plan, SearchSpace
 # leave open. A survey by evaluations takes this share of the tokens.
 REACH = 2
 FORESIGHT = 0.3
+# Slopes are taken at a plan of this many times the target rate, at most half way to all that can be removed.
+HARDER = 1.4
 PROBED = 0.25
 # FFNs are surveyed in so many groups of neighbouring layers.
 FFN_GROUPS = 6
@@ -59,30 +65,38 @@ class Surveyor:
         return levels, values
 
     async def around(self, here: Plan, landscape: Landscape, number: int) -> float:
-        """Show ``landscape`` what changes of ``here`` do on fresh tokens of generation ``number``; the seconds it took."""
+        """Show ``landscape`` what changes around the leader ``here`` do on fresh tokens of generation ``number``; the seconds it
+        took."""
         window = self._windows.survey(number)
         tokens = len(window.sequences) * self._windows.length
-        moves = {move: landscape.weights[move[0]] for move in steps(self._space, here)}
+        harder = cheapest(self._harder(), landscape.losses())
+        moves = {move: landscape.weights[move[0]] for move in steps(self._space, harder)}
         before = self._evaluator.seconds
-        foreseen = await self._evaluator.foresee(here, moves, window)
+        foreseen = await self._evaluator.foresee(harder, moves, window)
         if foreseen is None:
+            around, how = here, "probed"
             count, tokens, seconds = await self._probe_around(here, landscape, number)
         else:
+            around, how = harder, "foreseen"
             base, changes = foreseen
             for (block, level), change in changes.items():
-                moved = Plan((*here.levels[:block], level, *here.levels[block + 1 :]))
+                moved = Plan((*harder.levels[:block], level, *harder.levels[block + 1 :]))
                 landscape.observe(
-                    moved, here, change, base=base, window=window.name, tokens=tokens, generation=number, misfit=FORESIGHT
+                    moved, harder, change, base=base, window=window.name, tokens=tokens, generation=number, misfit=FORESIGHT
                 )
             count, seconds = len(changes), self._evaluator.seconds - before
-        how = "probed" if foreseen is None else "foreseen"
         self._recorder.event(
             f"survey-{number}",
             "search.surveyed",
-            f"Generation {number}: {count} changes of {here.hash} {how} on {tokens} tokens.",
-            data={"generation": number, "plan": here.hash, "changes": count, "foreseen": foreseen is not None},
+            f"Generation {number}: {count} changes of {around.hash} {how} on {tokens} tokens.",
+            data={"generation": number, "plan": around.hash, "changes": count, "foreseen": foreseen is not None},
         )
         return seconds
+
+    def _harder(self) -> SearchSpace:
+        space = self._space
+        most = sum(block.removed(len(block.options) - 1) for block in space.blocks) / space.total
+        return replace(space, rate=min(HARDER * space.rate, (space.rate + most) / 2))
 
     async def _probe_around(self, here: Plan, landscape: Landscape, number: int) -> tuple[int, int, float]:
         """A survey by evaluations: probes, tokens of each, and seconds."""
