@@ -97,8 +97,8 @@ class _Masks:
         if index not in self.saved:
             self.saved[index] = module.weight.clone(), module.bias
         weight, module.bias = self.saved[index]
+        module.weight.copy_(weight)  # a level is made from the dense matrix
         if level == 0:
-            module.weight.copy_(weight)
             return
         block = self.blocks[index]
         weights = block.weights(level)

@@ -1,0 +1,100 @@
+"""Where slopes are best taken: plans found from one survey each, at plans pruned more or less than asked.
+
+    python -m benchmarks.surveys --harder 1 1.25 1.5 --windows 2
+
+Per window of fresh C4 tokens and per multiple of the target rate one survey, at the closed form's plan for that rate; the landscape
+learns it, the plan it then holds best within 0.1 of the closed form's is scored on texts no survey saw, against the closed form.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rate", type=float, default=0.2)
+    parser.add_argument("--harder", type=float, nargs="*", default=[1.0, 1.25, 1.5])
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=16, help="of 256 tokens per survey")
+    parser.add_argument("--probed", type=int, default=4, help="sequences of the dense model's probes")
+    parser.add_argument("--judged", type=int, default=16, help="sequences of 512 tokens per text")
+    _run(parser.parse_args())
+
+
+def _run(options: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks.data import text
+    from selfpruner import models
+    from selfpruner.api import config_of, default_cache
+    from selfpruner.architectures import describe
+    from selfpruner.calibration.texts import token_batches
+    from selfpruner.config import TextConfig
+    from selfpruner.evaluation import prepared
+    from selfpruner.evaluation.engine import Engine
+    from selfpruner.evaluation.slopes import slopes
+    from selfpruner.operators.closed_form import cheapest
+    from selfpruner.search.evaluator import FIRST, OWN
+    from selfpruner.search.landscape import Landscape
+    from selfpruner.search.survey import FORESIGHT, probe_level, steps
+    from selfpruner.space import Plan
+
+    cache = default_cache()
+    loaded = models.load(models.resolve(options.model, cache), "cpu", "auto")
+    arch = describe(loaded.model)
+    config = config_of({"model": options.model, "rate": options.rate, "preset": "evolution"})
+
+    def tokens(name: str, sequences: int, length: int, role: Any) -> Any:
+        wanted = TextConfig.model_validate({"sources": [{"source": text(name, cache)}], "sequences": sequences, "length": length})
+        return token_batches(wanted, role, loaded, cache, 0)
+
+    seen = tokens("c4", options.probed + options.windows * options.sequences, 256, "fitness").tokens
+    judged = {"c4": tokens("c4", options.judged, 512, "report").tokens}
+    judged["wikitext2"] = tokens("wikitext2-test", options.judged, 512, "report").tokens
+    with torch.no_grad():
+        blocks, _ = prepared.prepare_blocks(
+            config, arch, loaded, tokens("c4", 32, 512, "calibration"), cache, lambda _: None, lambda: False
+        )
+    space = prepared.space_of(config, arch, blocks)
+    engine = Engine(arch, blocks)
+
+    levels = [probe_level(space, block) for block in range(len(blocks))]
+    probes = [Plan(tuple(level if at == block else 0 for at in range(len(blocks)))) for block, level in enumerate(levels)]
+    sensitivities = [max(score.kl, 0.0) for score in engine.evaluate(probes, seen[: options.probed], exact=False)]
+    start = cheapest(space, Landscape(space, sensitivities, levels).losses())
+
+    plans = {"closed form": start}
+    for window in range(options.windows):
+        first = options.probed + window * options.sequences
+        part = seen[first : first + options.sequences]
+        for factor in options.harder:
+            landscape = Landscape(space, sensitivities, levels)
+            here = cheapest(replace(space, rate=factor * space.rate), landscape.losses())
+            moves = steps(space, here)
+            found = slopes(engine, here, moves, part)
+            for (block, level), term, size in zip(moves, found.first, found.size, strict=True):
+                expected = max(found.kl + FIRST * term + OWN * landscape.weights[block] * size, 0.0)
+                moved = Plan((*here.levels[:block], level, *here.levels[block + 1 :]))
+                change = expected - found.kl
+                landscape.observe(
+                    moved, here, change, base=found.kl, window="survey", tokens=part.numel(), generation=1, misfit=FORESIGHT
+                )
+            landscape.fit(1)
+            plans[f"window {window}, {factor:g} x"] = cheapest(space, landscape.losses(around=start, radius=0.1))
+    scores = {name: engine.evaluate(list(plans.values()), part, exact=False) for name, part in judged.items()}
+    for index, name in enumerate(plans):
+        cells = [f"{text} {found[index].kl:.4f} ({found[index].kl / found[0].kl - 1:+.1%})" for text, found in scores.items()]
+        print(f"{name:20s}", "  ".join(cells), flush=True)
+    for factor in options.harder:
+        chosen = [index for index, name in enumerate(plans) if name.endswith(f" {factor:g} x")]
+        means = [f"{text} {fmean(found[i].kl / found[0].kl - 1 for i in chosen):+.1%}" for text, found in scores.items()]
+        print(f"mean at {factor:g} x", "  ".join(means))
+
+
+if __name__ == "__main__":
+    main()
