@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from selfpruner.architectures import AttentionWeights, FfnWeights, describe
 from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Engine, LevelCache, Work
+from selfpruner.evaluation.lanes import Lanes
 from selfpruner.patterns import PrunableAttention
 from selfpruner.space import Plan
 from tests.pruned import Ready, inputs_of, kept_columns, load_tiny, masked, naive, random_plans, ready, tokens_of
@@ -306,3 +309,42 @@ def test_dense_levels_are_the_models_own_weights(case: Ready) -> None:
         own = layer.mlp.down_proj if index % 2 else layer.self_attn.o_proj
         assert mine.data_ptr() == own.weight.data_ptr()
     assert cache.bytes == 0
+
+
+# -- lanes ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_streams_side_by_side_score_as_one_after_the_other() -> None:
+    case = ready(load_tiny("llama"))
+    plans, tokens = random_plans(case.space, 5), tokens_of(3, 24)
+    engine = Engine(case.arch, case.blocks)
+    assert engine.lanes.count == 2
+    assert torch.get_num_threads() == 2, "who starts the lanes keeps its threads"
+    side_by_side = engine.evaluate(plans, tokens)
+    torch.set_num_threads(1)
+    alone = Engine(case.arch, case.blocks)
+    assert alone.lanes.count == 1
+    for one, other in zip(side_by_side, alone.evaluate(plans, tokens), strict=True):
+        assert one.kl == pytest.approx(other.kl, rel=1e-4)
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_lanes_finish_what_they_have_before_they_raise() -> None:
+    done: list[tuple[int, int, bool]] = []
+
+    def task(number: int) -> None:
+        if number == 0:
+            raise ValueError("the first")
+        done.append((number, torch.get_num_threads(), torch.is_grad_enabled()))
+
+    with pytest.raises(ValueError, match="the first"):
+        Lanes(torch.device("cpu")).run([partial(task, number) for number in range(6)])
+    assert sorted(done) == [(number, 1, False) for number in range(1, 6)]

@@ -44,6 +44,7 @@ class Lanes:
 
 
 def _begin(threads: int, together: threading.Barrier) -> None:
+    torch.get_num_threads()  # a thread's first operation would set the number anew, to what was set last anywhere
     torch.set_num_threads(threads)
     together.wait()
 

@@ -2,9 +2,9 @@
 
 The dense model's *probes* come first: one block at a time at a middle level. A *survey* is foreseen from slopes, all blocks and
 levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`). Some changes cost little on most text and ruin a sequence
-now and then; around a good plan slopes do not see that coming, around one that is pruned further they do. So slopes are taken at
-the plan that the landscape holds best for a higher rate. Where the worker cannot take them, because the model is streamed or
-memory is short, a survey is made of evaluations around the leader, on fewer tokens.
+now and then; around a good plan slopes hardly see that coming, around one that is pruned further they see more of it. So slopes
+are taken at the plan that the landscape holds best for a higher rate. Where the worker cannot take them, because the model is
+streamed or memory is short, a survey is made of evaluations around the leader, on fewer tokens.
 """
 
 from __future__ import annotations
