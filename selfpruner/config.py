@@ -131,7 +131,8 @@ class SearchConfig(Strict):
     mutation_offspring: int = Field(default=4, ge=0, le=1000)
     generations: int = Field(default=8, ge=0, le=10_000)
     stages: tuple[Stage, ...] = Field(default=(Stage(tokens=1024, keep=4),), min_length=1, max_length=6)
-    survey_tokens: Annotated[int, Field(ge=0, le=100_000_000)] = 4096
+    surveys: int = Field(default=2, ge=0, le=100, description="most surveys of what every block's next levels would do")
+    survey_tokens: Tokens = 8192
     survey_step: float = Field(default=0.08, gt=0, lt=1, description="how far a survey turns a block: a share of its parameters")
     final_tokens: Tokens = 4096
     generation_probe: bool = Field(

@@ -207,6 +207,19 @@ def test_levels_far_from_the_plan_are_forbidden() -> None:
             assert value == (free[index][level] if near else FORBIDDEN)
 
 
+def test_known_levels_are_open_however_far() -> None:
+    space = space_of(layers=3, rate=0.3, channels=256)
+    landscape, here = World(space).landscape(), middle(space)
+    last = len(space.blocks[1].options) - 1
+    assert landscape.losses(around=here, radius=0.1, known=True) == landscape.losses(around=here, radius=0.1)
+    told(landscape, [(moved(here, 1, last), here, 0.5)], ["w0"])
+    bounded, opened = (landscape.losses(around=here, radius=0.1, known=known) for known in (False, True))
+    assert bounded[1][last] == FORBIDDEN
+    assert opened[1][last] == landscape.losses()[1][last]
+    assert [curve for index, curve in enumerate(opened) if index != 1] == [c for index, c in enumerate(bounded) if index != 1]
+    assert opened[1][:last] == bounded[1][:last]
+
+
 def test_exchanges_point_at_what_is_sensitive() -> None:
     space = space_of(layers=3, mode="none", channels=96, rate=0.3)
     ffn = [index for index, block in enumerate(space.blocks) if block.kind == "ffn"]

@@ -73,6 +73,19 @@ def test_a_used_up_text_starts_over_in_another_order() -> None:
     assert not set(ninth[1].sequences) & set(windows.final.sequences)
 
 
+def test_surveys_look_at_other_tokens_while_there_are_any() -> None:
+    windows = windows_of(60, survey=320)  # 20 of the 50 sequences that neither probes nor the final have
+    first, second, third = (windows.survey(number) for number in range(3))
+    assert [len(set(window.sequences)) for window in (first, second, third)] == [20, 20, 20]
+    assert not set(first.sequences) & set(second.sequences)
+    assert set(third.sequences) & {*first.sequences, *second.sequences}, "a new epoch"
+    assert not {*first.sequences, *second.sequences} & {*windows.probe.sequences, *windows.final.sequences}
+    part = windows.survey(1, 0.25)
+    assert len(part.sequences) == 5
+    assert set(part.sequences) < set(second.sequences)
+    assert len({window.name for window in (first, second, third, part)}) == 4
+
+
 def test_windows_follow_from_the_seed() -> None:
     assert windows_of().generation(3) == windows_of().generation(3)
     assert windows_of(seed=2).generation(3) != windows_of().generation(3)

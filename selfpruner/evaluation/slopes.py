@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,11 @@ def slopes(
 
 
 class _Walk:
-    """Sums over the tokens seen so far: ``first`` and ``size`` per move, ``energy`` of the dense block's output per block."""
+    """Sums over the tokens seen so far: ``first`` and ``size`` per move, ``energy`` of the dense block's output per block.
+
+    The sequences are shared out among the engine's lanes, which go from block to block together; a lane's stream, gradient and
+    terms are at its place in a list.
+    """
 
     def __init__(self, engine: Engine, plan: Plan, moves: Sequence[tuple[int, int]], cancelled: Callable[[], bool]) -> None:
         self.engine, self.plan, self.cancelled = engine, plan, cancelled
@@ -82,62 +88,96 @@ class _Walk:
     def forth_and_back(self, ids: Tensor) -> float:
         """The sum of the plan's KL over ``ids`` (B, S)."""
         arch, blocks = self.engine.arch, len(self.engine.blocks)
-        rope = arch.rope(ids.shape[1])
-        with torch.no_grad():
-            dense = arch.embed(ids)
-            for block in range(blocks):
-                update = self._update(block, 0, dense, rope)
-                self.energy[block] += update.double().pow(2).sum().cpu()
-                dense += update
-            stream, kept = arch.embed(ids), []
-            for block, level in enumerate(self.plan.levels):
-                if block % self.stride == 0:
-                    kept.append(stream.clone())
-                stream += self._update(block, level, stream, rope)
-        kl, gradient = _head(self.engine, dense, stream)
-        del dense, stream
+        self._rope = arch.rope(ids.shape[1])
+        shares = ids.tensor_split(min(self.engine.lanes.count, len(ids)))
+        dense = [arch.embed(share) for share in shares]
+        for block in range(blocks):
+            self.energy[block] += math.fsum(self._lanes(partial(self._dense, block, self._weights(block, 0)), dense))
+        streams, kept = [arch.embed(share) for share in shares], []
+        for block in range(blocks):
+            if block % self.stride == 0:
+                kept.append([stream.clone() for stream in streams])
+            self._advance(block, streams)
+        kl, gradient = _head(self.engine, torch.cat(dense), torch.cat(streams))
+        del dense, streams
+        gradients = list(gradient.split([len(share) for share in shares]))
         for start in reversed(range(0, blocks, self.stride)):
-            streams = [kept.pop()]
-            with torch.no_grad():
-                for block in range(start, min(start + self.stride, blocks) - 1):
-                    streams.append(streams[-1] + self._update(block, self.plan.levels[block], streams[-1], rope))
-            for block in reversed(range(start, start + len(streams))):
-                gradient = self._back(block, streams.pop(), gradient, rope)
+            inputs = [kept.pop()]
+            for block in range(start, min(start + self.stride, blocks) - 1):
+                inputs.append([stream.clone() for stream in inputs[-1]])
+                self._advance(block, inputs[-1])
+            for block in reversed(range(start, start + len(inputs))):
+                self._back(block, inputs.pop(), gradients)
         return kl
 
-    def _back(self, block: int, x: Tensor, gradient: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Note the block's moves; the gradient with respect to its input x (B, S, d)."""
-        with torch.enable_grad():
-            update = self._update(block, self.plan.levels[block], x.requires_grad_(), rope)
-        here = update.detach()
-        wide: Tensor | None = None
-        for level, index in self._moves[block]:
-            with torch.no_grad():
-                weights = self.engine.weights(block, level)
-                if isinstance(weights, FfnWeights):
-                    if wide is None:
-                        wide = self.engine.arch.ffn_inputs(block // 2, x, weights)
-                    there = torch.nn.functional.linear(wide[..., : weights.down.shape[1]], weights.down, weights.down_bias)
-                else:
-                    there = self._update(block, level, x, rope)
-                moved = there.float().sub_(here)
-                self.first[index] += torch.dot(gradient.flatten(), moved.flatten()).double().cpu()
-                self.size[index] += moved.square_().sum(dtype=torch.float64).cpu()
-        if not update.requires_grad:
-            return gradient
-        (added,) = torch.autograd.grad(update, x, gradient.to(update.dtype))
-        return gradient.add_(added)
-
-    def _update(self, block: int, level: int, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """What a block at a level adds to the stream x (B, S, d)."""
+    def _weights(self, block: int, level: int) -> Weights:
         if self.cancelled():
             raise CancelledTaskError("Cancelled during a survey.")
-        weights: Weights = self.engine.weights(block, level)
+        return self.engine.weights(block, level)
+
+    def _lanes(self, work: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
+        """``work`` of every lane with its own of each list."""
+        found: list[Any] = [None] * len(lists[0])
+
+        def task(lane: int) -> None:
+            with torch.no_grad():
+                found[lane] = work(*(each[lane] for each in lists))
+
+        self.engine.lanes.run([partial(task, lane) for lane in range(len(found))])
+        return found
+
+    def _dense(self, block: int, weights: Weights, stream: Tensor) -> float:
+        """Add to the stream (B, S, d) what the block adds; the energy of that."""
+        update = self._update(block, weights, stream)
+        stream += update
+        return float(update.double().pow_(2).sum())
+
+    def _advance(self, block: int, streams: list[Tensor]) -> None:
+        weights = self._weights(block, self.plan.levels[block])
+        self._lanes(lambda stream: stream.add_(self._update(block, weights, stream)), streams)
+
+    def _back(self, block: int, xs: list[Tensor], gradients: list[Tensor]) -> None:
+        """Note the block's moves; gradients with respect to its inputs xs (B, S, d) take the place of those of its outputs."""
+        updates = self._lanes(partial(self._graph, block, self._weights(block, self.plan.levels[block])), xs)
+        wide: list[Tensor | None] = [None] * len(xs)
+        for number, (level, index) in enumerate(self._moves[block]):
+            weights = self._weights(block, level)
+            if number == 0 and isinstance(weights, FfnWeights):
+                wide = self._lanes(partial(self.engine.arch.ffn_inputs, block // 2, w=weights), xs)
+            terms = self._lanes(partial(self._terms, block, weights), xs, updates, gradients, wide)
+            self.first[index] += math.fsum(first for first, _ in terms)
+            self.size[index] += math.fsum(size for _, size in terms)
+        self._lanes(_pull, updates, xs, gradients)
+
+    def _graph(self, block: int, weights: Weights, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self._update(block, weights, x.requires_grad_())
+
+    def _terms(
+        self, block: int, weights: Weights, x: Tensor, here: Tensor, gradient: Tensor, wide: Tensor | None
+    ) -> tuple[float, float]:
+        """<g, D> and |D|^2 of going from ``here`` to what the block with ``weights`` adds."""
+        if isinstance(weights, FfnWeights) and wide is not None:
+            there = torch.nn.functional.linear(wide[..., : weights.down.shape[1]], weights.down, weights.down_bias)
+        else:
+            there = self._update(block, weights, x)
+        moved = there.float().sub_(here)
+        first = float(torch.dot(gradient.flatten(), moved.flatten()))
+        return first, float(moved.square_().sum(dtype=torch.float64))
+
+    def _update(self, block: int, weights: Weights, x: Tensor) -> Tensor:
+        """What a block with these weights adds to the stream x (B, S, d)."""
         if weights is None:
             return torch.zeros_like(x)
         if isinstance(weights, FfnWeights):
             return self.engine.arch.ffn_update(block // 2, x, weights)
-        return self.engine.arch.attention_update(block // 2, x, weights, rope)
+        return self.engine.arch.attention_update(block // 2, x, weights, self._rope)
+
+
+def _pull(update: Tensor, x: Tensor, gradient: Tensor) -> None:
+    """Add to the gradient what comes through the block."""
+    if update.requires_grad:
+        gradient += torch.autograd.grad(update, x, gradient.to(update.dtype))[0]
 
 
 def _head(engine: Engine, dense: Tensor, final: Tensor) -> tuple[float, Tensor]:

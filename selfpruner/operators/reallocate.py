@@ -13,8 +13,9 @@ RADII = (0.1, 0.05, 0.2)
 
 
 class Reallocate:
-    """Of several children the first takes the losses as expected, the others a draw each from what is still possible (Thompson
-    sampling over plans), in turn within narrow and wide bounds."""
+    """Of several children the first takes the losses as expected, of levels near the leader's and of all that were measured or
+    foreseen somewhere; the others a draw each from what is still possible (Thompson sampling over plans), in turn within narrow and
+    wide bounds."""
 
     name = "reallocate"
 
@@ -26,6 +27,6 @@ class Reallocate:
         found = []
         for number in range(count):
             radius = RADII[number % len(RADII)]
-            losses = context.landscape.losses(rng if number else None, around=here, radius=radius)
+            losses = context.landscape.losses(rng if number else None, around=here, radius=radius, known=number == 0)
             found.append(Offspring(cheapest(context.space, losses), self.name, (leader.plan_hash,)))
         return found

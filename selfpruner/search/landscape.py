@@ -72,6 +72,7 @@ class Landscape:
 
         self.space = space
         self.differences: list[Difference] = []
+        self._known: set[tuple[int, int]] = set()  # (block, level) that a difference has spoken of
         self._fitted = 0
         self._weights: list[float] = []
         starts = np.cumsum([0, *(len(block.options) for block in space.blocks)])
@@ -130,6 +131,9 @@ class Landscape:
         losses, or an estimate, cannot say, as a share of the terms. Equal plans say nothing."""
         if plan.levels != reference.levels and base > 0:
             self.differences.append(Difference(plan.levels, reference.levels, change, base, window, tokens, generation, misfit))
+            for block, (there, here) in enumerate(zip(plan.levels, reference.levels, strict=True)):
+                if there != here:
+                    self._known |= {(block, there), (block, here)}
 
     def _row(self, levels: Sequence[int], reference: Sequence[int]) -> Vector:
         import numpy as np
@@ -176,10 +180,13 @@ class Landscape:
         return self._weights
 
     # -- asking --------------------------------------------------------------------------------------------------------
-    def losses(self, rng: random.Random | None = None, *, around: Plan | None = None, radius: float = 1.0) -> list[list[float]]:
+    def losses(
+        self, rng: random.Random | None = None, *, around: Plan | None = None, radius: float = 1.0, known: bool = False
+    ) -> list[list[float]]:
         """Expected loss per block and level in nats, or with ``rng`` a draw from what is still possible.
 
-        With ``around``, a level whose rate is further than ``radius`` from that plan's may not be taken, unless it is the next one.
+        With ``around``, a level whose rate is further than ``radius`` from that plan's may not be taken, unless it is the next one,
+        or with ``known`` one that a difference has spoken of.
         """
         values = self._mean if rng is None else self._draw(rng)
         curves = []
@@ -188,7 +195,8 @@ class Landscape:
             if around is not None:
                 here = around.levels[index]
                 for level in range(len(curve)):
-                    if abs(level - here) > 1 and abs(block.rate(level) - block.rate(here)) > radius + 1e-9:
+                    near = abs(level - here) <= 1 or abs(block.rate(level) - block.rate(here)) <= radius + 1e-9
+                    if not near and not (known and (index, level) in self._known):
                         curve[level] = FORBIDDEN
             curves.append(curve)
         return curves

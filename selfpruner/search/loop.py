@@ -34,9 +34,6 @@ from selfpruner.search.survey import Surveyor
 from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
 
-# A survey is worth its tokens again when the leader differs from the plan last surveyed in this share of its blocks.
-MOVED = 0.2
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -120,26 +117,19 @@ class Search:
         state.landscape = Landscape(self.space, state.sensitivities, state.probe_levels)
 
     async def _survey(self) -> None:
-        """Show the landscape what every block's next levels would do around the leader, where that is due."""
+        """Show the landscape what every block's next levels would do, where that is due and tokens are left for it."""
         leader, landscape = self.state.leader, self.state.landscape
-        wanted = "reallocate" in self.config.operators and self.windows.survey_tokens > 0 and self.config.fitness == "kl"
-        if leader is None or landscape is None or not wanted or not self._survey_due():
+        wanted = "reallocate" in self.config.operators and self.surveyor.made < self.config.surveys and self.config.fitness == "kl"
+        if leader is None or landscape is None or not wanted:
+            return
+        if not self._affordable(self.surveyor.tokens + self._generation_tokens()):
+            return
+        place = self.surveyor.place(landscape)
+        if place is None:
             return
         self._report("probing", f"generation {self.generation}: looking around the best plan")
-        here = Plan(leader.levels)
-        self._thinking["reallocate"] += await self.surveyor.around(here, landscape, self.generation)
+        self._thinking["reallocate"] += await self.surveyor.around(place, Plan(leader.levels), landscape, self.generation)
         landscape.fit(self.generation)
-        self.state.surveyed = here
-
-    def _survey_due(self) -> bool:
-        """Whether the leader has moved far from where it was last surveyed, and tokens are left for it."""
-        before, leader = self.state.surveyed, self.state.leader
-        assert leader is not None
-        if before is not None:
-            moved = sum(a != b for a, b in zip(before.levels, leader.levels, strict=True))
-            if moved < MOVED * len(leader.levels):
-                return False
-        return self._affordable(self.surveyor.tokens + self._generation_tokens())
 
     # -- scoring plans -------------------------------------------------------------------------------------------------
     def _candidate(self, child: Offspring) -> Candidate:

@@ -26,7 +26,7 @@ NOTES_SHOWN = 8
 
 @dataclass
 class State:
-    """One search's memory. ``population`` is sorted, best first; ``surveyed`` is the plan that was last probed around."""
+    """One search's memory. ``population`` is sorted, best first."""
 
     config: SearchConfig
     space: SearchSpace
@@ -37,7 +37,6 @@ class State:
     sensitivities: list[float] = field(default_factory=list)
     probe_levels: list[int] = field(default_factory=list)
     landscape: Landscape | None = None
-    surveyed: Plan | None = None
     reflections: Reflections = field(default_factory=Reflections)
     stale: int = 0
     made: Counter[str] = field(default_factory=Counter)

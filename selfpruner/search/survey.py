@@ -3,8 +3,9 @@
 The dense model's *probes* come first: one block at a time at a middle level. A *survey* is foreseen from slopes, all blocks and
 levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`). Some changes cost little on most text and ruin a sequence
 now and then; around a good plan slopes hardly see that coming, around one that is pruned further they see more of it. So slopes
-are taken at the plan that the landscape holds best for a higher rate. Where the worker cannot take them, because the model is
-streamed or memory is short, a survey is made of evaluations around the leader, on fewer tokens.
+are taken at the plan that the landscape holds best for a higher rate, and the next survey's at what it holds best after this one.
+Where the worker cannot take them, because the model is streamed or memory is short, a survey is made of evaluations around the
+leader, on fewer tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from selfpruner.space import Block, Plan, SearchSpace
 # leave open. A survey by evaluations takes this share of the tokens.
 REACH = 2
 FORESIGHT = 0.3
+# A survey is worth its tokens again when that plan differs in this share of its blocks from the one last looked at.
+MOVED = 0.2
 # Slopes are taken at a plan of this many times the target rate, at most half way to all that can be removed.
 HARDER = 1.4
-PROBED = 0.25
+PROBED = 0.125
 # FFNs are surveyed in so many groups of neighbouring layers.
 FFN_GROUPS = 6
 
@@ -39,6 +42,8 @@ class Surveyor:
         self._windows = windows
         self._recorder = recorder
         self._step = step
+        self.made = 0
+        self._looked: Plan | None = None
 
     @property
     def tokens(self) -> int:
@@ -64,32 +69,41 @@ class Surveyor:
         )
         return levels, values
 
-    async def around(self, here: Plan, landscape: Landscape, number: int) -> float:
-        """Show ``landscape`` what changes around the leader ``here`` do on fresh tokens of generation ``number``; the seconds it
-        took."""
+    def place(self, landscape: Landscape) -> Plan | None:
+        """Where the next survey is due: the best plan of a higher rate. None where that is much like the one last looked at."""
+        harder = cheapest(self._harder(), landscape.losses())
+        if self._looked is not None:
+            moved = sum(a != b for a, b in zip(self._looked.levels, harder.levels, strict=True))
+            if moved < MOVED * len(harder.levels):
+                return None
+        return harder
+
+    async def around(self, harder: Plan, here: Plan, landscape: Landscape, generation: int) -> float:
+        """Show ``landscape`` what changes around ``harder`` do, or where the worker has no slopes those around the leader ``here``,
+        on fresh tokens; the seconds it took."""
+        number, self.made, self._looked = self.made, self.made + 1, harder
         window = self._windows.survey(number)
         tokens = len(window.sequences) * self._windows.length
-        harder = cheapest(self._harder(), landscape.losses())
         moves = {move: landscape.weights[move[0]] for move in steps(self._space, harder)}
         before = self._evaluator.seconds
         foreseen = await self._evaluator.foresee(harder, moves, window)
         if foreseen is None:
             around, how = here, "probed"
-            count, tokens, seconds = await self._probe_around(here, landscape, number)
+            count, tokens, seconds = await self._probe_around(here, landscape, number, generation)
         else:
             around, how = harder, "foreseen"
             base, changes = foreseen
             for (block, level), change in changes.items():
                 moved = Plan((*harder.levels[:block], level, *harder.levels[block + 1 :]))
                 landscape.observe(
-                    moved, harder, change, base=base, window=window.name, tokens=tokens, generation=number, misfit=FORESIGHT
+                    moved, harder, change, base=base, window=window.name, tokens=tokens, generation=generation, misfit=FORESIGHT
                 )
             count, seconds = len(changes), self._evaluator.seconds - before
         self._recorder.event(
             f"survey-{number}",
             "search.surveyed",
-            f"Generation {number}: {count} changes of {around.hash} {how} on {tokens} tokens.",
-            data={"generation": number, "plan": around.hash, "changes": count, "foreseen": foreseen is not None},
+            f"Generation {generation}: {count} changes of {around.hash} {how} on {tokens} tokens.",
+            data={"generation": generation, "plan": around.hash, "changes": count, "foreseen": foreseen is not None},
         )
         return seconds
 
@@ -98,7 +112,7 @@ class Surveyor:
         most = sum(block.removed(len(block.options) - 1) for block in space.blocks) / space.total
         return replace(space, rate=min(HARDER * space.rate, (space.rate + most) / 2))
 
-    async def _probe_around(self, here: Plan, landscape: Landscape, number: int) -> tuple[int, int, float]:
+    async def _probe_around(self, here: Plan, landscape: Landscape, number: int, generation: int) -> tuple[int, int, float]:
         """A survey by evaluations: probes, tokens of each, and seconds."""
         window = self._windows.survey(number, PROBED)
         probes = survey(self._space, here, self._step)
@@ -108,7 +122,7 @@ class Surveyor:
         for plan in probes:
             if math.isfinite(scores[plan.hash].kl) and math.isfinite(base.kl):
                 change = scores[plan.hash].kl - base.kl
-                landscape.observe(plan, here, change, base=base.kl, window=window.name, tokens=base.tokens, generation=number)
+                landscape.observe(plan, here, change, base=base.kl, window=window.name, tokens=base.tokens, generation=generation)
         return len(probes), base.tokens, sum(score.seconds for score in scores.values())
 
 

@@ -71,9 +71,13 @@ class Windows:
         return self._survey * self.length
 
     def survey(self, number: int, share: float = 1.0) -> Window:
-        """Fresh tokens for a survey around the leader of generation ``number``, or a ``share`` of them."""
-        count = min(max(1, round(share * self._survey)), len(self._free))
-        chosen = random.Random(f"survey:{self._seed}:{number}").sample(self._free, count)
+        """The tokens of survey ``number``, or a ``share`` of them; those of others as long as there are any left."""
+        whole = min(self._survey, len(self._free))
+        count = min(max(1, round(share * self._survey)), whole)
+        epoch, place = divmod(number, len(self._free) // whole)
+        order = list(self._free)
+        random.Random(f"survey:{self._seed}:{epoch}").shuffle(order)
+        chosen = order[place * whole : place * whole + count]
         return Window(f"survey.{number}" if share == 1.0 else f"survey.{number}.{count}", "fitness", tuple(sorted(chosen)))
 
     def generation(self, number: int) -> list[Window]:
