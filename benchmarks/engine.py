@@ -7,10 +7,10 @@
 Children of one parent (uniform at ``--rate``) by level switch, the same tokens, the same dtype; fresh children and tokens in
 every repetition, methods in turn in one process: ``naive`` (a) and ``masked`` (b) of benchmarks/rivals.py, ``engine`` (c) at full
 fidelity, ``race`` (d) with early rejection, ``--keep`` to survive. Every method pays for the dense model's side of its
-generation. ``late`` is (c) on children that share the first half of the parent's blocks. Then ``--generations`` generations, each
-from the best of the last, scored with and without early rejection: how often the same survive. Memory is measured in a process
-per method, set up as workers are: its peak while it scores beyond what the process held before the model was loaded (on a GPU what
-torch allocated).
+generation. ``late`` is (c) on children that keep as many of the parent's first blocks as those of ``level_switch`` do on average.
+Then ``--generations`` generations, each from the best of the last, scored with and without early rejection: how often the same
+survive. Memory is measured in a process per method, set up as workers are: its peak while it scores beyond what the process held
+before the model was loaded (on a GPU what torch allocated).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def children_of(space: Any, parent: Any, count: int, seed: int, first: int = 0) 
     chance = random.Random(seed)
     found: list[Any] = []
     while len(found) < count:
-        child = switch(space, parent, chance, min(chance.randint(1, 3), chance.randint(1, 3)))
+        child = switch(space, parent, chance, min(chance.randint(1, 3), chance.randint(1, 3)), first)
         if child != parent and child not in found and child.levels[:first] == parent.levels[:first]:
             found.append(child)
     return found
@@ -143,6 +143,8 @@ def scorer(case: Case, options: argparse.Namespace, method: str) -> Callable[[Se
 def _timed(case: Case, options: argparse.Namespace, children: int) -> dict[str, Any]:
     import torch
 
+    from selfpruner.operators.evolution import KEEPING, KEPT
+
     sequences = options.tokens // options.length
     parent = case.space.project([options.rate] * case.space.layers)
     scorers = {method: scorer(case, options, method) for method in METHODS}
@@ -167,8 +169,8 @@ def _timed(case: Case, options: argparse.Namespace, children: int) -> dict[str, 
         tokens = case.window(repetition, sequences)
         plans = children_of(case.space, parent, children, repetition)
         found = {method: clock(method, scorers[method], plans, tokens) for method in METHODS}
-        half = children_of(case.space, parent, children, repetition, first=len(case.blocks) // 2)
-        clock("late", late, half, tokens)
+        kept = round(KEEPING * statistics.mean(KEPT) * len(case.blocks))
+        clock("late", late, children_of(case.space, parent, children, repetition, first=kept), tokens)
         out["difference"] += [abs(s.kl - kl) / kl for s, kl in zip(found["engine"], found["naive"], strict=True)]
         out["race_tokens"] += [score.tokens for score in found["race"]]
         out.setdefault("kl", []).append([score.kl for score in found["engine"]])

@@ -219,6 +219,27 @@ class TestLevelSwitch(OperatorSuite):
             assert sum(a != b for a, b in pairs) <= 20
         assert len({child.plan.hash for child in self.propose(context, 12)}) >= 10
 
+    @pytest.mark.parametrize("first", [0, 3, 7])
+    def test_blocks_before_the_first_stay(self, first: int) -> None:
+        space, rng = space_of(**SPACES["smollm"]), random.Random(first)
+        plan = space.project([0.2] * space.layers)
+        children = [switch(space, plan, rng, rng.randint(1, 3), first) for _ in range(200)]
+        assert all(child.levels[:first] == plan.levels[:first] for child in children)
+        turned = {index for child in children for index, level in enumerate(child.levels) if level != plan.levels[index]}
+        assert turned >= set(range(first, len(space.blocks))), "every other block has its turn"
+
+    def test_a_call_s_children_mostly_keep_common_blocks(self) -> None:
+        space = space_of(layers=30, rate=0.2)
+        context = context_of(space)
+        kept = []
+        for seed in range(60):
+            children = self.propose(context, 8, seed)
+            parents = {c.plan_hash: c.levels for c in context.population}
+            pairs = [zip(c.plan.levels, parents[c.parents[0]], strict=True) for c in children]
+            kept.append(min(next((n for n, (a, b) in enumerate(pair) if a != b), len(space.blocks)) for pair in pairs))
+        assert sum(count >= len(space.blocks) // 4 for count in kept) > 30
+        assert min(kept) < len(space.blocks) // 8, "now and then the first blocks have their turn"
+
     @settings(max_examples=60, deadline=None)
     @given(st.integers(0, 10**6), st.sampled_from(sorted(SPACES)), st.integers(1, 3))
     def test_exchanges_keep_the_budget(self, seed: int, name: str, exchanges: int) -> None:
