@@ -123,7 +123,7 @@ def test_a_race_as_a_task(case: Ready, tokens: torch.Tensor, monkeypatch: pytest
         return evaluate(*args, exact=exact, **options)
 
     monkeypatch.setattr(case.engine, "evaluate", watched)
-    prepared: Any = SimpleNamespace(space=case.space, engine=case.engine, tokens=lambda _, sequences: tokens[sequences])
+    prepared: Any = SimpleNamespace(space=case.space, engine=case.engine, tokens=lambda *asked: tokens[asked[1]])
     payload = {"plans": [list(plan.levels) for plan in ladder(case)], "text": "fitness", "sequences": list(range(24))}
     race = {"keep": 2, "contenders": [1, 2, 3, 4, 5, 6], "confidence": 0.95}
     rows = _scores(prepared, {**payload, "race": race}, lambda: False)["rows"]

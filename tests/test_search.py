@@ -8,16 +8,20 @@ import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from selfpruner.config import LlmLimits, SearchConfig
 from selfpruner.errors import ConfigError, OutOfMemoryError, SelfprunerError
+from selfpruner.evaluation.prepared import Prepared
 from selfpruner.search.evaluator import Evaluator
 from selfpruner.search.loop import Outcome
 from selfpruner.search.records import Evaluation
-from selfpruner.search.windows import Windows, report_windows
+from selfpruner.search.survey import weighed
+from selfpruner.search.windows import PIECE, Windows, report_windows
 from selfpruner.space import Plan, SearchSpace
 from tests.searching import (
     SESSION,
@@ -71,6 +75,39 @@ def test_a_used_up_text_starts_over_in_another_order() -> None:
     assert first[0].name != ninth[0].name
     assert [w.sequences for w in first] != [w.sequences for w in ninth]
     assert not set(ninth[1].sequences) & set(windows.final.sequences)
+
+
+def test_only_probes_are_also_asked_on_short_pieces() -> None:
+    asked = []
+
+    class Watched(AnalyticPool):
+        async def run(self, session: Any, kind: str, payload: Any, on_progress: Any = None) -> Any:
+            asked.append((kind, tuple(payload["sequences"]), payload.get("piece")))
+            return await super().run(session, kind, payload, on_progress)
+
+    config = config_of(generations=2)
+    space = space_for(config)
+    search = Run(config, space, MemoryRecorder(), pool=Watched(space))
+    asyncio.run(search.go())
+    assert asked[0] == ("evaluate", search.windows.probe.sequences, None)
+    assert asked[1] == ("evaluate", search.windows.probe.sequences[:1], PIECE)
+    assert len(asked) > 4
+    assert all(piece is None for _, _, piece in asked[2:])
+
+
+def test_what_ruins_sequences_weighs_more() -> None:
+    whole = [0.01, 0.02, 0.04, 0.01, 0.0]
+    assert weighed(whole, [0.011, 0.022, 0.044, 0.044, 0.0]) == pytest.approx([0.01, 0.02, 0.04, 0.04, 0.0])
+    assert weighed(whole, [0.02, 0.04, 0.08, 0.03, 0.0]) == whole, "others are dearer on starts, too"
+
+
+def test_sequences_are_cut_into_whole_pieces() -> None:
+    tokens = torch.arange(24).view(2, 12)
+    prepared: Any = SimpleNamespace(text=lambda _: SimpleNamespace(tokens=tokens))
+    assert Prepared.tokens(prepared, "fitness", [1], 5).tolist() == [[12, 13, 14, 15, 16], [17, 18, 19, 20, 21]]
+    assert Prepared.tokens(prepared, "fitness", [1, 0], 6).shape == (4, 6)
+    for piece in (None, 12, 32):
+        assert torch.equal(Prepared.tokens(prepared, "fitness", [1, 0], piece), tokens[[1, 0]])
 
 
 def test_surveys_look_at_other_tokens_while_there_are_any() -> None:
@@ -228,7 +265,7 @@ def test_a_search(preset: str) -> None:
         assert set(candidate.parents) <= set(recorder.candidates)
     assert max(search.pool.seen.values()) == 1, "no plan is scored twice on the same tokens"
     windows = {name for _, name in recorder.evaluations}
-    assert all((uniform.hash, name) in recorder.evaluations for name in windows if not name.startswith(("probe", "survey"))), (
+    assert all((uniform.hash, name) in recorder.evaluations for name in windows if not name.startswith(("probe", "starts", "survey"))), (
         "uniform is the reference of all"
     )
 

@@ -66,9 +66,11 @@ class Prepared:
             self.texts[role] = text_of(self.config, role, self.loaded, self.cache, progress, cancelled)
         return self.texts[role]
 
-    def tokens(self, role: Role, sequences: Sequence[int]) -> Tensor:
-        """Token ids (len(sequences), length) of one text."""
-        return self.text(role).tokens[list(sequences)]
+    def tokens(self, role: Role, sequences: Sequence[int], piece: int | None = None) -> Tensor:
+        """Token ids (len(sequences), length) of one text, or (pieces, piece): what does not fill a piece is left out."""
+        tokens = self.text(role).tokens[list(sequences)]
+        length = tokens.shape[1]
+        return tokens if piece is None or piece >= length else tokens[:, : length // piece * piece].reshape(-1, piece)
 
 
 def text_of(

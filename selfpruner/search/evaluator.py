@@ -126,6 +126,7 @@ class Evaluator:
                 "moves": [list(move) for move in moves],
                 "text": window.text,
                 "sequences": list(window.sequences),
+                "piece": window.piece,
             }
             try:
                 result = await self._pool.run(self._session, "slopes", payload)
@@ -155,6 +156,7 @@ class Evaluator:
             "plans": [list(plan.levels) for plan in plans],
             "text": window.text,
             "sequences": list(window.sequences),
+            "piece": window.piece,
         }
         racing = [index for index, plan in enumerate(plans) if plan.hash in contenders]
         if len(racing) > keep > 0:

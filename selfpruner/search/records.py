@@ -17,11 +17,13 @@ CandidateStatus = Literal["pending", "evaluated", "infeasible", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Which tokens a plan was scored on: sequence numbers of one text. Equal names mean equal tokens."""
+    """Which tokens a plan was scored on: sequence numbers of one text, each cut into pieces of ``piece`` tokens where that is
+    given. Equal names mean equal tokens."""
 
     name: str
     text: Literal["fitness", "report"]
     sequences: tuple[int, ...]
+    piece: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

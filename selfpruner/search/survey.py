@@ -1,6 +1,9 @@
 """Looking before leaping: what blocks cost in the dense model, and what their next levels would do around a plan.
 
-The dense model's *probes* come first: one block at a time at a middle level. A *survey* is foreseen from slopes, all blocks and
+The dense model's *probes* come first: one block at a time at a middle level, on whole sequences and on short pieces. Models of this
+kind park attention on a sequence's first token, which the first layers mark; where that goes wrong for a token, everything after it
+is ruined. A few sequences hardly show it, many starts do: a block that costs much more there than others do is taken to cost more
+by that much (:func:`weighed`). A *survey* is foreseen from slopes, all blocks and
 levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`). Some changes cost little on most text and ruin a sequence
 now and then; around a good plan slopes hardly see that coming, around one that is pruned further they see more of it. So slopes
 are taken at the plan that the landscape holds best for a higher rate, and the next survey's at what it holds best after this one.
@@ -11,7 +14,9 @@ leader, on fewer tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 from selfpruner.operators.closed_form import cheapest
 from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator
@@ -29,6 +34,8 @@ MOVED = 0.2
 # Slopes are taken at a plan of this many times the target rate, at most half way to all that can be removed.
 HARDER = 1.4
 PROBED = 0.125
+# How many times more than others a block must cost on starts to be taken for one that ruins sequences.
+RUINOUS = 2.0
 # FFNs are surveyed in so many groups of neighbouring layers.
 FFN_GROUPS = 6
 
@@ -54,18 +61,21 @@ class Surveyor:
 
     async def probe(self) -> tuple[list[int], list[float]]:
         """Per block of the dense model a middle level, and the KL (nats) when only that block is at it."""
-        blocks, window = range(len(self._space.blocks)), self._windows.probe
+        blocks, windows = range(len(self._space.blocks)), (self._windows.probe, self._windows.starts)
         levels = [probe_level(self._space, block) for block in blocks]
         plans = [Plan(tuple(level if other == block else 0 for other in blocks)) for block, level in enumerate(levels)]
-        scores = await self._evaluator.score(plans, [window])
+        whole, starts = [
+            [max(kl, 0.0) if math.isfinite(kl := scores[plan.hash].kl) else 0.0 for plan in plans]
+            for scores in [await self._evaluator.score(plans, [window]) for window in windows]
+        ]
         self._evaluator.plans.clear()  # a probe is no candidate and does not count as a plan evaluated
-        found = [scores[plan.hash].kl for plan in plans]
-        values = [max(value, 0.0) if math.isfinite(value) else 0.0 for value in found]
+        values = weighed(whole, starts)
+        tokens = sum(len(window.sequences) for window in windows) * self._windows.length
         self._recorder.event(
             "probes",
             "search.probed",
-            f"Sensitivity of {len(levels)} blocks measured on {len(window.sequences) * self._windows.length} tokens.",
-            data={"levels": levels, "kl": [round(value, 6) for value in values]},
+            f"Sensitivity of {len(levels)} blocks measured on {tokens} tokens.",
+            data={"levels": levels, **{name: [round(v, 6) for v in list_] for name, list_ in (("kl", values), ("starts", starts))}},
         )
         return levels, values
 
@@ -124,6 +134,14 @@ class Surveyor:
                 change = scores[plan.hash].kl - base.kl
                 landscape.observe(plan, here, change, base=base.kl, window=window.name, tokens=base.tokens, generation=generation)
         return len(probes), base.tokens, sum(score.seconds for score in scores.values())
+
+
+def weighed(whole: Sequence[float], starts: Sequence[float]) -> list[float]:
+    """KL per block: that of whole sequences, times how much more than for the median block it is on starts, where that is more than
+    RUINOUS."""
+    ratios = [start / kl if kl > 0 else 1.0 for kl, start in zip(whole, starts, strict=True)]
+    usual = max(median(ratios), 1e-9)
+    return [kl * ratio / usual if ratio > RUINOUS * usual else kl for kl, ratio in zip(whole, ratios, strict=True)]
 
 
 def steps(space: SearchSpace, plan: Plan) -> list[tuple[int, int]]:

@@ -13,6 +13,10 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError
 from selfpruner.search.records import Window
 
+# Tokens of a piece of text that is there for its first tokens. What goes wrong there ruins a whole sequence, now and then: many
+# short pieces show how often where a few long sequences do not (benchmarks/README.md).
+PIECE = 32
+
 
 class Windows:
     """Token windows over ``sequences`` sequences of ``length`` tokens.
@@ -61,6 +65,11 @@ class Windows:
     @property
     def probe(self) -> Window:
         return Window("probe", "fitness", self._probe)
+
+    @property
+    def starts(self) -> Window:
+        """Half of the probes' text in short pieces."""
+        return Window(f"starts.{PIECE}", "fitness", self._probe[: -(-len(self._probe) // 2)], PIECE)
 
     @property
     def final(self) -> Window:

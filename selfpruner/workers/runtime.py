@@ -139,7 +139,7 @@ class Runtime:
         moves = [(int(block), int(level)) for block, level in payload["moves"]]
         for block, level in moves:
             prepared.space.check(Plan((*plan.levels[:block], level, *plan.levels[block + 1 :])))
-        tokens = prepared.tokens(payload["text"], payload["sequences"])
+        tokens = prepared.tokens(payload["text"], payload["sequences"], payload.get("piece"))
         found = slopes(prepared.engine, plan, moves, tokens, cancelled=cancelled)
         return {**asdict(found), "seconds": time.perf_counter() - started}
 
@@ -264,7 +264,7 @@ def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled
     race = payload.get("race")
     scores = prepared.engine.evaluate(
         plans,
-        prepared.tokens(payload["text"], payload["sequences"]),
+        prepared.tokens(payload["text"], payload["sequences"], payload.get("piece")),
         exact=bool(payload.get("exact", payload["text"] == "report")),
         race=None if race is None else Race(int(race["keep"]), tuple(race["contenders"]), float(race.get("confidence", 0.99))),
         cancelled=cancelled,
