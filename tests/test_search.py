@@ -265,9 +265,9 @@ def test_a_search(preset: str) -> None:
         assert set(candidate.parents) <= set(recorder.candidates)
     assert max(search.pool.seen.values()) == 1, "no plan is scored twice on the same tokens"
     windows = {name for _, name in recorder.evaluations}
-    assert all((uniform.hash, name) in recorder.evaluations for name in windows if not name.startswith(("probe", "starts", "survey"))), (
-        "uniform is the reference of all"
-    )
+    assert all(
+        (uniform.hash, name) in recorder.evaluations for name in windows if not name.startswith(("probe", "starts", "survey"))
+    ), "uniform is the reference of all"
 
     assert outcome.uniform.plan_hash == uniform.hash
     assert outcome.best.fitness == min(c.fitness for c in outcome.finalists if c.fitness is not None)
