@@ -41,7 +41,8 @@ def _run(options: argparse.Namespace) -> None:
     from selfpruner.operators.closed_form import cheapest
     from selfpruner.search.evaluator import FIRST, OWN
     from selfpruner.search.landscape import Landscape
-    from selfpruner.search.survey import FORESIGHT, probe_level, steps
+    from selfpruner.search.survey import FORESIGHT, probe_level, steps, weighed
+    from selfpruner.search.windows import PIECE
     from selfpruner.space import Plan
 
     cache = default_cache()
@@ -65,7 +66,11 @@ def _run(options: argparse.Namespace) -> None:
 
     levels = [probe_level(space, block) for block in range(len(blocks))]
     probes = [Plan(tuple(level if at == block else 0 for at in range(len(blocks)))) for block, level in enumerate(levels)]
-    sensitivities = [max(score.kl, 0.0) for score in engine.evaluate(probes, seen[: options.probed], exact=False)]
+    whole = seen[: options.probed]
+    starts = whole[: -(-len(whole) // 2)].reshape(-1, PIECE)
+    sensitivities = weighed(
+        *([max(score.kl, 0.0) for score in engine.evaluate(probes, part, exact=False)] for part in (whole, starts))
+    )
     start = cheapest(space, Landscape(space, sensitivities, levels).losses())
 
     plans = {"closed form": start}
