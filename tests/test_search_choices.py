@@ -58,7 +58,7 @@ def test_a_search_that_finds_nothing_better_stops_and_says_what_that_saved() -> 
 
 
 def test_gains_too_small_to_matter_end_it_too() -> None:
-    outcome, _, _ = run(generations=40, patience=3, least_gain=0.5)
+    outcome, _, _ = run(generations=40, patience=3, least_gain=0.5, initial=["uniform"], operators=["level_switch"])
     assert 3 <= outcome.generations < 8
     assert "generations gained" in outcome.stopped
 
