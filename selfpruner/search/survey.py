@@ -3,12 +3,13 @@
 The dense model's *probes* come first: one block at a time at a middle level, on whole sequences and on short pieces. Models of this
 kind park attention on a sequence's first token, which the first layers mark; where that goes wrong for a token, everything after it
 is ruined. A few sequences hardly show it, many starts do: a block that costs much more there than others do is taken to cost more
-by that much (:func:`weighed`). A *survey* is foreseen from slopes, all blocks and
-levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`). Some changes cost little on most text and ruin a sequence
-now and then; around a good plan slopes hardly see that coming, around one that is pruned further they see more of it. So slopes
-are taken at the plan that the landscape holds best for a higher rate, and the next survey's at what it holds best after this one.
-Where the worker cannot take them, because the model is streamed or memory is short, a survey is made of evaluations around the
-leader, on fewer tokens.
+by that much (:func:`weighed`).
+
+A *survey* is foreseen from slopes, all blocks and levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`). Around a
+good plan slopes hardly see what a change does to the few sequences it harms most; around one that is pruned further they see more
+of it. So they are taken at the plan that the landscape holds best for a higher rate, and the next survey's at what it holds best
+after this one. Where the worker cannot take them, because the model is streamed or memory is short, a survey is made of evaluations
+around the leader, on fewer tokens.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from selfpruner.search.records import Recorder
 from selfpruner.search.windows import Windows
 from selfpruner.space import Block, Plan, SearchSpace
 
-# A survey foresees changes by up to so many levels. What it says of one is off by this share of it, beside what its tokens
-# leave open. A survey by evaluations takes this share of the tokens.
-REACH = 2
-FORESIGHT = 0.3
-# A survey is worth its tokens again when that plan differs in this share of its blocks from the one last looked at.
-MOVED = 0.2
-# Slopes are taken at a plan of this many times the target rate, at most half way to all that can be removed.
-HARDER = 1.4
-PROBED = 0.125
 # How many times more than others a block must cost on starts to be taken for one that ruins sequences.
 RUINOUS = 2.0
-# FFNs are surveyed in so many groups of neighbouring layers.
+# Slopes are taken at a plan of this many times the target rate, at most half way to all that can be removed.
+HARDER = 1.4
+# A survey is worth its tokens again when that plan differs in this share of its blocks from the one last looked at.
+MOVED = 0.2
+# A survey foresees changes by up to so many levels. What it says of one is off by this share of it, beside what its tokens leave
+# open.
+REACH = 2
+FORESIGHT = 0.3
+# A survey by evaluations takes this share of the tokens, and FFNs in so many groups of neighbouring layers.
+PROBED = 0.125
 FFN_GROUPS = 6
 
 
