@@ -28,8 +28,9 @@ from selfpruner.space import Block, Plan, SearchSpace
 
 # How many times more than others a block must cost on starts to be taken for one that ruins sequences.
 RUINOUS = 2.0
-# Slopes are taken at a plan of this many times the target rate, at most half way to all that can be removed.
-HARDER = 1.4
+# Slopes are taken at a plan of this many times the target rate, and at most of so much more: further on, the model is ruined as
+# it is, and ruining more costs nothing. At most half way to all that can be removed.
+HARDER, FURTHER = 1.4, 0.08
 # A survey is worth its tokens again when that plan differs in this share of its blocks from the one last looked at.
 MOVED = 0.2
 # A survey foresees changes by up to so many levels. What it says of one is off by this share of it, beside what its tokens leave
@@ -121,7 +122,7 @@ class Surveyor:
     def _harder(self) -> SearchSpace:
         space = self._space
         most = sum(block.removed(len(block.options) - 1) for block in space.blocks) / space.total
-        return replace(space, rate=min(HARDER * space.rate, (space.rate + most) / 2))
+        return replace(space, rate=min(HARDER * space.rate, space.rate + FURTHER, (space.rate + most) / 2))
 
     async def _probe_around(self, here: Plan, landscape: Landscape, number: int, generation: int) -> tuple[int, int, float]:
         """A survey by evaluations: probes, tokens of each, and seconds."""
