@@ -29,7 +29,7 @@ COMPENSATIONS: Mapping[str, str] = {
 CLOSED_FORM_OPERATORS: Mapping[str, str] = {
     "uniform": "the same rate everywhere",
     "ramp": "rates linear in depth, a grid of slopes (ATP)",
-    "sensitivity": "the plan of smallest predicted loss, from one probe per block",
+    "sensitivity": "the plan of smallest predicted loss, from probes of every block",
     "random": "random rates around the target",
     "owl": "layers with more outlier weights keep more (OWL)",
     "flap_global": "one threshold on FLAP's standardised scores of all units (FLAP, AL-AM)",

@@ -10,7 +10,7 @@ from selfpruner.operators.base import Context, Offspring
 from selfpruner.space import Plan, SearchSpace
 
 # Three times out of four the children of one call keep all blocks before a common one, drawn from this part of the plan: the engine
-# passes them once for the parent and all of its children, half as much again per second (benchmarks/README.md).
+# passes them once for the parent and all of its children.
 KEPT = (0.3, 0.9)
 KEEPING = 0.75
 
