@@ -47,6 +47,7 @@ class Settings:
     calibration: tuple[int, int] = (64, 512)
     fitness: tuple[int, int] = (512, 256)
     held_out: int = 32_768
+    held_out_from: int = 0  # so many tokens of every held-out text are passed over: what was looked at while methods were made
     trace: int = 8192
     dtype: str = "auto"
     device: str = "auto"
@@ -57,7 +58,7 @@ class Settings:
     def config(self, cache: Path, rate: float, **fields: Any) -> SearchConfig:
         """The config of a search on the judge's model and texts; ``fields`` are a method's own."""
         c4 = [{"source": text("c4", cache)}]
-        reported = (self.trace + self.held_out) // C4_LENGTH
+        reported = (self.trace + self.held_out_from + self.held_out) // C4_LENGTH
         return SearchConfig.model_validate(
             {
                 "model": self.model,
@@ -218,7 +219,7 @@ class TraceRecorder:
 
 
 class JudgeRuntime(Runtime):
-    """A worker's runtime that also scores plans on WikiText-2 test: ``judge`` {plans, length, sequences}."""
+    """A worker's runtime that also scores plans on WikiText-2 test: ``judge`` {plans, length, first, sequences}."""
 
     def __init__(self, device: str = "auto") -> None:
         super().__init__(device)
@@ -229,14 +230,16 @@ class JudgeRuntime(Runtime):
         self, session: Session, payload: Mapping[str, Any], progress: Callable[[str], None], cancelled: Callable[[], bool]
     ) -> Json:
         prepared = self._session(session, progress, cancelled)
-        length, sequences = int(payload["length"]), int(payload["sequences"])
+        length, first, sequences = int(payload["length"]), int(payload["first"]), int(payload["sequences"])
         if self._wikitext is None:
             tokenizer: Any = prepared.loaded.tokenizer
             ids = tokenizer(joined_rows(original("wikitext2-test")), verbose=False)["input_ids"]
             self._wikitext = torch.tensor(ids, dtype=torch.int64)
-        if self._wikitext.numel() < length * sequences:
-            raise TextError(f"WikiText-2 test has {self._wikitext.numel():,} tokens; {sequences} sequences of {length} are asked.")
-        tokens = self._wikitext[: length * sequences].view(sequences, length)
+        asked = self._wikitext[length * first : length * (first + sequences)]
+        if asked.numel() < length * sequences:
+            wanted = f"{sequences} sequences of {length} from number {first} on"
+            raise TextError(f"WikiText-2 test has {self._wikitext.numel():,} tokens; {wanted} are asked.")
+        tokens = asked.view(sequences, length)
         plans = [Plan(tuple(levels)) for levels in payload["plans"]]
         return {"rows": [asdict(score) for score in prepared.engine.evaluate(plans, tokens, cancelled=cancelled)]}
 
@@ -255,7 +258,7 @@ class Bench:
         traced = settings.trace // C4_LENGTH
         chosen = set(random.Random("trace").sample(range(sequences), traced))
         self._trace = [index for index in range(sequences) if index in chosen]
-        self._held_out = [index for index in range(sequences) if index not in chosen]
+        self._held_out = [index for index in range(sequences) if index not in chosen][settings.held_out_from // C4_LENGTH :]
 
     async def prepare(self, tell: Callable[[str], None]) -> None:
         self.prepared = await self.pool.run(self.session, "prepare", {}, tell)
@@ -279,7 +282,8 @@ class Bench:
         """KL and perplexity on every held-out text."""
         scores = {C4: (await self._reported([plan], self._held_out))[0]}
         for name, length in WIKITEXT.items():
-            asked = {"plans": [list(plan.levels)], "length": length, "sequences": self.settings.held_out // length}
+            first, sequences = self.settings.held_out_from // length, self.settings.held_out // length
+            asked = {"plans": [list(plan.levels)], "length": length, "first": first, "sequences": sequences}
             row = (await self.pool.run(self.session, "judge", asked))["rows"][0]
             scores[name] = Score(**row)
         return {name: {"kl": score.kl, "perplexity": score.perplexity} for name, score in sorted(scores.items(), reverse=True)}

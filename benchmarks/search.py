@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--held-out-tokens", type=int)
+    parser.add_argument("--held-out-from", type=int, default=0, help="pass over so many tokens of every held-out text")
     parser.add_argument("--trace-tokens", type=int, default=8192, help="tokens that draw the curves")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cache", type=Path, default=default_cache())
@@ -79,6 +80,7 @@ def main() -> None:
         options.compensation,
         options.budget_tokens or (45_000 if options.quick else 400_000),
         held_out=options.held_out_tokens or (4096 if options.quick else 32_768),
+        held_out_from=options.held_out_from,
         dtype=options.dtype,
         device=options.device,
         **quick,

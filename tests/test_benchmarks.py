@@ -42,6 +42,7 @@ class JudgedPool(AnalyticPool):
     def __init__(self, space: SearchSpace) -> None:
         super().__init__(space)
         self.kinds: list[str] = []
+        self.judged: list[dict[str, Any]] = []
 
     async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
         self.kinds.append(kind)
@@ -55,6 +56,7 @@ class JudgedPool(AnalyticPool):
                 "dtype": "float32",
             }
         if kind == "judge":
+            self.judged.append(dict(payload))
             rows = [{"kl": self.kl(Plan(tuple(levels))), "nll": 3.0, "tokens": 16} for levels in payload["plans"]]
             return {"rows": rows}
         return await super().run(session, kind, payload, on_progress)
@@ -202,6 +204,14 @@ def test_held_out_trace_and_fitness_text_are_apart(tmp_path: Path) -> None:
     assert not set(bench._trace) & set(bench._held_out)
     assert len(bench._trace) == 1024 // 512
     assert len(bench._held_out) == 4096 // 512
+
+
+def test_held_out_text_that_was_looked_at_is_passed_over(tmp_path: Path) -> None:
+    bench, pool = bench_of(tmp_path, settings_of(held_out_from=6144))
+    assert len(bench._held_out) == 4096 // 512
+    assert min(bench._held_out) >= 6144 // 512
+    asyncio.run(bench.held_out(Plan((0,) * 12)))
+    assert [(call["length"], call["first"], call["sequences"]) for call in pool.judged] == [(512, 12, 8), (2048, 3, 2)]
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------------
