@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from selfpruner.criteria.base import Heads
+from selfpruner.criteria.base import Evidence, Heads
 from selfpruner.criteria.flap import Flap
 from selfpruner.evaluation.signals import (
     channel_scores,
@@ -73,10 +73,10 @@ def test_scores_are_flaps_standardised_over_the_block(case: Ready) -> None:
     channels = channel_scores(W, ffn)
     assert float(channels.mean()) == pytest.approx(0, abs=1e-5)
     assert float(channels.std()) == pytest.approx(1, abs=1e-5)
-    assert torch.equal(channels.argsort(descending=True, stable=True), Flap().order_channels(W, ffn))
+    assert torch.equal(channels.argsort(descending=True, stable=True), Flap().order_channels(Evidence(W, ffn, {})))
     heads = Heads(case.arch.kv_groups, case.arch.heads_per_group, case.arch.head_dim)
     W = case.arch.attention(1).o.float()
-    expected = Flap().score_heads(Flap().score_columns(W, attention), heads).flatten()
+    expected = Flap().score_heads(Flap().score_columns(Evidence(W, attention, {})), heads).flatten()
     assert torch.equal(head_scores(W, attention, heads).argsort(), expected.argsort())
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.criteria.base import Heads
+from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
+from selfpruner.criteria.masks import Sparsity
 from selfpruner.space import Option
 
 # OWL calls a weight an outlier when |W_ij| * ||X_j|| is above M times the layer's mean.
@@ -49,6 +50,24 @@ def layer_signals(facts: Mapping[str, Any], options: tuple[Sequence[Option], Seq
     }
 
 
+def weight_facts(matrices: Mapping[str, Matrix], levels: Sequence[Sparsity]) -> dict[str, Any]:
+    """The signals of one layer for patterns that make weights zero, in the form of :func:`layer_signals`.
+
+    OWL's outliers are counted in all matrices, as published. FLAP's threshold has no form for single weights; taken here is its
+    metric of a weight, var(X_j) W_ij^2, standardised over the block.
+    """
+    blocks = [[m for name, m in matrices.items() if (name in ("gate", "up", "down")) == ffn] for ffn in (False, True)]
+    thresholds = []
+    for block in blocks:
+        scores = torch.cat([(m.W.pow(2) * m.inputs.variance.to(m.W)).flatten() for m in block if m.inputs is not None])
+        ordered = _standard(scores).sort().values
+        places = [min(int(level.share * len(ordered)), len(ordered)) - 1 for level in levels]
+        values = (float(ordered[place]) if place >= 0 else float(ordered[0]) - 1.0 for place in places)
+        thresholds.append([round(value, 6) for value in accumulate(values, max)])
+    norms = [m.norm for m in matrices.values()]
+    return {"outlier_ratio": outlier_ratio([m.W for m in matrices.values()], norms), "flap_thresholds": thresholds}
+
+
 def gather(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The signals of a model: ``outlier_ratio`` one number per layer, ``flap_thresholds`` one list per block in plan order."""
     return {
@@ -67,12 +86,12 @@ def outlier_ratio(matrices: Sequence[Tensor], norms: Sequence[Tensor], m: float 
 
 def channel_scores(W: Tensor, stats: BlockStatistics) -> Tensor:
     """FLAP's channel scores (n,), standardised over the block."""
-    return _standard(Flap().score_columns(W, stats))
+    return _standard(Flap().score_columns(Evidence(W, stats, {})))
 
 
 def head_scores(W: Tensor, stats: BlockStatistics, heads: Heads) -> Tensor:
     """FLAP's query-head scores (H,): squared column scores, standardised over the block, averaged over the head's columns."""
-    return _standard(Flap().score_columns(W, stats).pow(2)).view(-1, heads.head_dim).mean(-1)
+    return _standard(Flap().score_columns(Evidence(W, stats, {})).pow(2)).view(-1, heads.head_dim).mean(-1)
 
 
 def level_thresholds(scores: Tensor, kept: Sequence[int]) -> list[float]:
