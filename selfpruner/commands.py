@@ -44,6 +44,7 @@ def search(
     objective: options.Objective = None,
     rates: options.Rates = None,
     preset: options.Preset = None,
+    pattern: options.Pattern = None,
     criterion: options.Criterion = None,
     compensation: options.Compensation = None,
     calibration: options.Calibration = None,
@@ -72,6 +73,7 @@ def search(
         objective=objective,
         rates=rates,
         preset=preset,
+        pattern=pattern,
         criterion=criterion,
         compensation=compensation,
         generations=generations,
@@ -109,6 +111,7 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help='JSON with "levels", or "rates" per layer or block; a checkpoint\'s plan.json will do.')
     ] = None,
+    pattern: options.Pattern = None,
     criterion: options.Criterion = None,
     compensation: options.Compensation = None,
     calibration: options.Calibration = None,
@@ -128,6 +131,7 @@ def prune(
         settings,
         calibration=calibration,
         model=model,
+        pattern=pattern,
         criterion=criterion,
         compensation=compensation,
         seed=seed,
@@ -229,6 +233,7 @@ def _print_pruned(result: Pruned, as_json: bool) -> int:
 ROWS = {
     "dense": "dense",
     "uniform_flap_bias": "uniform, flap + bias",
+    "uniform_magnitude": "uniform, magnitude",
     "uniform": "uniform",
     "ramp": "best ramp",
     "best": "best found",

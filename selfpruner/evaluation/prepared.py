@@ -241,12 +241,10 @@ def _masked_blocks(
     arch.restore_order()
     for layer, file in enumerate(files):
         text.progress(f"reading levels of layer {layer + 1}/{arch.layers}")
-        errors, facts = masked.read_facts(file)
+        found, facts = masked.read_facts(file)
         opened = TensorFile(file)
         for block in (0, 1):
-            options = masked.block_options(arch, layer, block, levels, errors[block])
-            if not block and config.attention == "none":
-                options = options[:1]
+            options = found[block][:1] if not block and config.attention == "none" else found[block]
             blocks.append(PrunableMasked(arch, layer, block, opened, options))
         measured.append(facts)
     release()
@@ -315,9 +313,10 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
     shapes, tensors = [], {}
     if prepared.config.pattern != "structured":
         arch = prepared.arch
-        for block, level in enumerate(plan.levels):
-            tensors.update(_named(block // 2, prepared.engine.weights(block, level)))
-        return [LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels)] * arch.layers, tensors
+        arch.restore_order()  # what was left dense is written as it was
+        return [LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels)] * arch.layers, dict(
+            _masked_tensors(prepared, plan)
+        )
     for layer in range(prepared.arch.layers):
         levels = plan.levels[2 * layer], plan.levels[2 * layer + 1]
         attention = prepared.space.blocks[2 * layer].options[levels[0]]
@@ -329,6 +328,20 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
             elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
                 tensors.update(_named(layer, prepared.arch.checkpoint_ffn(layer)))
     return shapes, tensors
+
+
+def zeros(prepared: Prepared, plan: Plan) -> int:
+    """Weights that are zero in the blocks that ``plan`` prunes."""
+    matrices = (tensor for _, tensor in _masked_tensors(prepared, plan))
+    return sum(int((tensor == 0).sum()) for tensor in matrices)
+
+
+def _masked_tensors(prepared: Prepared, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of the blocks that ``plan`` prunes by making weights zero, under their checkpoint names."""
+    for block, level in enumerate(plan.levels):
+        if level:
+            found = _named(block // 2, prepared.engine.weights(block, level))
+            yield from ((name, tensor) for name, tensor in found.items() if name.endswith(".weight"))
 
 
 def streamed_export(prepared: Prepared, plan: Plan) -> tuple[SelfPrunerForCausalLM, TensorSource]:
@@ -398,8 +411,7 @@ def _kind(index: int) -> Any:
 def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
     """A block's sizes without errors, for the first look at the budget."""
     if config.pattern != "structured":
-        levels = _levels(config)
-        options = masked.block_options(arch, index // 2, index % 2, levels, [0.0] * len(levels))
+        options = masked.block_options(arch, index // 2, index % 2, _levels(config))
         return Block(index // 2, _kind(index), options[:1] if config.attention == "none" and index % 2 == 0 else options)
     if index % 2:
         widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)

@@ -84,16 +84,11 @@ class PrunableMasked:
         return self.arch.ffn(self.layer) if self.block else self.arch.attention(self.layer)
 
 
-def block_options(
-    arch: Architecture, layer: int, block: int, levels: Sequence[Sparsity], errors: Sequence[float]
-) -> tuple[Option, ...]:
-    """One option per level; ``parameters`` are weights that are not zero, so biases and norms are none of them."""
-    sizes = [tuple(getattr(_block(arch, layer, block), name).shape) for name in BLOCKS[block]]
-    whole = sum(out * width for out, width in sizes)
-    return tuple(
-        Option(whole - sum(level.pruned(out * width) for out, width in sizes), error)
-        for level, error in zip(levels, errors, strict=True)
-    )
+def block_options(arch: Architecture, layer: int, block: int, levels: Sequence[Sparsity]) -> tuple[Option, ...]:
+    """One option per level, as many weights as it should keep; ``parameters`` are weights that are not zero, so biases and norms
+    are none of them."""
+    sizes = [getattr(_block(arch, layer, block), name).numel() for name in BLOCKS[block]]
+    return tuple(Option(sum(sizes) - sum(level.pruned(size) for size in sizes)) for level in levels)
 
 
 def level_files(
@@ -122,8 +117,8 @@ def write_levels(
     *,
     repair: bool,
 ) -> None:
-    """Make a layer's levels and write them, and beside them ``facts`` and the squared output error of every matrix at every level,
-    as a share of its output.
+    """Make a layer's levels and write them, and beside them ``facts``, and of every matrix at every level how many weights stay
+    and the squared output error as a share of its output.
 
     ``levels[0]`` is the dense one. Raises DiskFullError, and leaves nothing then.
     """
@@ -133,6 +128,7 @@ def write_levels(
         for level in range(1, len(levels)):
             shapes[f"{name}.{level}"] = (dtype, (out, width)) if repair else (torch.uint8, (out, -(-width // 8)))
     errors: dict[str, list[float]] = {name: [0.0] for name in matrices}
+    counts = {name: [matrix.W.numel()] for name, matrix in matrices.items()}
     ready: dict[str, Tensor] = {}
     waiting = {name: _made(matrix, criterion, levels[1:], repair) for name, matrix in matrices.items()}
 
@@ -142,6 +138,7 @@ def write_levels(
             made, kept, error = next(waiting[name])
             ready[f"{name}.{len(errors[name])}"] = made.to(dtype) if repair else packed(kept)
             errors[name].append(error)
+            counts[name].append(int(kept.sum()))
         return ready.pop(key)
 
     aside = file.with_suffix(f".{os.getpid()}.tmp")
@@ -150,7 +147,7 @@ def write_levels(
             file.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(aside, shapes, tensor)
             aside.replace(file)
-            aside.write_text(json.dumps({"errors": errors, "facts": dict(facts)}), "utf-8")
+            aside.write_text(json.dumps({"errors": errors, "kept": counts, "facts": dict(facts)}), "utf-8")
             aside.replace(facts_file(file))
     finally:
         aside.unlink(missing_ok=True)
@@ -161,11 +158,16 @@ def facts_file(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
-def read_facts(file: Path) -> tuple[list[list[float]], dict[str, Any]]:
-    """The errors of attention and FFN at every level, the mean over their matrices, and the facts."""
+def read_facts(file: Path) -> tuple[tuple[tuple[Option, ...], ...], dict[str, Any]]:
+    """The options of attention and FFN, with the weights that really stay and the mean error of the block's matrices, and the
+    facts."""
     body = json.loads(facts_file(file).read_text("utf-8"))
-    means = [[fmean(each) for each in zip(*(body["errors"][name] for name in names), strict=True)] for names in BLOCKS]
-    return means, body["facts"]
+    options = []
+    for names in BLOCKS:
+        kept = [sum(each) for each in zip(*(body["kept"][name] for name in names), strict=True)]
+        errors = [fmean(each) for each in zip(*(body["errors"][name] for name in names), strict=True)]
+        options.append(tuple(Option(count, error) for count, error in zip(kept, errors, strict=True)))
+    return tuple(options), body["facts"]
 
 
 def _made(
