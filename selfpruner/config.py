@@ -212,6 +212,11 @@ class SearchConfig(Strict):
         return any(name in names.LLM_OPERATORS for name in (*self.initial, *self.operators))
 
     @property
+    def uses_spectra(self) -> bool:
+        """Whether an operator wants the spectra of the weights."""
+        return "alpha" in (*self.initial, *self.operators)
+
+    @property
     def front_rates(self) -> tuple[float, ...]:
         """The rates of the front's plans, ascending, the job's own among them; that one alone without a front over parameters."""
         if "parameters" not in self.objective:

@@ -71,6 +71,7 @@ CLOSED_FORM_OPERATORS: Mapping[str, str] = {
     "sensitivity": "the plan of smallest predicted loss, from probes of every block",
     "random": "random rates around the target",
     "owl": "layers with more outlier weights keep more (OWL)",
+    "alpha": "layers with heavier-tailed spectra keep more (AlphaPruning)",
     "flap_global": "one threshold on FLAP's standardised scores of all units (FLAP, AL-AM)",
 }
 LLM_OPERATORS: Mapping[str, str] = {

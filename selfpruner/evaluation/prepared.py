@@ -27,7 +27,7 @@ from selfpruner.criteria import Criterion, UnitCriterion, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine
-from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, weight_facts
+from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, spectral_exponents, weight_facts
 from selfpruner.export.build import outline
 from selfpruner.export.checkpoint import TensorSource
 from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
@@ -104,6 +104,10 @@ def prepare(
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     release()  # what writing text needed is gone before the factors come
     blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
+    if config.uses_spectra:
+        progress("looking at spectra")
+        file = cache / "spectra" / f"{loaded.source.fingerprint}-{arch.dtype}.json"
+        signals["spectral_exponents"] = spectral_exponents(arch, file, cancelled)
     space = space_of(config, arch, blocks)
     seconds = time.perf_counter() - started
     return Prepared(config, loaded, arch, cache, texts, space, signals, make_engine(arch, loaded, blocks), seconds)

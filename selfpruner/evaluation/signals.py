@@ -1,23 +1,30 @@
 """What the closed-form allocations of other papers need to know about a model: plain numbers, measured layer by layer.
 
-Both signals come from the calibration statistics of the output matrices (o_proj, down_proj), which are what structured criteria
-score, so they cost a few element-wise products per layer and no pass over the text.
+Outliers and thresholds come from the calibration statistics of the matrices that are scored, so they cost a few element-wise
+products per layer and no pass over the text. Spectra take an eigenvalue problem per matrix, so they are found when they are asked
+for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture
+from selfpruner.calibration.gradients import ATTENTION, FFN
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
 from selfpruner.criteria.masks import Sparsity
+from selfpruner.errors import CancelledTaskError, disk_errors
 from selfpruner.space import Option
 
 # OWL calls a weight an outlier when |W_ij| * ||X_j|| is above M times the layer's mean.
@@ -74,6 +81,46 @@ def gather(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "outlier_ratio": [layer["outlier_ratio"] for layer in layers],
         "flap_thresholds": [thresholds for layer in layers for thresholds in layer["flap_thresholds"]],
     }
+
+
+def spectral_exponents(arch: Architecture, file: Path, cancelled: Callable[[], bool] = lambda: False) -> list[float]:
+    """Per layer the mean exponent of its matrices' spectra (AlphaPruning, arXiv 2410.10912), kept in ``file``: they depend on
+    nothing but the weights. Raises CancelledTaskError between layers."""
+    if file.exists():
+        found: list[float] = json.loads(file.read_text("utf-8"))
+        return found
+    found = []
+    for layer in range(arch.layers):
+        if cancelled():
+            raise CancelledTaskError("Cancelled while looking at spectra.")
+        attention, ffn = arch.attention(layer), arch.checkpoint_ffn(layer)
+        matrices = [getattr(attention, name) for name in ATTENTION] + [getattr(ffn, name) for name in FFN]
+        found.append(round(fmean(hill_exponent(W) for W in matrices), 6))
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_text(json.dumps(found), "utf-8")
+        aside.replace(file)
+    return found
+
+
+def hill_exponent(W: Tensor) -> float:
+    """The exponent of the power law that the large eigenvalues of W^T W follow, by Hill's estimator:
+
+        1 + k / sum_(i <= k) ln(l_i / l_(k+1))        for the eigenvalues l_1 >= l_2 >= ...
+
+    over the k that lie above the peak of their logarithms' histogram. Smaller: a heavier tail.
+    """
+    W = W.to(torch.float32 if W.device.type == "mps" else torch.float64)
+    small = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    values = torch.linalg.eigvalsh(small).flip(0)
+    logs = values[values > values[0] * 1e-12].log().cpu()
+    if len(logs) < 3 or float(logs[0] - logs[-1]) < 1e-9:
+        return 1.0  # no spectrum to speak of
+    counts, edges = torch.histogram(logs.float(), bins=100)
+    above = int((logs.float() >= edges[int(counts.argmax())]).sum())
+    k = min(max(above - 1, 2), len(logs) - 1)
+    return 1.0 + k / max(float((logs[:k] - logs[k]).sum()), 1e-9)
 
 
 def outlier_ratio(matrices: Sequence[Tensor], norms: Sequence[Tensor], m: float = OUTLIER_M) -> float:

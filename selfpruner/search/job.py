@@ -58,7 +58,8 @@ def session_of(config: SearchConfig, cache: Path) -> Session:
         "seed",
         "memory",
     )
-    return Session(config.fingerprint(*fields, *texts), config.model_dump(mode="json"), str(cache))
+    spectra = "-spectra" if config.uses_spectra else ""
+    return Session(config.fingerprint(*fields, *texts) + spectra, config.model_dump(mode="json"), str(cache))
 
 
 async def run_job(
