@@ -221,8 +221,8 @@ PEERS: dict[str, Method] = {
     "ga": genetic,
 }
 METHODS = (*PEERS, *PRODUCT)
-# Methods without any randomness: one seed says it all.
-FIXED = ("uniform", "owl", "alpha", "flap_global")
+# Methods without any randomness: one seed says it all. The probes behind `sensitivity` are on the same windows whatever the seed.
+FIXED = ("uniform", "owl", "alpha", "flap_global", "sensitivity")
 
 
 def _context(run: Run) -> Context:

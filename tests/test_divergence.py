@@ -67,6 +67,24 @@ def test_compact_is_near(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], w
     assert same == (len(which) == 1)
 
 
+def test_a_model_that_goes_astray_alone_is_seen(
+    problem: tuple[Tensor, Tensor, list[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three positions at which one of eight models says something that no other does: its mass is where nobody looks."""
+    head, dense, _, tokens = problem
+    g = torch.Generator().manual_seed(5)
+    finals = [dense + 0.05 * torch.randn(dense.shape, generator=g) for _ in range(8)]
+    for position in (3, 9, 20):
+        finals[2][1, position] += 4 * torch.randn(WIDTH, generator=g)
+    expected = plain(head, dense, finals, tokens)[0].mean((1, 2))
+    errors = []
+    for share in (10**9, divergence.ASTRAY):
+        monkeypatch.setattr(divergence, "ASTRAY", share)
+        found = divergences(head, norm, dense, finals, tokens).kl.double().mean((1, 2))
+        errors.append(float((found / expected - 1).abs().max()))
+    assert errors[1] < 0.01 < errors[0]
+
+
 def test_a_small_vocabulary_is_taken_whole(problem: tuple[Tensor, Tensor, list[Tensor], Tensor]) -> None:
     head, dense, finals, tokens = problem
     small, few = head[:512], tokens % 512
