@@ -17,7 +17,7 @@ from tests.pruned import Ready, load_tiny, ready, tokens_of
 def moments_of(z: torch.Tensor, t: torch.Tensor) -> Moments:
     found = Moments(z.shape[1], t.shape[1], z.device)
     for part in zip(z.split(7), t.split(7), strict=True):
-        found.add(*part)
+        found.add(*part, torch.ones(len(part[0])))
     return found
 
 

@@ -44,18 +44,19 @@ class Moments:
 
     def __post_init__(self) -> None:
         kind: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
-        self.count = 0
+        self.count = 0.0
         self.z, self.t = torch.zeros(self.inputs, **kind), torch.zeros(self.outputs, **kind)
         self.zz = torch.zeros(self.inputs, self.inputs, **kind)
         self.zt = torch.zeros(self.inputs, self.outputs, **kind)
         self.tt = 0.0
 
-    def add(self, z: Tensor, t: Tensor) -> None:
-        """Inputs (tokens, n) and targets (tokens, d)."""
-        z, t = z.float(), t.float()
-        self.count += len(z)
-        self.z += z.sum(0, dtype=torch.float64)
-        self.t += t.sum(0, dtype=torch.float64)
+    def add(self, z: Tensor, t: Tensor, weights: Tensor) -> None:
+        """Inputs (tokens, n) and targets (tokens, d), and how much each token counts (tokens,)."""
+        root = weights.float().sqrt()[:, None]
+        z, t = z.float() * root, t.float() * root
+        self.count += float(weights.sum(dtype=torch.float64))
+        self.z += (z * root).sum(0, dtype=torch.float64)
+        self.t += (t * root).sum(0, dtype=torch.float64)
         self.zz += z.T @ z
         self.zt += z.T @ t
         self.tt += float(t.square().sum(dtype=torch.float64))
@@ -120,8 +121,8 @@ class Refit:
     """Goes through a plan's blocks in order; see the module's text. ``share`` is a, ``inputs`` whether q, k, v, gate and up are
     fitted as well."""
 
-    def __init__(self, arch: Architecture, tokens: Tensor, *, share: float = 0.5, inputs: bool = False) -> None:
-        self.arch, self.share, self.inputs = arch, share, inputs
+    def __init__(self, arch: Architecture, tokens: Tensor, *, share: float = 0.5, inputs: bool = False, power: float = 0.0) -> None:
+        self.arch, self.share, self.inputs, self.power = arch, share, inputs, power
         self.rope = arch.rope(tokens.shape[1])
         with torch.no_grad():
             self.dense = [arch.embed(part.to(arch.device)) for part in tokens.split(SEQUENCES_AT_ONCE)]
@@ -172,11 +173,16 @@ class Refit:
         number = 0
         for x, y in zip(self.dense, self.pruned, strict=True):
             z, t = pair(x, y)
+            weights = self._weights(x)
             for row in range(len(x)):
-                halves[number % JUDGES == 0].add(z[row], t[row])
+                halves[number % JUDGES == 0].add(z[row], t[row], weights[row])
                 number += 1
         found, own, self.errors[name] = fit(halves[0], halves[1], W, bias)
         return found, own
+
+    def _weights(self, x: Tensor) -> Tensor:
+        """(B, S): a few tokens have streams a thousand times larger than the others', and what is next only sees directions."""
+        return x.square().mean(-1).clamp_min(1e-12).pow(-self.power / 2)
 
     def _seen(self, index: int, x: Tensor, weights: AttentionWeights | FfnWeights) -> Tensor:
         if isinstance(weights, FfnWeights):
@@ -197,13 +203,14 @@ def refitted(
     *,
     share: float = 0.5,
     inputs: bool = False,
+    power: float = 0.0,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[Weights]:
     """The fitted weights of every block of a plan, for calibration ``tokens`` (sequences, length).
 
     Raises CancelledTaskError between blocks.
     """
-    walk = Refit(arch, tokens, share=share, inputs=inputs)
+    walk = Refit(arch, tokens, share=share, inputs=inputs, power=power)
     found = []
     for index in range(2 * arch.layers):
         if cancelled():
