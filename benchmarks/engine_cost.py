@@ -4,10 +4,11 @@
 
 Models of random weights, one size changed at a time. The time of a generation is fitted (non-negative weights, relative errors) by
 
-    seconds = a * passes * tokens + b * tokens * vocabulary + c * tokens * candidates + d * levels
+    seconds = a * passes * tokens + b * tokens * vocabulary * (1 + candidates / 64) + c * tokens * candidates + d * levels
 
-where ``passes`` are distinct prefixes times blocks (at most blocks * (candidates + 1)) and ``levels`` the materialised ones. Memory
-is compared with what is held when all plans have parted, 4 * hidden * tokens * (candidates + 1) bytes, and with the ceiling.
+where ``passes`` are distinct prefixes times blocks (at most blocks * (candidates + 1)) and ``levels`` the materialised ones; of
+every candidate one position in 64 is compared over the whole vocabulary. Memory is compared with what is held when all plans have
+parted, 4 * hidden * tokens * (candidates + 1) bytes, and with the ceiling.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks.engine import children_of, random_case
 from benchmarks.streaming import Memory
+from selfpruner.evaluation.divergence import ASTRAY
 from selfpruner.evaluation.engine import Engine
 from selfpruner.workers.memory import release
 
@@ -66,7 +68,7 @@ def main(options: argparse.Namespace) -> None:
         print(f"  ceiling {ceiling:>4} MiB: {row['added']:.1f} MiB, {row['seconds']:.2f} s")
 
 
-TERMS = ("passes * tokens", "tokens * vocabulary", "tokens * candidates", "levels")
+TERMS = ("passes * tokens", "tokens * vocabulary * (1 + candidates / 64)", "tokens * candidates", "levels")
 
 
 def _measure(options: argparse.Namespace, sizes: Sizes, ceiling: int | None = None) -> dict[str, Any]:
@@ -94,7 +96,12 @@ def _measure(options: argparse.Namespace, sizes: Sizes, ceiling: int | None = No
     count = sizes.tokens
     return {
         "seconds": min(seconds),
-        "terms": [passes * count, count * sizes.vocabulary, count * sizes.candidates, levels],
+        "terms": [
+            passes * count,
+            count * sizes.vocabulary * (1 + sizes.candidates / ASTRAY),
+            count * sizes.candidates,
+            levels,
+        ],
         "added": added,
         "streams": 4 * HIDDEN * count * (sizes.candidates + 1) / 2**20,
     }

@@ -3,6 +3,7 @@
     python -m benchmarks.search --model smollm2-135m --rate 0.2 0.3 --seeds 3 --budget-tokens 400000
     python -m benchmarks.search --compensation bias ...     # FLAP's criterion and bias instead of obs and least squares
     python -m benchmarks.search --quick                     # minutes: one rate, one seed, four methods
+    python -m benchmarks.search --seeds 3 --kept            # runs nothing: the table of what there is
 
 Calibration, fitness, curves and one held-out text are disjoint parts of the C4 documents; WikiText-2 test is held out as a whole.
 Every result is kept as soon as it is there: the same command goes on where it stopped, and a change of settings or of a
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--compensation", choices=list(CRITERIA), default="least_squares")
     parser.add_argument("--criterion", help="what goes with the compensation, unless given")
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--kept", action="store_true", help="run nothing, report what is kept")
     parser.add_argument("--redo", nargs="*", choices=METHODS, default=[], metavar="METHOD", help="forget the results of these")
     parser.add_argument("--proposer", help="which of SELFPRUNER_PROPOSERS; default: the first OpenAI-compatible one")
     parser.add_argument("--device", default="auto")
@@ -92,7 +94,9 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, summary.WIDTH)
     bench = Bench(settings, rates, options.cache)
-    judge = Judge(bench, store, options.cache, proposer_of(options.proposer), QUICK_FIELDS if options.quick else {}, console)
+    judge = Judge(
+        bench, store, options.cache, proposer_of(options.proposer), QUICK_FIELDS if options.quick else {}, console, options.kept
+    )
     try:
         results = asyncio.run(judge.all(rates, methods, seeds, options.redo))
     except SelfprunerError as error:
@@ -138,7 +142,8 @@ class Store:
 
 
 class Judge:
-    """Runs what is missing, one (rate, method, seed) after the other; ``fields`` are changes to the product's configs."""
+    """Runs what is missing, one (rate, method, seed) after the other, or nothing with ``kept``; ``fields`` are changes to the
+    product's configs."""
 
     def __init__(
         self,
@@ -148,9 +153,10 @@ class Judge:
         proposer: tuple[str, ProposerSettings] | None,
         fields: Mapping[str, Any],
         console: Console,
+        kept: bool = False,
     ) -> None:
         self.bench, self.store, self.cache, self.proposer, self.console = bench, store, cache, proposer, console
-        self.fields = dict(fields)
+        self.fields, self.kept = dict(fields), kept
 
     async def all(
         self, rates: Sequence[float], methods: Sequence[str], seeds: Sequence[int], redo: Sequence[str] = ()
@@ -169,12 +175,13 @@ class Judge:
                     of_method = [
                         await self._one(rate, method, s, method in redo) for s in (seeds[:1] if method in FIXED else seeds)
                     ]
-                    rows[method] = of_method
+                    rows[method] = [result for result in of_method if result is not None]
         finally:
             await self.bench.close()
         return found
 
-    async def _one(self, rate: float, method: str, seed: int, again: bool) -> dict[str, Any]:
+    async def _one(self, rate: float, method: str, seed: int, again: bool) -> dict[str, Any] | None:
+        """The result, from the store or from a run; None where only what is kept counts and nothing is."""
         from benchmarks.judge import judged
         from benchmarks.peers import PEERS, PRODUCT
 
@@ -194,6 +201,8 @@ class Judge:
         file = self.store.file(fingerprint, rate, method, seed)
         if not again and (known := self.store.load(file)) is not None:
             return known
+        if self.kept:
+            return None
         if not self.bench.prepared:
             with self.console.status("preparing") as status:
                 await self.bench.prepare(lambda message: status.update(message))

@@ -215,6 +215,15 @@ def test_held_out_text_that_was_looked_at_is_passed_over(tmp_path: Path) -> None
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------------
+def test_the_table_of_what_is_kept_runs_nothing(tmp_path: Path) -> None:
+    first, _ = judge_of(tmp_path)
+    (done,) = all_results(first, ["ramp"])["ramp"]
+    again, pool = judge_of(tmp_path)
+    again.kept = True
+    assert all_results(again, ["ramp", "level_switch"], [0, 1]) == {"ramp": [done], "level_switch": []}
+    assert not pool.kinds
+
+
 def test_a_rerun_repeats_nothing(tmp_path: Path) -> None:
     methods = ["uniform", "ramp", "level_switch", "default"]
     first, pool = judge_of(tmp_path)
