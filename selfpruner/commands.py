@@ -238,7 +238,7 @@ def criteria(as_json: Json = False) -> int:
     from selfpruner import criteria as registry
 
     known = [registry.create(name) for name in (*names.CRITERIA, *sorted(names.plugins(names.CRITERION_PLUGINS)))]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": criterion.name,
             "patterns": list(criterion.patterns),
@@ -290,7 +290,7 @@ def compare(
     wanted = _numbers([*rates.split(","), *(more or [])])
     methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)
     body = options.read_config(config, settings, calibration=calibration, model=model, device=device)
-    report = {"sequences": sequences, "length": length}
+    report: dict[str, Any] = {"sequences": sequences, "length": length}
     if text:
         report["sources"] = [{"source": name} for name in text]
     checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})

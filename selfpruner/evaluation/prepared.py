@@ -245,10 +245,10 @@ def _masked_blocks(
     arch.restore_order()
     for layer, file in enumerate(files):
         text.progress(f"reading levels of layer {layer + 1}/{arch.layers}")
-        found, facts = masked.read_facts(file)
+        choices, facts = masked.read_facts(file)
         opened = TensorFile(file)
         for block in (0, 1):
-            options = found[block][:1] if not block and config.attention == "none" else found[block]
+            options = choices[block][:1] if not block and config.attention == "none" else choices[block]
             blocks.append(PrunableMasked(arch, layer, block, opened, options))
         measured.append(facts)
     release()
