@@ -315,7 +315,7 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
     """Layer shapes and the tensors that differ from the dense model, under their checkpoint names."""
     prepared.space.check(plan)
     shapes, tensors = [], {}
-    if prepared.config.pattern != "structured":
+    if isinstance(prepared.engine.blocks[0], PrunableMasked):
         arch = prepared.arch
         arch.restore_order()  # what was left dense is written as it was
         return [LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels)] * arch.layers, dict(
