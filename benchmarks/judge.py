@@ -250,7 +250,7 @@ class Bench:
     def __init__(self, settings: Settings, rates: Sequence[float], cache: Path, pool: WorkerPool | None = None) -> None:
         self.settings = settings
         self.pool = pool or InProcessPool(lambda: JudgeRuntime(settings.device))
-        config = settings.config(cache, min(rates))
+        config = settings.config(cache, min(rates), initial=("uniform", "ramp", "sensitivity", "alpha"))  # whose signals are wanted
         self.session = session_of(config, cache)
         self.prepared: Json = {}
         sequences = config.report_text.sequences

@@ -215,13 +215,14 @@ PEERS: dict[str, Method] = {
     "random": random_search,
     "ramp": ramp,
     "owl": closed_form("owl"),
+    "alpha": closed_form("alpha"),
     "flap_global": closed_form("flap_global"),
     "level_switch": level_switch,
     "ga": genetic,
 }
 METHODS = (*PEERS, *PRODUCT)
 # Methods without any randomness: one seed says it all. The probes behind `sensitivity` are on the same windows whatever the seed.
-FIXED = ("uniform", "owl", "flap_global", "sensitivity")
+FIXED = ("uniform", "owl", "alpha", "flap_global", "sensitivity")
 
 
 def _context(run: Run) -> Context:

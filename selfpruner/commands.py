@@ -1,4 +1,4 @@
-"""Commands that need no server: search, prune, evaluate, export. The same engine in this process.
+"""Commands that need no server: search, prune, evaluate, export, criteria, compare. The same engine in this process.
 
 Like the others they print their result on stdout, everything else on stderr, and return their exit code.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from selfpruner import options
+from selfpruner import names, options
 from selfpruner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Text = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (search, prune, evaluate, export):
+    for command in (search, prune, evaluate, export, criteria, compare):
         app.command()(command)
 
 
@@ -44,6 +44,7 @@ def search(
     objective: options.Objective = None,
     rates: options.Rates = None,
     preset: options.Preset = None,
+    pattern: options.Pattern = None,
     criterion: options.Criterion = None,
     compensation: options.Compensation = None,
     calibration: options.Calibration = None,
@@ -72,6 +73,7 @@ def search(
         objective=objective,
         rates=rates,
         preset=preset,
+        pattern=pattern,
         criterion=criterion,
         compensation=compensation,
         generations=generations,
@@ -109,6 +111,7 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help='JSON with "levels", or "rates" per layer or block; a checkpoint\'s plan.json will do.')
     ] = None,
+    pattern: options.Pattern = None,
     criterion: options.Criterion = None,
     compensation: options.Compensation = None,
     calibration: options.Calibration = None,
@@ -128,6 +131,7 @@ def prune(
         settings,
         calibration=calibration,
         model=model,
+        pattern=pattern,
         criterion=criterion,
         compensation=compensation,
         seed=seed,
@@ -226,9 +230,110 @@ def _print_pruned(result: Pruned, as_json: bool) -> int:
     return 0
 
 
+def criteria(as_json: Json = False) -> int:
+    """What can decide what stays: every criterion with its patterns, what it needs beyond the weights, and its source."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfpruner import criteria as registry
+
+    known = [registry.create(name) for name in (*names.CRITERIA, *sorted(names.plugins(names.CRITERION_PLUGINS)))]
+    rows: list[dict[str, Any]] = [
+        {
+            "name": criterion.name,
+            "patterns": list(criterion.patterns),
+            "needs": sorted(criterion.needs),
+            "source": criterion.source,
+            "what": names.CRITERIA.get(criterion.name, "from a plug-in"),
+        }
+        for criterion in known
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for column in ("criterion", "patterns", "needs", "what", "source"):
+        table.add_column(column, no_wrap=column in ("criterion", "patterns"))
+    for row in rows:
+        table.add_row(row["name"], ", ".join(row["patterns"]), ", ".join(row["needs"]) or "-", row["what"], row["source"])
+    Console(markup=False, highlight=False).print(table)
+    return 0
+
+
+def compare(
+    output: Output,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[RATE]...", help="Further rates.", show_default=False)] = None,
+    rates: Annotated[str, typer.Option(help="Uniform rates: 0.2,0.3,0.5.")] = "0.2,0.3,0.5",
+    model: options.Model = None,
+    patterns: Annotated[str, typer.Option(help=f"Which of {', '.join(names.PATTERNS)}.")] = "structured",
+    criteria: Annotated[str | None, typer.Option(help="Which criteria, by commas.", show_default="all of the patterns")] = None,
+    compensations: Annotated[str | None, typer.Option(help="Which compensations, by commas.", show_default="all")] = None,
+    calibration: options.Calibration = None,
+    text: Text = None,
+    sequences: Annotated[int, typer.Option(min=1, max=65_536, help="Sequences of the held-out text.")] = 32,
+    length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
+    device: options.Device = None,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> int:
+    """Every criterion with every compensation at uniform rates, on held-out text. The same call again goes on where it stopped."""
+    import asyncio
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfpruner import api, plots
+    from selfpruner import compare as side_by_side
+
+    wanted = _numbers([*rates.split(","), *(more or [])])
+    methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)
+    body = options.read_config(config, settings, calibration=calibration, model=model, device=device)
+    report: dict[str, Any] = {"sequences": sequences, "length": length}
+    if text:
+        report["sources"] = [{"source": name} for name in text]
+    checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})
+    results = side_by_side.Results(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
+    place, where = cache or api.default_cache(), checked.device
+    asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=_tell))
+    _tell("")
+    (output / "compare.md").write_text(side_by_side.markdown(results), "utf-8")
+    plots.save(side_by_side.chart(results), output / "compare.svg")
+    if as_json:
+        print(json.dumps({"settings": results.settings, "dense": results.dense, "rows": results.rows}))
+    else:
+        console = Console(markup=False, highlight=False)
+        for heading, rows in side_by_side.sections(results):
+            table = Table(title=heading, box=None, padding=(0, 2), header_style="bold")
+            for column in side_by_side.COLUMNS:
+                table.add_column(column, justify="left" if column in ("criterion", "compensation") else "right")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        console.print(f"Written: compare.json, compare.md and compare.svg in {output}")
+    return 1 if any(row["error"] is not None for row in results.rows) else 0
+
+
+def _split(value: str | None) -> list[str]:
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
+
+
+def _numbers(values: Sequence[str]) -> list[float]:
+    """Rates, ascending, each once. Raises ConfigError for what is none."""
+    try:
+        found = sorted({float(value) for value in values if value.strip()})
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < 1 for rate in found):
+        raise ConfigError("rates must be numbers between 0 and 1, such as 0.2,0.3,0.5.", param="rates")
+    return found
+
+
 ROWS = {
     "dense": "dense",
     "uniform_flap_bias": "uniform, flap + bias",
+    "uniform_magnitude": "uniform, magnitude",
     "uniform": "uniform",
     "ramp": "best ramp",
     "best": "best found",

@@ -107,6 +107,11 @@ class SearchConfig(Strict):
     attention: Literal["all", "q_head", "kv_group", "none"] = "all"
     ffn_step: int | None = Field(default=None, ge=8, le=65_536, multiple_of=8)
     drop_blocks: bool = False
+    group: int = Field(default=4, ge=2, le=64, description="M of the pattern n_m; how many of M stay is searched")
+    sparsity_step: float = Field(default=0.05, ge=0.01, le=0.5, description="between two levels of the pattern unstructured")
+    level_bytes: Bytes | None = Field(
+        default=None, description="most that the level database of n_m or unstructured may take on disk, in bytes or as 20GiB"
+    )
 
     calibration: TextConfig = TextConfig(sequences=64, length=512)
     fitness_text: TextConfig = TextConfig(sequences=84, length=256)
@@ -167,14 +172,18 @@ class SearchConfig(Strict):
         if isinstance(data, dict):
             preset = PRESETS.get(str(data.get("preset", "default")))
             if preset is not None:
-                return {**preset, **data}
+                data = {**preset, **data}
+            if "criterion" not in data and data.get("pattern", "structured") != "structured":
+                data = {**data, "criterion": MASK_CRITERION}
         return data
 
     @model_validator(mode="after")
     def _names_exist(self) -> SearchConfig:
         names.check("pattern", self.pattern, names.PATTERNS)
-        names.check("criterion", self.criterion, names.CRITERIA)
+        names.check_criterion(self.criterion, self.pattern)
         names.check("compensation", self.compensation, names.COMPENSATIONS)
+        if self.pattern != "structured":
+            self._fits_masks()
         for name in self.initial:
             names.check("initial operator", name, names.INITIAL_OPERATORS, param="initial")
         for name in self.operators:
@@ -189,9 +198,23 @@ class SearchConfig(Strict):
             raise ValueError("model contains a null byte")
         return self
 
+    def _fits_masks(self) -> None:
+        """Refuse what makes no sense where shapes stay as they are."""
+        if self.compensation == "bias":
+            raise ValueError(f"the compensation bias is for whole units; with {self.pattern} use none or least_squares")
+        if "latency" in self.objective:
+            raise ValueError(f"latency does not change with {self.pattern}: shapes stay; leave it out of the objective")
+        if self.of != "decoder":
+            raise ValueError(f"with {self.pattern} the rate is of the matrices that are pruned: leave out of")
+
     @property
     def uses_llm(self) -> bool:
         return any(name in names.LLM_OPERATORS for name in (*self.initial, *self.operators))
+
+    @property
+    def uses_spectra(self) -> bool:
+        """Whether an operator wants the spectra of the weights."""
+        return "alpha" in (*self.initial, *self.operators)
 
     @property
     def front_rates(self) -> tuple[float, ...]:
@@ -206,6 +229,9 @@ class SearchConfig(Strict):
         body = self.model_dump(mode="json", include=set(fields) or None)
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
+
+# What chooses weights where the request does not say.
+MASK_CRITERION = "sparsegpt"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

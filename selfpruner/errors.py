@@ -9,6 +9,7 @@
         UnsupportedModelError       an architecture without an adapter
         UnsafeModelError            pickle weights, remote code, a hostile header
       TextError                     calibration, fitness or report text that cannot be used
+      CalibrationError              statistics or gradients that are not numbers, or that are missing
       ProposerError                 an LLM call that gave no usable reply (code is the outcome)
       WorkerError                   a worker process that died, froze or failed a task
         OutOfMemoryError            the device's memory was exhausted
@@ -93,6 +94,12 @@ class UnsafeModelError(ModelError):
 class TextError(SelfprunerError):
     code = "text_unusable"
     type = "invalid_request_error"
+
+
+class CalibrationError(SelfprunerError):
+    """What was measured on the calibration text cannot be used."""
+
+    code = "calibration_unusable"
 
 
 class ProposerError(SelfprunerError):

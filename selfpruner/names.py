@@ -6,18 +6,57 @@ conformance test holds each table equal to the registry of its kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
-from selfpruner.errors import UnknownNameError
+from selfpruner.errors import ConfigError, UnknownNameError
 
-PATTERNS: Mapping[str, str] = {"structured": "whole FFN channels, query heads and KV groups are cut out"}
+PATTERNS: Mapping[str, str] = {
+    "structured": "whole FFN channels, query heads and KV groups are cut out (default)",
+    "n_m": "of every M consecutive inputs of an output N stay; N by block",
+    "unstructured": "single weights become zero; how many by block",
+}
 
 CRITERIA: Mapping[str, str] = {
-    "magnitude": "column norms of the block's output matrix",
+    "magnitude": "|W|; column norms of the block's output matrix",
+    "wanda": "|W| times input norm (Wanda)",
     "wanda_sp": "mean |W| times input norm (Wanda-sp)",
     "flap": "input variance times squared column norm (FLAP, WIFV)",
+    "flap_wifn": "mean |W| times input norm, reduced as FLAP does (WIFN)",
+    "flap_ifv": "input variance (FLAP, IFV)",
     "obs": "least-squares residual, eliminated greedily (default)",
+    "taylor": "|W times gradient| (LLM-Pruner, element1)",
+    "taylor_vector": "|sum of W times gradient| (LLM-Pruner, vector)",
+    "taylor_element2": "W^2 times squared gradient (LLM-Pruner, element2)",
+    "taylor_mixed": "first and second order together (LLM-Pruner, mixed)",
+    "gblm": "|W| times input norm and gradients over the samples (GBLM-Pruner, L1)",
+    "gblm_l2": "the same with the gradients' L2 norm (GBLM-Pruner, L2)",
+    "ria": "share of row and column times the root of the input norm (RIA)",
+    "ria_permuted": "RIA at N:M after its channel permutation",
+    "zpruner": "cubed z-scores times input norm to the 1.5 (Z-Pruner)",
+    "zpruner_row": "the same, competing within the rows",
+    "sparsegpt": "error of a weight while those before it are repaired (SparseGPT)",
+    "eggs": "RIA at N:M with diagonals that keep every input connected (EGGS-PTP, reconstructed)",
 }
+_ALL, _STRUCTURED, _WEIGHTS = ("structured", "n_m", "unstructured"), ("structured",), ("n_m", "unstructured")
+CRITERION_PATTERNS: Mapping[str, tuple[str, ...]] = {
+    "magnitude": _ALL,
+    "wanda": _WEIGHTS,
+    **dict.fromkeys(("wanda_sp", "flap", "flap_wifn", "flap_ifv", "obs"), _STRUCTURED),
+    "taylor": _ALL,
+    **dict.fromkeys(("taylor_vector", "taylor_element2", "taylor_mixed"), _STRUCTURED),
+    **dict.fromkeys(("gblm", "gblm_l2"), _ALL),
+    "ria": _WEIGHTS,
+    "ria_permuted": ("n_m",),
+    "zpruner": _WEIGHTS,
+    "zpruner_row": ("unstructured",),
+    "sparsegpt": _WEIGHTS,
+    "eggs": ("n_m",),
+}
+# Packages of others add criteria under this group of entry points; each names a class.
+CRITERION_PLUGINS = "selfpruner.criteria"
 
 COMPENSATIONS: Mapping[str, str] = {
     "none": "the kept weights stay as they are",
@@ -32,6 +71,7 @@ CLOSED_FORM_OPERATORS: Mapping[str, str] = {
     "sensitivity": "the plan of smallest predicted loss, from probes of every block",
     "random": "random rates around the target",
     "owl": "layers with more outlier weights keep more (OWL)",
+    "alpha": "layers with heavier-tailed spectra keep more (AlphaPruning)",
     "flap_global": "one threshold on FLAP's standardised scores of all units (FLAP, AL-AM)",
 }
 LLM_OPERATORS: Mapping[str, str] = {
@@ -58,3 +98,33 @@ def check(what: str, name: str, known: Mapping[str, str], *, param: str | None =
     """Raise :class:`UnknownNameError` unless ``name`` is a key of ``known``."""
     if name not in known:
         raise UnknownNameError(what, name, known, param=param or what.replace(" ", "_"))
+
+
+@cache
+def plugins(group: str) -> Mapping[str, EntryPoint]:
+    """What installed packages offer in a group of entry points, by name; nothing is imported."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def plugin(group: str, name: str) -> Any:
+    """The object of an entry point, imported; None where there is none of that name."""
+    point = plugins(group).get(name)
+    return None if point is None else point.load()
+
+
+def check_criterion(name: str, pattern: str | None = None) -> None:
+    """Raise UnknownNameError for a criterion that nobody registered, ConfigError for a pattern that it does not know. What a
+    plug-in knows is found out when it is used."""
+    others = plugins(CRITERION_PLUGINS)
+    check("criterion", name, {**CRITERIA, **dict.fromkeys(others, "")})
+    if pattern is not None and name in CRITERION_PATTERNS:
+        check_pattern(name, pattern, CRITERION_PATTERNS[name])
+
+
+def check_pattern(criterion: str, pattern: str, known: Sequence[str]) -> None:
+    """Raise ConfigError unless ``pattern`` is one of those the criterion knows."""
+    if pattern not in known:
+        able = [name for name, patterns in CRITERION_PATTERNS.items() if pattern in patterns]
+        own = " and ".join(known)
+        message = f"The criterion {criterion} is for {own}, not {pattern}. For {pattern} choose one of {', '.join(able)}."
+        raise ConfigError(message, param="criterion")

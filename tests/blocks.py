@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import Accumulator, BlockStatistics
+from selfpruner.criteria import Heads, Matrix
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Sample:
     W: Tensor
     X: Tensor
     stats: BlockStatistics
+    coupled: dict[str, Matrix] = field(default_factory=dict)
 
     @property
     def rows(self) -> Tensor:
@@ -42,6 +45,26 @@ def sample(
         X = torch.randn(sequences, length, rank, generator=g) @ torch.randn(rank, n, generator=g) + 0.05 * X
     W = torch.randn(d, n, generator=g).double()
     return Sample(W, X, statistics_of(X))
+
+
+def with_gradients(block: Sample, heads: Heads | None = None, seed: int = 0) -> Sample:
+    """The block with all its matrices and their gradients: an attention of these ``heads``, or an FFN."""
+    d, n = block.W.shape
+    widths = {"gate": n, "up": n, "down": n}
+    if heads is not None:
+        widths = {"q": n, "k": heads.kv_groups * heads.head_dim, "v": heads.kv_groups * heads.head_dim, "o": n}
+    g = torch.Generator().manual_seed(seed)
+    coupled = {}
+    for name, width in widths.items():
+        own = name in ("o", "down")
+        W = block.W.float() if own else torch.randn(width, d, generator=g)
+        coupled[name] = Matrix(name, W, block.stats if own else None, gradients_of(torch.randn(5, *W.shape, generator=g)))
+    return replace(block, coupled=coupled)
+
+
+def gradients_of(samples: Tensor) -> Gradients:
+    """The sums of gradients (sequences, out, in)."""
+    return Gradients(samples.sum(0), samples.abs().sum(0), samples.pow(2).sum(0), len(samples))
 
 
 def statistics_of(X: Tensor) -> BlockStatistics:

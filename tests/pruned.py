@@ -43,7 +43,7 @@ def tokens_of(sequences: int, length: int, seed: int = 1, vocab: int = 128) -> T
 class Ready:
     model: PreTrainedModel
     arch: Architecture
-    statistics: list[tuple[BlockStatistics, BlockStatistics]]
+    statistics: list[tuple[BlockStatistics, BlockStatistics]]  # of attention and FFN, by layer
     blocks: list[PrunableAttention | PrunableFfn]
     space: SearchSpace
     engine: Engine
@@ -65,7 +65,7 @@ def ready(
     """Statistics on random tokens, every block at every level, the space and an engine."""
     arch = describe(model)
     calibration = tokens_of(12, 32, seed=7) if calibration is None else calibration
-    statistics = list(layer_statistics(arch, calibration))
+    statistics = [(stats["attention"], stats["ffn"]) for stats in layer_statistics(arch, calibration)]
     blocks: list[PrunableAttention | PrunableFfn] = []
     how = criteria.create(criterion), compensation.create(method)
     for layer, (attention, ffn) in enumerate(statistics):

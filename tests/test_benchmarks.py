@@ -51,7 +51,7 @@ class JudgedPool(AnalyticPool):
             ratios = [0.01 * (layer + 1) for layer in range(self.space.layers)]
             return {
                 "space": self.space.to_dict(),
-                "signals": {"outlier_ratio": ratios, "flap_thresholds": flap},
+                "signals": {"outlier_ratio": ratios, "spectral_exponents": ratios, "flap_thresholds": flap},
                 "device": "cpu",
                 "dtype": "float32",
             }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -221,13 +221,22 @@ def test_a_window_is_the_mean_of_its_sequences(case: Ready, tokens: torch.Tensor
         assert score.nll == pytest.approx(sum(part[index].nll for part in parts) / len(parts), abs=1e-5)
 
 
+class Made:
+    """A block whose levels are made by ``weights``."""
+
+    def __init__(self, block: Any, weights: Callable[[int], Any]) -> None:
+        self.weights, self.own_bytes = weights, block.own_bytes
+
+
 def test_a_plan_that_breaks_down_spoils_no_other(tokens: torch.Tensor) -> None:
     case = ready(load_tiny("llama"))
     broken = case.blocks[3].weights(2)
     assert isinstance(broken, FfnWeights)
     good, bad = Plan((0, 1, 0, 1, 0, 1)), Plan((0, 1, 0, 2, 0, 1))
     (expected,) = case.engine.evaluate([good], tokens)
-    case.engine.cache.get(3, 2, lambda _: FfnWeights(broken.gate, broken.up, broken.down * math.nan))
+    case.engine.cache.get(
+        3, 2, cast(Any, Made(case.blocks[3], lambda _: FfnWeights(broken.gate, broken.up, broken.down * math.nan)))
+    )
     scores = case.engine.evaluate([bad, good], tokens)
     assert math.isnan(scores[0].kl)
     assert math.isnan(scores[0].nll)
@@ -284,7 +293,7 @@ def test_the_cache_of_levels_is_bounded(case: Ready) -> None:
     def walk(*levels: int) -> None:
         cache.next_walk()
         for level in levels:
-            assert cache.get(1, level, make) is not None
+            assert cache.get(1, level, cast(Any, Made(case.blocks[1], make))) is not None
             assert cache.bytes <= cache.max_bytes
 
     walk(1, 2, 3)
@@ -296,14 +305,14 @@ def test_the_cache_of_levels_is_bounded(case: Ready) -> None:
     assert made == [1, 2, 3, 3, 3], "what the last walk did not use made room"
     assert cache.bytes == sizes[1] + sizes[2]
     tight = LevelCache(0)
-    assert tight.get(1, 1, make) is not None
+    assert tight.get(1, 1, case.blocks[1]) is not None
     assert tight.bytes == 0
 
 
 def test_dense_levels_are_the_models_own_weights(case: Ready) -> None:
     cache = LevelCache(10**9)
     for index, block in enumerate(case.blocks):
-        weights: Any = cache.get(index, 0, block.weights)
+        weights: Any = cache.get(index, 0, block)
         mine = weights.down if index % 2 else weights.o
         layer = case.model.model.layers[index // 2]
         own = layer.mlp.down_proj if index % 2 else layer.self_attn.o_proj

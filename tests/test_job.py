@@ -167,7 +167,7 @@ def test_the_report(done: Done, prepared: Prepared) -> None:
     assert report["plan"]["removed"] == arch.model_parameters() - report["best"]["parameters"]
     assert report["plan"]["hash"] == report["best_plan"] == Plan(tuple(report["plan"]["levels"])).hash
     assert report["target"] == {"rate": RATE, "of": "decoder", "parameters_to_remove": space.target}
-    assert report["method"] == {"criterion": "obs", "compensation": "least_squares", "preset": "evolution"}
+    assert report["method"] == {"pattern": "structured", "criterion": "obs", "compensation": "least_squares", "preset": "evolution"}
     assert report["model"]["parameters"] == arch.model_parameters()
     assert report["texts"]["report"]["sequences"] == 8
     assert report["plans"] == sum(row["made"] for row in report["operators"].values())

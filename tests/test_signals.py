@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from selfpruner.criteria.base import Heads
+from selfpruner.criteria.base import Evidence, Heads
 from selfpruner.criteria.flap import Flap
+from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.signals import (
     channel_scores,
     gather,
     head_scores,
+    hill_exponent,
     layer_facts,
     layer_signals,
     level_thresholds,
     outlier_ratio,
+    spectral_exponents,
 )
 from selfpruner.operators import CLASSICAL, Context
 from selfpruner.operators.allocation import below_threshold
@@ -42,6 +46,33 @@ def signals_of(case: Ready) -> dict[str, list[float]]:
 def plan_of(name: str, case: Ready, signals: dict[str, list[float]]) -> Plan:
     context = Context(case.space, 0, 0, signals=signals)
     return asyncio.run(CLASSICAL[name]().propose(context, 1, random.Random(0)))[0].plan
+
+
+@pytest.mark.parametrize("exponent", [1.5, 2.5, 4.0])
+def test_the_exponent_of_a_spectrum_that_is_a_power_law(exponent: float) -> None:
+    """Eigenvalues drawn from a density ~ l^-a above 1: Hill's estimator finds a."""
+    g = torch.Generator().manual_seed(0)
+    values = (1 - torch.rand(600, generator=g, dtype=torch.float64)).pow(-1 / (exponent - 1))
+    Q = torch.linalg.qr(torch.randn(600, 600, generator=g, dtype=torch.float64))[0]
+    P = torch.linalg.qr(torch.randn(700, 600, generator=g, dtype=torch.float64))[0]
+    W = (Q * values.sqrt()) @ P.T
+    assert hill_exponent(W) == pytest.approx(exponent, rel=0.2)
+    assert hill_exponent(W.T * 30) == pytest.approx(hill_exponent(W), rel=1e-6), "scale and side do not matter"
+
+
+def test_matrices_without_a_spectrum() -> None:
+    assert hill_exponent(torch.zeros(4, 6)) == 1.0
+    assert hill_exponent(torch.eye(8)) == 1.0
+
+
+def test_exponents_are_found_once(tmp_path: Path, case: Ready) -> None:
+    file = tmp_path / "spectra" / "model.json"
+    found = spectral_exponents(case.arch, file)
+    assert len(found) == case.arch.layers
+    assert all(value > 1 for value in found)
+    assert spectral_exponents(case.arch, file, lambda: True) == found
+    with pytest.raises(CancelledTaskError):
+        spectral_exponents(case.arch, tmp_path / "other.json", lambda: True)
 
 
 def test_outlier_ratio_counts_over_all_matrices() -> None:
@@ -73,10 +104,10 @@ def test_scores_are_flaps_standardised_over_the_block(case: Ready) -> None:
     channels = channel_scores(W, ffn)
     assert float(channels.mean()) == pytest.approx(0, abs=1e-5)
     assert float(channels.std()) == pytest.approx(1, abs=1e-5)
-    assert torch.equal(channels.argsort(descending=True, stable=True), Flap().order_channels(W, ffn))
+    assert torch.equal(channels.argsort(descending=True, stable=True), Flap().order_channels(Evidence(W, ffn, {})))
     heads = Heads(case.arch.kv_groups, case.arch.heads_per_group, case.arch.head_dim)
     W = case.arch.attention(1).o.float()
-    expected = Flap().score_heads(Flap().score_columns(W, attention), heads).flatten()
+    expected = Flap().score_heads(Flap().score_columns(Evidence(W, attention, {})), heads).flatten()
     assert torch.equal(head_scores(W, attention, heads).argsort(), expected.argsort())
 
 

@@ -22,6 +22,7 @@ class Scaled:
     def __init__(self, block: Any, level: int) -> None:
         self.block, self.level = block, level
         self.options = (*block.options, block.options[level], block.options[level])
+        self.own_bytes, self.nested = block.own_bytes, block.nested
 
     def weights(self, level: int) -> Any:
         if level < len(self.block.options):

@@ -14,7 +14,7 @@ from selfpruner import compensation, criteria
 from selfpruner.architectures import describe
 from selfpruner.calibration import cache, statistics
 from selfpruner.calibration.cache import cached_statistics
-from selfpruner.calibration.statistics import Accumulator, BlockStatistics, layer_statistics
+from selfpruner.calibration.statistics import SITES, Accumulator, BlockStatistics, Site, layer_statistics
 from selfpruner.errors import CancelledTaskError, DiskFullError
 from selfpruner.patterns import prepare_ffn
 from selfpruner.space import ffn_widths
@@ -40,8 +40,8 @@ def test_streaming_sees_what_the_model_sees(monkeypatch: pytest.MonkeyPatch, fam
     model = load_tiny(family)
     tokens = tokens_of(7, 24)
     streamed = list(layer_statistics(describe(model), tokens))
-    for pair, inputs in zip(streamed, inputs_of(model, tokens), strict=True):
-        for found, X in zip(pair, inputs, strict=True):
+    for stats, inputs in zip(streamed, inputs_of(model, tokens), strict=True):
+        for found, X in zip(stats.values(), inputs, strict=True):
             assert_describes(found, X, 1e-4)
 
 
@@ -92,19 +92,20 @@ def test_cancelling_stops_between_layers() -> None:
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
-def equal(a: list[tuple[BlockStatistics, BlockStatistics]], b: list[tuple[BlockStatistics, BlockStatistics]]) -> bool:
-    pairs = [(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
+def equal(a: list[dict[Site, BlockStatistics]], b: list[dict[Site, BlockStatistics]]) -> bool:
+    assert [list(stats) for stats in a] == [list(stats) for stats in b]
+    pairs = [(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p.values(), q.values(), strict=True)]
     same = [getattr(x, name).equal(getattr(y, name)) for x, y in pairs for name in ("mean", "variance", "energy", "gram")]
     return all(same) and all((x.tokens, x.sequences) == (y.tokens, y.sequences) for x, y in pairs)
 
 
-def orders(pairs: list[tuple[BlockStatistics, BlockStatistics]], model: Any) -> list[Any]:
+def orders(layers: list[dict[Site, BlockStatistics]], model: Any) -> list[Any]:
     """Everything plans are made of: channel orders and option errors."""
     arch = describe(model)
     found: list[Any] = []
-    for layer, (_, ffn) in enumerate(pairs):
+    for layer, stats in enumerate(layers):
         how = criteria.create("obs"), compensation.create("least_squares")
-        block = prepare_ffn(arch, layer, ffn, *how, ffn_widths(arch.channels, 8))
+        block = prepare_ffn(arch, layer, stats["ffn"], *how, ffn_widths(arch.channels, 8))
         found.append((block.order.tolist(), [option.error for option in block.options]))
     arch.restore_order()
     return found
@@ -121,9 +122,38 @@ def test_what_is_read_back_is_what_was_computed(tmp_path: Path) -> None:
     assert said == [f"reading statistics of layer {n}/3" for n in (1, 2, 3)]
     assert equal(first, second)
     assert orders(first, model) == orders(second, model)
-    for pair, inputs in zip(first, inputs_of(model, tokens), strict=True):
-        for found, X in zip(pair, inputs, strict=True):
+    for stats, inputs in zip(first, inputs_of(model, tokens), strict=True):
+        for found, X in zip(stats.values(), inputs, strict=True):
             assert_describes(found, X, 1e-4)
+
+
+def test_inputs_of_all_matrices_and_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
+    model = load_tiny("qwen3")
+    arch, tokens = describe(model), tokens_of(6, 32)
+    outputs = list(cached_statistics(arch, tokens, tmp_path, "key"))
+    (place,) = tmp_path.iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in place.iterdir()}
+    every = list(cached_statistics(arch, tokens, tmp_path, "key", SITES))
+    assert {name: (place / name).stat().st_mtime_ns for name in before} == before
+    assert all(set(stats) == set(SITES) for stats in every)
+    assert equal(outputs, [{site: stats[site] for site in outputs[0]} for stats in every])
+    said: list[str] = []
+    again = list(cached_statistics(arch, tokens, tmp_path, "key", SITES, progress=said.append))
+    assert all(text.startswith("reading") for text in said)
+    assert equal(every, again)
+    seen: dict[str, list[Tensor]] = {"q_proj": [], "gate_proj": []}
+
+    def hook(name: str) -> Any:
+        return lambda _, inputs: seen[name].append(inputs[0].detach().double())
+
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_pre_hook(hook("q_proj"))
+        layer.mlp.gate_proj.register_forward_pre_hook(hook("gate_proj"))
+    with torch.no_grad():
+        model(tokens)
+    for layer, stats in enumerate(every):
+        assert_describes(stats["qkv"], seen["q_proj"][layer], 1e-4)
+        assert_describes(stats["gate_up"], seen["gate_proj"][layer], 1e-4)
 
 
 def test_other_texts_models_and_dtypes_are_kept_apart(tmp_path: Path) -> None:

@@ -304,10 +304,18 @@ class Architecture:
         weight: Tensor = self.model.lm_head.weight
         return weight.detach()
 
+    def attention_norm(self, layer: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What q, k and v see: residual x (B, S, d), normalised, in ``dtype`` (x's own)."""
+        return rms_norm(x, self.decoder.layers[layer].input_layernorm.weight.detach(), self.eps, dtype)
+
+    def ffn_norm(self, layer: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What gate and up see: residual x (B, S, d), normalised, in ``dtype`` (x's own)."""
+        return rms_norm(x, self.decoder.layers[layer].post_attention_layernorm.weight.detach(), self.eps, dtype)
+
     def attention_inputs(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What o_proj sees: residual x (B, S, d) to head outputs (B, S, K*r*h) in the weights' dtype."""
         batch, length, _ = x.shape
-        n = rms_norm(x, self.decoder.layers[layer].input_layernorm.weight.detach(), self.eps, w.q.dtype)
+        n = self.attention_norm(layer, x, w.q.dtype)
         q = F.linear(n, w.q, w.q_bias).view(batch, length, -1, w.head_dim)
         k = F.linear(n, w.k, w.k_bias).view(batch, length, -1, w.head_dim)
         v = F.linear(n, w.v, w.v_bias).view(batch, length, -1, w.head_dim).transpose(1, 2)
@@ -332,7 +340,7 @@ class Architecture:
 
     def ffn_inputs(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
         """What down_proj sees: residual x (B, S, d) to gated channels (B, S, F) in the weights' dtype."""
-        n = rms_norm(x, self.decoder.layers[layer].post_attention_layernorm.weight.detach(), self.eps, w.gate.dtype)
+        n = self.ffn_norm(layer, x, w.gate.dtype)
         gate, up = self.activation(F.linear(n, w.gate, w.gate_bias)), F.linear(n, w.up, w.up_bias)
         return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 

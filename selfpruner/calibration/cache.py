@@ -1,16 +1,17 @@
-"""Statistics on disk: one safetensors file per layer, shared by all jobs on one model and text.
+"""Statistics on disk: safetensors files, one per layer and kind, shared by all jobs on one model and text.
 
-A layer's file is written aside and renamed, so what exists is whole; a job that dies half-way goes on from the layers that are
+Inputs of the output matrices, inputs of the others, and gradients are kept apart, so that a job adds what the jobs before it did
+not need. A file is written aside and renamed, so what exists is whole; a job that dies half-way goes on from the layers that are
 there only if all are, since a layer's inputs need the walk through the layers before it. Of a Gram matrix the scatter about the
-mean is kept, in float32: rounding then is relative to what the inputs vary, not to where they lie. What is computed and what
-is read back are the same numbers, so a resumed job makes the same plans.
+mean is kept, in float32: rounding then is relative to what the inputs vary, not to where they lie; gradients, which are sums of
+noisy terms, in bfloat16. What is computed and what is read back are the same numbers, so a resumed job makes the same plans.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,15 +19,59 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfpruner.architectures import Architecture
-from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
+from selfpruner.calibration.gradients import Gradients, layer_gradients
+from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Site, layer_statistics
 from selfpruner.errors import disk_errors
 from selfpruner.workers.memory import release
 
 _FIELDS = ("mean", "variance", "energy")
+_SUMS = ("total", "absolute", "squared")
 _FORMAT = 2
+# Which sites share a file, by the file's name.
+_FILES: Mapping[str, tuple[Site, ...]] = {"layer": OUTPUTS, "inputs": tuple(site for site in SITES if site not in OUTPUTS)}
 
 
 def cached_statistics(
+    arch: Architecture,
+    tokens: Tensor,
+    folder: Path,
+    fingerprint: str,
+    sites: Collection[Site] = OUTPUTS,
+    *,
+    memory: int | None = None,
+    on: torch.device | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[dict[Site, BlockStatistics]]:
+    """Per-layer statistics at ``sites``, read from ``folder`` where they are complete, else collected and written.
+
+    ``fingerprint`` identifies model, text and everything else the numbers depend on; the dtype is added here. ``memory`` bounds
+    collecting, see :func:`layer_statistics`; ``on`` is where the statistics go, by default the model's device.
+    """
+    on = on or arch.device
+    place = _place(arch, folder, fingerprint)
+    kinds = [kind for kind, own in _FILES.items() if set(own) & set(sites)]
+    missing = [kind for kind in kinds if not all(file.exists() for file in _files(place, kind, arch.layers))]
+    collected = None
+    if missing:
+        place.mkdir(parents=True, exist_ok=True)
+        asked = [site for kind in missing for site in _FILES[kind]]
+        collected = layer_statistics(arch, tokens, asked, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
+    for layer in range(arch.layers):
+        if collected is None:
+            progress(f"reading statistics of layer {layer + 1}/{arch.layers}")
+        else:
+            found = next(collected)
+            for kind in missing:
+                _write(_files(place, kind, arch.layers)[layer], {site: found.pop(site) for site in _FILES[kind]})
+            release()
+        read: dict[Site, BlockStatistics] = {}
+        for kind in kinds:
+            read |= _read(_files(place, kind, arch.layers)[layer], [site for site in _FILES[kind] if site in sites], on)
+        yield read
+
+
+def cached_gradients(
     arch: Architecture,
     tokens: Tensor,
     folder: Path,
@@ -36,59 +81,75 @@ def cached_statistics(
     on: torch.device | None = None,
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[BlockStatistics, BlockStatistics]]:
-    """Per-layer (attention, ffn) statistics, read from ``folder`` where they are complete, else collected and written.
+) -> Callable[[int], dict[str, Gradients]]:
+    """What reads a layer's gradients by matrix name, once all of them are on disk; see :func:`cached_statistics`."""
+    place, target = _place(arch, folder, fingerprint), on or arch.device
+    files = _files(place, "gradients", arch.layers)
+    if not all(file.exists() for file in files):
+        place.mkdir(parents=True, exist_ok=True)
+        collected = layer_gradients(arch, tokens, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
+        for layer, found in collected:
+            tensors = {f"{name}.{part}": getattr(sums, part).bfloat16().cpu() for name, sums in found.items() for part in _SUMS}
+            _save(files[layer], tensors, {"sequences": str(tokens.shape[0])})
+            del found, tensors
+            release()
 
-    ``fingerprint`` identifies model, text and everything else the numbers depend on; the dtype is added here. ``memory`` bounds
-    collecting, see :func:`layer_statistics`; ``on`` is where the statistics go, by default the model's device.
-    """
-    on = on or arch.device
-    key = hashlib.sha256(f"{_FORMAT}:{fingerprint}:{arch.dtype}".encode()).hexdigest()[:24]
-    place = folder / key
-    files = [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
-    if all(file.exists() for file in files):
-        for layer, file in enumerate(files):
-            progress(f"reading statistics of layer {layer + 1}/{arch.layers}")
-            yield _read(file, on)
-        return
-    place.mkdir(parents=True, exist_ok=True)
-    collected = layer_statistics(arch, tokens, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
-    for file in files:
-        _write(file, next(collected))
-        release()
-        yield _read(file, on)
+    def read(layer: int) -> dict[str, Gradients]:
+        tensors = load_file(files[layer])
+        names = dict.fromkeys(name.split(".")[0] for name in tensors)
+        return {name: _sums(tensors, name, tokens.shape[0], target) for name in names}
+
+    return read
 
 
-def _write(file: Path, pair: tuple[BlockStatistics, BlockStatistics]) -> None:
+def _sums(tensors: Mapping[str, Tensor], name: str, sequences: int, device: torch.device) -> Gradients:
+    total, absolute, squared = (tensors[f"{name}.{part}"].to(device) for part in _SUMS)
+    return Gradients(total, absolute, squared, sequences)
+
+
+def _place(arch: Architecture, folder: Path, fingerprint: str) -> Path:
+    return folder / hashlib.sha256(f"{_FORMAT}:{fingerprint}:{arch.dtype}".encode()).hexdigest()[:24]
+
+
+def _files(place: Path, kind: str, layers: int) -> list[Path]:
+    return [place / f"{kind}-{layer:04d}.safetensors" for layer in range(layers)]
+
+
+def _write(file: Path, found: Mapping[Site, BlockStatistics]) -> None:
     tensors = {}
-    for name, stats in zip(("attention", "ffn"), pair, strict=True):
+    for name, stats in found.items():
         for part in _FIELDS:
             value: Tensor = getattr(stats, part)
             tensors[f"{name}.{part}"] = value.cpu().contiguous()
         scatter = stats.gram.addr_(stats.mean, stats.mean, alpha=-stats.tokens)  # in place: nobody else has these statistics
         tensors[f"{name}.scatter"] = scatter.float().cpu().contiguous()
-    counts = {"tokens": str(pair[0].tokens), "sequences": str(pair[0].sequences)}
+    one = next(iter(found.values()))
+    _save(file, tensors, {"tokens": str(one.tokens), "sequences": str(one.sequences)})
+
+
+def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     aside = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         with disk_errors(file):
-            save_file(tensors, aside, metadata=counts)
+            save_file(tensors, aside, metadata=metadata)
             aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _read(file: Path, device: torch.device) -> tuple[BlockStatistics, BlockStatistics]:
+def _read(file: Path, sites: Collection[Site], device: torch.device) -> dict[Site, BlockStatistics]:
     from safetensors import safe_open
 
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     with safe_open(file, framework="pt") as opened:
         counts = opened.metadata()
-    tensors = load_file(file)
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-
-    def block(name: str) -> BlockStatistics:
-        mean, variance, energy, scatter = (tensors[f"{name}.{part}"].to(device, dtype) for part in (*_FIELDS, "scatter"))
         tokens = int(counts["tokens"])
-        gram = scatter.addr_(mean, mean, alpha=tokens)
-        return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, gram)
 
-    return block("attention"), block("ffn")
+        def block(name: str) -> BlockStatistics:
+            mean, variance, energy, scatter = (
+                opened.get_tensor(f"{name}.{part}").to(device, dtype) for part in (*_FIELDS, "scatter")
+            )
+            gram = scatter.addr_(mean, mean, alpha=tokens)
+            return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, gram)
+
+        return {site: block(site) for site in sites}

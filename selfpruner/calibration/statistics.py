@@ -1,19 +1,19 @@
 """Activation statistics of the dense model, streamed layer by layer.
 
 One pass over the calibration tokens: the residual stream of all sequences is held for one layer at a time, the inputs of
-o_proj and down_proj are accumulated and forgotten. Accumulators are float64 (float32 where the device has no float64);
+its matrices are accumulated and forgotten. Accumulators are float64 (float32 where the device has no float64);
 mean and scatter are merged batch by batch after Chan, Golub and LeVeque (the batched form of Welford's update).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ from torch import Tensor
 from selfpruner.architectures import Architecture
 from selfpruner.errors import CancelledTaskError, disk_errors
 from selfpruner.tensor_files import tensor_bytes
+
+Site = Literal["qkv", "attention", "gate_up", "ffn"]
+"""Where inputs are looked at: before q, k and v; before o; before gate and up; before down. What cuts units needs those of the
+output matrices (:data:`OUTPUTS`), what zeroes weights all."""
+OUTPUTS: tuple[Site, ...] = ("attention", "ffn")
+SITES: tuple[Site, ...] = ("qkv", "attention", "gate_up", "ffn")
 
 # Tokens that pass a layer at once: enough to fill two cores or a GPU, small enough that F-wide activations stay a few MB.
 TOKENS_PER_STEP = 4096
@@ -86,13 +92,14 @@ class Accumulator:
 def layer_statistics(
     arch: Architecture,
     tokens: Tensor,
+    sites: Collection[Site] = OUTPUTS,
     *,
     memory: int | None = None,
     scratch: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[BlockStatistics, BlockStatistics]]:
-    """Yield (attention, ffn) statistics of each layer in turn for token ids (sequences, length).
+) -> Iterator[dict[Site, BlockStatistics]]:
+    """Yield the statistics of each layer in turn at ``sites`` for token ids (sequences, length).
 
     With ``memory`` (bytes) fewer tokens pass at once, and where the residual stream takes more than an eighth of it, that is kept
     in a file in the folder ``scratch``. Channels are those of the checkpoint, in its order, whatever order the model's are in.
@@ -102,28 +109,35 @@ def layer_statistics(
     rope = arch.rope(length)
     step = max(1, _tokens_at_once(arch, memory) // length)
     size = tokens.numel() * arch.hidden * 4
-    with torch.no_grad(), disk_errors(scratch or ""), _stream_file(size, memory, scratch) as file:
-        stream = _Stream(file)
+    with torch.no_grad(), disk_errors(scratch or ""), stream_file(size, memory, scratch) as file:
+        stream = Stream(file)
         for sequences in tokens.split(step):
             stream.add(arch.embed(sequences.to(arch.device)))
         for layer in range(arch.layers):
             if cancelled():
                 raise CancelledTaskError("Cancelled while collecting statistics.")
             a, f = arch.attention(layer), arch.checkpoint_ffn(layer)
-            attention, ffn = Accumulator(a.o.shape[1], arch.device), Accumulator(f.down.shape[1], arch.device)
+            widths = {"qkv": arch.hidden, "attention": a.o.shape[1], "gate_up": arch.hidden, "ffn": f.down.shape[1]}
+            seen = {site: Accumulator(widths[site], arch.device) for site in SITES if site in sites}
             for index in range(stream.parts):
                 part = stream.take(index, arch.device)
+                if "qkv" in seen:
+                    seen["qkv"].add(arch.attention_norm(layer, part).to(arch.dtype))
                 z = arch.attention_inputs(layer, part, a, rope)
-                attention.add(z)
+                if "attention" in seen:
+                    seen["attention"].add(z)
                 part += torch.nn.functional.linear(z, a.o, a.o_bias).float()
+                if "gate_up" in seen:
+                    seen["gate_up"].add(arch.ffn_norm(layer, part).to(arch.dtype))
                 z = arch.ffn_inputs(layer, part, f)
-                ffn.add(z)
+                if "ffn" in seen:
+                    seen["ffn"].add(z)
                 part += torch.nn.functional.linear(z, f.down, f.down_bias).float()
                 stream.put(index, part)
             progress(f"statistics of layer {layer + 1}/{arch.layers}")
-            done = [ffn.finish(), attention.finish()]
-            del a, f, attention, ffn, part, z
-            yield done.pop(), done.pop()  # nothing of it is held here while the caller works with it
+            done = [{site: accumulator.finish() for site, accumulator in seen.items()}]
+            del a, f, seen, part, z
+            yield done.pop()  # nothing of it is held here while the caller works with it
 
 
 def _tokens_at_once(arch: Architecture, memory: int | None) -> int:
@@ -131,7 +145,7 @@ def _tokens_at_once(arch: Architecture, memory: int | None) -> int:
     return TOKENS_PER_STEP if memory is None else max(1, min(TOKENS_PER_STEP, memory // 8 // (20 * arch.channels)))
 
 
-class _Stream:
+class Stream:
     """The residual streams of all sequences, a part at a time: tensors that are changed in place, or a file."""
 
     def __init__(self, file: IO[bytes] | None) -> None:
@@ -156,12 +170,14 @@ class _Stream:
         return part.to(device)
 
     def put(self, index: int, part: Tensor) -> None:
-        """Keep what was taken and changed."""
-        if self._file is not None:
+        """Keep what was taken and changed, or what takes its place."""
+        if self._file is None:
+            self._parts[index] = part
+        else:
             os.pwrite(self._file.fileno(), tensor_bytes(part.cpu()), self._offsets[index])
 
 
-def _stream_file(size: int, memory: int | None, scratch: Path | None) -> AbstractContextManager[IO[bytes] | None]:
+def stream_file(size: int, memory: int | None, scratch: Path | None) -> AbstractContextManager[IO[bytes] | None]:
     if memory is None or scratch is None or size * 8 <= memory:
         return nullcontext()
     scratch.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,23 @@
-"""Magnitude: the L2 norm of the unit's output columns (criteria.md 4.1; structured form of FLAP's repository)."""
+"""Magnitude: what is small goes (criteria.md 4.1; the structured form is that of FLAP's repository)."""
 
 from typing import ClassVar
 
 from torch import Tensor
 
-from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.criteria.base import ScoreCriterion
+from selfpruner.criteria.base import Matrix, Need, ScoreUnits, ScoreWeights, UnitBlock
 
 
-class Magnitude(ScoreCriterion):
-    """S_j = ||W_:,j||_2; a head's score is the sum over its columns."""
+class Magnitude(ScoreUnits, ScoreWeights):
+    """Weights: |W_ij|, one threshold per matrix. Units: S_j = ||W_:,j||_2 of the output matrix; a head's score is the sum over
+    its columns."""
 
     name: ClassVar[str] = "magnitude"
     source: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
+    patterns: ClassVar[tuple[str, ...]] = ("structured", "n_m", "unstructured")
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def score_columns(self, W: Tensor, stats: BlockStatistics) -> Tensor:  # noqa: ARG002
-        return W.pow(2).sum(0).sqrt()
+    def score_columns(self, block: UnitBlock) -> Tensor:
+        return block.W.pow(2).sum(0).sqrt()
+
+    def score(self, matrix: Matrix) -> Tensor:
+        return matrix.W.abs()

@@ -17,9 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.least_squares import covariance
-from selfpruner.criteria.base import Heads
+from selfpruner.criteria.base import Heads, Need, UnitBlock
 
 # Channels removed between two downdates of the large matrices: a 64th of them, within these bounds; three times as many
 # candidates for them are followed exactly.
@@ -33,14 +32,16 @@ class Obs:
 
     name: ClassVar[str] = "obs"
     source: ClassVar[str] = "Hassibi & Stork 1993; Kurtic et al. 2023, arXiv 2302.04089"
+    patterns: ClassVar[tuple[str, ...]] = ("structured",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"activations", "second_order"})
 
-    def order_channels(self, W: Tensor, stats: BlockStatistics) -> Tensor:
-        return eliminate_channels(W, covariance(stats).to(W))
+    def order_channels(self, block: UnitBlock) -> Tensor:
+        return eliminate_channels(block.W, covariance(block.stats).to(block.W))
 
-    def choose_heads(self, W: Tensor, stats: BlockStatistics, heads: Heads) -> dict[tuple[int, int], list[int]]:
+    def choose_heads(self, block: UnitBlock, heads: Heads) -> dict[tuple[int, int], list[int]]:
         """Both ways to every option, the cheaper one counts: whole groups first, one by one, and then heads inside those left;
         or heads first, one by one, equally many per group, and then what is left of whole groups."""
-        dense = _State.start(W, covariance(stats).to(W))
+        dense = _State.start(block.W, covariance(block.stats).to(block.W))
         r = heads.heads_per_group
         whole = {group: list(range(group * r, (group + 1) * r)) for group in range(heads.kv_groups)}
         best: dict[tuple[int, int], tuple[float, list[int]]] = {}

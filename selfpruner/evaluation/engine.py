@@ -23,7 +23,7 @@ from selfpruner.evaluation.divergence import Divergences, divergences
 from selfpruner.evaluation.lanes import Lanes
 from selfpruner.evaluation.pieces import divergences_in_pieces
 from selfpruner.evaluation.race import Race, segments
-from selfpruner.patterns import PrunableAttention, PrunableFfn
+from selfpruner.patterns import Prunable
 from selfpruner.space import Plan
 
 Weights = AttentionWeights | FfnWeights | None
@@ -74,13 +74,13 @@ class LevelCache:
     def next_walk(self) -> None:
         self._walk += 1
 
-    def get(self, block: int, level: int, make: Callable[[int], Weights]) -> Weights:
+    def get(self, block: int, level: int, prunable: Prunable) -> Weights:
         key = (block, level)
         if key in self._entries:
             weights, size, _ = self._entries[key]
         else:
-            weights = make(level)
-            size = 0 if level == 0 else _own_bytes(weights)
+            weights = prunable.weights(level)
+            size = 0 if level == 0 else prunable.own_bytes(weights)
             if not self._make_room(size):
                 return weights
             self.bytes += size
@@ -108,7 +108,7 @@ class Engine:
     def __init__(
         self,
         arch: Architecture,
-        blocks: Sequence[PrunableAttention | PrunableFfn],
+        blocks: Sequence[Prunable],
         *,
         memory_bytes: int | None = None,
         max_tokens: int | None = None,
@@ -132,7 +132,7 @@ class Engine:
 
     def weights(self, block: int, level: int) -> Weights:
         prunable = self.blocks[block]
-        return prunable.renewed(level, self.cache.get(block, level, prunable.weights))
+        return prunable.renewed(level, self.cache.get(block, level, prunable))
 
     def evaluate(
         self,
@@ -225,7 +225,7 @@ class Engine:
             weights = self.weights(block, level)
             if weights is None:
                 continue
-            held += 0 if level == 0 else _own_bytes(weights)
+            held += 0 if level == 0 else self.blocks[block].own_bytes(weights)
             if held > self.held_bytes and tasks:
                 self.lanes.run(tasks)
                 tasks, held = [], 0
@@ -292,14 +292,3 @@ def _default_memory(arch: Architecture) -> int:
     if arch.device.type == "cuda":
         return max(64 << 20, torch.cuda.mem_get_info(arch.device)[0] // 4)
     return max(64 << 20, arch.model_parameters() * arch.dtype.itemsize // 4)
-
-
-def _own_bytes(weights: Weights) -> int:
-    """Bytes a materialised level owns. Gate and up of an FFN are views of the ordered channels and cost nothing more."""
-    if weights is None:
-        return 0
-    if isinstance(weights, FfnWeights):
-        owned = [weights.down, weights.down_bias]
-    else:
-        owned = [weights.q, weights.k, weights.v, weights.o, weights.o_bias]
-    return sum(t.numel() * t.element_size() for t in owned if t is not None)

@@ -7,8 +7,9 @@ gets to the same state.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,33 @@ from torch import Tensor
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
-from selfpruner.calibration.cache import cached_statistics
+from selfpruner.calibration.cache import cached_gradients, cached_statistics
+from selfpruner.calibration.gradients import Gradients
+from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Site
 from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
+from selfpruner.criteria import Criterion, UnitCriterion, WeightCriterion
+from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine
-from selfpruner.evaluation.signals import gather, layer_facts, layer_signals
+from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, spectral_exponents, weight_facts
 from selfpruner.export.build import outline
 from selfpruner.export.checkpoint import TensorSource
 from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
 from selfpruner.export.shape import LayerShape
 from selfpruner.models import LoadedModel
 from selfpruner.patterns import (
-    PrunableAttention,
-    PrunableFfn,
+    Prunable,
+    PrunableMasked,
     attention_block,
     ffn_block,
+    masked,
     measure_attention,
     measure_ffn,
 )
 from selfpruner.patterns.stored import factor_files, read_factors, write_factors
 from selfpruner.space import Block, Option, Plan, SearchSpace, attention_shapes, default_ffn_step, ffn_widths
+from selfpruner.tensor_files import TensorFile
 from selfpruner.workers.memory import release
 
 Progress = Callable[[str], None]
@@ -97,6 +104,10 @@ def prepare(
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     release()  # what writing text needed is gone before the factors come
     blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
+    if config.uses_spectra:
+        progress("looking at spectra")
+        file = cache / "spectra" / f"{loaded.source.fingerprint}-{arch.dtype}.json"
+        signals["spectral_exponents"] = spectral_exponents(arch, file, cancelled)
     space = space_of(config, arch, blocks)
     seconds = time.perf_counter() - started
     return Prepared(config, loaded, arch, cache, texts, space, signals, make_engine(arch, loaded, blocks), seconds)
@@ -110,41 +121,38 @@ def prepare_blocks(
     cache: Path,
     progress: Progress,
     cancelled: Cancelled,
-) -> tuple[list[PrunableAttention | PrunableFfn], dict[str, Any]]:
+) -> tuple[list[Prunable], dict[str, Any]]:
     """Every block at every level, in plan order, for the config's criterion and compensation; and the model's signals.
 
     Orders and repairs are made once and then read from ``cache``; the model's channels are put in the criterion's order.
     """
-    criterion, repair = criteria.create(config.criterion), compensation.create(config.compensation)
+    criterion, repair = criteria.create(config.criterion, config.pattern), compensation.create(config.compensation)
     fingerprint = f"{loaded.source.fingerprint}:{calibration.fingerprint}"
+    text = _Calibration(arch, loaded, calibration.tokens, cache / "statistics", fingerprint, progress, cancelled)
+    if config.pattern != "structured":
+        assert isinstance(criterion, WeightCriterion)
+        return _masked_blocks(config, text, criterion, cache / "levels")
+    assert isinstance(criterion, UnitCriterion)
     files = factor_files(arch, cache / "factors", fingerprint, criterion, repair)
     if not all(file.exists() for file in files):
-        statistics = cached_statistics(
-            arch,
-            calibration.tokens,
-            cache / "statistics",
-            fingerprint,
-            memory=loaded.memory,
-            on=_where_to_order(arch, loaded),
-            progress=progress,
-            cancelled=cancelled,
-        )
-        for layer, pair in enumerate(statistics):
+        gradients = text.gradients(criterion)
+        for layer, found in enumerate(text.statistics(OUTPUTS)):
             if cancelled():
                 raise CancelledTaskError("Cancelled while ordering units.")
             release()
             if not files[layer].exists():
+                pair, own = (found["attention"], found["ffn"]), gradients(layer)
                 factors = (
-                    measure_attention(arch, layer, pair[0], criterion, repair),
-                    measure_ffn(arch, layer, pair[1], criterion, repair),
+                    measure_attention(arch, layer, pair[0], criterion, repair, own),
+                    measure_ffn(arch, layer, pair[1], criterion, repair, own),
                 )
                 write_factors(files[layer], *factors, layer_facts(arch, layer, pair))
-                del factors
+                del factors, pair, own
                 release()
             progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
     shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
     widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
-    blocks: list[PrunableAttention | PrunableFfn] = []
+    blocks: list[Prunable] = []
     measured = []
     for layer, file in enumerate(files):
         progress(f"reading factors of layer {layer + 1}/{arch.layers}")
@@ -157,9 +165,98 @@ def prepare_blocks(
     return blocks, gather(measured)
 
 
-def space_of(config: SearchConfig, arch: Architecture, blocks: Sequence[PrunableAttention | PrunableFfn]) -> SearchSpace:
+def space_of(config: SearchConfig, arch: Architecture, blocks: Sequence[Prunable]) -> SearchSpace:
     """The search space of prepared blocks, in plan order."""
     return _space(config, arch, [Block(index // 2, _kind(index), block.options) for index, block in enumerate(blocks)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """What can be measured on the calibration text, kept under ``folder`` and shared by all criteria."""
+
+    arch: Architecture
+    loaded: LoadedModel
+    tokens: Tensor
+    folder: Path
+    fingerprint: str
+    progress: Progress
+    cancelled: Cancelled
+
+    def statistics(self, sites: Sequence[Site]) -> Iterator[dict[Site, BlockStatistics]]:
+        """Layer by layer."""
+        return cached_statistics(
+            self.arch,
+            self.tokens,
+            self.folder,
+            self.fingerprint,
+            sites,
+            memory=self.loaded.memory,
+            on=_where_to_order(self.arch, self.loaded),
+            progress=self.progress,
+            cancelled=self.cancelled,
+        )
+
+    def gradients(self, criterion: Criterion) -> Callable[[int], dict[str, Gradients] | None]:
+        """What gives a layer's gradients by matrix name; None where ``criterion`` needs none."""
+        if "gradients" not in criterion.needs:
+            return lambda _: None
+        return cached_gradients(
+            self.arch,
+            self.tokens,
+            self.folder,
+            self.fingerprint,
+            memory=self.loaded.memory,
+            on=_where_to_order(self.arch, self.loaded),
+            progress=self.progress,
+            cancelled=self.cancelled,
+        )
+
+
+def _masked_blocks(
+    config: SearchConfig, text: _Calibration, criterion: WeightCriterion, folder: Path
+) -> tuple[list[Prunable], dict[str, Any]]:
+    """The blocks of a pattern that makes weights zero, from a level database that is made where there is none."""
+    arch, levels, repair = text.arch, _levels(config), config.compensation == "least_squares"
+    files = masked.level_files(arch, folder, text.fingerprint, criterion.name, config.compensation, levels)
+    missing = [file for file in files if not masked.facts_file(file).exists()]
+    if missing:
+        size = masked.database_bytes(arch, levels, repaired=repair)
+        text.progress(f"the level database of {len(levels) - 1} levels will take {size / 2**20:,.0f} MiB in {files[0].parent}")
+        if config.level_bytes is not None and size > config.level_bytes:
+            raise ConfigError(
+                f"The level database would take {size:,} bytes, and level_bytes allows {config.level_bytes:,}. Take a larger "
+                "sparsity_step, compensation none, or allow more.",
+                param="level_bytes",
+            )
+        gradients = text.gradients(criterion)
+        for layer, found in enumerate(text.statistics(SITES)):
+            if text.cancelled():
+                raise CancelledTaskError("Cancelled while making levels.")
+            release()
+            if files[layer] in missing:
+                matrices = masked.matrices_of(arch, layer, found, gradients(layer))
+                facts = weight_facts(matrices, levels)
+                masked.write_levels(files[layer], matrices, criterion, levels, arch.dtype, facts, repair=repair)
+                del matrices
+                release()
+            text.progress(f"levels of layer {layer + 1}/{arch.layers} made by {config.criterion}")
+    blocks: list[Prunable] = []
+    measured = []
+    arch.restore_order()
+    for layer, file in enumerate(files):
+        text.progress(f"reading levels of layer {layer + 1}/{arch.layers}")
+        choices, facts = masked.read_facts(file)
+        opened = TensorFile(file)
+        for block in (0, 1):
+            options = choices[block][:1] if not block and config.attention == "none" else choices[block]
+            blocks.append(PrunableMasked(arch, layer, block, opened, options))
+        measured.append(facts)
+    release()
+    return blocks, gather(measured)
+
+
+def _levels(config: SearchConfig) -> list[Sparsity]:
+    return masked.sparsities(config.pattern, config.group, config.sparsity_step, drop=config.drop_blocks)
 
 
 def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
@@ -187,7 +284,7 @@ def held_bytes(arch: Architecture, loaded: LoadedModel) -> int:
     return 2 * (arch.stream.layer_bytes + arch.stream.files.piece_bytes) + head
 
 
-def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[PrunableAttention | PrunableFfn]) -> Engine:
+def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[Prunable]) -> Engine:
     """An engine that adds to the weights what they leave of the memory there is.
 
     Half of it is its to plan with: allocators hold on to freed memory, and cutting a level takes some for a moment.
@@ -218,6 +315,12 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
     """Layer shapes and the tensors that differ from the dense model, under their checkpoint names."""
     prepared.space.check(plan)
     shapes, tensors = [], {}
+    if isinstance(prepared.engine.blocks[0], PrunableMasked):
+        arch = prepared.arch
+        arch.restore_order()  # what was left dense is written as it was
+        return [LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels)] * arch.layers, dict(
+            _masked_tensors(prepared, plan)
+        )
     for layer in range(prepared.arch.layers):
         levels = plan.levels[2 * layer], plan.levels[2 * layer + 1]
         attention = prepared.space.blocks[2 * layer].options[levels[0]]
@@ -229,6 +332,20 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
             elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
                 tensors.update(_named(layer, prepared.arch.checkpoint_ffn(layer)))
     return shapes, tensors
+
+
+def zeros(prepared: Prepared, plan: Plan) -> int:
+    """Weights that are zero in the blocks that ``plan`` prunes."""
+    matrices = (tensor for _, tensor in _masked_tensors(prepared, plan))
+    return sum(int((tensor == 0).sum()) for tensor in matrices)
+
+
+def _masked_tensors(prepared: Prepared, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of the blocks that ``plan`` prunes by making weights zero, under their checkpoint names."""
+    for block, level in enumerate(plan.levels):
+        if level:
+            found = _named(block // 2, prepared.engine.weights(block, level))
+            yield from ((name, tensor) for name, tensor in found.items() if name.endswith(".weight"))
 
 
 def streamed_export(prepared: Prepared, plan: Plan) -> tuple[SelfPrunerForCausalLM, TensorSource]:
@@ -297,6 +414,9 @@ def _kind(index: int) -> Any:
 
 def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
     """A block's sizes without errors, for the first look at the budget."""
+    if config.pattern != "structured":
+        options = masked.block_options(arch, index // 2, index % 2, _levels(config))
+        return Block(index // 2, _kind(index), options[:1] if config.attention == "none" and index % 2 == 0 else options)
     if index % 2:
         widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
         return Block(index // 2, "ffn", tuple(Option(arch.ffn_cost(width), channels=width) for width in widths))
@@ -306,6 +426,12 @@ def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
 
 
 def _space(config: SearchConfig, arch: Architecture, blocks: Sequence[Block]) -> SearchSpace:
+    if config.pattern != "structured":
+        # Of the matrices that are pruned, as sparsity is customarily said: 2:4 everywhere is a rate of a half.
+        whole = sum(block.options[0].parameters for block in blocks)
+        sizes = [option.parameters for option in blocks[1].options]
+        step = max(before - after for before, after in pairwise(sizes))
+        return SearchSpace(tuple(blocks), whole, config.rate, step, config.granularity)
     total = arch.decoder_parameters() if config.of == "decoder" else arch.model_parameters()
     channels = config.ffn_step or default_ffn_step(arch.channels)
     step = arch.ffn_cost(2 * channels) - arch.ffn_cost(channels)

@@ -1,22 +1,30 @@
 """What the closed-form allocations of other papers need to know about a model: plain numbers, measured layer by layer.
 
-Both signals come from the calibration statistics of the output matrices (o_proj, down_proj), which are what structured criteria
-score, so they cost a few element-wise products per layer and no pass over the text.
+Outliers and thresholds come from the calibration statistics of the matrices that are scored, so they cost a few element-wise
+products per layer and no pass over the text. Spectra take an eigenvalue problem per matrix, so they are found when they are asked
+for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture
+from selfpruner.calibration.gradients import ATTENTION, FFN
 from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.criteria.base import Heads
+from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
+from selfpruner.criteria.masks import Sparsity
+from selfpruner.errors import CancelledTaskError, disk_errors
 from selfpruner.space import Option
 
 # OWL calls a weight an outlier when |W_ij| * ||X_j|| is above M times the layer's mean.
@@ -49,12 +57,70 @@ def layer_signals(facts: Mapping[str, Any], options: tuple[Sequence[Option], Seq
     }
 
 
+def weight_facts(matrices: Mapping[str, Matrix], levels: Sequence[Sparsity]) -> dict[str, Any]:
+    """The signals of one layer for patterns that make weights zero, in the form of :func:`layer_signals`.
+
+    OWL's outliers are counted in all matrices, as published. FLAP's threshold has no form for single weights; taken here is its
+    metric of a weight, var(X_j) W_ij^2, standardised over the block.
+    """
+    blocks = [[m for name, m in matrices.items() if (name in ("gate", "up", "down")) == ffn] for ffn in (False, True)]
+    thresholds = []
+    for block in blocks:
+        scores = torch.cat([(m.W.pow(2) * m.inputs.variance.to(m.W)).flatten() for m in block if m.inputs is not None])
+        ordered = _standard(scores).sort().values
+        places = [min(int(level.share * len(ordered)), len(ordered)) - 1 for level in levels]
+        values = (float(ordered[place]) if place >= 0 else float(ordered[0]) - 1.0 for place in places)
+        thresholds.append([round(value, 6) for value in accumulate(values, max)])
+    norms = [m.norm for m in matrices.values()]
+    return {"outlier_ratio": outlier_ratio([m.W for m in matrices.values()], norms), "flap_thresholds": thresholds}
+
+
 def gather(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The signals of a model: ``outlier_ratio`` one number per layer, ``flap_thresholds`` one list per block in plan order."""
     return {
         "outlier_ratio": [layer["outlier_ratio"] for layer in layers],
         "flap_thresholds": [thresholds for layer in layers for thresholds in layer["flap_thresholds"]],
     }
+
+
+def spectral_exponents(arch: Architecture, file: Path, cancelled: Callable[[], bool] = lambda: False) -> list[float]:
+    """Per layer the mean exponent of its matrices' spectra (AlphaPruning, arXiv 2410.10912), kept in ``file``: they depend on
+    nothing but the weights. Raises CancelledTaskError between layers."""
+    if file.exists():
+        found: list[float] = json.loads(file.read_text("utf-8"))
+        return found
+    found = []
+    for layer in range(arch.layers):
+        if cancelled():
+            raise CancelledTaskError("Cancelled while looking at spectra.")
+        attention, ffn = arch.attention(layer), arch.checkpoint_ffn(layer)
+        matrices = [getattr(attention, name) for name in ATTENTION] + [getattr(ffn, name) for name in FFN]
+        found.append(round(fmean(hill_exponent(W) for W in matrices), 6))
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_text(json.dumps(found), "utf-8")
+        aside.replace(file)
+    return found
+
+
+def hill_exponent(W: Tensor) -> float:
+    """The exponent of the power law that the large eigenvalues of W^T W follow, by Hill's estimator:
+
+        1 + k / sum_(i <= k) ln(l_i / l_(k+1))        for the eigenvalues l_1 >= l_2 >= ...
+
+    over the k that lie above the peak of their logarithms' histogram. Smaller: a heavier tail.
+    """
+    W = W.to(torch.float32 if W.device.type == "mps" else torch.float64)
+    small = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    values = torch.linalg.eigvalsh(small).flip(0)
+    logs = values[values > values[0] * 1e-12].log().cpu()
+    if len(logs) < 3 or float(logs[0] - logs[-1]) < 1e-9:
+        return 1.0  # no spectrum to speak of
+    counts, edges = torch.histogram(logs.float(), bins=100)
+    above = int((logs.float() >= edges[int(counts.argmax())]).sum())
+    k = min(max(above - 1, 2), len(logs) - 1)
+    return 1.0 + k / max(float((logs[:k] - logs[k]).sum()), 1e-9)
 
 
 def outlier_ratio(matrices: Sequence[Tensor], norms: Sequence[Tensor], m: float = OUTLIER_M) -> float:
@@ -67,12 +133,12 @@ def outlier_ratio(matrices: Sequence[Tensor], norms: Sequence[Tensor], m: float 
 
 def channel_scores(W: Tensor, stats: BlockStatistics) -> Tensor:
     """FLAP's channel scores (n,), standardised over the block."""
-    return _standard(Flap().score_columns(W, stats))
+    return _standard(Flap().score_columns(Evidence(W, stats, {})))
 
 
 def head_scores(W: Tensor, stats: BlockStatistics, heads: Heads) -> Tensor:
     """FLAP's query-head scores (H,): squared column scores, standardised over the block, averaged over the head's columns."""
-    return _standard(Flap().score_columns(W, stats).pow(2)).view(-1, heads.head_dim).mean(-1)
+    return _standard(Flap().score_columns(Evidence(W, stats, {})).pow(2)).view(-1, heads.head_dim).mean(-1)
 
 
 def level_thresholds(scores: Tensor, kept: Sequence[int]) -> list[float]:

@@ -142,7 +142,7 @@ class _Walk:
         wide: list[Tensor | None] = [None] * len(xs)
         for number, (level, index) in enumerate(self._moves[block]):
             weights = self._weights(block, level)
-            if number == 0 and isinstance(weights, FfnWeights):
+            if number == 0 and isinstance(weights, FfnWeights) and self.engine.blocks[block].nested:
                 wide = self._lanes(partial(self.engine.arch.ffn_inputs, block // 2, w=weights), xs)
             terms = self._lanes(partial(self._terms, block, weights), xs, updates, gradients, wide)
             self.first[index] += math.fsum(first for first, _ in terms)

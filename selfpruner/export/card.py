@@ -16,7 +16,8 @@ class CardInfo:
     """What the export cannot see in the model.
 
     ``rate`` is removed / original parameters of ``of``; ``layer_rates`` the same per layer. ``metrics`` maps a name
-    ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table.
+    ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table. ``nonzeros`` counts the
+    model's parameters without those that the pattern made zero, where shapes stay as they are.
     """
 
     base_model: str
@@ -32,6 +33,7 @@ class CardInfo:
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     job_id: str | None = None
     license: str | None = None
+    nonzeros: int | None = None
 
 
 def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: str, parameters: int) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: st
         "plan_hash": info.plan_hash,
         "levels": list(info.levels),
         "layer_rates": [round(rate, 6) for rate in info.layer_rates],
+        **({} if info.nonzeros is None else {"nonzeros": info.nonzeros}),
         "layers": [{"query_heads": shape.heads, "kv_groups": shape.kv_groups, "ffn_channels": shape.channels} for shape in shapes],
     }
 
@@ -71,7 +74,12 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
     facts = {
         "Base model": f"`{info.base_model}`",
         "Parameters": f"{parameters:,}",
-        "Removed": f"{info.rate:.1%} of the {info.of}'s parameters",
+        **({} if info.nonzeros is None else {"Not zero": f"{info.nonzeros:,}"}),
+        "Removed": (
+            f"{info.rate:.1%} of the {info.of}'s parameters"
+            if info.nonzeros is None
+            else f"{info.rate:.1%} of the weights of attention and FFN are zero"
+        ),
         "Pattern": info.pattern,
         "Criterion": info.criterion,
         "Compensation": info.compensation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from selfpruner.operators.allocation import FlapGlobal, Owl
+from selfpruner.operators.allocation import Alpha, FlapGlobal, Owl
 from selfpruner.operators.base import Context, Hint, Offspring, Operator, ParentSelection, Reflections, Rejected
 from selfpruner.operators.closed_form import Ramp, Random, Sensitivity, Uniform
 from selfpruner.operators.evolution import LevelSwitch, Recombine
@@ -16,6 +16,7 @@ CLASSICAL: dict[str, Callable[[], Operator]] = {
     "sensitivity": Sensitivity,
     "random": Random,
     "owl": Owl,
+    "alpha": Alpha,
     "flap_global": FlapGlobal,
     "level_switch": LevelSwitch,
     "recombine": Recombine,

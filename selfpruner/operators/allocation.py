@@ -1,4 +1,4 @@
-"""Closed-form allocations of other papers, from signals measured with the statistics: OWL and FLAP's global threshold."""
+"""Closed-form allocations of other papers, from signals measured on the dense model: OWL, AlphaPruning, FLAP's threshold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from selfpruner.space import Plan, SearchSpace
 
 # OWL: no layer's rate is further than this from the highest-rated layer's half-way point (the paper's lambda).
 OWL_LAMBDA = 0.08
+
+# AlphaPruning: how far a layer's rate may be from the mean, as a share of it (the paper's tau for LLMs, 0.2 to 0.3).
+ALPHA_BAND = 0.3
 
 
 class Owl:
@@ -31,6 +34,25 @@ def owl_rates(ratios: Sequence[float], rate: float, band: float = OWL_LAMBDA) ->
     kept = [2 * band * (ratio - low) / (high - low) if high > low else 0.0 for ratio in ratios]
     mean = sum(kept) / len(kept)
     return [rate + mean - share for share in kept]
+
+
+class Alpha:
+    """Layers with heavier-tailed spectra keep more: rates linear in the exponents (AlphaPruning, arXiv 2410.10912)."""
+
+    name = "alpha"
+
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:  # noqa: ARG002
+        exponents = context.signals.get("spectral_exponents")
+        if not exponents:
+            return []
+        return [Offspring(context.space.project(alpha_rates(exponents, context.space.rate)), self.name)]
+
+
+def alpha_rates(exponents: Sequence[float], rate: float, band: float = ALPHA_BAND) -> list[float]:
+    """One rate per layer with mean ``rate``, from (1 - ``band``) to (1 + ``band``) times a common factor."""
+    low, high = min(exponents), max(exponents)
+    shares = [1 + band * (2 * (value - low) / (high - low) - 1) if high > low else 1.0 for value in exponents]
+    return [rate * share * len(shares) / sum(shares) for share in shares]
 
 
 class FlapGlobal:

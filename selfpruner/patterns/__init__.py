@@ -1,5 +1,7 @@
-"""Patterns: the shapes of what is removed. ``structured`` cuts out whole units; its blocks run narrower matrices."""
+"""Patterns: the shapes of what is removed. ``structured`` cuts out whole units, and its blocks run narrower matrices; ``n_m`` and
+``unstructured`` make weights zero. To the engine a block of either is a :class:`Prunable`: a level is a level."""
 
+from selfpruner.patterns.masked import PrunableMasked
 from selfpruner.patterns.structured import (
     AttentionFactors,
     FfnFactors,
@@ -13,11 +15,15 @@ from selfpruner.patterns.structured import (
     prepare_ffn,
 )
 
+Prunable = PrunableAttention | PrunableFfn | PrunableMasked
+
 __all__ = [
     "AttentionFactors",
     "FfnFactors",
+    "Prunable",
     "PrunableAttention",
     "PrunableFfn",
+    "PrunableMasked",
     "attention_block",
     "ffn_block",
     "measure_attention",

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.calibration.gradients import ATTENTION, FFN, Gradients
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation import Compensation, NestedRepair, SubsetRepair
 from selfpruner.compensation.base import energy
-from selfpruner.criteria import Criterion, Heads
+from selfpruner.criteria import Evidence, Heads, Matrix, UnitCriterion
 from selfpruner.space import Option, without_dominated
 from selfpruner.workers.memory import release
 
@@ -77,6 +78,15 @@ class PrunableFfn:
             return base
         return replace(base.first_channels(self.options[level].channels), down=weights.down, down_bias=weights.down_bias)
 
+    def own_bytes(self, weights: Weights) -> int:
+        """Bytes of a level that are not the model's: gate and up are views of the ordered channels and cost nothing more."""
+        return 0 if weights is None else _bytes(weights, "down", "down_bias")
+
+    @property
+    def nested(self) -> bool:
+        """Whether levels are prefixes of each other's channels."""
+        return True
+
     def _base(self) -> FfnWeights:
         # Another session may have used the model with an order of its own; or it may be a layer that was just read.
         self.arch.order_channels(self.layer, self.order)
@@ -111,14 +121,28 @@ class PrunableAttention:
         assert not isinstance(weights, FfnWeights)
         return self.arch.attention(self.layer) if level == 0 else weights
 
+    def own_bytes(self, weights: Weights) -> int:
+        """Bytes of a level that are not the model's."""
+        return 0 if weights is None else _bytes(weights, "q", "k", "v", "o", "o_bias")
+
+    @property
+    def nested(self) -> bool:
+        """Whether levels are prefixes of each other's channels."""
+        return False
+
 
 def measure_ffn(
-    arch: Architecture, layer: int, stats: BlockStatistics, criterion: Criterion, compensation: Compensation
+    arch: Architecture,
+    layer: int,
+    stats: BlockStatistics,
+    criterion: UnitCriterion,
+    compensation: Compensation,
+    gradients: Mapping[str, Gradients] | None = None,
 ) -> FfnFactors:
-    """Order the channels and make the repair."""
+    """Order the channels and make the repair. ``gradients`` by matrix name, for criteria that need them."""
     W = arch.checkpoint_ffn(layer).down.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
-    order = criterion.order_channels(W, stats)
+    order = criterion.order_channels(Evidence(W, stats, _coupled(arch.checkpoint_ffn(layer), FFN, stats, gradients)))
     release()  # large matrices come and go here; what the last ones left must not add to the next ones
     repair = compensation.nested(W, stats, order)
     errors = repair.errors() / whole
@@ -127,13 +151,19 @@ def measure_ffn(
 
 
 def measure_attention(
-    arch: Architecture, layer: int, stats: BlockStatistics, criterion: Criterion, compensation: Compensation
+    arch: Architecture,
+    layer: int,
+    stats: BlockStatistics,
+    criterion: UnitCriterion,
+    compensation: Compensation,
+    gradients: Mapping[str, Gradients] | None = None,
 ) -> AttentionFactors:
-    """Choose the heads of every shape and make the repair."""
+    """Choose the heads of every shape and make the repair. ``gradients`` by matrix name, for criteria that need them."""
     base = arch.attention(layer)
     W = base.o.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
-    heads = criterion.choose_heads(W, stats, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
+    evidence = Evidence(W, stats, _coupled(base, ATTENTION, stats, gradients))
+    heads = criterion.choose_heads(evidence, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
     repair = compensation.subset(stats)
     dense = (base.kv_groups, base.heads_per_group)
     errors = {
@@ -182,7 +212,7 @@ def prepare_ffn(
     arch: Architecture,
     layer: int,
     stats: BlockStatistics,
-    criterion: Criterion,
+    criterion: UnitCriterion,
     compensation: Compensation,
     widths: Sequence[int],
 ) -> PrunableFfn:
@@ -195,13 +225,29 @@ def prepare_attention(
     arch: Architecture,
     layer: int,
     stats: BlockStatistics,
-    criterion: Criterion,
+    criterion: UnitCriterion,
     compensation: Compensation,
     shapes: Sequence[tuple[int, int]],
 ) -> PrunableAttention:
     """:func:`measure_attention` and :func:`attention_block` in one."""
     factors = measure_attention(arch, layer, stats, criterion, compensation)
     return attention_block(arch, layer, factors, shapes, adds_bias=compensation.adds_bias)
+
+
+def _coupled(
+    weights: AttentionWeights | FfnWeights, names: Sequence[str], stats: BlockStatistics, gradients: Mapping[str, Gradients] | None
+) -> dict[str, Matrix]:
+    """The block's matrices with their gradients; of the last one, the output matrix, with its inputs' statistics."""
+    if gradients is None:
+        return {}
+    return {
+        name: Matrix(name, getattr(weights, name).float(), stats if name == names[-1] else None, gradients[name]) for name in names
+    }
+
+
+def _bytes(weights: AttentionWeights | FfnWeights, *names: str) -> int:
+    tensors = (getattr(weights, name) for name in names)
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _columns(heads: Sequence[int], width: int, device: torch.device) -> Tensor:

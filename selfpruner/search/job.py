@@ -26,8 +26,13 @@ from selfpruner.search.windows import Windows, report_windows
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.base import Json, Session, WorkerPool
 
-# The field's usual training-free structured pruning, as a reference in every report: uniform rates by FLAP's score and bias.
-BASELINE = {"criterion": "flap", "compensation": "bias"}
+# What is usual without retraining, as a reference in every report: uniform rates by FLAP's score and bias where units go, by
+# magnitude where weights do. Under which name it is reported, and what it changes of the config.
+BASELINES = {
+    "structured": ("uniform_flap_bias", {"criterion": "flap", "compensation": "bias"}),
+    "n_m": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
+    "unstructured": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,20 @@ class JobResult:
 
 def session_of(config: SearchConfig, cache: Path) -> Session:
     """The session of a config: jobs that differ only in how they search share a worker's prepared state."""
-    fields = ("model", "device", "dtype", "rate", "of", "pattern", "criterion", "compensation", "granularity", "attention")
-    texts = ("ffn_step", "drop_blocks", "calibration", "fitness_text", "report_text", "seed", "memory")
-    return Session(config.fingerprint(*fields, *texts), config.model_dump(mode="json"), str(cache))
+    fields = ("model", "device", "dtype", "rate", "of", "pattern", "criterion", "compensation", "granularity", "attention", "group")
+    texts = (
+        "sparsity_step",
+        "level_bytes",
+        "ffn_step",
+        "drop_blocks",
+        "calibration",
+        "fitness_text",
+        "report_text",
+        "seed",
+        "memory",
+    )
+    spectra = "-spectra" if config.uses_spectra else ""
+    return Session(config.fingerprint(*fields, *texts) + spectra, config.model_dump(mode="json"), str(cache))
 
 
 async def run_job(
@@ -58,13 +74,13 @@ async def run_job(
 ) -> JobResult:
     """Run ``config`` to the end and leave a verified checkpoint in ``checkpoint_dir``.
 
-    The report holds ``dense``, ``uniform``, ``ramp``, ``best`` and ``uniform_flap_bias`` (parameters, kl, perplexity,
-    prefill_tps, decode_tps where timed; repetition of ``dense`` and ``best`` where they were made to write), ``evaluations``,
-    ``plans``, ``tokens`` (plan-tokens that the search was charged), ``stopped`` (why its generations ended), ``tokens_saved`` (at
-    most, by ending early), ``rank_correlation`` (predicted against measured), ``seconds``, ``peak_worker_mib``, ``operators``,
-    ``texts``, ``model``, ``plan`` and ``checkpoint``; with more than one objective also ``front`` and, where it is one of them,
-    ``latency``. Raises UnknownNameError for a proposer the settings do not name and ConfigError for a fitness text too short for
-    the stages, both before any work.
+    The report holds ``dense``, ``uniform``, ``ramp``, ``best`` and ``uniform_flap_bias``, or ``uniform_magnitude`` where single
+    weights go (parameters, of which zeros are none, kl, perplexity, prefill_tps, decode_tps where timed; repetition of ``dense``
+    and ``best`` where they were made to write), ``evaluations``, ``plans``, ``tokens`` (plan-tokens that the search was charged),
+    ``stopped`` (why its generations ended), ``tokens_saved`` (at most, by ending early), ``rank_correlation`` (predicted against
+    measured), ``seconds``, ``peak_worker_mib``, ``operators``, ``texts``, ``model``, ``plan`` and ``checkpoint``; with more than
+    one objective also ``front`` and, where it is one of them, ``latency``. Raises UnknownNameError for a proposer the settings do
+    not name and ConfigError for a fitness text too short for the stages, both before any work.
     """
     started = time.monotonic()
     if config.uses_llm:
@@ -106,9 +122,10 @@ async def run_job(
     if members:
         report |= await _front(config, prepared, space, outcome, members, latencies, evaluator, pool, session, recorder)
     checkpoint = await _export(config, job_id, prepared, space, outcome, report, evaluator, pool, session, recorder, checkpoint_dir)
-    if (config.criterion, config.compensation) != tuple(BASELINE.values()):
-        _teller("reporting", config, outcome, evaluator, recorder)("scoring the uniform FLAP baseline")
-        report["uniform_flap_bias"] = await _baseline(prepared, evaluator, pool, session)
+    name, changes = BASELINES[config.pattern]
+    if {"criterion": config.criterion, "compensation": config.compensation} != changes:
+        _teller("reporting", config, outcome, evaluator, recorder)("scoring the uniform baseline")
+        report[name] = await _baseline(changes, prepared, evaluator, pool, session)
     report |= {
         "evaluations": evaluator.evaluations,
         "plans": len(search.state.candidates),
@@ -169,7 +186,12 @@ async def _report(
         "dtype": prepared["dtype"],
         "device": prepared["device"],
         "target": {"rate": config.rate, "of": config.of, "parameters_to_remove": space.target},
-        "method": {"criterion": config.criterion, "compensation": config.compensation, "preset": config.preset},
+        "method": {
+            "pattern": config.pattern,
+            "criterion": config.criterion,
+            "compensation": config.compensation,
+            "preset": config.preset,
+        },
         "best_plan": outcome.best.plan_hash,
         "plan": {
             "hash": outcome.best.plan_hash,
@@ -214,10 +236,12 @@ async def _front(
     return found
 
 
-async def _baseline(prepared: Json, evaluator: Evaluator, pool: WorkerPool, session: Session) -> dict[str, Any]:
-    """Uniform FLAP on the report text. The last task of a job, because the worker gives up the session for it."""
+async def _baseline(
+    changes: Mapping[str, str], prepared: Json, evaluator: Evaluator, pool: WorkerPool, session: Session
+) -> dict[str, Any]:
+    """The uniform baseline on the report text. The last task of a job, because the worker gives up the session for it."""
     every = list(range(prepared["texts"]["report"]["sequences"]))
-    row = await pool.run(session, "baseline", {"changes": BASELINE, "text": "report", "sequences": every})
+    row = await pool.run(session, "baseline", {"changes": dict(changes), "text": "report", "sequences": every})
     evaluator.peak_mib = max(evaluator.peak_mib, float(row.get("peak_mib", 0.0)))
     return {
         "kl": row["kl"],

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from selfpruner.errors import ConfigError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.latency import time_blocks
-from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export
+from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export, zeros
 from selfpruner.evaluation.race import Race
 from selfpruner.evaluation.repetition import repetition
 from selfpruner.evaluation.slopes import slopes
@@ -192,7 +192,10 @@ class Runtime:
         prompt = prepared.tokens("report", [0])[0]
         progress(f"timing {len(built)} models")
         speeds = speed.measure(built, prompt, new_tokens=32 if payload.get("decode", True) else 0, cancelled=cancelled)
-        timed: Json = {name: {"parameters": count_parameters(model)} | speeds[name].figures for name, model in built.items()}
+        dense = prepared.arch.model_parameters()
+        timed: Json = {
+            name: {"parameters": dense - prepared.space.removed(plan)} | speeds[name].figures for name, plan in plans.items()
+        }
         return {"rows": timed}
 
     def _generate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
@@ -231,9 +234,14 @@ class Runtime:
         else:
             model = build(prepared.loaded.model, *pruned_tensors(prepared, plan))
         wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
-        if count_parameters(model) != wanted:
-            raise ConfigError(f"the built model has {count_parameters(model):,} parameters, the plan says {wanted:,}")
+        found = count_parameters(model)
         card = CardInfo(**payload["card"])
+        if prepared.config.pattern != "structured":
+            # Shapes stay. A kept weight may be zero by chance, a removed one is nothing else.
+            found -= zeros(prepared, plan)
+            card = replace(card, nonzeros=wanted)
+        if found != wanted if card.nonzeros is None else found > wanted:
+            raise ConfigError(f"the built model has {found:,} parameters, the plan says {wanted:,}")
         result = write(
             model,
             prepared.loaded.tokenizer,

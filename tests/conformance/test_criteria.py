@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from selfpruner import criteria, names
 from selfpruner.compensation.least_squares import NestedFit, covariance
-from selfpruner.criteria import Criterion, Heads
-from selfpruner.criteria.flap import Flap
+from selfpruner.criteria import Heads, Matrix, UnitCriterion, WeightCriterion
+from selfpruner.criteria.flap import Flap, FlapNorm, FlapVariance
+from selfpruner.criteria.gblm import Gblm, GblmL2
 from selfpruner.criteria.magnitude import Magnitude
 from selfpruner.criteria.obs import Obs, eliminate_channels
-from selfpruner.criteria.wanda_sp import WandaSp
-from selfpruner.errors import UnknownNameError
-from tests.blocks import Sample, sample, statistics_of
+from selfpruner.criteria.taylor import Taylor, TaylorMixed, TaylorSecond, TaylorVector
+from selfpruner.criteria.wanda import WandaSp
+from selfpruner.errors import ConfigError, UnknownNameError
+from tests.blocks import Sample, sample, statistics_of, with_gradients
 
 KINDS = ("white", "correlated", "low_rank", "offset")
 
@@ -26,15 +28,18 @@ KINDS = ("white", "correlated", "low_rank", "offset")
 class CriterionSuite:
     """Subclass it with ``criterion``; ``formula`` gives column scores from W and X alone, where the criterion has such."""
 
-    criterion: ClassVar[type[Criterion]]
+    criterion: ClassVar[type[UnitCriterion]]
     formula: ClassVar[Callable[[Tensor, Tensor], Tensor] | None] = None
     head_formula: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda columns: columns.sum(-1))
 
     def order(self, block: Sample) -> list[int]:
-        return [int(i) for i in self.criterion().order_channels(block.W, block.stats)]
+        return [int(i) for i in self.criterion().order_channels(with_gradients(block))]
+
+    def heads(self, block: Sample, heads: Heads) -> dict[tuple[int, int], list[int]]:
+        return self.criterion().choose_heads(with_gradients(block, heads), heads)
 
     def test_is_registered(self) -> None:
-        assert isinstance(criteria.create(self.criterion.name), self.criterion)
+        assert isinstance(criteria.create(self.criterion.name, "structured"), self.criterion)
         assert self.criterion.source
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -47,15 +52,14 @@ class CriterionSuite:
         before = [t.clone() for t in (block.W, block.stats.gram, block.stats.mean, block.stats.variance)]
         assert self.order(block) == self.order(block)
         heads = Heads(2, 2, 10)
-        first = self.criterion().choose_heads(block.W, block.stats, heads)
-        assert first == self.criterion().choose_heads(block.W, block.stats, heads)
+        assert self.heads(block, heads) == self.heads(block, heads)
         after = (block.W, block.stats.gram, block.stats.mean, block.stats.variance)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     @pytest.mark.parametrize(("groups", "per_group"), [(1, 1), (1, 4), (4, 1), (3, 3), (2, 7)])
     def test_heads_for_every_option(self, groups: int, per_group: int) -> None:
         block = sample(groups * per_group * 4, seed=3)
-        chosen = self.criterion().choose_heads(block.W, block.stats, Heads(groups, per_group, 4))
+        chosen = self.heads(block, Heads(groups, per_group, 4))
         assert set(chosen) == {(g, r) for g in range(1, groups + 1) for r in range(1, per_group + 1)}
         assert chosen[groups, per_group] == list(range(groups * per_group))
         for (g, r), heads in chosen.items():
@@ -71,7 +75,7 @@ class CriterionSuite:
         columns = type(self).formula(block.W, block.X.double())
         assert self.order(block) == [int(i) for i in columns.argsort(descending=True)]
         scores = type(self).head_formula(columns.view(3, 2, 4))
-        chosen = self.criterion().choose_heads(block.W, block.stats, Heads(3, 2, 4))
+        chosen = self.heads(block, Heads(3, 2, 4))
         best = [2 * group + int(scores[group].argmax()) for group in range(3)]
         assert chosen[3, 1] == best
         assert chosen[1, 1] == [max(best, key=lambda head: scores.flatten()[head])]
@@ -111,6 +115,122 @@ class TestFlap(CriterionSuite):
         assert self.order(Sample(block.W, block.X, stats))[-1] == 7
 
 
+class TestFlapNorm(CriterionSuite):
+    criterion = FlapNorm
+    formula = staticmethod(lambda W, X: W.abs().mean(0) * X.flatten(0, 1).norm(dim=0) / X.shape[0] ** 0.5)
+    head_formula = staticmethod(lambda columns: columns.pow(2).mean(-1))
+
+
+class TestFlapVariance(CriterionSuite):
+    criterion = FlapVariance
+    formula = staticmethod(lambda W, X: X.flatten(0, 1).var(0))  # noqa: ARG005
+    head_formula = staticmethod(lambda columns: columns.pow(2).mean(-1))
+
+    def test_a_channel_without_weight_goes_first(self) -> None:
+        """Not here: the weights do not count."""
+
+
+class GradientSuite(CriterionSuite):
+    """``element``: what one weight adds, from w, the mean gradient g and the mean square F; ``vector``: signs cancel."""
+
+    element: ClassVar[Callable[[Tensor, Tensor, Tensor], Tensor]]
+    vector: ClassVar[bool] = False
+
+    def member(self, matrix: Matrix, axis: int) -> Tensor:
+        sums = matrix.gradient
+        each = type(self).element(matrix.W.double(), sums.total.double() / sums.sequences, sums.squared.double() / sums.sequences)
+        return each.sum(axis).abs() if self.vector else each.sum(axis)
+
+    def test_channels_by_hand(self) -> None:
+        block = with_gradients(sample(24, seed=5))
+        score = self.member(block.coupled["down"], 0) + self.member(block.coupled["gate"], 1) + self.member(block.coupled["up"], 1)
+        assert self.order(sample(24, seed=5)) == [int(i) for i in score.argsort(descending=True)]
+
+    def test_a_kv_group_counts_its_keys_and_values(self) -> None:
+        shape = Heads(3, 2, 4)
+        block = with_gradients(sample(24, seed=5), shape)
+        heads = (self.member(block.coupled["o"], 0) + self.member(block.coupled["q"], 1)).view(3, 2, 4).sum(-1)
+        groups = heads.sum(1) + sum(self.member(block.coupled[name], 1).view(3, 4).sum(1) for name in ("k", "v"))
+        chosen = self.criterion().choose_heads(block, shape)
+        assert chosen[2, 2] == [head for head in range(6) if head // 2 != int(groups.argmin())]
+        assert chosen[3, 1] == [2 * group + int(heads[group].argmax()) for group in range(3)]
+
+    def test_a_channel_without_weight_goes_first(self) -> None:
+        block = with_gradients(sample(16))
+        for name, axis in (("down", 1), ("gate", 0), ("up", 0)):
+            block.coupled[name].W.index_fill_(axis, torch.tensor([5]), 0.0)
+        assert int(self.criterion().order_channels(block)[-1]) == 5
+
+
+class TestTaylor(GradientSuite):
+    criterion = Taylor
+    element = staticmethod(lambda w, g, F: (w * g).abs())  # noqa: ARG005
+
+    def test_is_never_below_the_vector(self) -> None:
+        block = with_gradients(sample(20))
+        assert bool((Taylor().score_columns(block) >= TaylorVector().score_columns(block) - 1e-6).all())
+
+
+class TestTaylorVector(GradientSuite):
+    criterion = TaylorVector
+    element = staticmethod(lambda w, g, F: w * g)  # noqa: ARG005
+    vector = True
+
+
+class TestTaylorSecond(GradientSuite):
+    criterion = TaylorSecond
+    element = staticmethod(lambda w, g, F: w * F * w)  # noqa: ARG005
+
+
+class TestTaylorMixed(GradientSuite):
+    criterion = TaylorMixed
+    element = staticmethod(lambda w, g, F: (w * g - 0.5 * w * F * w).abs())
+
+    def test_without_second_order_it_is_the_first(self) -> None:
+        block = with_gradients(sample(20))
+        for matrix in block.coupled.values():
+            matrix.gradient.squared.zero_()
+        torch.testing.assert_close(TaylorMixed().score_columns(block), Taylor().score_columns(block))
+
+
+class GblmSuite(CriterionSuite):
+    l1: ClassVar[bool]
+
+    def test_channels_by_hand(self) -> None:
+        block = with_gradients(sample(24, seed=5))
+        down = block.coupled["down"]
+        sums = down.gradient
+        G = sums.absolute * 128 / 5 if self.l1 else (sums.squared * 128 / 5).sqrt()
+        score = (down.W.abs() * (block.stats.norm.float() + 100 * G)).mean(0)
+        assert self.order(sample(24, seed=5)) == [int(i) for i in score.argsort(descending=True)]
+
+    def test_without_gradients_it_is_wandas(self) -> None:
+        block = with_gradients(sample(24, seed=6))
+        block.coupled["down"].gradient.absolute.zero_()
+        block.coupled["down"].gradient.squared.zero_()
+        torch.testing.assert_close(
+            self.criterion().score_columns(block).double(),
+            WandaSp().score_columns(block),
+            rtol=1e-5,
+            atol=1e-6,  # type: ignore[attr-defined]
+        )
+
+    def test_a_channel_without_weight_goes_first(self) -> None:
+        block = with_gradients(sample(16))
+        block.coupled["down"].W[:, 5] = 0
+        assert int(self.criterion().order_channels(block)[-1]) == 5
+
+
+class TestGblm(GblmSuite):
+    criterion = Gblm
+    l1 = True
+
+
+class TestGblmL2(GblmSuite):
+    criterion = GblmL2
+    l1 = False
+
+
 class TestObs(CriterionSuite):
     criterion = Obs
 
@@ -135,7 +255,7 @@ class TestObs(CriterionSuite):
         for seed in range(8):
             block = sample(n, d, seed=seed, kind=kind)
             C = covariance(block.stats)
-            orders = (criterion().order_channels(block.W, block.stats) for criterion in (Obs, Flap))
+            orders = (criterion().order_channels(block) for criterion in (Obs, Flap))
             mine, theirs = (NestedFit.of(block.W[:, order], C[order][:, order]).errors()[1:-1] for order in orders)
             assert float((mine / theirs)[n // 4 :].mean()) < 1, seed
             ratios.append((mine / theirs)[n // 4 :])
@@ -158,7 +278,7 @@ class TestObs(CriterionSuite):
         for seed in range(4):
             block = sample(groups * per_group * 4, 16, seed=seed)
             C = covariance(block.stats)
-            chosen = Obs().choose_heads(block.W, block.stats, Heads(groups, per_group, 4))
+            chosen = Obs().choose_heads(block, Heads(groups, per_group, 4))
             whole = head_error(block, C, [])
             for (g, r), heads in chosen.items():
                 options = options_of(groups, per_group, g, r)
@@ -206,11 +326,28 @@ def options_of(groups: int, per_group: int, g: int, r: int) -> list[tuple[int, .
 
 
 def test_the_registry_and_the_table_of_names_agree() -> None:
-    assert set(criteria.CRITERIA) == set(names.CRITERIA)
-    suites = {suite.criterion for suite in CriterionSuite.__subclasses__()}
-    assert suites == set(criteria.CRITERIA.values()), "every criterion has its suite here"
+    assert set(criteria.CRITERIA) == set(names.CRITERIA) == set(names.CRITERION_PATTERNS)
+    for name, criterion in criteria.CRITERIA.items():
+        assert criterion.patterns == names.CRITERION_PATTERNS[name]
+        assert isinstance(criterion(), UnitCriterion) == ("structured" in criterion.patterns)
+        assert isinstance(criterion(), WeightCriterion) == bool({"n_m", "unstructured"} & set(criterion.patterns))
+    units = {cls for cls in criteria.CRITERIA.values() if "structured" in cls.patterns}
+    assert {suite.criterion for suite in suites_of(CriterionSuite)} == units, "every criterion for units has its suite here"
+
+
+def suites_of(suite: type[Any]) -> list[type[Any]]:
+    """All below ``suite`` that name a criterion."""
+    below = [found for child in suite.__subclasses__() for found in (child, *suites_of(child))]
+    return [found for found in below if hasattr(found, "criterion")]
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UnknownNameError, match="flap, magnitude, obs, wanda_sp"):
-        criteria.create("wanda")
+    with pytest.raises(UnknownNameError, match="obs, ria"):
+        criteria.create("wandb")
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("obs", "n_m"), ("wanda", "structured"), ("eggs", "unstructured")])
+def test_a_pattern_that_a_criterion_does_not_know_is_refused(name: str, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=f"not {pattern}. For {pattern} choose one of .*magnitude|not {pattern}") as caught:
+        criteria.create(name, pattern)
+    assert caught.value.param == "criterion"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from selfpruner import names
 from selfpruner.operators import CLASSICAL, CROSSOVERS, Context, Offspring, Operator, closed_form
-from selfpruner.operators.allocation import FlapGlobal, Owl, below_threshold, owl_rates
+from selfpruner.operators.allocation import Alpha, FlapGlobal, Owl, alpha_rates, below_threshold, owl_rates
 from selfpruner.operators.closed_form import SLOPES, Ramp, Random, Sensitivity, Uniform, cheapest, predicted_losses, ramp
 from selfpruner.operators.evolution import LevelSwitch, Recombine, switch
 from selfpruner.operators.llm import OPERATORS
@@ -51,6 +51,7 @@ def context_of(space: SearchSpace, members: int = 5, **changes: Any) -> Context:
     facts["probe_levels"] = [min(1, len(block.options) - 1) for block in space.blocks]
     facts["signals"] = {
         "outlier_ratio": [rng.uniform(0.001, 0.02) for _ in range(space.layers)],
+        "spectral_exponents": [rng.uniform(2, 6) for _ in range(space.layers)],
         "flap_thresholds": [sorted(rng.uniform(-1, 2) for _ in block.options) for block in space.blocks],
     }
     return Context(space, 1, 5, **{**facts, **changes})
@@ -177,6 +178,27 @@ class TestOwl(OperatorSuite):
         rates = space.layer_rates(plan)
         assert rates == sorted(rates, reverse=True)
         assert rates[0] > rates[-1]
+
+
+class TestAlpha(OperatorSuite):
+    operator = Alpha
+
+    def test_without_signals_it_says_nothing(self) -> None:
+        assert self.propose(context_of(space_of(), signals={}), 3) == []
+
+    def test_rates_rise_with_the_exponent_within_the_band(self) -> None:
+        rates = alpha_rates([2.0, 6.0, 4.0, 2.0], 0.3)
+        assert rates[0] == rates[3] < rates[2] < rates[1]
+        assert max(rates) / min(rates) == pytest.approx(1.3 / 0.7)
+        assert sum(rates) / 4 == pytest.approx(0.3)
+        assert alpha_rates([3.0, 3.0], 0.3) == pytest.approx([0.3, 0.3])
+
+    def test_the_plan_has_the_order_of_the_rates(self) -> None:
+        space = space_of(layers=6, rate=0.3, mode="none", channels=192)
+        plan = self.propose(context_of(space, signals={"spectral_exponents": [2.0 + layer for layer in range(6)]}), 1)[0].plan
+        rates = space.layer_rates(plan)
+        assert rates == sorted(rates)
+        assert rates[0] < rates[-1]
 
 
 class TestFlapGlobal(OperatorSuite):

@@ -1,0 +1,238 @@
+"""N:M and unstructured pruning of one layer: matrices of their own shapes in which weights are zero, at every level.
+
+A level says how thin all matrices of a block are. What is made once per layer lies in one file, the *level database*: without a
+repair one bit per weight and level; with one the repaired weights, in the model's dtype. Whoever needs a level reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.calibration.gradients import ATTENTION, FFN
+from selfpruner.calibration.statistics import Site
+from selfpruner.compensation.sweep import factor, sweep
+from selfpruner.criteria import Matrix, WeightCriterion
+from selfpruner.criteria.masks import Sparsity
+from selfpruner.errors import disk_errors
+from selfpruner.space import Option
+from selfpruner.tensor_files import TensorFile, write_tensors
+
+BLOCKS = (ATTENTION, FFN)  # the matrices of a block, by its place in the layer
+SITE_OF: Mapping[str, Site] = {
+    **dict.fromkeys(("q", "k", "v"), "qkv"),
+    "o": "attention",
+    **dict.fromkeys(("gate", "up"), "gate_up"),
+    "down": "ffn",
+}
+# Raise it when what is in the files changes.
+_FORMAT = 1
+# Rows of all levels together that one sweep repairs: what it takes beyond them is three times their size.
+SWEEP_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PrunableMasked:
+    """A block at every level; ``file`` has its layer's levels."""
+
+    arch: Architecture
+    layer: int
+    block: int
+    file: TensorFile
+    options: tuple[Option, ...]
+
+    def weights(self, level: int) -> AttentionWeights | FfnWeights:
+        """The block's weights at ``level`` in the model's dtype and the checkpoint's order of channels."""
+        base = self._base()
+        if level == 0:
+            return base
+        changed: dict[str, Any] = {name: self._matrix(name, level, getattr(base, name)) for name in BLOCKS[self.block]}
+        return replace(base, **changed)
+
+    def renewed(self, level: int, weights: AttentionWeights | FfnWeights | None) -> AttentionWeights | FfnWeights | None:
+        """What :meth:`weights` gave earlier, with what is the model's own taken again."""
+        return self._base() if level == 0 else weights
+
+    def own_bytes(self, weights: AttentionWeights | FfnWeights | None) -> int:
+        """Bytes of a level below dense that are not the model's."""
+        return sum(int(getattr(weights, name).nbytes) for name in BLOCKS[self.block])
+
+    @property
+    def nested(self) -> bool:
+        """Whether levels are prefixes of each other's channels."""
+        return False
+
+    def _matrix(self, name: str, level: int, dense: Tensor) -> Tensor:
+        stored = self.file.read(f"{name}.{level}")
+        if stored.dtype != torch.uint8:
+            return stored.to(self.arch.device)
+        return dense * unpacked(stored, dense.shape[1]).to(dense)
+
+    def _base(self) -> AttentionWeights | FfnWeights:
+        self.arch.order_channels(self.layer, None)
+        return self.arch.ffn(self.layer) if self.block else self.arch.attention(self.layer)
+
+
+def block_options(arch: Architecture, layer: int, block: int, levels: Sequence[Sparsity]) -> tuple[Option, ...]:
+    """One option per level, as many weights as it should keep; ``parameters`` are weights that are not zero, so biases and norms
+    are none of them."""
+    sizes = [getattr(_block(arch, layer, block), name).numel() for name in BLOCKS[block]]
+    return tuple(Option(sum(sizes) - sum(level.pruned(size) for size in sizes)) for level in levels)
+
+
+def level_files(
+    arch: Architecture, folder: Path, fingerprint: str, criterion: str, compensation: str, levels: Sequence[Sparsity]
+) -> list[Path]:
+    """The level database's file of every layer; ``fingerprint`` identifies model and calibration text."""
+    asked = f"{_FORMAT}:{fingerprint}:{arch.dtype}:{criterion}:{compensation}:{levels}"
+    place = folder / hashlib.sha256(asked.encode()).hexdigest()[:24]
+    return [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
+
+
+def database_bytes(arch: Architecture, levels: Sequence[Sparsity], *, repaired: bool) -> int:
+    """What the level database of a model will take on disk."""
+    matrices = [getattr(_block(arch, 0, block), name) for block in (0, 1) for name in BLOCKS[block]]
+    one = sum(W.numel() * arch.dtype.itemsize if repaired else W.shape[0] * -(-W.shape[1] // 8) for W in matrices)
+    return int(one) * arch.layers * (len(levels) - 1)
+
+
+def write_levels(
+    file: Path,
+    matrices: Mapping[str, Matrix],
+    criterion: WeightCriterion,
+    levels: Sequence[Sparsity],
+    dtype: torch.dtype,
+    facts: Mapping[str, Any],
+    *,
+    repair: bool,
+) -> None:
+    """Make a layer's levels and write them, and beside them ``facts``, and of every matrix at every level how many weights stay
+    and the squared output error as a share of its output.
+
+    ``levels[0]`` is the dense one. Raises DiskFullError, and leaves nothing then.
+    """
+    shapes: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for name, matrix in matrices.items():
+        out, width = matrix.W.shape
+        for level in range(1, len(levels)):
+            shapes[f"{name}.{level}"] = (dtype, (out, width)) if repair else (torch.uint8, (out, -(-width // 8)))
+    errors: dict[str, list[float]] = {name: [0.0] for name in matrices}
+    counts = {name: [matrix.W.numel()] for name, matrix in matrices.items()}
+    ready: dict[str, Tensor] = {}
+    waiting = {name: _made(matrix, criterion, levels[1:], repair) for name, matrix in matrices.items()}
+
+    def tensor(key: str) -> Tensor:
+        name = key.split(".")[0]
+        while key not in ready:
+            made, kept, error = next(waiting[name])
+            ready[f"{name}.{len(errors[name])}"] = made.to(dtype) if repair else packed(kept)
+            errors[name].append(error)
+            counts[name].append(int(kept.sum()))
+        return ready.pop(key)
+
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(aside, shapes, tensor)
+            aside.replace(file)
+            aside.write_text(json.dumps({"errors": errors, "kept": counts, "facts": dict(facts)}), "utf-8")
+            aside.replace(facts_file(file))
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def facts_file(file: Path) -> Path:
+    """The text beside a layer's levels, written last: where it is, they are whole."""
+    return file.with_suffix(".json")
+
+
+def read_facts(file: Path) -> tuple[tuple[tuple[Option, ...], ...], dict[str, Any]]:
+    """The options of attention and FFN, with the weights that really stay and the mean error of the block's matrices, and the
+    facts."""
+    body = json.loads(facts_file(file).read_text("utf-8"))
+    options = []
+    for names in BLOCKS:
+        kept = [sum(each) for each in zip(*(body["kept"][name] for name in names), strict=True)]
+        errors = [fmean(each) for each in zip(*(body["errors"][name] for name in names), strict=True)]
+        options.append(tuple(Option(count, error) for count, error in zip(kept, errors, strict=True)))
+    return tuple(options), body["facts"]
+
+
+def _made(
+    matrix: Matrix, criterion: WeightCriterion, levels: Sequence[Sparsity], repair: bool
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Weights, mask and error of every level, in order."""
+    assert matrix.inputs is not None
+    moment = matrix.inputs.gram.float()
+    whole = max(_energy(matrix.W, moment), torch.finfo(torch.float32).tiny)
+    masks = criterion.masks(matrix, levels)
+    if not repair:
+        for kept in masks:
+            yield matrix.W * kept, kept, _energy(matrix.W * ~kept, moment) / whole
+        return
+    U, dead = factor(matrix.inputs)
+    together = max(1, SWEEP_BYTES // matrix.W.nbytes)
+    rows = len(matrix.W)
+    for start in range(0, len(levels), together):
+        # All levels are rows of one product: they share the factor.
+        field = torch.cat([next(masks) for _ in levels[start : start + together]])
+
+        def choose(first: int, last: int, _: Tensor, field: Tensor = field) -> Tensor:
+            return field[:, first:last]
+
+        repaired, _, _ = sweep(matrix.W.repeat(len(field) // rows, 1), U, dead, choose)
+        for made, kept in zip(repaired.split(rows), field.split(rows), strict=True):
+            yield made, kept, _energy(matrix.W - made, moment) / whole
+
+
+def _energy(W: Tensor, moment: Tensor) -> float:
+    """tr(W moment W^T)."""
+    return max(float(((W @ moment) * W).sum(dtype=torch.float64)), 0.0)
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A bool mask (out, in) as bits, uint8 (out, ceil(in / 8))."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+
+
+def unpacked(bits: Tensor, width: int) -> Tensor:
+    """The bool mask (out, width) of :func:`packed`."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=width)).bool()
+
+
+def matrices_of(
+    arch: Architecture, layer: int, statistics: Mapping[Site, Any], gradients: Mapping[str, Any] | None
+) -> dict[str, Matrix]:
+    """The seven matrices of a layer in float32, in the checkpoint's order, with what was measured at them."""
+    found = {}
+    for block, names in enumerate(BLOCKS):
+        weights = _block(arch, layer, block)
+        for name in names:
+            own = None if gradients is None else gradients[name]
+            found[name] = Matrix(name, getattr(weights, name).float(), statistics[SITE_OF[name]], own)
+    return found
+
+
+def sparsities(pattern: str, group: int, step: float, *, drop: bool) -> list[Sparsity]:
+    """The levels of a pattern, dense first: N = M, M - 1, ... of every ``group`` M, or shares a ``step`` apart; the last one,
+    where nothing stays, only with ``drop``."""
+    if pattern == "n_m":
+        return [Sparsity.n_m(kept, group) for kept in range(group, -1 if drop else 0, -1)]
+    shares = [round(count * step, 6) for count in range(int(1 / step) + 1)]
+    return [Sparsity(share) for share in shares if share < 1] + ([Sparsity(1.0)] if drop else [])
+
+
+def _block(arch: Architecture, layer: int, block: int) -> AttentionWeights | FfnWeights:
+    return arch.checkpoint_ffn(layer) if block else arch.attention(layer)

@@ -1,0 +1,205 @@
+"""N:M and unstructured: levels in the engine, whole jobs, checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import selfpruner
+from selfpruner import api
+from selfpruner.config import SearchConfig
+from selfpruner.criteria.masks import Sparsity
+from selfpruner.errors import ConfigError
+from selfpruner.evaluation.prepared import Prepared, prepare, pruned_tensors, zeros
+from selfpruner.export.build import build
+from selfpruner.models import load, resolve
+from selfpruner.patterns import PrunableMasked
+from selfpruner.patterns.masked import database_bytes, packed, sparsities, unpacked
+from selfpruner.search.job import run_job
+from selfpruner.store.store import Store
+from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.workers.runtime import Runtime
+from tests.pruned import random_plans
+from tests.test_job import config_of
+from tests.tiny_models import sample_text, tiny_model
+
+MATRICES = [f"self_attn.{name}_proj.weight" for name in "qkvo"] + [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(sample_text(30_000))
+    return file
+
+
+def prepared_of(folder: Path, text: Path, family: str = "llama", **changes: Any) -> Prepared:
+    model = folder / family
+    if not model.exists():
+        tiny_model(model, family)
+    config = config_of(model, text, **changes)
+    return prepare(
+        config, load(resolve(str(model), folder), "cpu", "float32"), folder / "cache", ["fitness"], lambda _: None, lambda: False
+    )
+
+
+@pytest.mark.parametrize("compensation", ["none", "least_squares"])
+@pytest.mark.parametrize(("pattern", "criterion"), [("n_m", "wanda"), ("unstructured", "gblm"), ("n_m", "sparsegpt")])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_engine_scores_what_is_exported(
+    family: str, pattern: str, criterion: str, compensation: str, tmp_path: Path, text: Path
+) -> None:
+    """Plans of all levels, whose children share their first blocks: each one's KL is that of the model built from its tensors."""
+    prepared = prepared_of(tmp_path, text, family, pattern=pattern, criterion=criterion, compensation=compensation, rate=0.4)
+    tokens = prepared.tokens("fitness", [0, 1])
+    plans = random_plans(prepared.space, 4)
+    scores = prepared.engine.evaluate(plans, tokens)
+    dense = prepared.loaded.model
+    with torch.no_grad():
+        reference = dense(tokens).logits.log_softmax(-1)
+        for plan, score in zip(plans, scores, strict=True):
+            model = build(dense, *pruned_tensors(prepared, plan))
+            found = model(tokens).logits.log_softmax(-1)
+            assert score.kl == pytest.approx(float((reference.exp() * (reference - found)).sum(-1).mean()), rel=1e-3, abs=1e-6)
+            # A channel or an input that is never there has no weights to speak of, whatever the level; otherwise it is exact.
+            assert zeros(prepared, plan) >= prepared.space.removed(plan)
+    uniform = prepared.space.project([0.4] * prepared.space.layers)
+    again = prepared.engine.evaluate([uniform, plans[0]], tokens)
+    assert again[1].kl == pytest.approx(scores[0].kl, rel=1e-4), "levels from the cache are the same"
+
+
+def test_levels_are_worse_the_thinner_and_better_repaired(tmp_path: Path, text: Path) -> None:
+    plain = prepared_of(tmp_path, text, pattern="unstructured", criterion="ria", compensation="none")
+    errors = [[option.error for option in block.options] for block in plain.space.blocks]
+    assert all(one[0] == 0 and sorted(one) == one for one in errors)
+    fixed = prepared_of(tmp_path, text, pattern="unstructured", criterion="ria", compensation="least_squares")
+    for before, block in zip(errors, fixed.space.blocks, strict=True):
+        after = [option.error for option in block.options]
+        assert sum(after) < sum(before)
+    sizes = [[option.parameters for option in block.options] for block in fixed.space.blocks]
+    assert sizes == [[option.parameters for option in block.options] for block in plain.space.blocks]
+
+
+def test_two_four_everywhere_is_a_rate_of_a_half(tmp_path: Path, text: Path) -> None:
+    prepared = prepared_of(tmp_path, text, pattern="n_m", criterion="magnitude", compensation="none", rate=0.5)
+    plan = prepared.space.project([0.5] * prepared.space.layers)
+    assert set(plan.levels) == {2}
+    assert prepared.space.removed(plan) == prepared.space.target
+    for name, tensor in pruned_tensors(prepared, plan)[1].items():
+        assert bool(((tensor.view(len(tensor), -1, 4) != 0).sum(-1) <= 2).all()), name
+
+
+def test_the_database_is_read_and_not_made_again(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepared_of(tmp_path, text, pattern="n_m", criterion="wanda", compensation="least_squares")
+    files = sorted((tmp_path / "cache" / "levels").rglob("*.safetensors"))
+    assert len(files) == first.arch.layers
+    foreseen = database_bytes(first.arch, sparsities("n_m", 4, 0.05, drop=False), repaired=True)
+    assert foreseen == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)
+    monkeypatch.setattr("selfpruner.patterns.masked.write_levels", None)
+    second = prepared_of(tmp_path, text, pattern="n_m", criterion="wanda", compensation="least_squares")
+    assert second.space == first.space
+    assert second.signals == first.signals
+    block = second.engine.blocks[1]
+    assert isinstance(block, PrunableMasked)
+
+
+def test_masks_survive_their_packing() -> None:
+    mask = torch.rand(5, 37, generator=torch.Generator().manual_seed(0)) < 0.4
+    assert torch.equal(unpacked(packed(mask), 37), mask)
+
+
+def test_levels_of_a_pattern() -> None:
+    assert sparsities("n_m", 4, 0.05, drop=False) == [Sparsity.n_m(kept, 4) for kept in (4, 3, 2, 1)]
+    assert sparsities("n_m", 2, 0.05, drop=True)[-1].pruned(64) == 64
+    shares = [level.share for level in sparsities("unstructured", 4, 0.25, drop=True)]
+    assert shares == [0, 0.25, 0.5, 0.75, 1]
+    assert len(sparsities("unstructured", 4, 0.05, drop=False)) == 20
+
+
+@pytest.mark.parametrize("pattern", ["n_m", "unstructured"])
+def test_a_whole_job(pattern: str, tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "llama", "llama")
+    config = config_of(model, text, pattern=pattern, rate=0.5, sparsity_step=0.1)
+    assert config.criterion == "sparsegpt"
+
+    async def run() -> Any:
+        pool = InProcessPool(lambda: Runtime("cpu"))
+        try:
+            with Store(tmp_path / "db") as store:
+                job, _ = store.create_job(config)
+                store.transition(job.id, "running")
+                return await run_job(
+                    config,
+                    job_id=job.id,
+                    pool=pool,
+                    proposer_settings={},
+                    recorder=store.recorder(job.id),
+                    cache=tmp_path / "cache",
+                    checkpoint_dir=tmp_path / "checkpoint",
+                )
+        finally:
+            await pool.close()
+
+    report = asyncio.run(run()).report
+    assert report["best"]["kl"] <= report["uniform_magnitude"]["kl"]
+    assert report["best"]["parameters"] == report["dense"]["parameters"] - report["plan"]["removed"]
+    assert report["plan"]["removed"] >= report["target"]["parameters_to_remove"]
+    plan = json.loads((tmp_path / "checkpoint" / "plan.json").read_text())
+    assert plan["pattern"] == pattern
+    assert plan["nonzeros"] == report["best"]["parameters"]
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    matrices: list[Tensor] = [tensor for name, tensor in tensors.items() if name.endswith(tuple(MATRICES))]
+    gone = sum(int((tensor == 0).sum()) for tensor in matrices)
+    assert gone >= report["plan"]["removed"]
+    assert "are zero" in (tmp_path / "checkpoint" / "README.md").read_text()
+    model = selfpruner.load(tmp_path / "checkpoint")
+    assert sum(p.numel() for p in model.parameters()) == report["dense"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"pattern": "n_m", "criterion": "obs"}, "not n_m. For n_m choose"),
+        ({"pattern": "structured", "criterion": "ria"}, "not structured"),
+        ({"pattern": "unstructured", "criterion": "eggs"}, "not unstructured"),
+        ({"pattern": "n_m", "compensation": "bias"}, "whole units"),
+        ({"pattern": "n_m", "objective": "quality,latency"}, "latency does not change"),
+        ({"pattern": "unstructured", "of": "model"}, "leave out of"),
+        ({"pattern": "n_m", "group": 1}, "group"),
+        ({"pattern": "unstructured", "sparsity_step": 0.9}, "sparsity_step"),
+        ({"pattern": "checkered"}, "checkered"),
+    ],
+)
+def test_requests_that_can_never_work(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        api.config_of({"rate": 0.3, **changes})
+
+
+def test_a_group_that_does_not_divide_the_model(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match="do not divide") as caught:
+        prepared_of(tmp_path, text, pattern="n_m", criterion="magnitude", compensation="none", group=7)
+    assert caught.value.param == "group"
+
+
+def test_a_database_beyond_its_limit_is_refused_before_it_is_made(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match="level_bytes allows 1,000") as caught:
+        prepared_of(tmp_path, text, pattern="unstructured", criterion="ria", level_bytes=1000)
+    assert caught.value.param == "level_bytes"
+    assert not (tmp_path / "cache" / "levels").exists()
+
+
+def test_equal_requests_share_a_session_and_others_do_not() -> None:
+    from selfpruner.search.job import session_of
+
+    def key(**changes: Any) -> str:
+        return session_of(SearchConfig(rate=0.5, pattern="n_m", **changes), Path("cache")).key
+
+    assert key() == key(generations=3)
+    assert len({key(), key(group=8), key(criterion="ria"), key(compensation="none")}) == 4
