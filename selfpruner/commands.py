@@ -232,9 +232,6 @@ def _print_pruned(result: Pruned, as_json: bool) -> int:
 
 def criteria(as_json: Json = False) -> int:
     """What can decide what stays: every criterion with its patterns, what it needs beyond the weights, and its source."""
-    from rich.console import Console
-    from rich.table import Table
-
     from selfpruner import criteria as registry
 
     known = [registry.create(name) for name in (*names.CRITERIA, *sorted(names.plugins(names.CRITERION_PLUGINS)))]
@@ -251,12 +248,11 @@ def criteria(as_json: Json = False) -> int:
     if as_json:
         print(json.dumps(rows))
         return 0
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for column in ("criterion", "patterns", "needs", "what", "source"):
-        table.add_column(column, no_wrap=column in ("criterion", "patterns"))
-    for row in rows:
-        table.add_row(row["name"], ", ".join(row["patterns"]), ", ".join(row["needs"]) or "-", row["what"], row["source"])
-    Console(markup=False, highlight=False).print(table)
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:  # two lines each: five columns are more than a terminal is wide
+        needs = f"; needs {', '.join(row['needs'])}" if row["needs"] else ""
+        print(f"{row['name']:{width}}  {', '.join(row['patterns'])}{needs}")
+        print(f"{'':{width}}  {row['what']}. {row['source']}")
     return 0
 
 

@@ -18,7 +18,7 @@ from selfpruner import names
 from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, disk_errors
 from selfpruner.search.job import session_of
-from selfpruner.space import SearchSpace
+from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.process import ProcessPool
 
 PlainRow = dict[str, Any]
@@ -161,24 +161,23 @@ async def _rows(
     every = list(range(prepared["texts"]["report"]["sequences"]))
     dense = int(prepared["model"]["parameters"])
 
-    async def scored(levels: Sequence[int]) -> dict[str, Any]:
-        tell("scoring")
-        asked = {"plans": [list(levels)], "text": "report", "sequences": every}
-        found = await pool.run(session, "evaluate", asked)
-        row: dict[str, Any] = {**found["rows"][0], "peak_mib": found.get("peak_mib", 0)}
-        return row
-
-    if results.dense is None:
-        row = await scored([0] * len(prepared["space"]["blocks"]))
-        results.dense = {"parameters": dense, "perplexity": round(math.exp(row["nll"]), 3)}
+    uniform: dict[float, tuple[SearchSpace, Plan]] = {}
     for rate in rates:
         try:
             space = SearchSpace.from_dict({**prepared["space"], "rate": rate})
-            plan = space.project([rate] * space.layers)
+            uniform[rate] = space, space.project([rate] * space.layers)
         except SelfprunerError as error:
             yield Row(**asdict(method), rate=rate, error=error.message)
-            continue
-        row = await scored(plan.levels)
+    if not uniform:
+        return
+    whole = [] if results.dense is not None else [[0] * len(prepared["space"]["blocks"])]
+    tell("scoring")
+    asked = {"plans": [*whole, *(list(plan.levels) for _, plan in uniform.values())], "text": "report", "sequences": every}
+    found = await pool.run(session, "evaluate", asked)
+    scores = list(found["rows"])
+    if whole:
+        results.dense = {"parameters": dense, "perplexity": round(math.exp(scores.pop(0)["nll"]), 3)}
+    for (rate, (space, plan)), row in zip(uniform.items(), scores, strict=True):
         yield Row(
             **asdict(method),
             rate=rate,
@@ -186,7 +185,7 @@ async def _rows(
             kl=None if row["kl"] is None else round(row["kl"], 4),
             perplexity=None if row["nll"] is None else round(math.exp(min(row["nll"], 700.0)), 3),
             seconds=round(float(prepared["seconds"]), 1),
-            peak_mib=round(max(float(prepared.get("peak_mib", 0)), float(row["peak_mib"]))),
+            peak_mib=round(max(float(prepared.get("peak_mib", 0)), float(found.get("peak_mib", 0)))),
             error=row["reason"],
         )
 

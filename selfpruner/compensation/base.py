@@ -15,6 +15,9 @@ from torch import Tensor
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.tensor_files import Parts
 
+# Rows of a moment that are looked at together.
+STRIP = 128
+
 
 class NestedRepair(Protocol):
     """For blocks whose levels are prefixes of one order (FFN). W's columns are in keep-first order.
@@ -72,8 +75,20 @@ def energy(W: Tensor, moment: Tensor) -> float:
     return float(((W @ moment) * W).sum())
 
 
-def suffix_energies(W: Tensor, moment: Tensor) -> Tensor:
-    """(n + 1,): tr(W_R moment_RR W_R^T) for R = the columns from k on, for every k at once."""
-    M = (W.T @ W) * moment
-    corner = M.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
-    return M.new_zeros(M.shape[0] + 1).index_copy_(0, torch.arange(M.shape[0], device=M.device), corner).clamp_min(0)
+def suffix_energies(W: Tensor, moment: Tensor, order: Tensor, mean: Tensor | None = None, tokens: int = 0) -> Tensor:
+    """(n + 1,): tr(W_R moment_RR W_R^T) for R = the columns of W (d, n) that ``order`` (n,) has from place k on, for every k at once.
+
+    With ``mean`` (n,) the moment is taken about it: moment - tokens * mean mean^T. Strip by strip, so that no second matrix of the
+    moment's size exists.
+    """
+    n = len(order)
+    ordered, own = W[:, order], moment.new_zeros(n + 1)
+    for start in range(0, n, STRIP):
+        stop = min(start + STRIP, n)
+        part = moment[order[start:stop]][:, order[start:]]
+        if mean is not None:
+            part.addr_(mean[order[start:stop]], mean[order[start:]], alpha=-tokens)
+        # What column k has to do with itself, and twice with those after it.
+        part *= ordered[:, start:stop].T @ ordered[:, start:]
+        own[start:stop] = 2 * part.triu(1).sum(1) + part.diagonal()
+    return own.flip(0).cumsum(0).flip(0).clamp_min(0)

@@ -21,9 +21,9 @@ class Bias:
     adds_bias: ClassVar[bool] = True
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
-        W, mean = W[:, order], stats.mean.to(W)[order]
-        left = suffix_energies(W, _scatter(stats).to(W)[order][:, order])
-        return Slice(HeldParts(left=left, mean=mean.float()), biased=True)
+        mean = stats.mean.to(W)
+        left = suffix_energies(W, stats.gram.to(W), order, mean, stats.tokens)
+        return Slice(HeldParts(left=left, mean=mean[order].float()), biased=True)
 
     def subset(self, stats: BlockStatistics) -> SliceSubset:
         return SliceSubset(HeldParts(moment=_scatter(stats).float(), mean=stats.mean.float()), biased=True)

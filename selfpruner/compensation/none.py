@@ -58,9 +58,7 @@ class Nothing:
     adds_bias: ClassVar[bool] = False
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
-        W = W[:, order]
-        left = suffix_energies(W, stats.gram.to(W)[order][:, order])
-        return Slice(HeldParts(left=left))
+        return Slice(HeldParts(left=suffix_energies(W, stats.gram.to(W), order)))
 
     def subset(self, stats: BlockStatistics) -> SliceSubset:
         return SliceSubset(HeldParts(moment=stats.gram.float()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -139,6 +139,8 @@ def write_levels(
             ready[f"{name}.{len(errors[name])}"] = made.to(dtype) if repair else packed(kept)
             errors[name].append(error)
             counts[name].append(int(kept.sum()))
+            if len(errors[name]) == len(levels):
+                waiting[name].close()  # its scores and products are not needed again
         return ready.pop(key)
 
     aside = file.with_suffix(f".{os.getpid()}.tmp")
@@ -172,7 +174,7 @@ def read_facts(file: Path) -> tuple[tuple[tuple[Option, ...], ...], dict[str, An
 
 def _made(
     matrix: Matrix, criterion: WeightCriterion, levels: Sequence[Sparsity], repair: bool
-) -> Iterator[tuple[Tensor, Tensor, float]]:
+) -> Generator[tuple[Tensor, Tensor, float], None, None]:
     """Weights, mask and error of every level, in order."""
     assert matrix.inputs is not None
     moment = matrix.inputs.gram.float()

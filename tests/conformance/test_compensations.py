@@ -196,10 +196,15 @@ class TestLeastSquares(CompensationSuite):
 
 
 def test_suffix_energies() -> None:
-    block = sample(9)
-    moment = block.stats.gram
-    expected = [energy(block.W[:, k:], moment[k:, k:]) for k in range(10)]
-    torch.testing.assert_close(suffix_energies(block.W, moment), torch.tensor(expected, dtype=torch.float64))
+    block, order = sample(300), order_of(300).flip(0)  # more columns than are looked at together
+    W, moment, mean, tokens = block.W[:, order], block.stats.gram, block.stats.mean, block.stats.tokens
+    centred = (moment - tokens * torch.outer(mean, mean))[order][:, order]
+    expected = [energy(W[:, k:], moment[order][:, order][k:, k:]) for k in range(301)]
+    found = suffix_energies(block.W, moment, order)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    expected = [energy(W[:, k:], centred[k:, k:]) for k in range(301)]
+    found = suffix_energies(block.W, moment, order, mean, tokens)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 def test_the_registry_and_the_table_of_names_agree() -> None:
