@@ -3,8 +3,9 @@
     MALLOC_ARENA_MAX=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 OMP_NUM_THREADS=1 python -m benchmarks.criteria_memory
 
 Each criterion is a process of its own with an empty cache. Peaks are anonymous resident memory, looked at every millisecond, beyond
-what the process held when the model was loaded; pages of files are none, the system takes them back. ``statistics`` is the largest layer's: a float64 Gram matrix per place that the criterion looks at, and for gradients three
-float32 sums per weight. Asked is at most 1.5 times that.
+what the process held when the model was loaded; pages of files are none, the system takes them back. ``statistics`` is the largest
+layer's: a float64 Gram matrix per place that the criterion looks at, and for gradients three float32 sums per weight. Asked is at
+most 1.5 times that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 from selfpruner import names
 
@@ -68,8 +68,12 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
     source = models.resolve(options.model, cache)
     config = config_of(
         {
-            **{"rate": 0.5, "preset": "evolution", "pattern": pattern, "criterion": criterion},
-            **{"compensation": options.compensation, "sparsity_step": 0.25},
+            "rate": 0.5,
+            "preset": "evolution",
+            "pattern": pattern,
+            "criterion": criterion,
+            "compensation": options.compensation,
+            "sparsity_step": 0.25,
             "calibration": {"sources": [{"source": text("c4", cache)}], "sequences": options.sequences, "length": 512},
         }
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
@@ -76,7 +75,7 @@ def energy(W: Tensor, moment: Tensor) -> float:
 
 
 def suffix_energies(W: Tensor, moment: Tensor, order: Tensor, mean: Tensor | None = None, tokens: int = 0) -> Tensor:
-    """(n + 1,): tr(W_R moment_RR W_R^T) for R = the columns of W (d, n) that ``order`` (n,) has from place k on, for every k at once.
+    """(n + 1,): tr(W_R moment_RR W_R^T) for R = the columns of W (d, n) from place k of ``order`` (n,) on, for every k at once.
 
     With ``mean`` (n,) the moment is taken about it: moment - tokens * mean mean^T. Strip by strip, so that no second matrix of the
     moment's size exists.
