@@ -4,8 +4,8 @@
 
 A text is names joined by ``+``, each with ``:WEIGHT`` if it is not 1, then ``@COUNTxLENGTH`` where it is not 64x512. Names are
 those of ``benchmarks.data`` and the product's own (``self``, ``pydoc``). Judged on sequences of 512 tokens of WikiText-2 test
-and of C4's report part; the last column is the geometric mean of the two perplexities over that of the first text in the list. Results
-are kept one by one, and the same command goes on where it stopped.
+and of C4's report part; the last column is the geometric mean of the two perplexities over that of the first text in the list.
+Results are kept one by one, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
