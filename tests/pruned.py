@@ -17,7 +17,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, describe
 from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
-from selfpruner.compensation.least_squares import DAMPING
+from selfpruner.compensation.least_squares import FLOOR, RIDGE
 from selfpruner.evaluation.engine import Engine
 from selfpruner.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
 from selfpruner.space import Block, Plan, SearchSpace, attention_shapes, ffn_widths
@@ -127,9 +127,10 @@ def repaired(W: Tensor, X: Tensor, kept: Sequence[int], method: str) -> tuple[Te
         return new, W.new_zeros(W.shape[0])
     if method == "least_squares":
         centred = X - mean
-        ridge = DAMPING * float(centred.pow(2).sum(0).mean())
-        A = centred[:, kept].T @ centred[:, kept] + ridge * torch.eye(len(kept), dtype=W.dtype)
-        target = centred[:, kept].T @ (centred @ W.T) + ridge * W[:, kept].T
+        scatter = centred.pow(2).sum(0)
+        ridge = (RIDGE * scatter + FLOOR * scatter.mean())[kept]
+        A = centred[:, kept].T @ centred[:, kept] + torch.diag(ridge)
+        target = centred[:, kept].T @ (centred @ W.T) + ridge[:, None] * W[:, kept].T
         new[:, kept] = torch.linalg.solve(A, target).T
     return new, (W - new) @ mean
 

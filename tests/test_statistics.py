@@ -54,6 +54,28 @@ def test_batches_add_up(split: int) -> None:
     assert_describes(accumulator.finish(), X.double())
 
 
+@pytest.mark.parametrize("tokens_per_step", [4096, 70, 1])
+def test_every_fourth_sequence_judges(monkeypatch: pytest.MonkeyPatch, tokens_per_step: int) -> None:
+    monkeypatch.setattr(statistics, "TOKENS_PER_STEP", tokens_per_step)
+    model = load_tiny("llama")
+    tokens = tokens_of(9, 24)
+    judging = [3, 7]
+    streamed = list(layer_statistics(describe(model), tokens))
+    for stats, inputs in zip(streamed, inputs_of(model, tokens), strict=True):
+        for found, X in zip(stats.values(), inputs, strict=True):
+            assert found.judge is not None
+            others = [sequence for sequence in range(9) if sequence not in judging]
+            for moments, sequences in ((found.judge, judging), (found.without_judge(), others)):
+                rows = X[sequences].flatten(0, 1)
+                centred = rows - rows.mean(0)
+                assert moments.tokens == len(rows)
+                torch.testing.assert_close(moments.mean.double(), rows.mean(0), rtol=1e-4, atol=1e-4)
+                scale = float(centred.pow(2).sum(0).max())
+                torch.testing.assert_close(moments.scatter.double(), centred.T @ centred, rtol=1e-3, atol=1e-4 * scale)
+    few = next(iter(layer_statistics(describe(model), tokens[:3])))
+    assert all(found.judge is None for found in few.values())
+
+
 def test_a_large_mean_costs_the_variance_no_digits() -> None:
     """The textbook formula E[x^2] - E[x]^2 in float32 has no correct digit here."""
     g = torch.Generator().manual_seed(0)
@@ -96,6 +118,9 @@ def equal(a: list[dict[Site, BlockStatistics]], b: list[dict[Site, BlockStatisti
     assert [list(stats) for stats in a] == [list(stats) for stats in b]
     pairs = [(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p.values(), q.values(), strict=True)]
     same = [getattr(x, name).equal(getattr(y, name)) for x, y in pairs for name in ("mean", "variance", "energy", "gram")]
+    judges = [(x.judge, y.judge) for x, y in pairs]
+    assert all((x is None) == (y is None) for x, y in judges)
+    same += [x.mean.equal(y.mean) and x.scatter.equal(y.scatter) for x, y in judges if x is not None and y is not None]
     return all(same) and all((x.tokens, x.sequences) == (y.tokens, y.sequences) for x, y in pairs)
 
 

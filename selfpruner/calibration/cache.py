@@ -20,13 +20,13 @@ from torch import Tensor
 
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.gradients import Gradients, layer_gradients
-from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Site, layer_statistics
+from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, layer_statistics
 from selfpruner.errors import disk_errors
 from selfpruner.workers.memory import release
 
 _FIELDS = ("mean", "variance", "energy")
 _SUMS = ("total", "absolute", "squared")
-_FORMAT = 2
+_FORMAT = 3
 # Which sites share a file, by the file's name.
 _FILES: Mapping[str, tuple[Site, ...]] = {"layer": OUTPUTS, "inputs": tuple(site for site in SITES if site not in OUTPUTS)}
 
@@ -123,8 +123,12 @@ def _write(file: Path, found: Mapping[Site, BlockStatistics]) -> None:
             tensors[f"{name}.{part}"] = value.cpu().contiguous()
         scatter = stats.gram.addr_(stats.mean, stats.mean, alpha=-stats.tokens)  # in place: nobody else has these statistics
         tensors[f"{name}.scatter"] = scatter.float().cpu().contiguous()
+        if stats.judge is not None:
+            tensors[f"{name}.judge.mean"] = stats.judge.mean.cpu().contiguous()
+            tensors[f"{name}.judge.scatter"] = stats.judge.scatter.cpu().contiguous()
     one = next(iter(found.values()))
-    _save(file, tensors, {"tokens": str(one.tokens), "sequences": str(one.sequences)})
+    counts = {"tokens": one.tokens, "sequences": one.sequences, "judge": one.judge.tokens if one.judge else 0}
+    _save(file, tensors, {key: str(count) for key, count in counts.items()})
 
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -150,6 +154,10 @@ def _read(file: Path, sites: Collection[Site], device: torch.device) -> dict[Sit
                 opened.get_tensor(f"{name}.{part}").to(device, dtype) for part in (*_FIELDS, "scatter")
             )
             gram = scatter.addr_(mean, mean, alpha=tokens)
-            return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, gram)
+            judge = None
+            if int(counts["judge"]):
+                own = (opened.get_tensor(f"{name}.judge.{part}").to(device) for part in ("mean", "scatter"))
+                judge = Moments(int(counts["judge"]), *own)
+            return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, gram, judge)
 
         return {site: block(site) for site in sites}

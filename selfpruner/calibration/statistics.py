@@ -32,6 +32,17 @@ SITES: tuple[Site, ...] = ("qkv", "attention", "gate_up", "ffn")
 TOKENS_PER_STEP = 4096
 # Rows of a scatter matrix that are updated at once.
 STRIP = 512
+# Every how manieth sequence also judges what is fitted to the others.
+JUDGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of inputs x (tokens, n): ``mean`` (n,) and ``scatter`` (n, n), the sum of (x - mean)(x - mean)^T."""
+
+    tokens: int
+    mean: Tensor
+    scatter: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +50,8 @@ class BlockStatistics:
     """Moments of the inputs x (tokens, n) of one output matrix.
 
     ``mean`` (n,), ``variance`` (n,) unbiased over tokens, ``energy`` (n,) = sum of x^2 over tokens, ``gram`` (n, n) = X^T X;
-    ``tokens`` and ``sequences`` counted. float64 where the device has it.
+    ``tokens`` and ``sequences`` counted. float64 where the device has it. ``judge`` are the moments, in float32, of every
+    ``JUDGES``-th sequence, which all the others count as well; None where there are too few sequences.
     """
 
     tokens: int
@@ -48,11 +60,24 @@ class BlockStatistics:
     variance: Tensor
     energy: Tensor
     gram: Tensor
+    judge: Moments | None = None
 
     @property
     def norm(self) -> Tensor:
         """sqrt(q) of criteria.md: input norm over sqrt(number of sequences), (n,)."""
         return (self.energy / self.sequences).sqrt()
+
+    def without_judge(self) -> Moments:
+        """The moments of the sequences that do not judge; of all of them where none does."""
+        scatter = torch.addr(self.gram, self.mean, self.mean, alpha=-self.tokens)
+        if self.judge is None:
+            return Moments(self.tokens, self.mean, scatter)
+        count = self.tokens - self.judge.tokens
+        theirs = self.judge.mean.to(self.mean)
+        mean = (self.mean * self.tokens - theirs * self.judge.tokens) / count
+        scatter -= self.judge.scatter
+        scatter.addr_(theirs - mean, theirs - mean, alpha=-self.judge.tokens * count / self.tokens)
+        return Moments(count, mean, scatter)
 
 
 class Accumulator:
@@ -82,11 +107,29 @@ class Accumulator:
         self.mean += delta * (count / total)
         self.tokens, self.sequences = total, self.sequences + x.shape[0]
 
-    def finish(self) -> BlockStatistics:
+    def finish(self, judge: Moments | None = None) -> BlockStatistics:
         """The statistics of what was added. To be called once: the scatter becomes the Gram matrix in place."""
         variance = self.scatter.diagonal() / max(self.tokens - 1, 1)
         gram = self.scatter.addr_(self.mean, self.mean, alpha=self.tokens)
-        return BlockStatistics(self.tokens, self.sequences, self.mean, variance, gram.diagonal().clone(), gram)
+        return BlockStatistics(self.tokens, self.sequences, self.mean, variance, gram.diagonal().clone(), gram, judge)
+
+
+class _Site:
+    """What is added up at one place of a layer: all sequences, and once more those that judge."""
+
+    def __init__(self, width: int, device: torch.device, *, judged: bool) -> None:
+        self.all = Accumulator(width, device)
+        self.judge = Accumulator(width, device) if judged else None
+
+    def add(self, z: Tensor, judging: list[int]) -> None:
+        """Inputs (sequences, length, n) and which of the sequences judge."""
+        self.all.add(z)
+        if self.judge is not None and judging:
+            self.judge.add(z[judging])
+
+    def finish(self) -> BlockStatistics:
+        own = self.judge
+        return self.all.finish(None if own is None else Moments(own.tokens, own.mean.float(), own.scatter.float()))
 
 
 def layer_statistics(
@@ -118,24 +161,28 @@ def layer_statistics(
                 raise CancelledTaskError("Cancelled while collecting statistics.")
             a, f = arch.attention(layer), arch.checkpoint_ffn(layer)
             widths = {"qkv": arch.hidden, "attention": a.o.shape[1], "gate_up": arch.hidden, "ffn": f.down.shape[1]}
-            seen = {site: Accumulator(widths[site], arch.device) for site in SITES if site in sites}
+            judged = len(tokens) >= JUDGES
+            seen = {site: _Site(widths[site], arch.device, judged=judged) for site in SITES if site in sites}
+            first = 0
             for index in range(stream.parts):
                 part = stream.take(index, arch.device)
+                judging = [place for place in range(len(part)) if (first + place) % JUDGES == JUDGES - 1]
+                first += len(part)
                 if "qkv" in seen:
-                    seen["qkv"].add(arch.attention_norm(layer, part).to(arch.dtype))
+                    seen["qkv"].add(arch.attention_norm(layer, part).to(arch.dtype), judging)
                 z = arch.attention_inputs(layer, part, a, rope)
                 if "attention" in seen:
-                    seen["attention"].add(z)
+                    seen["attention"].add(z, judging)
                 part += torch.nn.functional.linear(z, a.o, a.o_bias).float()
                 if "gate_up" in seen:
-                    seen["gate_up"].add(arch.ffn_norm(layer, part).to(arch.dtype))
+                    seen["gate_up"].add(arch.ffn_norm(layer, part).to(arch.dtype), judging)
                 z = arch.ffn_inputs(layer, part, f)
                 if "ffn" in seen:
-                    seen["ffn"].add(z)
+                    seen["ffn"].add(z, judging)
                 part += torch.nn.functional.linear(z, f.down, f.down_bias).float()
                 stream.put(index, part)
             progress(f"statistics of layer {layer + 1}/{arch.layers}")
-            done = [{site: accumulator.finish() for site, accumulator in seen.items()}]
+            done = [{site: sums.finish() for site, sums in seen.items()}]
             del a, f, seen, part, z
             yield done.pop()  # nothing of it is held here while the caller works with it
 

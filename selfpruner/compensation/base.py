@@ -16,6 +16,8 @@ from selfpruner.tensor_files import Parts
 
 # Rows of a moment that are looked at together.
 STRIP = 128
+# The share of a block's columns that is kept where a repair has to settle something for all levels.
+TYPICAL = 0.7
 
 
 class NestedRepair(Protocol):
@@ -60,7 +62,9 @@ class Compensation(Protocol):
         """W (d, n) in the model's order; ``order`` (n,) is keep-first."""
         ...
 
-    def subset(self, stats: BlockStatistics) -> SubsetRepair: ...
+    def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SubsetRepair:
+        """W (d, n); ``kept`` is a set of columns as it is likely to be asked for."""
+        ...
 
     def nested_of(self, parts: Parts) -> NestedRepair:
         """The nested repair whose parts these are."""

@@ -25,7 +25,7 @@ class Bias:
         left = suffix_energies(W, stats.gram.to(W), order, mean, stats.tokens)
         return Slice(HeldParts(left=left, mean=mean[order].float()), biased=True)
 
-    def subset(self, stats: BlockStatistics) -> SliceSubset:
+    def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SliceSubset:  # noqa: ARG002
         return SliceSubset(HeldParts(moment=_scatter(stats).float(), mean=stats.mean.float()), biased=True)
 
     def nested_of(self, parts: Parts) -> Slice:

@@ -1,22 +1,26 @@
 """Nested least squares: the kept columns refitted to the dense output, at every level for the price of one factor.
 
-With X centred on its mean m, C = X^T X - t m m^T + damping, and W (d, n), the weights and bias on the first k columns that are
-nearest to the dense block's output on the calibration text are, for C = L L^T (columns in order of importance),
+With X centred on its mean m, C = X^T X - t m m^T + D, D a diagonal ridge, and W (d, n), the weights and bias on the first k
+columns that are nearest to the dense block's output on the calibration text are, for C = L L^T (columns in order of importance),
 
     W'_k = (W L)[:, :k] (L^-1)[:k, :k]        b'_k = b + W m - W'_k m_:k
 
 because leading blocks of triangular factors nest: the normal equations of the first k columns are L_k L_k^T, and
-W C_:,k = (W L)[:, :k] L_k^T. The squared error left is the tail energy of Y = W L, sum_{j >= k} ||Y_:j||^2 (plus the damping's
-share). With W_:k = (W L) (L^-1)_:,:k the same weights are W less what the removed rows of L^-1 brought,
+W C_:,k = (W L)[:, :k] L_k^T. The squared error left, with what the ridge takes for the change of the kept weights, is the tail
+energy of Y = W L, sum_{j >= k} ||Y_:j||^2, less sum_{j >= k} D_j ||W_:j||^2. With W_:k = (W L) (L^-1)_:,:k the same weights are
+W less what the removed rows of L^-1 brought,
 
     W'_k = W_:k - (W L)[:, k:] (L^-1)[k:, :k]
 
 which is less work where few columns go. For a set R of removed columns that is no suffix, with P = C^-1 and K the kept ones,
 
-    W'_K = W_K - W_R P_RR^-1 P_RK        error = tr(W_R P_RR^-1 W_R^T)
+    W'_K = W_K - W_R P_RR^-1 P_RK        error = tr(W_R (P_RR^-1 - D_RR) W_R^T)
 
 as P_RR^-1 is what the removed inputs vary by when the kept ones are known. Centring is the same as keeping a constant input that
 is never removed, so the fit can never do worse than FLAP's bias; the bias costs d numbers per block.
+
+D is a share of every input's own scatter: fits to inputs that each vary by that share more, as they do in other text and behind
+pruned blocks. The share is chosen per block on sequences that the fit has not seen (:func:`held_out_ridge`).
 
 Source: architecture note "Nested least squares"; Hassibi & Stork 1993 and Frantar et al. 2022 (arXiv 2208.11580) for the step
 that removes one group at a time.
@@ -24,6 +28,7 @@ that removes one group at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,28 +36,73 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
+from selfpruner.compensation.base import TYPICAL, energy
 from selfpruner.compensation.none import complement
 from selfpruner.tensor_files import HeldParts, Parts
 
-# Ridge, as a share of the mean diagonal of C.
-DAMPING = 1e-3
+# What is added to the diagonal of C: a share of every input's own scatter and, so that an input which hardly moves has an inverse,
+# a share of the mean one.
+RIDGE, FLOOR = 0.1, 1e-4
+# Shares to choose from, where sequences are kept aside to judge them.
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
-def covariance(stats: BlockStatistics, damping: float = DAMPING) -> Tensor:
-    """C = X^T X - t m m^T + damping * mean(diag) * I, (n, n), in the statistics' dtype.
+def covariance(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
+    """C = X^T X - t m m^T with ``ridge`` and floor on its diagonal, (n, n), in the statistics' dtype."""
+    return _damped(stats, ridge)[0]
 
-    An input that never moves has no covariance with anything; what rounding left there is cleared, so that only the damping
+
+def _damped(stats: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor]:
+    """The covariance, and what is on its diagonal beyond the inputs' scatter, (n,)."""
+    C = torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)
+    damping = _damping(C, ridge)
+    C.diagonal().add_(damping)
+    return C, damping
+
+
+def _damping(C: Tensor, ridge: float) -> Tensor:
+    """What comes onto the diagonal of C (n, n): (n,), above 0.
+
+    An input that never moves has no covariance with anything; what rounding left there in C is cleared, so that only the floor
     stays: it costs next to nothing to remove and changes no other column.
     """
-    C = torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)
     diagonal = C.diagonal()
     level = diagonal.clamp_min(0).mean()
-    dead = diagonal <= 1e-10 * level if level > 0 else torch.ones_like(diagonal, dtype=torch.bool)
+    dead = diagonal <= 1e-10 * level
     if dead.any():
         C[dead, :] = 0
         C[:, dead] = 0
-    diagonal += damping * level if level > 0 else 1.0
-    return C
+    return ridge * diagonal + (FLOOR * level if level > 0 else 1.0)
+
+
+def held_out_ridge(W: Tensor, stats: BlockStatistics, kept: Tensor) -> float:
+    """The ridge of RIDGES whose repair of W (d, n) on the columns ``kept``, fitted to the sequences that do not judge, is nearest
+    to the dense block's output on those that do; RIDGE where none judges.
+
+    A small ridge fits the calibration text best. On text it has not seen a larger one does, because a few tokens with large inputs
+    decide a squared error.
+    """
+    if stats.judge is None:
+        return RIDGE
+    fitted, judge = stats.without_judge(), stats.judge
+    C = fitted.scatter.float()
+    shift = (judge.mean.to(fitted.mean) - fitted.mean).float()
+    seen = torch.addr(judge.scatter, shift, shift, alpha=judge.tokens)
+    dampings = {ridge: _damping(C, ridge)[kept] for ridge in RIDGES}
+    W, removed = W.float(), complement(kept, W.shape[1])
+    change = torch.zeros_like(W)
+    change[:, removed] = -W[:, removed]
+    pulled = W[:, removed] @ C[removed][:, kept]
+    best = (math.inf, RIDGE)
+    for ridge, damping in dampings.items():
+        damped = C[kept][:, kept]
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:  # too small for float32
+            continue
+        change[:, kept] = torch.cholesky_solve(pulled.T, factor).T
+        best = min(best, (energy(change, seen), ridge))
+    return best[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +162,7 @@ def _strip(n: int) -> int:
 @dataclass(frozen=True, slots=True)
 class SubsetLeastSquares:
     """Parts: ``P`` = C^-1 (n, n) in float32, which the damping makes precise enough, ``mean`` (n,) in float64 where the device
-    has it; solved in the precision of the mean."""
+    has it, and ``damping`` (n,), what the ridge added to the diagonal of C; solved in the precision of the mean."""
 
     parts: Parts
 
@@ -128,7 +178,9 @@ class SubsetLeastSquares:
         mean = self.parts["mean"]
         dense, P = W.to(mean), self.parts["P"].to(mean)
         removed = complement(kept, len(mean))
-        return max(float((self._spread(dense, P, removed) * dense[:, removed]).sum()), 0.0)
+        gone = dense[:, removed]
+        own = (gone.square().sum(0) * self.parts["damping"].to(mean)[removed]).sum()
+        return max(float((self._spread(dense, P, removed) * gone).sum() - own), 0.0)
 
     @staticmethod
     def _spread(W: Tensor, P: Tensor, removed: Tensor) -> Tensor:
@@ -144,19 +196,24 @@ class LeastSquares:
     adds_bias: ClassVar[bool] = True
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedLeastSquares:
+        n, mean = len(order), stats.mean.to(W)[order]
+        C, damping = _damped(stats, held_out_ridge(W, stats, order[: max(1, round(TYPICAL * n))]))
         W = W[:, order]
-        fit = NestedFit.of(W, covariance(stats).to(W)[order][:, order])
-        mean = stats.mean.to(W)[order]
-        parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), left=fit.errors())
-        n, rows = mean.numel(), _strip(mean.numel())
+        fit = NestedFit.of(W, C.to(W)[order][:, order])
+        # What the ridge takes for the removed columns themselves is no error of anybody's.
+        own = (W.square().sum(0) * damping.to(W)[order]).flip(0).cumsum(0).flip(0)
+        left = (fit.errors() - torch.cat((own, own.new_zeros(1)))).clamp_min(0)
+        parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), left=left)
+        rows = _strip(n)
         for index, start in enumerate(range(0, n, rows)):
             stop = min(start + rows, n)
             parts[f"inverse.{index}"] = fit.inverse[start:stop, :stop].float().contiguous()
         return NestedLeastSquares(parts)
 
-    def subset(self, stats: BlockStatistics) -> SubsetLeastSquares:
-        P = torch.cholesky_inverse(torch.linalg.cholesky(covariance(stats)))
-        return SubsetLeastSquares(HeldParts(P=P.float(), mean=stats.mean.to(P)))
+    def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SubsetLeastSquares:
+        C, damping = _damped(stats, held_out_ridge(W, stats, kept))
+        P = torch.cholesky_inverse(torch.linalg.cholesky(C))
+        return SubsetLeastSquares(HeldParts(P=P.float(), mean=stats.mean.to(P), damping=damping.float()))
 
     def nested_of(self, parts: Parts) -> NestedLeastSquares:
         return NestedLeastSquares(parts)

@@ -60,7 +60,7 @@ class Nothing:
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         return Slice(HeldParts(left=suffix_energies(W, stats.gram.to(W), order)))
 
-    def subset(self, stats: BlockStatistics) -> SliceSubset:
+    def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SliceSubset:  # noqa: ARG002
         return SliceSubset(HeldParts(moment=stats.gram.float()))
 
     def nested_of(self, parts: Parts) -> Slice:

@@ -23,7 +23,7 @@ from selfpruner.patterns.structured import AttentionFactors, FfnFactors
 from selfpruner.tensor_files import HeldParts, StoredParts, TensorFile, held_shapes, write_tensors
 
 # Raise it when a criterion, a compensation or the layout changes what is in the files.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def factor_files(

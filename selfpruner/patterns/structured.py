@@ -19,7 +19,7 @@ from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.calibration.gradients import ATTENTION, FFN, Gradients
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation import Compensation, NestedRepair, SubsetRepair
-from selfpruner.compensation.base import energy
+from selfpruner.compensation.base import TYPICAL, energy
 from selfpruner.criteria import Evidence, Heads, Matrix, UnitCriterion
 from selfpruner.space import Option, without_dominated
 from selfpruner.workers.memory import release
@@ -164,8 +164,9 @@ def measure_attention(
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
     evidence = Evidence(W, stats, _coupled(base, ATTENTION, stats, gradients))
     heads = criterion.choose_heads(evidence, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
-    repair = compensation.subset(stats)
     dense = (base.kv_groups, base.heads_per_group)
+    typical = min(heads, key=lambda shape: (abs(shape[0] * shape[1] / (dense[0] * dense[1]) - TYPICAL), shape))
+    repair = compensation.subset(W, stats, _columns(heads[typical], base.head_dim, W.device))
     errors = {
         shape: 0.0 if shape == dense else repair.error(_columns(kept, base.head_dim, W.device), W) / whole
         for shape, kept in heads.items()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from selfpruner import compensation, names
+from selfpruner.calibration.statistics import JUDGES, Accumulator, Moments
 from selfpruner.compensation import Compensation
 from selfpruner.compensation.base import energy, suffix_energies
 from selfpruner.compensation.bias import Bias
-from selfpruner.compensation.least_squares import DAMPING, LeastSquares, NestedFit, covariance
+from selfpruner.compensation.least_squares import FLOOR, RIDGE, RIDGES, LeastSquares, NestedFit, covariance, held_out_ridge
 from selfpruner.compensation.none import Nothing, complement
 from selfpruner.errors import UnknownNameError
 from tests.blocks import Sample, output_error, sample, statistics_of
@@ -27,13 +28,10 @@ def order_of(n: int, seed: int = 9) -> Tensor:
 class CompensationSuite:
     compensation: ClassVar[type[Compensation]]
 
-    def ridge(self, block: Sample) -> float:
-        """What the compensation adds to the diagonal of its moments."""
-        return (
-            0.0
-            if self.compensation is not LeastSquares
-            else DAMPING * float(block.stats.variance.mean() * (block.stats.tokens - 1))
-        )
+    def ridge(self, block: Sample) -> Tensor:
+        """What the compensation adds to the diagonal of its moments, (n,)."""
+        scatter = block.stats.variance * (block.stats.tokens - 1)
+        return (RIDGE * scatter + FLOOR * scatter.mean()) * (self.compensation is LeastSquares)
 
     def test_is_registered(self) -> None:
         assert isinstance(compensation.create(self.compensation.name), self.compensation)
@@ -53,10 +51,9 @@ class CompensationSuite:
             assert W.shape == (12, k)
             assert (bias is not None) == self.compensation.adds_bias
             measured = output_error(block, W, order[:k], bias)
-            # The damped fit pays for what it changes: ridge * ||W - W'||^2 is part of the error it minimises.
-            change = block.W[:, order].clone()
-            change[:, :k] -= W.double()
-            assert float(errors[k]) == pytest.approx(measured + ridge * float(change.pow(2).sum()), rel=1e-3, abs=1e-5 * scale)
+            # The damped fit pays for what it changes in the weights that stay.
+            paid = float((ridge[order[:k]] * (block.W[:, order[:k]] - W.double()).pow(2)).sum())
+            assert float(errors[k]) == pytest.approx(measured + paid, rel=1e-3, abs=1e-5 * scale)
 
     def test_dense_weights_come_back_whole(self) -> None:
         block = sample(20)
@@ -65,7 +62,7 @@ class CompensationSuite:
         torch.testing.assert_close(W.double(), block.W[:, order], rtol=0, atol=2e-4)
         if bias is not None:
             assert float(bias.abs().max()) <= 2e-3
-        W, bias = self.compensation().subset(block.stats).weights(torch.arange(20), block.W)
+        W, bias = self.compensation().subset(block.W, block.stats, torch.arange(14)).weights(torch.arange(20), block.W)
         torch.testing.assert_close(W.double(), block.W, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +70,7 @@ class CompensationSuite:
         block = sample(20, kind=kind)
         order = order_of(20)
         nested = self.compensation().nested(block.W, block.stats, order)
-        subset = self.compensation().subset(block.stats)
+        subset = self.compensation().subset(block.W, block.stats, torch.arange(14))
         for k in (1, 7, 19):
             kept, places = order[:k].sort()
             assert subset.error(kept, block.W) == pytest.approx(float(nested.errors()[k]), rel=1e-4)
@@ -86,7 +83,7 @@ class CompensationSuite:
         block = sample(12)
         before = [t.clone() for t in (block.W, block.stats.gram, block.stats.mean)]
         self.compensation().nested(block.W, block.stats, order_of(12)).weights(5, block.W[:, order_of(12)])
-        self.compensation().subset(block.stats).weights(torch.tensor([1, 4]), block.W)
+        self.compensation().subset(block.W, block.stats, torch.arange(8)).weights(torch.tensor([1, 4]), block.W)
         assert all(torch.equal(a, b) for a, b in zip(before, (block.W, block.stats.gram, block.stats.mean), strict=True))
 
 
@@ -111,7 +108,7 @@ class TestBias(CompensationSuite):
         block.X[..., gone] = torch.tensor([2.0, -1.5, 0.25])
         block = Sample(block.W, block.X, statistics_of(block.X))
         kept = complement(torch.tensor(gone), 20)
-        subset = Bias().subset(block.stats)
+        subset = Bias().subset(block.W, block.stats, kept)
         W, bias = subset.weights(kept, block.W)
         dense = block.rows @ block.W.T
         assert bias is not None
@@ -124,11 +121,11 @@ class TestLeastSquares(CompensationSuite):
     compensation = LeastSquares
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("damping", [0.0, DAMPING])
-    def test_every_level_equals_a_direct_solve(self, damping: float, kind: str) -> None:
+    @pytest.mark.parametrize("ridge", [0.0, RIDGE])
+    def test_every_level_equals_a_direct_solve(self, ridge: float, kind: str) -> None:
         block = sample(30, kind=kind)
         order = order_of(30)
-        C = covariance(block.stats, damping)[order][:, order]
+        C = covariance(block.stats, ridge)[order][:, order]
         W = block.W[:, order]
         fit = NestedFit.of(W, C)
         for k in range(1, 31):
@@ -152,7 +149,7 @@ class TestLeastSquares(CompensationSuite):
     def test_without_damping_the_tail_energy_is_the_best_error_there_is(self, kind: str) -> None:
         block = sample(30, kind=kind)
         order = order_of(30)
-        errors = NestedFit.of(block.W[:, order], covariance(block.stats, 0.0)[order][:, order]).errors()
+        errors = NestedFit.of(block.W[:, order], block.stats.without_judge().scatter[order][:, order]).errors()
         inputs = torch.cat((block.rows, torch.ones(len(block.rows), 1, dtype=torch.float64)), 1)
         wanted = block.rows @ block.W.T
         for k in (0, 1, 5, 13, 22, 29):
@@ -175,9 +172,43 @@ class TestLeastSquares(CompensationSuite):
             for kept in (order[:5].sort().values, order[:18].sort().values):
                 measured = []
                 for method in (LeastSquares(), Bias(), Nothing()):
-                    W, bias = method.subset(block.stats).weights(kept, block.W)
+                    W, bias = method.subset(block.W, block.stats, kept).weights(kept, block.W)
                     measured.append(output_error(block, W, kept, bias))
                 assert measured[0] <= measured[1] * (1 + 1e-5) <= measured[2] * (1 + 2e-5)
+
+    @pytest.mark.parametrize("length", [2, 8, 256])
+    def test_the_ridge_is_the_best_one_on_sequences_that_were_not_fitted(self, length: int) -> None:
+        g = torch.Generator().manual_seed(length)
+        X = (torch.randn(8, length, 12, generator=g) @ torch.randn(12, 24, generator=g)) + torch.randn(8, length, 24, generator=g)
+        W = torch.randn(10, 24, generator=g).double()
+        judging = torch.arange(8) % JUDGES == JUDGES - 1
+        all_, own = Accumulator(24, X.device), Accumulator(24, X.device)
+        all_.add(X)
+        own.add(X[judging])
+        stats = all_.finish(Moments(own.tokens, own.mean.float(), own.scatter.float()))
+        kept = torch.arange(0, 24, 2)
+        seen, unseen = X[~judging].flatten(0, 1).double(), X[judging].flatten(0, 1).double()
+        mean = seen.mean(0)
+        scatter = (seen - mean).T @ (seen - mean)
+        errors = {}
+        for ridge in RIDGES:
+            damping = torch.diag(ridge * scatter.diagonal() + FLOOR * scatter.diagonal().mean())
+            C = scatter + damping
+            found = torch.linalg.solve(C[kept][:, kept], C[kept] @ W.T).T
+            bias = W @ mean - found @ mean[kept]
+            errors[ridge] = float((unseen @ W.T - unseen[:, kept] @ found.T - bias).pow(2).sum())
+        chosen = held_out_ridge(W, stats, kept)
+        assert errors[chosen] <= min(errors.values()) * (1 + 1e-4)
+        assert (chosen < 0.1) == (length == 256), "much text asks for little ridge, little text for much"
+        fit = LeastSquares().subset(W, stats, kept).weights(kept, W)[0]
+        wanted = covariance(stats, chosen)
+        torch.testing.assert_close(
+            fit.double(), torch.linalg.solve(wanted[kept][:, kept], wanted[kept] @ W.T).T, rtol=1e-3, atol=1e-3
+        )
+
+    def test_without_sequences_to_judge_the_ridge_is_a_constant(self) -> None:
+        block = sample(20)
+        assert held_out_ridge(block.W, block.stats, torch.arange(10)) == RIDGE
 
     def test_a_large_common_offset_costs_no_digits(self) -> None:
         plain = sample(16, kind="white", tokens=4096)
