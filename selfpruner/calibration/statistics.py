@@ -29,7 +29,7 @@ OUTPUTS: tuple[Site, ...] = ("attention", "ffn")
 SITES: tuple[Site, ...] = ("qkv", "attention", "gate_up", "ffn")
 
 # Tokens that pass a layer at once: enough to fill two cores or a GPU, small enough that F-wide activations stay a few MB.
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = 2048
 # Rows of a scatter matrix that are updated at once.
 STRIP = 512
 # Every how manieth sequence also judges what is fitted to the others.
@@ -100,10 +100,10 @@ class Accumulator:
         del rows
         total = self.tokens + count
         delta = mean - self.mean
-        for start in range(0, x.shape[-1], STRIP):  # the float32 product never exists whole
+        for start in range(0, x.shape[-1], STRIP):  # the products never exist whole
             strip = slice(start, start + STRIP)
             self.scatter[strip] += centred[:, strip].T @ centred
-        self.scatter.addr_(delta, delta, alpha=self.tokens * count / total)
+            self.scatter[strip].addr_(delta[strip], delta, alpha=self.tokens * count / total)
         self.mean += delta * (count / total)
         self.tokens, self.sequences = total, self.sequences + x.shape[0]
 

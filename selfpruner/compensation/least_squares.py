@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.compensation.base import TYPICAL, energy
+from selfpruner.compensation.base import STRIP, TYPICAL, energy
 from selfpruner.compensation.none import complement
 from selfpruner.tensor_files import HeldParts, Parts
 
@@ -50,6 +50,32 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 def covariance(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
     """C = X^T X - t m m^T with ``ridge`` and floor on its diagonal, (n, n), in the statistics' dtype."""
     return _damped(stats, ridge)[0]
+
+
+def precision(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
+    """C^-1 for :func:`covariance`'s C, (n, n), float32.
+
+    The correlation matrix is what is inverted: with a ridge on it that is exact enough in float32, and no second matrix of the
+    Gram matrix's size exists.
+    """
+    n, mean = len(stats.mean), stats.mean
+    diagonal = (stats.energy - stats.tokens * mean.square()).clamp_min(0)
+    level = diagonal.mean()
+    dead = diagonal <= 1e-10 * level
+    damped = diagonal.masked_fill(dead, 0.0) * (1 + ridge) + (FLOOR * level if level > 0 else 1.0)
+    scale = damped.rsqrt()
+    S = torch.empty(n, n, device=mean.device)
+    for start in range(0, n, STRIP):
+        rows = slice(start, start + STRIP)
+        part = torch.addr(stats.gram[rows], mean[rows], mean, alpha=-stats.tokens)
+        S[rows] = part.mul_(scale).mul_(scale[rows, None])
+    S[dead, :] = 0
+    S[:, dead] = 0
+    S.diagonal().fill_(1.0)
+    S = torch.linalg.cholesky(S)
+    S = torch.cholesky_inverse(S)
+    scale = scale.float()
+    return S.mul_(scale).mul_(scale[:, None])
 
 
 def _damped(stats: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor]:

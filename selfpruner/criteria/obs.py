@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selfpruner.compensation.least_squares import covariance
+from selfpruner.compensation.least_squares import precision
 from selfpruner.criteria.base import Heads, Need, UnitBlock
 
 # Channels removed between two downdates of the large matrices: a 64th of them, within these bounds; three times as many
@@ -36,12 +36,12 @@ class Obs:
     needs: ClassVar[frozenset[Need]] = frozenset({"activations", "second_order"})
 
     def order_channels(self, block: UnitBlock) -> Tensor:
-        return eliminate_channels(block.W, covariance(block.stats).to(block.W))
+        return eliminate_channels(block.W, precision(block.stats))
 
     def choose_heads(self, block: UnitBlock, heads: Heads) -> dict[tuple[int, int], list[int]]:
         """Both ways to every option, the cheaper one counts: whole groups first, one by one, and then heads inside those left;
         or heads first, one by one, equally many per group, and then what is left of whole groups."""
-        dense = _State.start(block.W, covariance(block.stats).to(block.W))
+        dense = _State(block.W.clone(), precision(block.stats).to(block.W), torch.arange(block.W.shape[1]))
         r = heads.heads_per_group
         whole = {group: list(range(group * r, (group + 1) * r)) for group in range(heads.kv_groups)}
         best: dict[tuple[int, int], tuple[float, list[int]]] = {}
@@ -67,11 +67,6 @@ class _State:
 
     def __init__(self, W: Tensor, P: Tensor, position: Tensor, spent: float = 0.0) -> None:
         self.W, self.P, self.position, self.spent = W, P, position, spent
-
-    @classmethod
-    def start(cls, W: Tensor, C: Tensor) -> _State:
-        inverse = _inverse_factor(C)
-        return cls(W.clone(), inverse.T @ inverse, torch.arange(W.shape[1]))
 
     def cost(self, columns: list[int]) -> float:
         s = self.position[columns]
@@ -113,15 +108,13 @@ def _fewer_heads(state: _State, groups: _Groups, width: int) -> Iterator[tuple[_
         yield state, {group: list(members) for group, members in left.items()}
 
 
-def eliminate_channels(W: Tensor, C: Tensor) -> Tensor:
-    """Keep-first order (n,) of single columns for weights W (d, n) and covariance C (n, n).
+def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
+    """Keep-first order (n,) of single columns for weights W (d, n) and P = C^-1 (n, n), float32, which is used up.
 
     Inside a pool of the cheapest candidates the elimination is exact, one column at a time; the large matrices follow every
     ``batch`` removals, so the work is matrix products instead of n rank-one updates. While costs do not fall as others
     leave, which the pool's margin covers, the order is the exact greedy one.
     """
-    inverse = _inverse_factor(C).float()
-    P = inverse.T @ inverse
     W = W.float()
     batch = min(max(W.shape[1] // 64, BATCH[0]), BATCH[1])
     names = torch.arange(W.shape[1], device=W.device)
@@ -171,14 +164,6 @@ def _greedy(inner: Tensor, P: Tensor, count: int) -> Tensor:
         # The removed row and column are zero now up to rounding; a harmless pivot keeps the diagonal positive.
         Q[j, j] = 1.0
     return torch.tensor(picks, device=device)
-
-
-def _inverse_factor(C: Tensor) -> Tensor:
-    """L^-1 for C = L L^T, so that C^-1 = L^-T L^-1."""
-    L = torch.linalg.cholesky(C)
-    identity = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
-    torch.linalg.solve_triangular(L, identity, upper=False, out=identity)
-    return identity
 
 
 def _downdate(W: Tensor, P: Tensor, gone: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
