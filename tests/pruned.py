@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,14 @@ def ready(
     calibration: Tensor | None = None,
     **engine: Any,
 ) -> Ready:
-    """Statistics on random tokens, every block at every level, the space and an engine."""
+    """Statistics on random tokens, every block at every level, the space and an engine. No sequence judges a repair, so that the
+    ridge is the constant one."""
     arch = describe(model)
     calibration = tokens_of(12, 32, seed=7) if calibration is None else calibration
-    statistics = [(stats["attention"], stats["ffn"]) for stats in layer_statistics(arch, calibration)]
+    statistics = [
+        (replace(stats["attention"], judge=None), replace(stats["ffn"], judge=None))
+        for stats in layer_statistics(arch, calibration)
+    ]
     blocks: list[PrunableAttention | PrunableFfn] = []
     how = criteria.create(criterion), compensation.create(method)
     for layer, (attention, ffn) in enumerate(statistics):

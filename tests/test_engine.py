@@ -89,8 +89,11 @@ def test_block_errors_on_the_calibration_text(name: str) -> None:
                 added = torch.zeros(1) if bias is None else bias - (0 if own is None else own)
                 left = float((X @ dense.T - X[:, columns] @ W.double().T - added.double()).pow(2).sum()) / whole
                 of_case[tuple(kept or [block.options[level].channels])] = left
-                slack = 0.02 if case.compensation == "least_squares" else 1e-4
-                assert block.options[level].error == pytest.approx(left, rel=1e-4, abs=slack)
+                error = block.options[level].error
+                if case.compensation == "least_squares":  # with what the ridge takes for the change of the weights that stay
+                    assert left - 1e-4 <= error <= left + 0.05
+                else:
+                    assert error == pytest.approx(left, rel=1e-4, abs=1e-4)
             measured.append(of_case)
         for option in measured[0].keys() & measured[1].keys() & measured[2].keys():
             assert measured[0][option] <= measured[1][option] * 1.0001 + 1e-7
