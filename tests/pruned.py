@@ -60,16 +60,17 @@ def ready(
     step: int = 8,
     drop: bool = False,
     calibration: Tensor | None = None,
+    judged: bool = False,
     **engine: Any,
 ) -> Ready:
-    """Statistics on random tokens, every block at every level, the space and an engine. No sequence judges a repair, so that the
-    ridge is the constant one."""
+    """Statistics on random tokens, every block at every level, the space and an engine. Unless ``judged`` no sequence judges a
+    repair, so that the ridge is the constant one."""
     arch = describe(model)
     calibration = tokens_of(12, 32, seed=7) if calibration is None else calibration
-    statistics = [
-        (replace(stats["attention"], judge=None), replace(stats["ffn"], judge=None))
-        for stats in layer_statistics(arch, calibration)
-    ]
+    statistics = []
+    for stats in layer_statistics(arch, calibration):
+        pair = stats["attention"], stats["ffn"]
+        statistics.append(pair if judged else (replace(pair[0], judge=None), replace(pair[1], judge=None)))
     blocks: list[PrunableAttention | PrunableFfn] = []
     how = criteria.create(criterion), compensation.create(method)
     for layer, (attention, ffn) in enumerate(statistics):

@@ -105,7 +105,8 @@ def test_factors_are_made_once(tiny_llama: Path, tmp_path: Path, criterion: str,
     second = prepared_blocks(loaded_from(tiny_llama), tmp_path, said, **how)
     assert not (tmp_path / "statistics").exists()
     assert all(text.startswith("reading factors") for text in said)
-    held = ready(loaded_from(tiny_llama).model, criterion=criterion, method=method, calibration=tokens_of(8, 16)).blocks
+    model = loaded_from(tiny_llama).model
+    held = ready(model, criterion=criterion, method=method, calibration=tokens_of(8, 16), judged=True).blocks
     for one, other, memory in zip(first, second, held, strict=True):
         assert one.options == other.options
         assert [o.parameters for o in one.options] == [o.parameters for o in memory.options]
