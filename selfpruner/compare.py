@@ -191,6 +191,7 @@ async def _rows(
 
 
 # -- showing ---------------------------------------------------------------------------------------------------------------
+DASHES = {"none": [1, 3], "bias": [5, 3], "least_squares": [1, 0]}
 COLUMNS = ("criterion", "compensation", "parameters", "KL", "perplexity", "seconds", "peak MiB")
 
 
@@ -228,6 +229,8 @@ def chart(results: Results) -> Any:
     import altair as alt
 
     panels = []
+    stroke = alt.Legend(symbolType="stroke", symbolStrokeWidth=2)
+    dashes = alt.Scale(domain=list(DASHES), range=list(DASHES.values()))
     for pattern in dict.fromkeys(row["pattern"] for row in results.rows):
         points = [
             {"rate": row["rate"], "kl": row["kl"], "criterion": row["criterion"], "compensation": row["compensation"]}
@@ -239,9 +242,11 @@ def chart(results: Results) -> Any:
             .mark_line(point=True)
             .encode(
                 x=alt.X("rate:Q", title="removed", axis=alt.Axis(format="%")),
-                y=alt.Y("kl:Q", title="KL, nats per token", scale=alt.Scale(type="log")),
-                color=alt.Color("criterion:N", scale=alt.Scale(scheme="category20")),
-                strokeDash=alt.StrokeDash("compensation:N"),
+                y=alt.Y("kl:Q", title="KL, nats per token", scale=alt.Scale(type="log", nice=False)),
+                color=alt.Color("criterion:N", scale=alt.Scale(scheme="category20"), legend=stroke),
+                strokeDash=alt.StrokeDash(
+                    "compensation:N", scale=dashes, legend=alt.Legend(symbolType="stroke", symbolStrokeColor="black")
+                ),
             )
             .properties(width=420, height=320, title=pattern)
         )
