@@ -156,7 +156,7 @@ def test_sizes_that_are_none(given: Any) -> None:
 
 
 def large(folder: Path, layers: int = 16) -> Path:
-    """37 MiB in 16 layers: more than a ceiling of 32 MiB."""
+    """37 MiB in 16 layers: more than a ceiling of 34 MiB."""
     shape: dict[str, Any] = {"layers": layers, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 512}
     return tiny_model(folder, "qwen2", tied=False, **shape)
 
@@ -174,7 +174,7 @@ def test_a_ceiling_too_low_says_what_would_do(tmp_path: Path) -> None:
 
 def test_the_engines_shares_fit_the_ceiling(tmp_path: Path) -> None:
     source = models.resolve(str(large(tmp_path)), tmp_path)
-    for memory in (32 << 20, 40 << 20, 80 << 20):
+    for memory in (34 << 20, 40 << 20, 80 << 20):
         loaded = models.load(source, "cpu", "float32", memory)
         arch = describe(loaded.model)
         engine = make_engine(arch, loaded, [])
@@ -222,7 +222,7 @@ def test_the_ceiling_is_obeyed(tmp_path: Path) -> None:
     """Resident memory beyond what the libraries take, over loading, statistics, ordering and a generation."""
     folder = large(tmp_path / "model", layers=32)
     found = {}
-    for memory in (36 << 20, 0):
+    for memory in (38 << 20, 0):
         command = [sys.executable, "-c", _MEASURED, str(folder), str(tmp_path / f"cache{memory}"), str(memory)]
         done = subprocess.run(
             command,
@@ -233,10 +233,10 @@ def test_the_ceiling_is_obeyed(tmp_path: Path) -> None:
             env={**os.environ, "MALLOC_ARENA_MAX": "1"},
         )
         found[memory] = json.loads(done.stdout.splitlines()[-1])
-    bounded, free = found[36 << 20], found[0]
+    bounded, free = found[38 << 20], found[0]
     assert bounded["streamed"]
     assert not free["streamed"]
-    assert bounded["peak"] <= 36 << 20
+    assert bounded["peak"] <= 38 << 20
     assert free["peak"] > 75 << 20, "or the measurement measures nothing"
     assert bounded["kl"] == pytest.approx(free["kl"], rel=1e-4, abs=1e-6)
 
@@ -282,7 +282,7 @@ def test_a_streamed_export_is_the_resident_one(place: Path, tmp_path: Path, meth
     texts = place / "model", place / "text.txt"
     logits, plan = {}, []
     tokens = tokens_of(2, 16, vocab=500)
-    for memory in ("32MiB", None):
+    for memory in ("34MiB", None):
         config = job_config(*texts, memory=memory, compensation=method, drop_blocks=True)
         blocks = run(config, place / "cache", ("prepare", {}))[0]["space"]["blocks"]
         last = [len(block["options"]) - 1 for block in blocks]
@@ -305,11 +305,11 @@ def test_a_streamed_export_is_the_resident_one(place: Path, tmp_path: Path, meth
         with safe_open(directory / "model.safetensors", "pt") as file, safe_open(place / "model/model.safetensors", "pt") as base:
             name = "model.layers.1.mlp.gate_proj.weight"  # a block that nothing was taken from
             assert file.get_tensor(name).equal(base.get_tensor(name))
-    torch.testing.assert_close(logits["32MiB"], logits[None], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits["34MiB"], logits[None], rtol=1e-3, atol=1e-3)
 
 
 def test_verification_sees_a_wrong_tensor(place: Path, tmp_path: Path) -> None:
-    config = job_config(place / "model", place / "text.txt", memory="32MiB")
+    config = job_config(place / "model", place / "text.txt", memory="34MiB")
     directory = tmp_path / "out"
     blocks = run(config, place / "cache", ("prepare", {}))[0]["space"]["blocks"]
     plan = [0, 1] * (len(blocks) // 2)
@@ -321,19 +321,19 @@ def test_verification_sees_a_wrong_tensor(place: Path, tmp_path: Path) -> None:
     facts = {"parameters": str(sum(p.numel() for p in model.parameters())), "text": "the", "ids": ids}
     held = {"tokens": tokens, "logits": model(tokens).logits.detach().float()}
     write_tensors(tmp_path / "reference", held_shapes(held), held.__getitem__, facts)
-    assert verify(directory, str(tmp_path / "reference"), "cpu", 32 << 20)["problems"] == []
+    assert verify(directory, str(tmp_path / "reference"), "cpu", 34 << 20)["problems"] == []
     file = directory / "model.safetensors"
     opened = TensorFile(file)
     tensors = {name: opened.read(name) for name in opened.shapes}
     tensors["model.layers.7.mlp.down_proj.weight"].mul_(1.5)
     write_tensors(file, held_shapes(tensors), tensors.__getitem__, {"format": "pt"})
     assert any(
-        "logits differ" in problem for problem in verify(directory, str(tmp_path / "reference"), "cpu", 32 << 20)["problems"]
+        "logits differ" in problem for problem in verify(directory, str(tmp_path / "reference"), "cpu", 34 << 20)["problems"]
     )
 
 
 def test_a_streamed_model_is_no_proposer(place: Path) -> None:
-    config = job_config(place / "model", place / "text.txt", memory="32MiB")
+    config = job_config(place / "model", place / "text.txt", memory="34MiB")
     ask = {"messages": [], "schema": {}, "temperature": 1.0, "max_tokens": 8, "seed": 0}
     with pytest.raises(ProposerError, match="Name another proposer"):
         run(config, place / "cache", ("propose", ask))

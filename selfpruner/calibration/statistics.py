@@ -31,7 +31,7 @@ SITES: tuple[Site, ...] = ("qkv", "attention", "gate_up", "ffn")
 # Tokens that pass a layer at once: enough to fill two cores or a GPU, small enough that F-wide activations stay a few MB.
 TOKENS_PER_STEP = 2048
 # Rows of a scatter matrix that are updated at once.
-STRIP = 512
+STRIP = 128
 # Every how manieth sequence also judges what is fitted to the others.
 JUDGES = 4
 

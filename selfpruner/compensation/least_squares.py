@@ -141,7 +141,11 @@ class NestedFit:
     @classmethod
     def of(cls, W: Tensor, C: Tensor) -> NestedFit:
         """Factor C (n, n) and multiply. W and C have their columns in keep-first order already."""
-        L = torch.linalg.cholesky(C)
+        return cls.of_factor(W, torch.linalg.cholesky(C))
+
+    @classmethod
+    def of_factor(cls, W: Tensor, L: Tensor) -> NestedFit:
+        """From L (n, n) with C = L L^T."""
         identity = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
         torch.linalg.solve_triangular(L, identity, upper=False, out=identity)
         return cls(W @ L, identity)
@@ -225,7 +229,11 @@ class LeastSquares:
         n, mean = len(order), stats.mean.to(W)[order]
         C, damping = _damped(stats, held_out_ridge(W, stats, order[: max(1, round(TYPICAL * n))]))
         W = W[:, order]
-        fit = NestedFit.of(W, C.to(W)[order][:, order])
+        # Step by step: what was there before is gone when the next comes.
+        C = C.to(W)[order]
+        C = C[:, order]
+        C = torch.linalg.cholesky(C)
+        fit = NestedFit.of_factor(W, C)
         # What the ridge takes for the removed columns themselves is no error of anybody's.
         own = (W.square().sum(0) * damping.to(W)[order]).flip(0).cumsum(0).flip(0)
         left = (fit.errors() - torch.cat((own, own.new_zeros(1)))).clamp_min(0)

@@ -263,8 +263,8 @@ def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
     """Where the covariances of a layer are factored: on the model's device, or on the CPU when a GPU's share is too small. Raises
     ConfigError when it is the CPU's memory that is bounded."""
     width = max(arch.channels, arch.heads * arch.head_dim)
-    # Matrices of the inputs' size and some of the weights', float64, at the fullest moment (measured).
-    needed = 8 * (7 * width**2 + 4 * width * arch.hidden) + held_bytes(arch, loaded) + (8 << 20)
+    # Seven matrices of the inputs' size and some of the weights', float64, at the fullest moment (measured).
+    needed = 56 * width**2 + 32 * width * arch.hidden + held_bytes(arch, loaded) + (8 << 20)
     if loaded.memory is None or needed <= loaded.memory:
         return arch.device
     if arch.device.type == "cpu":
