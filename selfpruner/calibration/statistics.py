@@ -51,7 +51,8 @@ class BlockStatistics:
 
     ``mean`` (n,), ``variance`` (n,) unbiased over tokens, ``energy`` (n,) = sum of x^2 over tokens, ``gram`` (n, n) = X^T X;
     ``tokens`` and ``sequences`` counted. float64 where the device has it. ``judge`` are the moments, in float32, of every
-    ``JUDGES``-th sequence, which all the others count as well; None where there are too few sequences.
+    ``JUDGES``-th sequence, which all the others count as well; None where there are too few sequences, and at places that are
+    no output matrix's.
     """
 
     tokens: int
@@ -161,8 +162,8 @@ def layer_statistics(
                 raise CancelledTaskError("Cancelled while collecting statistics.")
             a, f = arch.attention(layer), arch.checkpoint_ffn(layer)
             widths = {"qkv": arch.hidden, "attention": a.o.shape[1], "gate_up": arch.hidden, "ffn": f.down.shape[1]}
-            judged = len(tokens) >= JUDGES
-            seen = {site: _Site(widths[site], arch.device, judged=judged) for site in SITES if site in sites}
+            judged = OUTPUTS if len(tokens) >= JUDGES else ()  # only output matrices are fitted
+            seen = {site: _Site(widths[site], arch.device, judged=site in judged) for site in SITES if site in sites}
             first = 0
             for index in range(stream.parts):
                 part = stream.take(index, arch.device)
