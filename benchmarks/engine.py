@@ -334,7 +334,7 @@ def random_case(shape: dict[str, int], options: argparse.Namespace, device: Any,
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     model.train(False)
     arch = describe(model.requires_grad_(False))
-    how = criteria.create("magnitude"), compensation.create("none")
+    how: tuple[Any, Any] = (criteria.create("magnitude"), compensation.create("none"))
     blocks: list[Any] = []
     for layer in range(arch.layers):
         moments = []

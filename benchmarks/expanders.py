@@ -84,7 +84,9 @@ def graph(mask: Any) -> dict[str, float]:
 
 
 def total(key: str, values: list[float]) -> float:
-    return {"dead_inputs": sum, "smallest_degree": min}.get(key, fmean)(values)
+    if key == "dead_inputs":
+        return sum(values)
+    return min(values) if key == "smallest_degree" else fmean(values)
 
 
 if __name__ == "__main__":
