@@ -19,8 +19,8 @@ which is less work where few columns go. For a set R of removed columns that is 
 as P_RR^-1 is what the removed inputs vary by when the kept ones are known. Centring is the same as keeping a constant input that
 is never removed, so the fit can never do worse than FLAP's bias; the bias costs d numbers per block.
 
-D is a share of every input's own scatter: fits to inputs that each vary by that share more, as they do in other text and behind
-pruned blocks. The share is chosen per block on sequences that the fit has not seen (:func:`held_out_ridge`).
+D is a share of every input's own scatter: a fit to inputs each of which varies by that share more, on its own. The share is chosen
+per block on sequences that the fit has not seen (:func:`held_out_ridge`).
 
 Source: architecture note "Nested least squares"; Hassibi & Stork 1993 and Frantar et al. 2022 (arXiv 2208.11580) for the step
 that removes one group at a time.
@@ -105,8 +105,8 @@ def held_out_ridge(W: Tensor, stats: BlockStatistics, kept: Tensor) -> float:
     """The ridge of RIDGES whose repair of W (d, n) on the columns ``kept``, fitted to the sequences that do not judge, is nearest
     to the dense block's output on those that do; RIDGE where none judges.
 
-    A small ridge fits the calibration text best. On text it has not seen a larger one does, because a few tokens with large inputs
-    decide a squared error.
+    The smallest ridge fits what it sees best; on sequences it has not seen the best one is ten to a thousand times what keeps the
+    factor exact.
     """
     if stats.judge is None:
         return RIDGE

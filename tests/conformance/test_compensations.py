@@ -13,7 +13,16 @@ from selfpruner.calibration.statistics import JUDGES, Accumulator, Moments
 from selfpruner.compensation import Compensation
 from selfpruner.compensation.base import energy, suffix_energies
 from selfpruner.compensation.bias import Bias
-from selfpruner.compensation.least_squares import FLOOR, RIDGE, RIDGES, LeastSquares, NestedFit, covariance, held_out_ridge
+from selfpruner.compensation.least_squares import (
+    FLOOR,
+    RIDGE,
+    RIDGES,
+    LeastSquares,
+    NestedFit,
+    covariance,
+    held_out_ridge,
+    precision,
+)
 from selfpruner.compensation.none import Nothing, complement
 from selfpruner.errors import UnknownNameError
 from tests.blocks import Sample, output_error, sample, statistics_of
@@ -224,6 +233,23 @@ class TestLeastSquares(CompensationSuite):
         W, bias = LeastSquares().nested(block.W, block.stats, order_of(6)).weights(2, block.W[:, order_of(6)])
         assert torch.isfinite(W).all()
         assert output_error(block, W, order_of(6)[:2], bias) <= 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_precision_is_the_inverse_of_the_covariance(kind: str) -> None:
+    block = sample(150, kind=kind, tokens=512)  # more columns than are looked at together
+    C = covariance(block.stats)
+    identity = precision(block.stats).double() @ C
+    scale = C.diagonal().sqrt()
+    torch.testing.assert_close(scale[:, None] * identity / scale, torch.eye(150).double(), rtol=0, atol=2e-3)
+
+
+def test_a_constant_input_has_a_precision_of_its_own() -> None:
+    X = torch.randn(4, 16, 6, generator=torch.Generator().manual_seed(0))
+    X[..., 2] = 3.0
+    P = precision(statistics_of(X))
+    assert bool(P.isfinite().all())
+    assert float(P[2].abs().sum() - P[2, 2]) == 0
 
 
 def test_suffix_energies() -> None:
