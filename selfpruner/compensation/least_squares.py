@@ -55,8 +55,7 @@ def covariance(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
 def precision(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
     """C^-1 for :func:`covariance`'s C, (n, n), float32.
 
-    The correlation matrix is what is inverted: with a ridge on it that is exact enough in float32, and no second matrix of the
-    Gram matrix's size exists.
+    The correlation matrix is what is inverted, in float32: what exists beside the Gram matrix are two matrices of half its size.
     """
     n, mean = len(stats.mean), stats.mean
     diagonal = (stats.energy - stats.tokens * mean.square()).clamp_min(0)
@@ -105,8 +104,7 @@ def held_out_ridge(W: Tensor, stats: BlockStatistics, kept: Tensor) -> float:
     """The ridge of RIDGES whose repair of W (d, n) on the columns ``kept``, fitted to the sequences that do not judge, is nearest
     to the dense block's output on those that do; RIDGE where none judges.
 
-    The smallest ridge fits what it sees best; on sequences it has not seen the best one is ten to a thousand times what keeps the
-    factor exact.
+    The smallest ridge fits best what it sees, so the choice is made on what it has not seen.
     """
     if stats.judge is None:
         return RIDGE

@@ -69,7 +69,7 @@ def weight_facts(matrices: Mapping[str, Matrix], levels: Sequence[Sparsity]) -> 
         scores = torch.cat([(m.W.pow(2) * m.inputs.variance.to(m.W)).flatten() for m in block if m.inputs is not None])
         mean, deviation = float(scores.mean()), max(float(scores.std()), 1e-12)
         ordered = scores.cpu().numpy()
-        ordered.sort()  # in place: torch's sort takes five times as much, for places that nobody asks for
+        ordered.sort()  # in place: torch's sort also makes the places, eight bytes each
         places = [min(int(level.share * len(ordered)), len(ordered)) - 1 for level in levels]
         standard = ((float(ordered[max(place, 0)]) - mean) / deviation - (place < 0) for place in places)
         thresholds.append([round(value, 6) for value in accumulate(standard, max)])
