@@ -1,11 +1,12 @@
 """What every criterion takes beyond the model: peaks of a process while it collects its statistics and while it decides.
 
     MALLOC_ARENA_MAX=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 OMP_NUM_THREADS=1 python -m benchmarks.criteria_memory
+    ... python -m benchmarks.criteria_memory --random-shape wide --folder /data/wide
 
 Each criterion is a process of its own with an empty cache. Peaks are anonymous resident memory, looked at every millisecond, beyond
 what the process held when the model was loaded; pages of files are none, the system takes them back. ``statistics`` is the largest
 layer's: a float64 Gram matrix per place that the criterion looks at, and for gradients three float32 sums per weight. Asked is at
-most 1.5 times that.
+most 1.5 times that. ``--random-shape`` writes a model of random weights in that shape into ``--folder`` first.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ import tempfile
 import threading
 from pathlib import Path
 
+from benchmarks.streaming import SHAPES, write_random
 from selfpruner import names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--random-shape", choices=SHAPES, help="a model of random weights instead")
+    parser.add_argument("--folder", type=Path, help="where the random model is, or is written to")
     parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens, of the calibration text")
     parser.add_argument("--criteria", nargs="+", default=list(names.CRITERIA))
     parser.add_argument("--compensation", default="none")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/criteria_memory.json"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.random_shape:
+        if options.folder is None:
+            parser.error("--random-shape needs --folder")
+        options.model = str(options.folder)
+        if not (options.folder / "tokenizer_config.json").is_file():
+            write_random(options.folder, SHAPES[options.random_shape])
     if options.one:
         print(json.dumps(_one(options, *options.one)))
         return

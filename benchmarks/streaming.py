@@ -24,6 +24,9 @@ from typing import Any
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 32, "vocab_size": 32000},
+    # Two layers as wide as those of a model of a billion parameters.
+    "wide": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 32}
+    | {"num_key_value_heads": 4, "vocab_size": 4096},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "vocab_size": 4096},
 }
@@ -58,7 +61,7 @@ def main() -> None:
         if options.folder is None:
             parser.error("--random needs --folder")
         if not (options.folder / "tokenizer_config.json").is_file():
-            _write_random(options.folder, SHAPES[options.random])
+            write_random(options.folder, SHAPES[options.random])
     _child("prepare")
     runs: dict[str, list[dict[str, Any]]] = {"resident": [], "streamed": []}
     for _ in range(options.repeats):
@@ -218,7 +221,7 @@ class Memory:
         return (peak - self.base) / 2**20
 
 
-def _write_random(folder: Path, shape: dict[str, int]) -> None:
+def write_random(folder: Path, shape: dict[str, int]) -> None:
     """A Llama of random bfloat16 weights, written a few rows at a time."""
     import torch
     from transformers import LlamaConfig
