@@ -38,7 +38,7 @@ class Scaled:
         return weights
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "opt"])
 def test_first_terms_are_derivatives(family: str) -> None:
     case = ready(load_tiny(family, kv_heads=2))
     plan = random_plans(case.space, 1)[0]

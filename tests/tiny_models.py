@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -33,6 +34,7 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "opt": OPTConfig,
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -68,25 +70,29 @@ def tiny_model(
 ) -> Path:
     """Write a random model of ``family`` with tokenizer and generation config into ``folder`` and return the folder.
 
+    OPT has neither ``kv_heads`` nor ``head_dim``: every query head has its own keys and values, and heads divide the hidden size.
+
     ``overrides`` are further config fields (``attention_bias=True``, ``rope_parameters=...``, ``dtype="bfloat16"``). Biases are
     non-zero and norms are not one wherever the family has them. Equal arguments write equal weights.
     """
     dtype = getattr(torch, str(overrides.pop("dtype", "float32")))
+    shape: dict[str, Any] = {"intermediate_size": ffn, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    own: dict[str, dict[str, Any]] = {
+        "mistral": {**shape, "sliding_window": None},
+        "opt": {"ffn_dim": ffn},
+    }
     config = CONFIGS[family](
         **{
             "vocab_size": vocab,
             "hidden_size": hidden,
-            "intermediate_size": ffn,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
             "max_position_embeddings": 512,
             "tie_word_embeddings": tied,
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            **({"sliding_window": None} if family == "mistral" else {}),
+            **own.get(family, shape),
             **overrides,
         }
     )

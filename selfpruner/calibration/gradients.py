@@ -22,7 +22,6 @@ from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights,
 from selfpruner.calibration.statistics import Stream, stream_file
 from selfpruner.errors import CancelledTaskError, ConfigError, disk_errors
 
-ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
 # Bytes that logits and what is made of them may take at a time.
 LOGIT_BYTES = 64 << 20
 
@@ -142,11 +141,9 @@ def _layer(
 ) -> dict[str, Gradients]:
     """The sums of one layer; ``gradient``, of its outputs, becomes that of its inputs."""
     leaves: dict[str, Tensor] = {
-        name: getattr(block, name).detach().requires_grad_()
-        for block, names in zip(weights, (ATTENTION, FFN), strict=True)
-        for name in names
+        name: getattr(block, name).detach().requires_grad_() for block in weights for name in block.matrices
     }
-    parts: list[dict[str, Any]] = [{name: leaves[name] for name in names} for names in (ATTENTION, FFN)]
+    parts: list[dict[str, Any]] = [{name: leaves[name] for name in block.matrices} for block in weights]
     attention, ffn = replace(weights[0], **parts[0]), replace(weights[1], **parts[1])
     sums = {name: [torch.zeros(leaf.shape, device=leaf.device) for _ in range(3)] for name, leaf in leaves.items()}
     for index in range(inputs.parts):

@@ -115,7 +115,8 @@ def write(
 def _rows_at_once(loaded: LoadedModel, length: int) -> int:
     config: Any = loaded.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_row: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * loaded.dtype.itemsize
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_row: int = 2 * config.num_hidden_layers * groups * head_dim * length * loaded.dtype.itemsize
     return max(1, min(MAX_ROWS, _CACHE_BYTES // per_row))
 
 
