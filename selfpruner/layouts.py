@@ -7,7 +7,7 @@ FFN without a gate has only ``up`` and ``down``. Parts at one place are one matr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # What a configuration may not say, with what to do about it: true where it says so.
@@ -101,13 +101,29 @@ class Widths:
 
 
 _ATTENTION = {part: f"self_attn.{part}_proj" for part in ("q", "k", "v", "o")}
+_BIDIRECTIONAL: Refusals = {
+    "It is an encoder that attends in both directions (use_bidirectional_attention). Use a model that generates "
+    "text.": lambda config: bool(config.get("use_bidirectional_attention")),
+}
 _GATED = {part: f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+
+_GEMMA2 = Layout(
+    _ATTENTION,
+    _GATED,
+    attention_norms=("input_layernorm", "post_attention_layernorm"),
+    ffn_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    activation_key="hidden_activation",
+    defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4},
+    refuses=_BIDIRECTIONAL,
+)
 
 LAYOUTS: Mapping[str, Layout] = {
     "llama": Layout(_ATTENTION, _GATED),
     "mistral": Layout(_ATTENTION, _GATED, defaults={"num_key_value_heads": 8}),
     "qwen2": Layout(_ATTENTION, _GATED),
     "qwen3": Layout(_ATTENTION, _GATED, qk_norm=True, defaults={"head_dim": 128}),
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(_GEMMA2, qk_norm=True),
     "opt": Layout(
         {**_ATTENTION, "o": "self_attn.out_proj"},
         {"up": "fc1", "down": "fc2"},

@@ -309,6 +309,8 @@ def compute_tables(model: PreTrainedModel, device: torch.device) -> None:
     decoder: Any = model.get_submodule(layout_of(model.config).decoder)
     if hasattr(decoder, "rotary_emb"):
         decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
+    if hasattr(decoder.embed_tokens, "scalar_embed_scale"):
+        decoder.embed_tokens.embed_scale = torch.tensor(decoder.embed_tokens.scalar_embed_scale, device=device)
 
 
 class _Presence:
@@ -334,7 +336,8 @@ def _place_vocabulary(model: Any, files: WeightFiles, memory: int) -> None:
             return
     else:
         model.lm_head = StreamedHead(files, head_name, head_weight, memory // _HEAD_PIECE_SHARE)
-    decoder.embed_tokens = StreamedEmbedding(files, embeddings, decoder.embed_tokens.weight)
+    scale = getattr(decoder.embed_tokens, "embed_scale", None)
+    decoder.embed_tokens = StreamedEmbedding(files, embeddings, decoder.embed_tokens.weight, scale)
 
 
 def least_memory(layer_bytes: int, device: torch.device) -> int:
@@ -344,16 +347,18 @@ def least_memory(layer_bytes: int, device: torch.device) -> int:
 
 
 class StreamedEmbedding(nn.Module):
-    """Rows of the embedding matrix, read from the files when they are asked for. ``weight`` only says the shape."""
+    """Rows of the embedding matrix, times ``scale`` () where there is one, read from the files when they are asked for. ``weight``
+    only says the shape."""
 
-    def __init__(self, files: WeightFiles, name: str, weight: nn.Parameter) -> None:
+    def __init__(self, files: WeightFiles, name: str, weight: nn.Parameter, scale: Tensor | None = None) -> None:
         super().__init__()
-        self._files, self._name = files, name
+        self._files, self._name, self._scale = files, name, scale
         self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         wanted, place = torch.unique(tokens, return_inverse=True)
-        return self._files.gather(self._name, wanted.tolist())[place]
+        rows = self._files.gather(self._name, wanted.tolist())
+        return (rows if self._scale is None else rows * self._scale.to(rows.dtype))[place]
 
 
 class StreamedHead(nn.Module):

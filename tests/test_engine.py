@@ -26,6 +26,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2 untied": {"kv_heads": 2, "tied": False},
     "qwen3 wide heads": {"kv_heads": 2, "head_dim": 16},
     "opt": {},
+    "gemma2": {"kv_heads": 1},
+    "gemma3_text": {},
 }
 
 

@@ -213,6 +213,8 @@ def change(**changes: Any) -> Callable[[Path], None]:
         (change(model_type="opt", ffn_dim=64, word_embed_proj_dim=16), UnsupportedModelError, "opt-350m"),
         (change(model_type="opt"), ModelError, "ffn_dim = None"),
         (change(model_type="opt", ffn_dim=64), ModelError, r"no tensor model\.decoder\.embed_tokens"),
+        (change(model_type="gemma3", text_config={}), UnsupportedModelError, "gemma3_text"),
+        (change(model_type="gemma3_text", use_bidirectional_attention=True), UnsupportedModelError, "encoder"),
         (change(model_type="bert"), UnsupportedModelError, "llama, mistral, qwen2, qwen3"),
         (change(model_type=["llama"]), UnsupportedModelError, "llama, mistral, qwen2, qwen3"),
         (change(quantization_config={"quant_method": "awq"}), UnsupportedModelError, "unquantised"),

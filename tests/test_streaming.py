@@ -18,6 +18,7 @@ from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 from selfpruner import model_checks, models, streaming
 from selfpruner.api import config_of
 from selfpruner.architectures import describe
+from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.statistics import layer_statistics
 from selfpruner.config import SearchConfig
@@ -36,7 +37,7 @@ from tests.pruned import random_plans, ready, tokens_of
 from tests.tiny_models import sample_text, tiny_model
 
 CPU = torch.device("cpu")
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {"mlp_bias": True}, "qwen2": {"tied": False}, "qwen3": {}, "opt": {}}
+FAMILIES: dict[str, dict[str, Any]] = {"llama": {"mlp_bias": True}, "qwen2": {"tied": False}, "qwen3": {}, "opt": {}, "gemma2": {}}
 TIGHT, WIDE = 1 << 14, 1 << 30  # the head in pieces; the head whole
 
 
@@ -107,17 +108,18 @@ def test_a_file_that_shrinks_is_an_error_not_a_wrong_score(tmp_path: Path) -> No
         list(map(arch.ffn, (2, 1, 2, 0)))
 
 
+@pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.parametrize("step", [3, 7, 40])
-def test_the_comparison_in_pieces_is_exact(step: int) -> None:
+def test_the_comparison_in_pieces_is_exact(step: int, cap: float | None) -> None:
     g = torch.Generator().manual_seed(1)
     head = torch.randn(40, 8, generator=g) * 3
     dense, *finals = (torch.randn(2, 5, 8, generator=g) for _ in range(3))
     tokens = torch.randint(40, (2, 5), generator=g)
     pieces = [(start, head[start : start + step]) for start in range(0, 40, step)]
-    found = divergences_in_pieces(pieces, lambda x: x * 0.5, dense, finals, tokens, rows=4)
-    p = (0.5 * dense.double() @ head.double().T).log_softmax(-1)
+    found = divergences_in_pieces(pieces, lambda x: x * 0.5, dense, finals, tokens, rows=4, cap=cap)
+    p = soft_cap(0.5 * dense.double() @ head.double().T, cap).log_softmax(-1)
     for index, final in enumerate(finals):
-        q = (0.5 * final.double() @ head.double().T).log_softmax(-1)
+        q = soft_cap(0.5 * final.double() @ head.double().T, cap).log_softmax(-1)
         torch.testing.assert_close(found.kl[index].double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
         nll = -q[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
         torch.testing.assert_close(found.nll[index][:, :-1].double(), nll, rtol=1e-4, atol=1e-5)
@@ -189,6 +191,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 from selfpruner import models
 from selfpruner.architectures import describe
+from selfpruner.architectures.base import soft_cap
 from selfpruner.api import config_of
 from selfpruner.calibration.texts import TokenBatches
 from selfpruner.evaluation.prepared import make_engine, prepare_blocks

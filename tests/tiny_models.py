@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
@@ -35,6 +37,8 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "opt": OPTConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -77,9 +81,14 @@ def tiny_model(
     """
     dtype = getattr(torch, str(overrides.pop("dtype", "float32")))
     shape: dict[str, Any] = {"intermediate_size": ffn, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    caps = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}
+    kinds = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     own: dict[str, dict[str, Any]] = {
         "mistral": {**shape, "sliding_window": None},
         "opt": {"ffn_dim": ffn},
+        # Windows and caps that matter on short texts; a full and a sliding layer among the first two.
+        "gemma2": {**shape, "sliding_window": 12, "query_pre_attn_scalar": 12, **caps},
+        "gemma3_text": {**shape, "sliding_window": 12, "query_pre_attn_scalar": 12, "layer_types": kinds},
     }
     config = CONFIGS[family](
         **{

@@ -6,6 +6,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from selfpruner.architectures.base import Architecture
+from selfpruner.architectures.gemma2 import Gemma2
+from selfpruner.architectures.gemma3 import Gemma3
 from selfpruner.architectures.llama import Llama
 from selfpruner.architectures.mistral import Mistral
 from selfpruner.architectures.opt import Opt
@@ -14,7 +16,7 @@ from selfpruner.architectures.qwen3 import Qwen3
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights, in_float32
 from selfpruner.errors import UnsupportedModelError
 
-FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3, Opt)}
+FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3, Opt, Gemma2, Gemma3)}
 
 
 def describe(model: PreTrainedModel) -> Architecture:

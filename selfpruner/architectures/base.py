@@ -58,6 +58,7 @@ class Architecture:
         self.vocabulary = int(self.config.vocab_size)
         self.layers = len(layers)
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[getattr(self.config, self.layout.activation_key)]
+        self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)  # of the head's product
         self.last_norm: Any = self.decoder.get_submodule(self.layout.final_norm)
         self.eps = float(getattr(self.config, "rms_norm_eps", 0.0))
         self.dtype: torch.dtype = self.last_norm.weight.dtype
@@ -212,9 +213,9 @@ class Architecture:
         return self.normalize(self.last_norm, x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The head's product with final hidden states x (..., d), after the norm, in the weights' dtype: (..., V)."""
+        """What the model says of final hidden states x (..., d), after the norm, in the weights' dtype: (..., V)."""
         logits: Tensor = self.model.lm_head(x.to(self.dtype))
-        return logits
+        return soft_cap(logits, self.cap)
 
     def head_pieces(self) -> Iterator[tuple[int, Tensor]] | None:
         """(first token, rows of the head) over the vocabulary where the head is not held whole, else None."""
@@ -255,17 +256,21 @@ class Architecture:
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.eps), rms_norm(k, w.k_norm, self.eps)
         q, k = self.place(layer, q, rope).to(v.dtype).transpose(1, 2), self.place(layer, k, rope).to(v.dtype).transpose(1, 2)
-        window = self.window(layer)
+        return self.mix(layer, q, k, v)
+
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of q (B, K*r, S, h) on k and v (B, K, S, h), as (B, S, K*r*h)."""
+        length, window = q.shape[2], self.window(layer)
         mask = None
         if window is not None and length > window:
-            i = torch.arange(length, device=x.device)
+            i = torch.arange(length, device=q.device)
             mask = (i[:, None] >= i) & (i[:, None] - i < window)
-        if mask is None and x.device.type == "cpu" and QUERIES < length < LONG:
-            return _causal_in_blocks(q, k, v, self.softmax_scale).reshape(batch, length, -1)
+        if mask is None and q.device.type == "cpu" and QUERIES < length < LONG:
+            return _causal_in_blocks(q, k, v, self.softmax_scale).flatten(2)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=w.heads_per_group > 1
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=q.shape[1] > k.shape[1]
         )
-        return out.transpose(1, 2).reshape(batch, length, -1)
+        return out.transpose(1, 2).flatten(2)
 
     def place(self, layer: int, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG002 - some families' layers differ
         """Queries or keys (B, S, heads, h) with their positions in them."""
@@ -286,11 +291,19 @@ class Architecture:
 
     def attention_update(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What the attention block adds to the residual x (B, S, d), in the weights' dtype."""
-        return F.linear(self.attention_inputs(layer, x, w, rope), w.o, w.o_bias)
+        return self.attention_output(layer, self.attention_inputs(layer, x, w, rope), w)
+
+    def attention_output(self, layer: int, z: Tensor, w: AttentionWeights) -> Tensor:  # noqa: ARG002 - some families have norms here
+        """The attention block's update from what o sees, z (B, S, K*r*h)."""
+        return F.linear(z, w.o, w.o_bias)
 
     def ffn_update(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
         """What the FFN block adds to the residual x (B, S, d), in the weights' dtype."""
-        return F.linear(self.ffn_inputs(layer, x, w), w.down, w.down_bias)
+        return self.ffn_output(layer, self.ffn_inputs(layer, x, w), w)
+
+    def ffn_output(self, layer: int, z: Tensor, w: FfnWeights) -> Tensor:  # noqa: ARG002
+        """The FFN block's update from what down sees, z (B, S, F)."""
+        return F.linear(z, w.down, w.down_bias)
 
     def attend(self, layer: int, x: Tensor, w: AttentionWeights | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The residual stream after the attention block; None is a block that was dropped."""
@@ -309,6 +322,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     else:
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * scale).mul_(weight).to(dtype or x.dtype)
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), which never exceeds ``cap``; None leaves them as they are."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def soft_cap_change(change: Tensor, capped: Tensor, cap: float | None) -> Tensor:
+    """What ``change`` of logits makes of them when they are ``capped`` already, relative to the change and not to the logits:
+
+    cap * (tanh(a + b) - tanh(a))  =  cap * tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
+    """
+    if cap is None:
+        return change
+    a, b = capped / cap, torch.tanh(change / cap)
+    return cap * b * (1 - a * a) / (1 + a * b)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, in_float32
+from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.statistics import Stream, stream_file
 from selfpruner.errors import CancelledTaskError, ConfigError, disk_errors
 
@@ -173,7 +174,10 @@ def _loss_gradient(arch: Architecture, final: Tensor, tokens: Tensor) -> Tensor:
     chunk = max(16, LOGIT_BYTES // (8 * head.shape[0]))
     for start in range(0, len(flat), chunk):
         rows = slice(start, start + chunk)
-        p = torch.nn.functional.linear(flat[rows].to(head.dtype), head).float().softmax(-1)
+        z = soft_cap(torch.nn.functional.linear(flat[rows].to(head.dtype), head).float(), arch.cap)
+        p = z.softmax(-1)
         p[torch.arange(len(p), device=p.device), target[rows]] -= 1
+        if arch.cap is not None:
+            p *= 1 - (z / arch.cap).square_()
         gradient[:-1][rows] = (p / len(flat)).to(head.dtype) @ head
     return torch.autograd.grad(state, final, gradient[None].to(state.dtype))[0].float()

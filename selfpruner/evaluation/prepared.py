@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
+from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.cache import cached_gradients, cached_statistics
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Site
@@ -387,7 +388,7 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
                 x = arch.attend(block // 2, x, in_float32(weights), rope)
         x = arch.final_norm(x)
         head = arch.head_pieces() or ((0, rows) for rows in arch.head_weight.split(1024))
-        return torch.cat([(x @ rows.float().T).cpu() for _, rows in head], -1)
+        return soft_cap(torch.cat([(x @ rows.float().T).cpu() for _, rows in head], -1), arch.cap)
 
     return model, TensorSource(tensor, logits, prepared.loaded.memory or 0, arch.device)
 

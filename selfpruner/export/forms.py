@@ -11,6 +11,14 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM, SelfPrunerModel
+from selfpruner.export.modeling_selfpruner_gemma import (
+    SelfPrunerGemma2Config,
+    SelfPrunerGemma2ForCausalLM,
+    SelfPrunerGemma2Model,
+    SelfPrunerGemma3Config,
+    SelfPrunerGemma3ForCausalLM,
+    SelfPrunerGemma3Model,
+)
 from selfpruner.export.modeling_selfpruner_opt import SelfPrunerOPTConfig, SelfPrunerOPTForCausalLM, SelfPrunerOPTModel
 from selfpruner.layouts import family_of
 
@@ -61,6 +69,8 @@ def _llama_switches(config: Any, names: Collection[str]) -> dict[str, Any]:
 _LLAMA = Form(SelfPrunerConfig, SelfPrunerModel, SelfPrunerForCausalLM, _llama_switches)
 FORMS: Mapping[str, Form] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    "gemma2": Form(SelfPrunerGemma2Config, SelfPrunerGemma2Model, SelfPrunerGemma2ForCausalLM),
+    "gemma3_text": Form(SelfPrunerGemma3Config, SelfPrunerGemma3Model, SelfPrunerGemma3ForCausalLM),
     "opt": Form(SelfPrunerOPTConfig, SelfPrunerOPTModel, SelfPrunerOPTForCausalLM),
 }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
@@ -35,7 +35,7 @@ def forward(arch: Architecture, tokens: Tensor) -> Tensor:
         for layer in range(arch.layers):
             x = arch.attend(layer, x, arch.attention(layer), rope)
             x = arch.feed_forward(layer, x, arch.ffn(layer))
-        return F.linear(arch.final_norm(x).to(arch.dtype), arch.head_weight).float()
+        return arch.logits(arch.final_norm(x)).float()
 
 
 def parameters(model: PreTrainedModel, *modules: tuple[str, ...]) -> int:
@@ -180,9 +180,63 @@ class TestOpt(ArchitectureSuite):
         assert float((x[0, 1] - x[0, 0]).abs().max()) > 0.1
 
 
+class TestGemma2(ArchitectureSuite):
+    family = "gemma2"
+    extra: ClassVar = {
+        "without caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "window over the edge": {"sliding_window": 64},
+        "window of one": {"sliding_window": 1},
+        "biases": {"attention_bias": True},
+    }
+    attention = (("self_attn",), ("input_layernorm", "post_attention_layernorm"))
+    ffn = (("mlp",), ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+
+    @pytest.mark.parametrize("length", [63, 64, 65, 200])
+    def test_capped_attention_in_blocks(self, length: int) -> None:
+        for window in (5, 70):
+            assert_equal_logits(load_tiny(self.family, sliding_window=window), length)
+
+
+class TestGemma3(ArchitectureSuite):
+    family = "gemma3_text"
+    extra: ClassVar = {
+        "only windows": {"layer_types": ["sliding_attention"] * 3},
+        "scaled rope where attention is full": {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            }
+        },
+        "a cap on logits": {"final_logit_softcapping": 5.0},
+        "a cap on attention, which is not used": {"attn_logit_softcapping": 1.0},
+    }
+    attention = (("self_attn",), ("input_layernorm", "post_attention_layernorm"))
+    ffn = (("mlp",), ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_norms_after_a_block_come_and_go_with_it(family: str) -> None:
+    arch = describe(load_tiny(family))
+    x, rope = arch.embed(tokens_of(1, 16)), arch.rope(16)
+    assert arch.attend(0, x, None, rope) is x
+    assert arch.feed_forward(0, x, None) is x
+    # What is added has the size that the norm gives it, whatever the output matrix's.
+    for louder in (1.0, 100.0):
+        w, f = arch.attention(0), arch.ffn(0)
+        found = (
+            arch.attention_update(0, x, replace(w, o=w.o * louder), rope),
+            arch.ffn_update(0, x, replace(f, down=f.down * louder)),
+        )
+        for update, norm in zip(found, ("post_attention_layernorm", "post_feedforward_layernorm"), strict=True):
+            scale = 1 + arch.decoder.layers[0].get_submodule(norm).weight
+            torch.testing.assert_close((update / scale).pow(2).mean(-1), torch.ones(1, 16), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "words"),
     [
+        ("gemma2", {"use_bidirectional_attention": True}, "encoder"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "encoder"),
         ("opt", {"do_layer_norm_before": False}, "opt-350m"),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
         ("opt", {"_remove_final_layer_norm": True}, "final norm"),
