@@ -20,7 +20,8 @@ class Layout:
 
     The norms are those that come and go with their block. ``norm_vectors``: 1 for a scale, 2 for a scale and a shift.
     ``positions`` are learned ones, with ``positions_before`` rows before the first. ``defaults`` are what transformers takes for
-    keys that a configuration leaves out.
+    keys that a configuration leaves out. ``published_code`` are classes in ``auto_map`` that the family's own models name beside
+    transformers' equal ones: they are not run, and no reason to refuse.
     """
 
     attention: Mapping[str, str]
@@ -37,6 +38,7 @@ class Layout:
     activation_key: str = "hidden_act"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     refuses: Refusals = field(default_factory=dict)
+    published_code: frozenset[str] = frozenset()
 
     def layer(self, index: int) -> str:
         return f"{self.decoder}.layers.{index}"
@@ -124,6 +126,11 @@ LAYOUTS: Mapping[str, Layout] = {
     "qwen3": Layout(_ATTENTION, _GATED, qk_norm=True, defaults={"head_dim": 128}),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, qk_norm=True),
+    "phi3": Layout(
+        {**dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"), "o": "self_attn.o_proj"},
+        {**dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"), "down": "mlp.down_proj"},
+        published_code=frozenset(("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM")),
+    ),
     "opt": Layout(
         {**_ATTENTION, "o": "self_attn.out_proj"},
         {"up": "fc1", "down": "fc2"},

@@ -87,13 +87,15 @@ def check_config(folder: Path) -> dict[str, Any]:
             "Use its base model with a higher rate instead.",
             param="model",
         )
-    if config.get("auto_map"):
+    layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
+    code = config.get("auto_map")
+    known = layout is not None and isinstance(code, dict) and all(str(cls) in layout.published_code for cls in code.values())
+    if code and not known:
         raise UnsafeModelError(
             f"{folder} brings its own Python code (auto_map in config.json), which selfpruner never runs. "
             f"Use a model of a built-in architecture: {', '.join(SUPPORTED_MODEL_TYPES)}.",
             param="model",
         )
-    layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
     if layout is None:
         raise UnsupportedModelError(
             f"Model type {model_type!r} is not supported. Supported: {', '.join(SUPPORTED_MODEL_TYPES)}.", param="model"

@@ -308,7 +308,7 @@ def compute_tables(model: PreTrainedModel, device: torch.device) -> None:
     """What a model computes and does not store, anew on ``device``: it was computed on the meta device."""
     decoder: Any = model.get_submodule(layout_of(model.config).decoder)
     if hasattr(decoder, "rotary_emb"):
-        decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)
+        decoder.rotary_emb = type(decoder.rotary_emb)(decoder.rotary_emb.config).to(device)
     if hasattr(decoder.embed_tokens, "scalar_embed_scale"):
         decoder.embed_tokens.embed_scale = torch.tensor(decoder.embed_tokens.scalar_embed_scale, device=device)
 

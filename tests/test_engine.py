@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "opt": {},
     "gemma2": {"kv_heads": 1},
     "gemma3_text": {},
+    "phi3": {"sliding_window": 9},
 }
 
 

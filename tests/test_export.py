@@ -165,6 +165,7 @@ def greedy(model: PreTrainedModel, tokens: Tensor, **how: Any) -> list[list[int]
     return out[:, tokens.shape[1] :].tolist()
 
 
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 # Families whose pruned models have a modelling file of their own.
 OWN_FORMS = tuple(family for family, form in FORMS.items() if form is not FORMS["llama"])
 VARIANTS = {
@@ -230,6 +231,37 @@ def test_a_sliding_window_stays_where_it_was(tmp_path: Path) -> None:
         with torch.inference_mode():
             assert (case.pruned(tokens).logits - masked_logits(case, tokens)).abs().max() <= 1e-4
         assert greedy(case.pruned, tokens) == greedy(case.pruned, tokens, use_cache=False)
+
+
+@torch.inference_mode()
+def test_a_rope_that_stretches_still_does(tmp_path: Path) -> None:
+    """Short texts and long ones, and one that grows from the one to the other while it is written."""
+    case = prune(
+        folder(tmp_path, "phi3", rope_parameters=LONG_ROPE, original_max_position_embeddings=24)[1], drop=True, biased=True
+    )
+    for length in (20, 40):
+        tokens = tokens_of(2, length)
+        assert (case.pruned(tokens).logits - masked_logits(case, tokens)).abs().max() <= 1e-4
+        assert greedy(case.pruned, tokens) == greedy(case.pruned, tokens, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "opt"])
+def test_fewer_heads_everywhere_make_an_ordinary_model_where_the_family_has_such(tmp_path: Path, family: str) -> None:
+    _, model = folder(tmp_path, family)
+    groups = [0] if family != "opt" else [0, 1]
+    weights: dict[str, Tensor] = {}
+    for layer in range(3):
+        weights |= cut(model, layer, Keep((0, 1), None), groups)
+    pruned = build(model, [LayerShape(len(groups), 2 // len(groups), 64)] * 3, weights)
+    plain = plain_config(pruned)
+    if family == "opt":
+        assert plain is None, "its heads divide the hidden size"
+        return
+    assert type(plain) is type(model.config)
+    twin = type(model)(plain).eval()
+    twin.load_state_dict(pruned.state_dict())
+    with torch.inference_mode():
+        assert twin(tokens_of(1, 12)).logits.equal(pruned(tokens_of(1, 12)).logits)
 
 
 def test_building_copies_nothing_it_need_not(tmp_path: Path) -> None:
@@ -373,7 +405,8 @@ def test_load_needs_no_remote_code(written: Written) -> None:
 
 @pytest.mark.parametrize("family", OWN_FORMS)
 def test_every_form_is_verified_with_its_own_code(tmp_path: Path, family: str) -> None:
-    source, model = folder(tmp_path / "base", family)
+    options = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 24} if family == "phi3" else {}
+    source, model = folder(tmp_path / "base", family, **options)
     case = prune(model, drop=True, biased=True)
     result = write(case.pruned, AutoTokenizer.from_pretrained(source), source, tmp_path / "checkpoint", CARD)
     assert result.verification["problems"] == []

@@ -63,6 +63,18 @@ def test_every_family_resolves_and_loads(family: str, tied: bool, tmp_path: Path
     assert loaded.tokenizer("the sea")["input_ids"]
 
 
+def test_code_that_phi_brings_is_ignored(tmp_path: Path) -> None:
+    """Its published models name their own modelling files beside transformers' class; any other code is refused."""
+    path = tiny_model(tmp_path / "phi", "phi3")
+    own = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (path / "modeling_phi3.py").write_text("raise SystemExit('ran')")
+    edit(path / "config.json", auto_map=own)
+    assert type(load(resolve(str(path), tmp_path), "cpu").model).__module__.startswith("transformers.models.phi3")
+    edit(path / "config.json", auto_map={**own, "AutoModel": "elsewhere.Model"})
+    with pytest.raises(UnsafeModelError, match="never runs"):
+        resolve(str(path), tmp_path)
+
+
 def test_loading_is_silent(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load(resolve(str(folder), tmp_path), "cpu", "bfloat16")
     assert capfd.readouterr() == ("", "")

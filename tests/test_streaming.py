@@ -37,7 +37,14 @@ from tests.pruned import random_plans, ready, tokens_of
 from tests.tiny_models import sample_text, tiny_model
 
 CPU = torch.device("cpu")
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {"mlp_bias": True}, "qwen2": {"tied": False}, "qwen3": {}, "opt": {}, "gemma2": {}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"mlp_bias": True},
+    "qwen2": {"tied": False},
+    "qwen3": {},
+    "opt": {},
+    "gemma2": {},
+    "phi3": {},
+}
 TIGHT, WIDE = 1 << 14, 1 << 30  # the head in pieces; the head whole
 
 
@@ -80,7 +87,7 @@ def test_reading_a_model_is_what_transformers_does(tmp_path: Path, family: str) 
         torch.testing.assert_close(streamed(folder)(tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
 def test_layers_in_any_order(tmp_path: Path, family: str) -> None:
     """What was read ahead and not wanted is forgotten; a layer that left is gone for all to see."""
     folder = tiny_model(tmp_path, family, layers=5)

@@ -22,6 +22,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -39,6 +40,7 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "opt": OPTConfig,
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3TextConfig,
+    "phi3": Phi3Config,
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -86,6 +88,8 @@ def tiny_model(
     own: dict[str, dict[str, Any]] = {
         "mistral": {**shape, "sliding_window": None},
         "opt": {"ffn_dim": ffn},
+        # Published ones say head_dim only by hidden size and heads.
+        "phi3": shape if head_dim * heads != hidden else {name: shape[name] for name in shape if name != "head_dim"},
         # Windows and caps that matter on short texts; a full and a sliding layer among the first two.
         "gemma2": {**shape, "sliding_window": 12, "query_pre_attn_scalar": 12, **caps},
         "gemma3_text": {**shape, "sliding_window": 12, "query_pre_attn_scalar": 12, "layer_types": kinds},

@@ -11,12 +11,13 @@ from selfpruner.architectures.gemma3 import Gemma3
 from selfpruner.architectures.llama import Llama
 from selfpruner.architectures.mistral import Mistral
 from selfpruner.architectures.opt import Opt
+from selfpruner.architectures.phi3 import Phi3
 from selfpruner.architectures.qwen2 import Qwen2
 from selfpruner.architectures.qwen3 import Qwen3
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights, in_float32
 from selfpruner.errors import UnsupportedModelError
 
-FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3, Opt, Gemma2, Gemma3)}
+FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3, Opt, Gemma2, Gemma3, Phi3)}
 
 
 def describe(model: PreTrainedModel) -> Architecture:

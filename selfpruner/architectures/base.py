@@ -341,7 +341,10 @@ def soft_cap_change(change: Tensor, capped: Tensor, cap: float | None) -> Tensor
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding of x (B, S, heads, h), half-split convention, in float32."""
+    """Rotary position embedding of x (B, S, heads, h), half-split convention, in float32. A narrower table turns the first part."""
+    width = rope[0].shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], rope), x[..., width:].float()), -1)
     cos, sin = (table[:, None] for table in rope)
     half = x.shape[-1] // 2
     # rotate_half(x) * sin with the sign on the sines: one pass over x less.

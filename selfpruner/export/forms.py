@@ -20,6 +20,7 @@ from selfpruner.export.modeling_selfpruner_gemma import (
     SelfPrunerGemma3Model,
 )
 from selfpruner.export.modeling_selfpruner_opt import SelfPrunerOPTConfig, SelfPrunerOPTForCausalLM, SelfPrunerOPTModel
+from selfpruner.export.modeling_selfpruner_phi3 import SelfPrunerPhi3Config, SelfPrunerPhi3ForCausalLM, SelfPrunerPhi3Model
 from selfpruner.layouts import family_of
 
 
@@ -71,6 +72,7 @@ FORMS: Mapping[str, Form] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
     "gemma2": Form(SelfPrunerGemma2Config, SelfPrunerGemma2Model, SelfPrunerGemma2ForCausalLM),
     "gemma3_text": Form(SelfPrunerGemma3Config, SelfPrunerGemma3Model, SelfPrunerGemma3ForCausalLM),
+    "phi3": Form(SelfPrunerPhi3Config, SelfPrunerPhi3Model, SelfPrunerPhi3ForCausalLM),
     "opt": Form(SelfPrunerOPTConfig, SelfPrunerOPTModel, SelfPrunerOPTForCausalLM),
 }
 

@@ -18,6 +18,7 @@ from selfpruner.layouts import LAYOUTS
 from tests.pruned import layers_of, load_tiny, ready, tokens_of
 
 Shapes = dict[str, dict[str, Any]]
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 SHAPES: Shapes = {
     "mha": {"kv_heads": 4},
     "gqa": {"kv_heads": 2},
@@ -212,6 +213,22 @@ class TestGemma3(ArchitectureSuite):
     }
     attention = (("self_attn",), ("input_layernorm", "post_attention_layernorm"))
     ffn = (("mlp",), ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+
+
+class TestPhi3(ArchitectureSuite):
+    family = "phi3"
+    extra: ClassVar = {
+        "window": {"sliding_window": 7},
+        "window over the edge": {"sliding_window": 64},
+        "a part of the head turns": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "long rope, short text": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 256},
+        "long rope, long text": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 24},
+    }
+
+    def test_a_long_text_stretches_the_table(self) -> None:
+        """The cases above prove something only if length matters."""
+        arch = describe(load_tiny(self.family, **self.extra["long rope, long text"]))
+        assert float((arch.rope(40)[0][:24] - arch.rope(24)[0]).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
