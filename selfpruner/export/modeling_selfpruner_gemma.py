@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3 (text) whose layers differ in width, after structured pruning, for transformers >= 5.14.
+"""Gemma 2 and Gemma 3 (text) whose layers differ in width, after structured pruning, for transformers >= 5.23.
 
 This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The configs and the names of
 tensors are the families'; ``per_layer_config`` names what a layer has less of: ``num_attention_heads``, ``num_key_value_heads``,

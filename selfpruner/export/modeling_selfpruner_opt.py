@@ -1,4 +1,4 @@
-"""OPT whose layers differ in width, after structured pruning, for transformers >= 5.14.
+"""OPT whose layers differ in width, after structured pruning, for transformers >= 5.23.
 
 This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The config is OPT's, with
 ``per_layer_config`` naming what a layer has less of: ``num_attention_heads``, ``ffn_dim``; 0 means that the layer has no attention,

@@ -1,4 +1,4 @@
-"""Phi-3 whose layers differ in width, after structured pruning, for transformers >= 5.14.
+"""Phi-3 whose layers differ in width, after structured pruning, for transformers >= 5.23.
 
 This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The config and the names of
 tensors are Phi-3's; ``per_layer_config`` names what a layer has less of: ``num_attention_heads``, ``num_key_value_heads``,
