@@ -68,7 +68,6 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
     from selfpruner.api import config_of, default_cache
     from selfpruner.architectures import describe
     from selfpruner.calibration.cache import cached_gradients, cached_statistics
-    from selfpruner.calibration.gradients import ATTENTION, FFN
     from selfpruner.calibration.statistics import OUTPUTS, SITES
     from selfpruner.calibration.texts import token_batches
     from selfpruner.evaluation import prepared
@@ -101,8 +100,9 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
     widths = {"qkv": arch.hidden, "attention": arch.heads * arch.head_dim, "gate_up": arch.hidden, "ffn": arch.channels}
     statistics = sum(8 * widths[site] ** 2 for site in sites)
     if "gradients" in rule.needs:
-        pair = (arch.attention(0), ATTENTION), (arch.ffn(0), FFN)
-        statistics += sum(3 * 4 * getattr(weights, name).numel() for weights, parts in pair for name in parts)
+        statistics += sum(
+            3 * 4 * getattr(weights, name).numel() for weights in (arch.attention(0), arch.ffn(0)) for name in weights.matrices
+        )
     release()
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         place = Path(folder)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from selfpruner.errors import ModelError, ModelNotFoundError, UnsafeModelError, UnsupportedModelError
+from selfpruner.layouts import LAYOUTS, Widths
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = tuple(LAYOUTS)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -35,18 +37,20 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
 }
 _FLOAT_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))
+_IN_LAYER = re.compile(r"[\w.]*?\blayers\.(\d+)\.")
 # Upper bounds far above any published model: they stop a hostile config before it allocates anything.
 _BOUNDS = {
     "num_hidden_layers": 1_024,
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
+    "ffn_dim": 1 << 20,
     "num_attention_heads": 4_096,
     "num_key_value_heads": 4_096,
     "head_dim": 1 << 13,
     "vocab_size": 1 << 23,
     "max_position_embeddings": 1 << 31,
 }
-_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -83,13 +87,16 @@ def check_config(folder: Path) -> dict[str, Any]:
             "Use its base model with a higher rate instead.",
             param="model",
         )
-    if config.get("auto_map"):
+    layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
+    code = config.get("auto_map")
+    known = layout is not None and isinstance(code, dict) and all(str(cls) in layout.published_code for cls in code.values())
+    if code and not known:
         raise UnsafeModelError(
             f"{folder} brings its own Python code (auto_map in config.json), which selfpruner never runs. "
             f"Use a model of a built-in architecture: {', '.join(SUPPORTED_MODEL_TYPES)}.",
             param="model",
         )
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if layout is None:
         raise UnsupportedModelError(
             f"Model type {model_type!r} is not supported. Supported: {', '.join(SUPPORTED_MODEL_TYPES)}.", param="model"
         )
@@ -99,9 +106,11 @@ def check_config(folder: Path) -> dict[str, Any]:
             "Use the model's unquantised checkpoint, or a GGUF file of it.",
             param="model",
         )
+    if why := layout.refusal(config):
+        raise UnsupportedModelError(f"{folder} is not supported. {why}", param="model")
     for key, bound in _BOUNDS.items():
         value = config.get(key)
-        if value is None and key not in _REQUIRED:
+        if value is None and key not in (*_REQUIRED, layout.channels_key):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= bound:
             raise ModelError(
@@ -110,7 +119,7 @@ def check_config(folder: Path) -> dict[str, Any]:
                 param="model",
             )
     heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = layout.value(config, "num_key_value_heads") or heads
     if heads % kv_heads:
         raise ModelError(f"config.json of {folder}: {heads} query heads cannot share {kv_heads} key/value heads.", param="model")
     return config
@@ -245,35 +254,25 @@ def weight_bytes(folder: Path, itemsize: int) -> tuple[int, int]:
         for name, (_, shape) in read_header(file).items():
             size = math.prod(shape) * itemsize
             total += size
-            if name.startswith("model.layers."):
-                index = name.split(".")[2]
-                layers[index] = layers.get(index, 0) + size
+            if inside := _IN_LAYER.match(name):
+                layers[inside[1]] = layers.get(inside[1], 0) + size
     return total, max(layers.values(), default=0)
 
 
 def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or (8 if config["model_type"] == "mistral" else heads)
-    # transformers' own defaults: Qwen3 has 128, the others divide.
-    head_dim = config.get("head_dim") or (128 if config["model_type"] == "qwen3" else hidden // heads)
-    expected = {
-        "self_attn.q_proj.weight": (heads * head_dim, hidden),
-        "self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
-        "self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
-        "self_attn.o_proj.weight": (hidden, heads * head_dim),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
+    layout = LAYOUTS[config["model_type"]]
+    widths = Widths.of(layout, config)
+    expected: dict[str, tuple[int, ...]] = {f"{place}.weight": shape for place, shape in widths.shapes(layout)}
+    expected |= {f"{norm}.weight": (widths.hidden,) for norm in (*layout.attention_norms, *layout.ffn_norms)}
+    wanted: dict[str, tuple[int, ...]] = {
+        f"{layout.decoder}.embed_tokens.weight": (config["vocab_size"], widths.hidden),
+        f"{layout.decoder}.{layout.final_norm}.weight": (widths.hidden,),
     }
-    wanted = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
     for layer in range(config["num_hidden_layers"]):
-        wanted |= {f"model.layers.{layer}.{name}": shape for name, shape in expected.items()}
+        wanted |= {f"{layout.layer(layer)}.{name}": shape for name, shape in expected.items()}
     if "lm_head.weight" in shapes:
-        wanted["lm_head.weight"] = (config["vocab_size"], hidden)
-    elif not config.get("tie_word_embeddings", False):
+        wanted["lm_head.weight"] = (config["vocab_size"], widths.hidden)
+    elif not layout.value(config, "tie_word_embeddings"):
         raise ModelError(
             f"{folder} has no lm_head.weight, and its config.json does not tie it to the embeddings. "
             "Download the model again, or set tie_word_embeddings to true if that is what the model does.",
@@ -289,7 +288,8 @@ def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
         if shapes[name] != shape:
             raise ModelError(
                 f"Tensor {name} of {folder} has shape {list(shapes[name])}, but config.json means {list(shape)} "
-                f"({heads} heads of {head_dim}, {kv_heads} key/value heads, hidden {hidden}, FFN {ffn}). "
+                f"({widths.heads} heads of {widths.head_dim}, {widths.kv_heads} key/value heads, hidden {widths.hidden}, "
+                f"FFN {widths.channels}). "
                 "Config and weights are not of the same model.",
                 param="model",
             )

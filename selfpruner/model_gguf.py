@@ -22,10 +22,12 @@ from typing import Any
 from filelock import FileLock
 
 from selfpruner.errors import ModelError, UnsupportedModelError, disk_errors
-from selfpruner.model_checks import SUPPORTED_MODEL_TYPES, sampled_digest
+from selfpruner.model_checks import sampled_digest
 
 # Part of the folder's name: raise it when the conversion changes.
 _RECIPE = 1
+# The architectures whose files were found to become the same model.
+_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # llama.cpp writes Llama 3's rotary scaling as a tensor of factors; the published models all use these three numbers.
 _LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Pre-tokenizers (tokenizer.ggml.pre) that split numbers into digits before byte-level BPE.
@@ -98,9 +100,11 @@ def _write(gguf: Path, folder: Path) -> None:
 
     metadata, rope_factors = _metadata(gguf)
     architecture = metadata.get("general.architecture")
-    if architecture not in SUPPORTED_MODEL_TYPES:
+    if architecture not in _ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{gguf.name} is of architecture {architecture!r}. Supported: {', '.join(SUPPORTED_MODEL_TYPES)}.", param="model"
+            f"{gguf.name} is of architecture {architecture!r}. GGUF files of {', '.join(_ARCHITECTURES)} can be read; for another "
+            "family use the model's safetensors.",
+            param="model",
         )
     if any(key.endswith(".expert_count") and value for key, value in metadata.items()):
         raise UnsupportedModelError(

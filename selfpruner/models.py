@@ -74,9 +74,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        decoder: Any = self.model.model
-        device: torch.device = decoder.norm.weight.device  # the one weight that is always there
-        return device
+        return next(p.device for p in self.model.parameters() if not p.is_meta)  # norms are always there
 
 
 def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> ModelSource:

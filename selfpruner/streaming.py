@@ -24,14 +24,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from selfpruner.errors import ModelError
+from selfpruner.layouts import layout_of
 from selfpruner.tensor_files import TensorFile
 
 # What is read at once: small on a CPU, where it only has to outweigh a system call; large enough for the bus of a GPU.
 _PIECE = {"cpu": 1 << 20, "cuda": 32 << 20}
 # The output head is kept where it takes at most this share of the memory; else pieces of it of at most that share are read.
 _HEAD_SHARE, _HEAD_PIECE_SHARE = 4, 16
-
-_CHANNEL_AXIS = {"mlp.gate_proj.weight": 0, "mlp.up_proj.weight": 0, "mlp.down_proj.weight": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +147,16 @@ class WeightFiles:
 class LayerStream:
     """Brings the matrices of the layer that is asked for into its modules. One consumer; one thread reads ahead."""
 
-    def __init__(self, model: PreTrainedModel, files: WeightFiles) -> None:
+    def __init__(self, model: Any, files: WeightFiles) -> None:
         self.device, dtype = files.device, files.dtype
         self.files = files
         self._ahead = files.for_another_thread()
-        self._layers: Any = model.model.layers
+        self._layout = layout_of(model.config)
+        self._layers = model.get_submodule(self._layout.decoder).layers
+        # How many times the channels follow each other in a matrix's rows; 0: they are its columns.
+        self._channel_rows = {
+            f"{place}.weight": 0 if parts == ["down"] else len(parts) for place, parts in self._layout.places(1).items()
+        }
         self._places = [self._places_of(index, layer) for index, layer in enumerate(self._layers)]
         size = max(sum(place.empty.numel() for place in places) for places in self._places)
         self._slots = [_Slot(size, self.device, dtype) for _ in range(2)]
@@ -167,7 +171,7 @@ class LayerStream:
         for module_name, module in layer.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False):
                 local = f"{module_name}.{attribute}"
-                name = f"model.layers.{index}.{local}"
+                name = f"{self._layout.layer(index)}.{local}"
                 self.files.check(name, parameter)
                 if parameter.ndim > 1:
                     places.append(_Place(module, attribute, name, local, tuple(parameter.shape), offset, parameter))
@@ -230,15 +234,21 @@ class LayerStream:
         slot.filled = self._thread.submit(self._read, slot, layer)
 
     def _read(self, slot: _Slot, layer: int) -> None:
-        mlp = getattr(self._layers[layer], "mlp", None)  # a pruned layer may have none
-        order: Tensor | None = getattr(mlp, "channel_order", None)
+        down = dict(self._layers[layer].named_modules()).get(self._layout.ffn["down"])  # a pruned layer may have none
+        order: Tensor | None = getattr(down, "channel_order", None)
         with torch.no_grad(), torch.cuda.stream(self._side):
             if self._side is not None:
                 self._side.wait_event(slot.free)
             for place in self._places[layer]:
                 view = slot.buffer[place.offset : place.offset + place.empty.numel()].view(place.shape)
-                axis = _CHANNEL_AXIS.get(place.local)
-                self._ahead.read(place.name, view, order=None if axis is None else order, axis=axis or 0)
+                times = self._channel_rows.get(place.local)
+                if order is None or times is None:
+                    self._ahead.read(place.name, view)
+                elif times == 0:
+                    self._ahead.read(place.name, view, order=order, axis=1)
+                else:
+                    rows = torch.cat([order + part * len(order) for part in range(times)])
+                    self._ahead.read(place.name, view, order=rows)
             if self._side is not None:
                 slot.ready = torch.cuda.Event()
                 slot.ready.record(self._side)
@@ -252,16 +262,19 @@ def stream(
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     files = WeightFiles.open(paths, device, dtype)
+    layout = layout_of(config)
+    apart = {f"{layout.decoder}.embed_tokens", "lm_head"}
     with torch.no_grad():
         for module_name, module in model.named_modules():
+            within = module_name.startswith(f"{layout.decoder}.layers.")
             for attribute, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.ndim == 1:
+                if parameter.ndim == 1 or not (within or module_name in apart):
+                    files.check(f"{module_name}.{attribute}", parameter)
                     setattr(module, attribute, nn.Parameter(files.read(f"{module_name}.{attribute}"), requires_grad=False))
-    # Its table is computed, not stored, and was computed on the meta device above.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    compute_tables(model, device)
     _place_vocabulary(model, files, memory)
     model.layer_stream = layers = LayerStream(model, files)
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(model.get_submodule(layout.decoder).layers):
         layer.register_forward_pre_hook(_Presence(layers, index))
     model.requires_grad_(False)
     model.train(False)
@@ -284,11 +297,20 @@ def whole(config: PreTrainedConfig, paths: Sequence[Path], device: torch.device,
                     files.check(name, parameter)
                     setattr(module, attribute, nn.Parameter(files.read(name), requires_grad=False))
     if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+        model.lm_head.weight = model.get_submodule(layout_of(config).decoder).embed_tokens.weight
+    compute_tables(model, device)
     model.train(False)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def compute_tables(model: PreTrainedModel, device: torch.device) -> None:
+    """What a model computes and does not store, anew on ``device``: it was computed on the meta device."""
+    decoder: Any = model.get_submodule(layout_of(model.config).decoder)
+    if hasattr(decoder, "rotary_emb"):
+        decoder.rotary_emb = type(decoder.rotary_emb)(decoder.rotary_emb.config).to(device)
+    if hasattr(decoder.embed_tokens, "scalar_embed_scale"):
+        decoder.embed_tokens.embed_scale = torch.tensor(decoder.embed_tokens.scalar_embed_scale, device=device)
 
 
 class _Presence:
@@ -301,18 +323,21 @@ class _Presence:
 
 def _place_vocabulary(model: Any, files: WeightFiles, memory: int) -> None:
     tied = bool(model.config.tie_word_embeddings)
-    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
-    for name, weight in ((embeddings, model.model.embed_tokens.weight), (embeddings if tied else head, model.lm_head.weight)):
+    path = layout_of(model.config).decoder
+    decoder = model.get_submodule(path)
+    embeddings, head = f"{path}.embed_tokens.weight", "lm_head.weight"
+    for name, weight in ((embeddings, decoder.embed_tokens.weight), (embeddings if tied else head, model.lm_head.weight)):
         files.check(name, weight)
-    head_name, head_weight = (embeddings, model.model.embed_tokens.weight) if tied else (head, model.lm_head.weight)
+    head_name, head_weight = (embeddings, decoder.embed_tokens.weight) if tied else (head, model.lm_head.weight)
     if head_weight.numel() * files.dtype.itemsize * _HEAD_SHARE <= memory:
         model.lm_head.weight = nn.Parameter(files.read(head_name), requires_grad=False)
         if tied:
-            model.model.embed_tokens.weight = model.lm_head.weight
+            decoder.embed_tokens.weight = model.lm_head.weight
             return
     else:
         model.lm_head = StreamedHead(files, head_name, head_weight, memory // _HEAD_PIECE_SHARE)
-    model.model.embed_tokens = StreamedEmbedding(files, embeddings, model.model.embed_tokens.weight)
+    scale = getattr(decoder.embed_tokens, "embed_scale", None)
+    decoder.embed_tokens = StreamedEmbedding(files, embeddings, decoder.embed_tokens.weight, scale)
 
 
 def least_memory(layer_bytes: int, device: torch.device) -> int:
@@ -322,16 +347,18 @@ def least_memory(layer_bytes: int, device: torch.device) -> int:
 
 
 class StreamedEmbedding(nn.Module):
-    """Rows of the embedding matrix, read from the files when they are asked for. ``weight`` only says the shape."""
+    """Rows of the embedding matrix, times ``scale`` () where there is one, read from the files when they are asked for. ``weight``
+    only says the shape."""
 
-    def __init__(self, files: WeightFiles, name: str, weight: nn.Parameter) -> None:
+    def __init__(self, files: WeightFiles, name: str, weight: nn.Parameter, scale: Tensor | None = None) -> None:
         super().__init__()
-        self._files, self._name = files, name
+        self._files, self._name, self._scale = files, name, scale
         self.weight = weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         wanted, place = torch.unique(tokens, return_inverse=True)
-        return self._files.gather(self._name, wanted.tolist())[place]
+        rows = self._files.gather(self._name, wanted.tolist())
+        return (rows if self._scale is None else rows * self._scale.to(rows.dtype))[place]
 
 
 class StreamedHead(nn.Module):

@@ -47,10 +47,10 @@ def sample(
     return Sample(W, X, statistics_of(X))
 
 
-def with_gradients(block: Sample, heads: Heads | None = None, seed: int = 0) -> Sample:
+def with_gradients(block: Sample, heads: Heads | None = None, seed: int = 0, *, gated: bool = True) -> Sample:
     """The block with all its matrices and their gradients: an attention of these ``heads``, or an FFN."""
     d, n = block.W.shape
-    widths = {"gate": n, "up": n, "down": n}
+    widths = {"gate": n, "up": n, "down": n} if gated else {"up": n, "down": n}
     if heads is not None:
         widths = {"q": n, "k": heads.kv_groups * heads.head_dim, "v": heads.kv_groups * heads.head_dim, "o": n}
     g = torch.Generator().manual_seed(seed)

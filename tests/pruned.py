@@ -19,6 +19,7 @@ from selfpruner.architectures import Architecture, describe
 from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
 from selfpruner.compensation.least_squares import FLOOR, RIDGE
 from selfpruner.evaluation.engine import Engine
+from selfpruner.layouts import Widths, layout_of
 from selfpruner.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
 from selfpruner.space import Block, Plan, SearchSpace, attention_shapes, ffn_widths
 from tests.tiny_models import tiny_model
@@ -33,6 +34,31 @@ def load_tiny(family: str, **options: Any) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
     model.train(False)
     return model.requires_grad_(False)
+
+
+def layers_of(model: Any) -> Any:
+    """The decoder layers of a model, dense or pruned."""
+    return model.get_submodule(layout_of(model.config).decoder).layers
+
+
+def rows_of(model: Any, part: str) -> tuple[str, slice]:
+    """The place of a part (``q``, ``down``) in a layer of a dense model, and its rows there."""
+    layout = layout_of(model.config)
+    widths, block = Widths.of(layout, model.config.to_dict()), int(part in layout.ffn)
+    place = (layout.ffn if block else layout.attention)[part]
+    start = 0
+    for other in layout.places(block)[place]:
+        if other == part:
+            break
+        start += widths.shape(other)[0]
+    return place, slice(start, start + widths.shape(part)[0])
+
+
+def outputs_of(model: Any, layer: int) -> tuple[Any, Any]:
+    """The output matrices' modules of attention and FFN."""
+    layout = layout_of(model.config)
+    places = layout.attention["o"], layout.ffn["down"]
+    return tuple(layers_of(model)[layer].get_submodule(place) for place in places)  # type: ignore[return-value]
 
 
 def tokens_of(sequences: int, length: int, seed: int = 1, vocab: int = 128) -> Tensor:
@@ -95,14 +121,14 @@ def random_plans(space: SearchSpace, count: int, seed: int = 0) -> list[Plan]:
 
 
 def inputs_of(model: PreTrainedModel, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the inputs (sequences, length, n) of o_proj and down_proj, seen by hooks on the model's own modules."""
+    """Per layer the inputs (sequences, length, n) of the output matrices, seen by hooks on the model's own modules."""
     seen: dict[tuple[int, int], Tensor] = {}
     handles = []
-    for index, layer in enumerate(model.model.layers):
-        for which, module in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
+    for index in range(len(layers_of(model))):
+        for which, module in enumerate(outputs_of(model, index)):
 
             def keep(_: Any, args: Any, place: tuple[int, int] = (index, which)) -> None:
-                seen[place] = args[0].detach().double()
+                seen[place] = args[0].detach().double().view(*tokens.shape, -1)  # OPT's FFN sees all tokens in a row
 
             handles.append(module.register_forward_pre_hook(keep))
     try:
@@ -110,11 +136,11 @@ def inputs_of(model: PreTrainedModel, tokens: Tensor) -> list[tuple[Tensor, Tens
     finally:
         for handle in handles:
             handle.remove()
-    return [(seen[index, 0], seen[index, 1]) for index in range(len(model.model.layers))]
+    return [(seen[index, 0], seen[index, 1]) for index in range(len(layers_of(model)))]
 
 
 def kept_columns(case: Ready, plan: Plan, block: int) -> list[int]:
-    """The columns of o_proj or down_proj that ``plan`` keeps, in the model's order."""
+    """The columns of an output matrix that ``plan`` keeps, in the model's order."""
     prunable, level = case.blocks[block], plan.levels[block]
     if isinstance(prunable, PrunableFfn):
         return list(range(prunable.options[level].channels))  # the model's channels are in keep-first order
@@ -152,8 +178,8 @@ def masked(case: Ready, plan: Plan) -> Iterator[PreTrainedModel]:
     """The dense model with pruned units silenced and repaired: full-width matrices, nothing of the engine or the patterns."""
     X = inputs_of(case.model, case.calibration)
     handles = []
-    for index, layer in enumerate(case.model.model.layers):
-        for which, module in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
+    for index in range(case.arch.layers):
+        for which, module in enumerate(outputs_of(case.model, index)):
             block = 2 * index + which
             if plan.levels[block] == 0:
                 continue

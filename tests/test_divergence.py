@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfpruner.architectures.base import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation import divergence
 from selfpruner.evaluation.divergence import EXACT, SAMPLED, Divergences, choose, divergences
 from selfpruner.evaluation.pieces import divergences_in_pieces
 
 VOCABULARY, WIDTH = 8192, 24
+CAPS = [None, 12.0]
 
 
 def norm(x: Tensor) -> Tensor:
@@ -32,12 +34,17 @@ def problem() -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     return head, dense, finals, torch.randint(0, VOCABULARY, (8, 32), generator=g)
 
 
-def plain(head: Tensor, dense: Tensor, finals: list[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+def plain(head: Tensor, dense: Tensor, finals: list[Tensor], tokens: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """(models, B, S) KL and NLL from log-probabilities in float64."""
-    p = (norm(dense).double() @ head.double().T).log_softmax(-1)
+
+    def said(stream: Tensor) -> Tensor:
+        logits = norm(stream).double() @ head.double().T
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+
+    p = said(dense)
     kl, nll = [], []
     for final in finals:
-        q = (norm(final).double() @ head.double().T).log_softmax(-1)
+        q = said(final)
         kl.append((p.exp() * (p - q)).sum(-1))
         loss = torch.zeros(tokens.shape, dtype=torch.float64)
         loss[:, :-1] = -q[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
@@ -45,25 +52,37 @@ def plain(head: Tensor, dense: Tensor, finals: list[Tensor], tokens: Tensor) -> 
     return torch.stack(kl), torch.stack(nll)
 
 
-def test_exact_is_exact(problem: tuple[Tensor, Tensor, list[Tensor], Tensor]) -> None:
-    found = divergences(problem[0], norm, *problem[1:], exact=True)
-    kl, nll = plain(*problem)
+@pytest.mark.parametrize("cap", CAPS)
+def test_exact_is_exact(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], cap: float | None) -> None:
+    found = divergences(problem[0], norm, *problem[1:], exact=True, cap=cap)
+    kl, nll = plain(*problem, cap)
     torch.testing.assert_close(found.kl.double(), kl, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(found.nll.double(), nll, rtol=1e-5, atol=1e-4)
 
 
+def test_a_cap_changes_relative_to_the_change() -> None:
+    logits = torch.linspace(-30, 30, 601)
+    capped = soft_cap(logits, 7.0)
+    for size in (1e-6, 1e-2, 1.0, 40.0):
+        change = size * torch.cos(torch.arange(601.0))
+        expected = soft_cap(logits.double() + change.double(), 7.0) - soft_cap(logits.double(), 7.0)
+        torch.testing.assert_close(soft_cap_change(change, capped, 7.0).double(), expected, rtol=2e-3, atol=1e-6 * size)
+    assert soft_cap(logits, None) is logits
+
+
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("which", [[0], [1], [2], [3], [1, 2], [0, 1, 2, 3]])
-def test_compact_is_near(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], which: list[int]) -> None:
+def test_compact_is_near(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], which: list[int], cap: float | None) -> None:
     """A vocabulary much flatter than a language model's, and 256 positions only: within 1 % of the mean."""
     head, dense, finals, tokens = problem
     chosen = [finals[index] for index in which]
-    found = divergences(head, norm, dense, chosen, tokens)
-    kl, nll = plain(head, dense, chosen, tokens)
+    found = divergences(head, norm, dense, chosen, tokens, cap=cap)
+    kl, nll = plain(head, dense, chosen, tokens, cap)
     for index in range(len(which)):
         assert float(found.kl[index].mean()) == pytest.approx(float(kl[index].mean()), rel=1e-2)
         assert float(found.nll[index].mean()) == pytest.approx(float(nll[index].mean()), rel=1e-3)
     # One model alone is its own control: exact. Several are not, or nothing was approximated.
-    same = torch.allclose(found.kl, divergences(head, norm, dense, chosen, tokens, exact=True).kl, rtol=1e-3, atol=1e-4)
+    same = torch.allclose(found.kl, divergences(head, norm, dense, chosen, tokens, exact=True, cap=cap).kl, rtol=1e-3, atol=1e-4)
     assert same == (len(which) == 1)
 
 

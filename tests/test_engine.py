@@ -17,7 +17,7 @@ from selfpruner.evaluation.engine import Engine, LevelCache, Work
 from selfpruner.evaluation.lanes import Lanes
 from selfpruner.patterns import PrunableAttention
 from selfpruner.space import Plan
-from tests.pruned import Ready, inputs_of, kept_columns, load_tiny, masked, naive, random_plans, ready, tokens_of
+from tests.pruned import Ready, inputs_of, kept_columns, load_tiny, masked, naive, outputs_of, random_plans, ready, tokens_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 2},
@@ -25,6 +25,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral mqa window": {"kv_heads": 1, "sliding_window": 9},
     "qwen2 untied": {"kv_heads": 2, "tied": False},
     "qwen3 wide heads": {"kv_heads": 2, "head_dim": 16},
+    "opt": {},
+    "gemma2": {"kv_heads": 1},
+    "gemma3_text": {},
+    "phi3": {"sliding_window": 9},
 }
 
 
@@ -67,8 +71,8 @@ def test_block_errors_on_the_calibration_text(name: str) -> None:
     cases = [ready(model, method=method, criterion="flap") for method in ("least_squares", "bias", "none")]
     for index in range(len(cases[0].blocks)):
         X = inputs_of(model, cases[0].calibration)[index // 2][index % 2].flatten(0, 1)
-        modules = model.model.layers[index // 2]
-        dense = (modules.mlp.down_proj if index % 2 else modules.self_attn.o_proj).weight.double()
+        module = outputs_of(model, index // 2)[index % 2]
+        dense = module.weight.double()
         whole = float((X @ dense.T).pow(2).sum())
         measured: list[dict[Any, float]] = []
         for case in cases:
@@ -85,8 +89,7 @@ def test_block_errors_on_the_calibration_text(name: str) -> None:
                 )
                 W = weights.o if isinstance(weights, AttentionWeights) else weights.down
                 bias = weights.o_bias if isinstance(weights, AttentionWeights) else weights.down_bias
-                own = (modules.mlp.down_proj if index % 2 else modules.self_attn.o_proj).bias
-                added = torch.zeros(1) if bias is None else bias - (0 if own is None else own)
+                added = torch.zeros(1) if bias is None else bias - (0 if module.bias is None else module.bias)
                 left = float((X @ dense.T - X[:, columns] @ W.double().T - added.double()).pow(2).sum()) / whole
                 of_case[tuple(kept or [block.options[level].channels])] = left
                 error = block.options[level].error

@@ -29,7 +29,9 @@ from selfpruner.export import checkpoint
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import expected_parameters, plain_config, shapes_of
 from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, verify, write
-from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
+from selfpruner.export.forms import FORMS
+from selfpruner.layouts import Widths, layout_of
+from tests.pruned import outputs_of, rows_of
 
 ROOT = Path(__file__).parent.parent
 CARD = CardInfo(
@@ -59,7 +61,7 @@ class Case:
     """A dense model, its pruned twin, and what was kept."""
 
     dense: PreTrainedModel
-    pruned: SelfPrunerForCausalLM
+    pruned: Any
     keeps: list[Keep]
     biases: dict[str, Tensor]
 
@@ -70,46 +72,58 @@ def folder(path: Path, family: str, **options: Any) -> tuple[Path, PreTrainedMod
     return source, model.eval()
 
 
+def cut(model: PreTrainedModel, layer: int, keep: Keep, groups: list[int]) -> dict[str, Tensor]:
+    """The tensors of a layer that keeps these units."""
+    layout, dense = layout_of(model.config), model.state_dict()
+    size = Widths.of(layout, model.config.to_dict()).head_dim
+
+    def spread(units: list[int] | tuple[int, ...]) -> Tensor:
+        return torch.tensor([unit * size + i for unit in units for i in range(size)])
+
+    found = {}
+    for block, kept in enumerate((keep.heads, keep.channels)):
+        if kept is None:
+            continue
+        units = torch.tensor(kept) if block else spread(kept)
+        for place, parts in layout.places(block).items():
+            for kind in ("weight", "bias"):
+                name = f"{layout.layer(layer)}.{place}.{kind}"
+                if name not in dense or (parts[0] in ("o", "down") and kind == "bias"):
+                    continue
+                pieces = []
+                for part in parts:
+                    whole = dense[name][rows_of(model, part)[1]]
+                    left = spread(groups) if part in ("k", "v") else units
+                    pieces.append(whole[:, left] if part in ("o", "down") else whole[left])
+                found[name] = torch.cat(pieces)
+    return found
+
+
 def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) -> Case:
     """Cut random units, different in every layer, out of ``model``."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    config: Any = model.config
-    size = model.get_parameter("model.layers.0.self_attn.q_proj.weight").shape[0] // config.num_attention_heads
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    layers = config.num_hidden_layers
+    layout = layout_of(model.config)
+    widths = Widths.of(layout, model.config.to_dict())
+    per_group = widths.heads // widths.kv_heads
+    layers = model.config.num_hidden_layers
     shapes, keeps, weights, biases = [], [], {}, {}
-    dense = model.state_dict()
-
-    def rows(units: list[int] | tuple[int, ...], width: int) -> Tensor:
-        return torch.tensor([unit * width + i for unit in units for i in range(width)])
-
     for layer in range(layers):
-        groups = sorted(rng.sample(range(config.num_key_value_heads), max(1, config.num_key_value_heads - layer)))
+        groups = sorted(rng.sample(range(widths.kv_heads), max(1, widths.kv_heads - layer)))
         inside = max(1, per_group - (layer + 1) % 2)
         heads = tuple(h for g in groups for h in sorted(rng.sample(range(g * per_group, (g + 1) * per_group), inside)))
-        channels = tuple(sorted(rng.sample(range(config.intermediate_size), config.intermediate_size - 8 * (layer + 1))))
+        channels = tuple(sorted(rng.sample(range(widths.channels), widths.channels - 8 * (layer + 1))))
         keep = Keep(None if drop and layer == 0 else heads, None if drop and layer == layers - 1 else channels)
         keeps.append(keep)
         shapes.append(LayerShape(*((len(groups), inside) if keep.heads else (0, 0)), len(keep.channels or ())))
-        attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
-        if keep.heads:
-            for name, index in (("q", rows(heads, size)), ("k", rows(groups, size)), ("v", rows(groups, size))):
-                for kind in ("weight", "bias"):
-                    if (full := attention + f"{name}_proj.{kind}") in dense:
-                        weights[full] = dense[full][index]
-            weights[attention + "o_proj.weight"] = dense[attention + "o_proj.weight"][:, rows(heads, size)]
-        if keep.channels:
-            index = torch.tensor(channels)
-            for name in ("gate", "up"):
-                weights[mlp + f"{name}_proj.weight"] = dense[mlp + f"{name}_proj.weight"][index]
-            weights[mlp + "down_proj.weight"] = dense[mlp + "down_proj.weight"][:, index]
-        # Biases in some layers only: the first and the last have none on o_proj, the first none on down_proj.
-        if biased and keep.heads and 0 < layer < layers - 1:
-            biases[attention + "o_proj.bias"] = torch.randn(config.hidden_size, generator=generator)
-        if biased and keep.channels and layer:
-            biases[mlp + "down_proj.bias"] = torch.randn(config.hidden_size, generator=generator)
-    pruned = build(model, shapes, {**weights, **biases})
+        weights |= cut(model, layer, keep, groups)
+        # Biases in some layers only: the first and the last have none on o, the first none on down.
+        for part, wanted in (("o", keep.heads and 0 < layer < layers - 1), ("down", keep.channels and layer)):
+            if biased and wanted:
+                name = f"{layout.layer(layer)}.{rows_of(model, part)[0]}.bias"
+                biases[name] = torch.randn(widths.hidden, generator=generator)
+                weights[name] = biases[name] + model.state_dict().get(name, 0)
+    pruned = build(model, shapes, weights)
     assert shapes_of(pruned.config) == shapes
     return Case(model, pruned, keeps, biases)
 
@@ -117,18 +131,19 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
 def masked_logits(case: Case, tokens: Tensor) -> Tensor:
     """The dense model with removed units silenced by hooks on its own modules: nothing of the exporter is used."""
     handles = []
-    for index, (layer, keep) in enumerate(zip(case.dense.model.layers, case.keeps, strict=True)):
-        size = layer.self_attn.head_dim
-        wide = torch.zeros(layer.self_attn.o_proj.in_features)
+    for index, keep in enumerate(case.keeps):
+        attention, ffn = outputs_of(case.dense, index)
+        size = Widths.of(layout_of(case.dense.config), case.dense.config.to_dict()).head_dim
+        wide = torch.zeros(attention.in_features)
         for head in keep.heads or ():
             wide[head * size : (head + 1) * size] = 1
-        narrow = torch.zeros(layer.mlp.down_proj.in_features)
+        narrow = torch.zeros(ffn.in_features)
         narrow[list(keep.channels or ())] = 1
-        for module, mask, name in (
-            (layer.self_attn.o_proj, wide, f"model.layers.{index}.self_attn.o_proj.bias"),
-            (layer.mlp.down_proj, narrow, f"model.layers.{index}.mlp.down_proj.bias"),
-        ):
+        for module, mask, part, kept in ((attention, wide, "o", keep.heads), (ffn, narrow, "down", keep.channels)):
+            name = f"{layout_of(case.dense.config).layer(index)}.{rows_of(case.dense, part)[0]}.bias"
             shift = case.biases.get(name, torch.zeros(()))
+            if kept is None and module.bias is not None:
+                shift = -module.bias  # a dropped block takes its bias with it
             handles.append(module.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,)))
             handles.append(module.register_forward_hook(lambda _, __, out, shift=shift: out + shift))
     try:
@@ -150,6 +165,9 @@ def greedy(model: PreTrainedModel, tokens: Tensor, **how: Any) -> list[list[int]
     return out[:, tokens.shape[1] :].tolist()
 
 
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+# Families whose pruned models have a modelling file of their own.
+OWN_FORMS = tuple(family for family, form in FORMS.items() if form is not FORMS["llama"])
 VARIANTS = {
     "mha": {"kv_heads": 4},
     "gqa": {"kv_heads": 2},
@@ -179,10 +197,11 @@ def test_a_sliced_model_equals_the_masked_one(tmp_path: Path, family: str, varia
     assert (case.pruned(tokens).logits - logits).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("family", ["qwen2", *OWN_FORMS])
 @torch.inference_mode()
-def test_left_padding_changes_nothing(tmp_path: Path) -> None:
+def test_left_padding_changes_nothing(tmp_path: Path, family: str) -> None:
     # The first layer has no attention: the cache and the mask must still know how many tokens there are.
-    case = prune(folder(tmp_path, "qwen2")[1], drop=True, biased=True)
+    case = prune(folder(tmp_path, family)[1], drop=True, biased=True)
     short, long = tokens_of(1, 9), tokens_of(1, 15, seed=2)
     batch = torch.cat([torch.cat([torch.zeros(1, 6, dtype=torch.long), short], 1), long])
     mask = torch.ones_like(batch)
@@ -192,9 +211,10 @@ def test_left_padding_changes_nothing(tmp_path: Path) -> None:
     assert together == greedy(case.pruned, batch, attention_mask=mask, cache_implementation="static", disable_compile=True)
 
 
+@pytest.mark.parametrize("family", ["llama", *OWN_FORMS])
 @torch.inference_mode()
-def test_the_cache_shrinks_with_the_heads(tmp_path: Path) -> None:
-    case = prune(folder(tmp_path, "llama")[1], drop=True, biased=False)
+def test_the_cache_shrinks_with_the_heads(tmp_path: Path, family: str) -> None:
+    case = prune(folder(tmp_path, family)[1], drop=True, biased=False)
     cache = case.pruned(tokens_of(1, 10), use_cache=True).past_key_values
     # A dropped attention keeps one number per token, so that the length can be read from any layer.
     expected = [(shape.kv_groups, 8) if shape.kv_groups else (1, 1) for shape in shapes_of(case.pruned.config)]
@@ -211,6 +231,37 @@ def test_a_sliding_window_stays_where_it_was(tmp_path: Path) -> None:
         with torch.inference_mode():
             assert (case.pruned(tokens).logits - masked_logits(case, tokens)).abs().max() <= 1e-4
         assert greedy(case.pruned, tokens) == greedy(case.pruned, tokens, use_cache=False)
+
+
+@torch.inference_mode()
+def test_a_rope_that_stretches_still_does(tmp_path: Path) -> None:
+    """Short texts and long ones, and one that grows from the one to the other while it is written."""
+    case = prune(
+        folder(tmp_path, "phi3", rope_parameters=LONG_ROPE, original_max_position_embeddings=24)[1], drop=True, biased=True
+    )
+    for length in (20, 40):
+        tokens = tokens_of(2, length)
+        assert (case.pruned(tokens).logits - masked_logits(case, tokens)).abs().max() <= 1e-4
+        assert greedy(case.pruned, tokens) == greedy(case.pruned, tokens, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "opt"])
+def test_fewer_heads_everywhere_make_an_ordinary_model_where_the_family_has_such(tmp_path: Path, family: str) -> None:
+    _, model = folder(tmp_path, family)
+    groups = [0] if family != "opt" else [0, 1]
+    weights: dict[str, Tensor] = {}
+    for layer in range(3):
+        weights |= cut(model, layer, Keep((0, 1), None), groups)
+    pruned = build(model, [LayerShape(len(groups), 2 // len(groups), 64)] * 3, weights)
+    plain = plain_config(pruned)
+    if family == "opt":
+        assert plain is None, "its heads divide the hidden size"
+        return
+    assert type(plain) is type(model.config)
+    twin = type(model)(plain).eval()
+    twin.load_state_dict(pruned.state_dict())
+    with torch.inference_mode():
+        assert twin(tokens_of(1, 12)).logits.equal(pruned(tokens_of(1, 12)).logits)
 
 
 def test_building_copies_nothing_it_need_not(tmp_path: Path) -> None:
@@ -236,20 +287,23 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_a_uniform_plan_is_an_ordinary_model_of_its_family(tmp_path: Path) -> None:
-    names = ("gate", "up")
     for family in tiny.FAMILIES:
         _, model = folder(tmp_path / family, family, kv_heads=4)
-        mlp = "model.layers.{}.mlp.{}_proj.weight"
-        dense = model.state_dict()
-        weights = {mlp.format(i, n): dense[mlp.format(i, n)][:48] for i in range(3) for n in names}
-        weights |= {mlp.format(i, "down"): dense[mlp.format(i, "down")][:, :48] for i in range(3)}
+        weights: dict[str, Tensor] = {}
+        for layer in range(3):
+            weights |= cut(model, layer, Keep(None, tuple(range(48))), [])
         pruned = build(model, [LayerShape(4, 1, 48)] * 3, weights)
         plain = plain_config(pruned)
         assert type(plain) is type(model.config)
         assert plain.architectures == [type(model).__name__]
+        twin = type(model)(plain).eval()
+        twin.load_state_dict(pruned.state_dict())
+        with torch.inference_mode():
+            assert twin(tokens_of(1, 12)).logits.equal(pruned(tokens_of(1, 12)).logits), "nothing of the config was lost"
         # A bias that the family does not know takes the modeling file.
-        bias = {"model.layers.0.mlp.down_proj.bias": torch.ones(32)}
-        assert plain_config(build(model, [LayerShape(4, 1, 48)] * 3, {**weights, **bias})) is None
+        name = f"{layout_of(model.config).layer(0)}.{rows_of(model, 'down')[0]}.bias"
+        if name not in pruned.state_dict():
+            assert plain_config(build(model, [LayerShape(4, 1, 48)] * 3, {**weights, name: torch.ones(32)})) is None
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
@@ -340,13 +394,28 @@ def test_the_card_says_what_was_done(written: Written) -> None:
 @torch.inference_mode()
 def test_load_needs_no_remote_code(written: Written) -> None:
     model = load(written.path)
-    assert isinstance(model, SelfPrunerForCausalLM)
+    assert isinstance(model, FORMS["qwen2"].causal_lm)
     tokens = tokens_of(2, 12)
     assert torch.equal(model(tokens).logits, written.case.pruned(tokens).logits)
     assert load(written.path, dtype=torch.bfloat16, check=False).dtype == torch.bfloat16
     facts = verify(written.path)
     assert facts["parameters"] == written.result.parameters
     assert facts["plan"]["plan_hash"] == CARD.plan_hash
+
+
+@pytest.mark.parametrize("family", OWN_FORMS)
+def test_every_form_is_verified_with_its_own_code(tmp_path: Path, family: str) -> None:
+    options = {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 24} if family == "phi3" else {}
+    source, model = folder(tmp_path / "base", family, **options)
+    case = prune(model, drop=True, biased=True)
+    result = write(case.pruned, AutoTokenizer.from_pretrained(source), source, tmp_path / "checkpoint", CARD)
+    assert result.verification["problems"] == []
+    assert result.verification["code"] == "transformers_modules"
+    assert result.verification["class"] == FORMS[family].causal_lm.__name__
+    assert FORMS[family].code.name in (tmp_path / "checkpoint" / "README.md").read_text()
+    verify(tmp_path / "checkpoint")
+    with torch.inference_mode():
+        assert load(tmp_path / "checkpoint")(tokens_of(1, 12)).logits.equal(case.pruned(tokens_of(1, 12)).logits)
 
 
 def test_exporting_again_keeps_what_is_there(written: Written) -> None:
@@ -568,7 +637,7 @@ def test_a_stranger_loads_every_family(tmp_path: Path, unverified: Callable[...,
         else:
             case = prune(model, drop=True, biased=True)
         path = unverified(case, source, tmp_path / family)
-        assert (path / "modeling_selfpruner.py").exists() == (family != "plain")
+        assert any(path.glob("modeling_*.py")) == (family != "plain")
         tokens = tokens_of(2, 16)
         with torch.inference_mode():
             logits = case.pruned(tokens).logits.float()

@@ -14,36 +14,35 @@ from selfpruner.calibration import gradients
 from selfpruner.calibration.cache import cached_gradients
 from selfpruner.calibration.gradients import Gradients, layer_gradients
 from selfpruner.errors import CancelledTaskError, ConfigError
-from tests.pruned import load_tiny, tokens_of
-
-PLACES = {
-    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
-    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-}
+from selfpruner.layouts import layout_of
+from tests.pruned import layers_of, load_tiny, rows_of, tokens_of
+from tests.tiny_models import FAMILIES
 
 
 def by_autograd(model: Any, tokens: Tensor) -> list[dict[str, list[Tensor]]]:
     """Per layer and matrix the gradient of every sequence's mean loss, by transformers' own forward pass."""
     model.requires_grad_(True)
-    found: list[dict[str, list[Tensor]]] = [{name: [] for name in PLACES} for _ in model.model.layers]
+    layout = layout_of(model.config)
+    places = {part: rows_of(model, part) for part in (*layout.attention, *layout.ffn)}
+    found: list[dict[str, list[Tensor]]] = [{name: [] for name in places} for _ in layers_of(model)]
     for row in tokens:
         model.zero_grad()
         model(row[None], labels=row[None]).loss.backward()
-        for layer, module in enumerate(model.model.layers):
-            for name, place in PLACES.items():
-                found[layer][name].append(module.get_submodule(place).weight.grad.clone())
+        for layer, module in enumerate(layers_of(model)):
+            for name, (place, rows) in places.items():
+                found[layer][name].append(module.get_submodule(place).weight.grad[rows].clone())
     model.zero_grad()
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_they_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.setattr(gradients, "LOGIT_BYTES", 1)  # several pieces of the vocabulary's logits
     model, tokens = load_tiny(family), tokens_of(3, 24)
     found = dict(layer_gradients(describe(model), tokens))
     assert list(found) == list(reversed(range(model.config.num_hidden_layers)))
     for layer, expected in enumerate(by_autograd(model, tokens)):
-        assert set(found[layer]) == set(PLACES)
+        assert set(found[layer]) == set(expected)
         for name, sums in found[layer].items():
             g = torch.stack(expected[name])
             scale = float(g.abs().max())

@@ -52,7 +52,7 @@ def prepared_of(folder: Path, text: Path, family: str = "llama", **changes: Any)
 
 @pytest.mark.parametrize("compensation", ["none", "least_squares"])
 @pytest.mark.parametrize(("pattern", "criterion"), [("n_m", "wanda"), ("unstructured", "gblm"), ("n_m", "sparsegpt")])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gemma2", "phi3"])
 def test_the_engine_scores_what_is_exported(
     family: str, pattern: str, criterion: str, compensation: str, tmp_path: Path, text: Path
 ) -> None:

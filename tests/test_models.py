@@ -51,7 +51,7 @@ def write_raw(path: Path, header: dict[str, Any], data: bytes) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_family_resolves_and_loads(family: str, tied: bool, tmp_path: Path) -> None:
-    path = tiny_model(tmp_path / family, family, tied=tied, head_dim=16)  # head_dim * heads != hidden
+    path = tiny_model(tmp_path / family, family, tied=tied, head_dim=16)  # head_dim * heads != hidden, where it may
     source = resolve(str(path), tmp_path / "cache")
     loaded = load(source, "cpu", "float32")
     assert isinstance(loaded, LoadedModel)
@@ -61,6 +61,18 @@ def test_every_family_resolves_and_loads(family: str, tied: bool, tmp_path: Path
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert (loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight) is tied
     assert loaded.tokenizer("the sea")["input_ids"]
+
+
+def test_code_that_phi_brings_is_ignored(tmp_path: Path) -> None:
+    """Its published models name their own modelling files beside transformers' class; any other code is refused."""
+    path = tiny_model(tmp_path / "phi", "phi3")
+    own = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (path / "modeling_phi3.py").write_text("raise SystemExit('ran')")
+    edit(path / "config.json", auto_map=own)
+    assert type(load(resolve(str(path), tmp_path), "cpu").model).__module__.startswith("transformers.models.phi3")
+    edit(path / "config.json", auto_map={**own, "AutoModel": "elsewhere.Model"})
+    with pytest.raises(UnsafeModelError, match="never runs"):
+        resolve(str(path), tmp_path)
 
 
 def test_loading_is_silent(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +221,13 @@ def change(**changes: Any) -> Callable[[Path], None]:
         (change(auto_map={"AutoModel": "x.Y"}), UnsafeModelError, "never runs"),
         (change(model_type="selfpruner_llama", auto_map={"AutoModel": "x.Y"}), UnsupportedModelError, "Use its base model"),
         (change(per_layer_config=[{}]), UnsupportedModelError, "cannot be pruned again"),
-        (change(model_type="opt"), UnsupportedModelError, "llama, mistral, qwen2, qwen3"),
+        (change(model_type="opt", ffn_dim=64, do_layer_norm_before=False), UnsupportedModelError, "opt-350m"),
+        (change(model_type="opt", ffn_dim=64, word_embed_proj_dim=16), UnsupportedModelError, "opt-350m"),
+        (change(model_type="opt"), ModelError, "ffn_dim = None"),
+        (change(model_type="opt", ffn_dim=64), ModelError, r"no tensor model\.decoder\.embed_tokens"),
+        (change(model_type="gemma3", text_config={}), UnsupportedModelError, "gemma3_text"),
+        (change(model_type="gemma3_text", use_bidirectional_attention=True), UnsupportedModelError, "encoder"),
+        (change(model_type="bert"), UnsupportedModelError, "llama, mistral, qwen2, qwen3"),
         (change(model_type=["llama"]), UnsupportedModelError, "llama, mistral, qwen2, qwen3"),
         (change(quantization_config={"quant_method": "awq"}), UnsupportedModelError, "unquantised"),
         (change(num_hidden_layers=10**9), ModelError, "num_hidden_layers = 1000000000"),
@@ -407,7 +425,7 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModelError, match=r"'gemma3'\. Supported: llama"):
+    with pytest.raises(UnsupportedModelError, match=r"'gemma3'\. GGUF files of llama, mistral"):
         resolve(str(tmp_path / "x.gguf"), tmp_path)
 
 

@@ -19,6 +19,7 @@ from selfpruner.errors import CancelledTaskError, DiskFullError
 from selfpruner.patterns import prepare_ffn
 from selfpruner.space import ffn_widths
 from tests.pruned import inputs_of, load_tiny, tokens_of
+from tests.tiny_models import FAMILIES
 
 
 def assert_describes(found: BlockStatistics, X: Tensor, tolerance: float = 1e-5) -> None:
@@ -34,7 +35,7 @@ def assert_describes(found: BlockStatistics, X: Tensor, tolerance: float = 1e-5)
 
 
 @pytest.mark.parametrize("tokens_per_step", [4096, 70, 1])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_streaming_sees_what_the_model_sees(monkeypatch: pytest.MonkeyPatch, family: str, tokens_per_step: int) -> None:
     monkeypatch.setattr(statistics, "TOKENS_PER_STEP", tokens_per_step)
     model = load_tiny(family)

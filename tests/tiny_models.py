@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -33,6 +37,10 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "opt": OPTConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+    "phi3": Phi3Config,
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -68,25 +76,36 @@ def tiny_model(
 ) -> Path:
     """Write a random model of ``family`` with tokenizer and generation config into ``folder`` and return the folder.
 
+    OPT has neither ``kv_heads`` nor ``head_dim``: every query head has its own keys and values, and heads divide the hidden size.
+
     ``overrides`` are further config fields (``attention_bias=True``, ``rope_parameters=...``, ``dtype="bfloat16"``). Biases are
     non-zero and norms are not one wherever the family has them. Equal arguments write equal weights.
     """
     dtype = getattr(torch, str(overrides.pop("dtype", "float32")))
+    shape: dict[str, Any] = {"intermediate_size": ffn, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    caps = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}
+    kinds = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
+    own: dict[str, dict[str, Any]] = {
+        "mistral": {**shape, "sliding_window": None},
+        "opt": {"ffn_dim": ffn},
+        # Published ones say head_dim only by hidden size and heads.
+        "phi3": shape if head_dim * heads != hidden else {name: shape[name] for name in shape if name != "head_dim"},
+        # Windows and caps that matter on short texts; a full and a sliding layer among the first two.
+        "gemma2": {**shape, "sliding_window": 12, "query_pre_attn_scalar": 12, **caps},
+        "gemma3_text": {**shape, "sliding_window": 12, "query_pre_attn_scalar": 12, "layer_types": kinds},
+    }
     config = CONFIGS[family](
         **{
             "vocab_size": vocab,
             "hidden_size": hidden,
-            "intermediate_size": ffn,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
             "max_position_embeddings": 512,
             "tie_word_embeddings": tied,
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            **({"sliding_window": None} if family == "mistral" else {}),
+            **own.get(family, shape),
             **overrides,
         }
     )

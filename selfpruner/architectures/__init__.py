@@ -1,17 +1,23 @@
-"""Model families. To add one: its own file, a line in ``FAMILIES``, a subclass of the conformance test."""
+"""Model families. To add one: its layout (:mod:`selfpruner.layouts`), its own file, a line in ``FAMILIES``, its form
+(:mod:`selfpruner.export.forms`), a subclass of the conformance test."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from selfpruner.architectures.base import Architecture, AttentionWeights, FfnWeights, in_float32
+from selfpruner.architectures.base import Architecture
+from selfpruner.architectures.gemma2 import Gemma2
+from selfpruner.architectures.gemma3 import Gemma3
 from selfpruner.architectures.llama import Llama
 from selfpruner.architectures.mistral import Mistral
+from selfpruner.architectures.opt import Opt
+from selfpruner.architectures.phi3 import Phi3
 from selfpruner.architectures.qwen2 import Qwen2
 from selfpruner.architectures.qwen3 import Qwen3
+from selfpruner.architectures.weights import AttentionWeights, FfnWeights, in_float32
 from selfpruner.errors import UnsupportedModelError
 
-FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3)}
+FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3, Opt, Gemma2, Gemma3, Phi3)}
 
 
 def describe(model: PreTrainedModel) -> Architecture:

@@ -10,119 +10,29 @@ The residual stream stays in float32; matrix products run in the weights' dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.errors import UnsupportedModelError
+from selfpruner.layouts import LAYOUTS, Layout
 from selfpruner.streaming import LayerStream, StreamedHead
 
 # Query positions that attend at once on a CPU, and the length from which torch's own kernel is as good.
 QUERIES, LONG = 64, 768
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionWeights:
-    """One attention block. q (K*r*h, d), k and v (K*h, d), o (d, K*r*h); heads of a group are adjacent, as in the checkpoint.
-
-    ``q_norm`` and ``k_norm`` (h,) are Qwen3's RMS norms over a head, shared by all heads.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    kv_groups: int
-    heads_per_group: int
-    head_dim: int
-    q_bias: Tensor | None = None
-    k_bias: Tensor | None = None
-    v_bias: Tensor | None = None
-    o_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-    def keep_heads(self, heads: list[int], kv_groups: int, heads_per_group: int) -> AttentionWeights:
-        """The block with only ``heads`` (ascending, ``heads_per_group`` in each kept group); ``o`` is sliced, not repaired."""
-        h = self.head_dim
-        groups = sorted({head // self.heads_per_group for head in heads})
-        rows = _spread(heads, h, self.q.device)
-        kv_rows = _spread(groups, h, self.k.device)
-        return replace(
-            self,
-            q=self.q[rows],
-            k=self.k[kv_rows],
-            v=self.v[kv_rows],
-            o=self.o[:, rows],
-            q_bias=None if self.q_bias is None else self.q_bias[rows],
-            k_bias=None if self.k_bias is None else self.k_bias[kv_rows],
-            v_bias=None if self.v_bias is None else self.v_bias[kv_rows],
-            kv_groups=kv_groups,
-            heads_per_group=heads_per_group,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class FfnWeights:
-    """One gated FFN. gate and up (F, d), down (d, F)."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-    def first_channels(self, count: int) -> FfnWeights:
-        """The first ``count`` channels, as views."""
-        return replace(
-            self,
-            gate=self.gate[:count],
-            up=self.up[:count],
-            down=self.down[:, :count],
-            gate_bias=None if self.gate_bias is None else self.gate_bias[:count],
-            up_bias=None if self.up_bias is None else self.up_bias[:count],
-        )
-
-    def in_order(self, order: Tensor) -> FfnWeights:
-        """The channels in the order of the index tensor ``order`` (F,)."""
-        return replace(
-            self,
-            gate=self.gate[order],
-            up=self.up[order],
-            down=self.down[:, order],
-            gate_bias=None if self.gate_bias is None else self.gate_bias[order],
-            up_bias=None if self.up_bias is None else self.up_bias[order],
-        )
-
-
-W = TypeVar("W", AttentionWeights, FfnWeights)
-
-
-def in_float32(weights: W) -> W:
-    """The same weights, so that the block computes in float32."""
-    values: dict[str, Any] = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    changed: dict[str, Any] = {name: value.float() for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(weights, **changed)
-
-
-def _spread(units: list[int], width: int, device: torch.device) -> Tensor:
-    """Row indices of the given units of ``width`` rows each."""
-    starts = torch.tensor(units, dtype=torch.long, device=device) * width
-    return (starts[:, None] + torch.arange(width, device=device)).flatten()
-
-
 class Architecture:
     """A loaded model of one family, seen as embeddings, layers of two blocks, and a head.
 
-    Subclasses set ``family`` and override what differs. Raises UnsupportedModelError when the model's parts are not where
-    the family puts them.
+    Subclasses set ``family`` and override what differs; where the family's matrices are its layout says (see
+    :mod:`selfpruner.layouts`). Raises UnsupportedModelError for forms of the family that cannot be worked on.
     """
 
     family: ClassVar[str] = ""
@@ -130,25 +40,29 @@ class Architecture:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.config: Any = model.config
-        self.decoder: Any = model.model
+        self.layout: Layout = LAYOUTS[self.family]
+        if why := self.layout.refusal(self.config.to_dict()):
+            raise UnsupportedModelError(f"This model is not supported. {why}", param="model")
+        self.decoder: Any = cast(Any, model).get_submodule(self.layout.decoder)
         layers = self.decoder.layers
         if not len(layers):
             raise UnsupportedModelError("The model has no decoder layers.", param="model")
-        attention, mlp = layers[0].self_attn, layers[0].mlp
-        self.head_dim = int(attention.head_dim)
-        self.heads = attention.q_proj.out_features // self.head_dim
-        self.kv_groups = attention.k_proj.out_features // self.head_dim
+        self.head_dim = int(layers[0].self_attn.head_dim)
+        self.heads = int(self._module(0, "o").in_features) // self.head_dim
+        self.kv_groups = int(getattr(self.config, "num_key_value_heads", None) or self.heads)
         if self.heads % self.kv_groups:
             raise UnsupportedModelError(f"{self.heads} query heads do not divide into {self.kv_groups} KV groups.", param="model")
         self.heads_per_group = self.heads // self.kv_groups
-        self.channels = mlp.gate_proj.out_features
+        self.channels = int(self._module(0, "down").in_features)
         self.hidden = int(self.config.hidden_size)
         self.vocabulary = int(self.config.vocab_size)
         self.layers = len(layers)
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[self.config.hidden_act]
-        self.eps = float(self.config.rms_norm_eps)
-        self.dtype: torch.dtype = self.decoder.norm.weight.dtype
-        self.device: torch.device = self.decoder.norm.weight.device
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[getattr(self.config, self.layout.activation_key)]
+        self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)  # of the head's product
+        self.last_norm: Any = self.decoder.get_submodule(self.layout.final_norm)
+        self.eps = float(getattr(self.config, "rms_norm_eps", 0.0))
+        self.dtype: torch.dtype = self.last_norm.weight.dtype
+        self.device: torch.device = self.last_norm.weight.device
         # Set when weights stay in their files (see selfpruner.streaming): a layer has to be asked for before it is looked at.
         self.stream: LayerStream | None = getattr(model, "layer_stream", None)
 
@@ -157,21 +71,20 @@ class Architecture:
         """The layer's attention; of a streamed model valid until another layer is asked for, as :meth:`ffn` is."""
         if self.stream is not None:
             self.stream.present(layer)
-        a = self.decoder.layers[layer].self_attn
+        rows = self.heads * self.head_dim, self.kv_groups * self.head_dim
+        weights, biases = self._parts(layer, self.layout.attention, {"q": rows[0], "k": rows[1], "v": rows[1], "o": self.hidden})
+        module = self.decoder.layers[layer].self_attn
+        norms = {f"{part}_norm": _weight(getattr(module, f"{part}_norm", None)) for part in ("q", "k")}
         return AttentionWeights(
-            a.q_proj.weight.detach(),
-            a.k_proj.weight.detach(),
-            a.v_proj.weight.detach(),
-            a.o_proj.weight.detach(),
+            weights["q"],
+            weights["k"],
+            weights["v"],
+            weights["o"],
             self.kv_groups,
             self.heads_per_group,
             self.head_dim,
-            _bias(a.q_proj),
-            _bias(a.k_proj),
-            _bias(a.v_proj),
-            _bias(a.o_proj),
-            _weight(getattr(a, "q_norm", None)),
-            _weight(getattr(a, "k_norm", None)),
+            **biases,
+            **norms,
         )
 
     def ffn(self, layer: int) -> FfnWeights:
@@ -180,23 +93,36 @@ class Architecture:
         return self._ffn(layer)
 
     def _ffn(self, layer: int) -> FfnWeights:
-        m = self.decoder.layers[layer].mlp
-        return FfnWeights(
-            m.gate_proj.weight.detach(),
-            m.up_proj.weight.detach(),
-            m.down_proj.weight.detach(),
-            _bias(m.gate_proj),
-            _bias(m.up_proj),
-            _bias(m.down_proj),
-        )
+        rows = {"gate": self.channels, "up": self.channels, "down": self.hidden}
+        weights, biases = self._parts(layer, self.layout.ffn, rows)
+        return FfnWeights(weights.get("gate"), weights["up"], weights["down"], **biases)
+
+    def _parts(
+        self, layer: int, places: Mapping[str, str], rows: Mapping[str, int]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        """Matrices by part and biases by ``<part>_bias``, views of the modules' rows; ``rows`` says how many a part has."""
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor | None] = {}
+        begin: dict[str, int] = {}
+        for part, place in places.items():
+            module = self.decoder.layers[layer].get_submodule(place)
+            start = begin.get(place, 0)
+            begin[place] = stop = start + rows[part]
+            weights[part] = module.weight.detach()[start:stop]
+            biases[f"{part}_bias"] = None if module.bias is None else module.bias.detach()[start:stop]
+        return weights, biases
+
+    def _module(self, layer: int, part: str) -> Any:
+        place = {**self.layout.attention, **self.layout.ffn}[part]
+        return self.decoder.layers[layer].get_submodule(place)
 
     # -- the order of the channels -----------------------------------------------------------------------------------
     def channel_order(self, layer: int) -> Tensor | None:
         """(F,): the checkpoint's channel at each place of the layer's FFN; None while they are in the checkpoint's order.
 
-        It is a buffer of the FFN's module, so that it stays with the weights, whoever describes the model next.
+        It is a buffer of the output matrix's module, so that it stays with the weights, whoever describes the model next.
         """
-        return getattr(self.decoder.layers[layer].mlp, "channel_order", None)
+        return getattr(self._module(layer, "down"), "channel_order", None)
 
     def order_channels(self, layer: int, order: Tensor | None) -> None:
         """Put the layer's FFN channels, in place, into the order of the checkpoint's channels ``order`` (F,); None restores the
@@ -216,7 +142,7 @@ class Architecture:
             new = [tensor.index_select(axis, places) for tensor, axis in here]
             for (tensor, _), moved in zip(here, new, strict=True):
                 tensor.copy_(moved)
-        self.decoder.layers[layer].mlp.register_buffer("channel_order", order, persistent=False)
+        self._module(layer, "down").register_buffer("channel_order", order, persistent=False)
 
     def checkpoint_ffn(self, layer: int) -> FfnWeights:
         """The layer's FFN with its channels in the checkpoint's order: the model's own weights, or a copy where they moved."""
@@ -228,9 +154,9 @@ class Architecture:
         for layer in range(self.layers):
             self.order_channels(layer, None)
 
-    def has_bias(self, layer: int, place: str) -> bool:
-        """Whether the linear map at ``place`` (``mlp.down_proj``) of a layer has a bias."""
-        return self.decoder.layers[layer].get_submodule(place).bias is not None
+    def has_bias(self, layer: int, part: str) -> bool:
+        """Whether the matrix ``part`` (``o``, ``down``) of a layer has a bias."""
+        return self._module(layer, part).bias is not None
 
     def window(self, layer: int) -> int | None:
         """Sliding-window length of the layer's attention, None for full causal attention."""
@@ -258,14 +184,18 @@ class Architecture:
         if heads == 0:
             return 0
         biases = sum(n for b, n in ((a.q_bias, heads * h), (a.k_bias, kv_groups * h), (a.v_bias, kv_groups * h)) if b is not None)
-        norms = d + sum(h for norm in (a.q_norm, a.k_norm) if norm is not None)
+        norms = self._norms(self.layout.attention_norms) + sum(h for norm in (a.q_norm, a.k_norm) if norm is not None)
         return 2 * heads * h * d + 2 * kv_groups * h * d + biases + norms + (0 if a.o_bias is None else d)
 
     def ffn_cost(self, channels: int) -> int:
-        """Parameters of an FFN of this width with its norm; 0 for a block that is dropped."""
+        """Parameters of an FFN of this width with its norms; 0 for a block that is dropped."""
         m, d = self.ffn(0), self.hidden
-        biases = sum(channels for b in (m.gate_bias, m.up_bias) if b is not None)
-        return 0 if channels == 0 else 3 * channels * d + biases + d + (0 if m.down_bias is None else d)
+        biases = sum(channels for b in (m.gate_bias, m.up_bias) if b is not None) + (0 if m.down_bias is None else d)
+        return 0 if channels == 0 else len(m.matrices) * channels * d + biases + self._norms(self.layout.ffn_norms)
+
+    def _norms(self, places: tuple[str, ...]) -> int:
+        """Parameters of the norms that go with a block."""
+        return sum(p.numel() for place in places for p in self.decoder.layers[0].get_submodule(place).parameters())
 
     # -- computing ---------------------------------------------------------------------------------------------------
     def embed(self, tokens: Tensor) -> Tensor:
@@ -280,12 +210,12 @@ class Architecture:
         return cos[0], sin[0]
 
     def final_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.decoder.norm.weight.detach(), self.eps)
+        return self.normalize(self.last_norm, x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The head's product with final hidden states x (..., d), after the norm, in the weights' dtype: (..., V)."""
+        """What the model says of final hidden states x (..., d), after the norm, in the weights' dtype: (..., V)."""
         logits: Tensor = self.model.lm_head(x.to(self.dtype))
-        return logits
+        return soft_cap(logits, self.cap)
 
     def head_pieces(self) -> Iterator[tuple[int, Tensor]] | None:
         """(first token, rows of the head) over the vocabulary where the head is not held whole, else None."""
@@ -306,14 +236,18 @@ class Architecture:
 
     def attention_norm(self, layer: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """What q, k and v see: residual x (B, S, d), normalised, in ``dtype`` (x's own)."""
-        return rms_norm(x, self.decoder.layers[layer].input_layernorm.weight.detach(), self.eps, dtype)
+        return self.normalize(self.decoder.layers[layer].get_submodule(self.layout.attention_norms[0]), x, dtype)
 
     def ffn_norm(self, layer: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """What gate and up see: residual x (B, S, d), normalised, in ``dtype`` (x's own)."""
-        return rms_norm(x, self.decoder.layers[layer].post_attention_layernorm.weight.detach(), self.eps, dtype)
+        return self.normalize(self.decoder.layers[layer].get_submodule(self.layout.ffn_norms[0]), x, dtype)
+
+    def normalize(self, norm: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x through a norm module of the family, computed in float32 and returned in ``dtype`` (x's own)."""
+        return rms_norm(x, norm.weight.detach(), self.eps, dtype)
 
     def attention_inputs(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """What o_proj sees: residual x (B, S, d) to head outputs (B, S, K*r*h) in the weights' dtype."""
+        """What o sees: residual x (B, S, d) to head outputs (B, S, K*r*h) in the weights' dtype."""
         batch, length, _ = x.shape
         n = self.attention_norm(layer, x, w.q.dtype)
         q = F.linear(n, w.q, w.q_bias).view(batch, length, -1, w.head_dim)
@@ -321,36 +255,55 @@ class Architecture:
         v = F.linear(n, w.v, w.v_bias).view(batch, length, -1, w.head_dim).transpose(1, 2)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.eps), rms_norm(k, w.k_norm, self.eps)
-        q, k = rotate(q, rope).to(v.dtype).transpose(1, 2), rotate(k, rope).to(v.dtype).transpose(1, 2)
-        window = self.window(layer)
+        q, k = self.place(layer, q, rope).to(v.dtype).transpose(1, 2), self.place(layer, k, rope).to(v.dtype).transpose(1, 2)
+        return self.mix(layer, q, k, v)
+
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of q (B, K*r, S, h) on k and v (B, K, S, h), as (B, S, K*r*h)."""
+        length, window = q.shape[2], self.window(layer)
         mask = None
         if window is not None and length > window:
-            i = torch.arange(length, device=x.device)
+            i = torch.arange(length, device=q.device)
             mask = (i[:, None] >= i) & (i[:, None] - i < window)
-        if mask is None and x.device.type == "cpu" and QUERIES < length < LONG:
-            return _causal_in_blocks(q, k, v, self.softmax_scale).reshape(batch, length, -1)
+        if mask is None and q.device.type == "cpu" and QUERIES < length < LONG:
+            return _causal_in_blocks(q, k, v, self.softmax_scale).flatten(2)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=w.heads_per_group > 1
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=q.shape[1] > k.shape[1]
         )
-        return out.transpose(1, 2).reshape(batch, length, -1)
+        return out.transpose(1, 2).flatten(2)
+
+    def place(self, layer: int, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG002 - some families' layers differ
+        """Queries or keys (B, S, heads, h) with their positions in them."""
+        return rotate(heads, rope)
 
     @property
     def softmax_scale(self) -> float:
         return float(self.head_dim**-0.5)
 
     def ffn_inputs(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
-        """What down_proj sees: residual x (B, S, d) to gated channels (B, S, F) in the weights' dtype."""
-        n = self.ffn_norm(layer, x, w.gate.dtype)
-        gate, up = self.activation(F.linear(n, w.gate, w.gate_bias)), F.linear(n, w.up, w.up_bias)
+        """What down sees: residual x (B, S, d) to channels (B, S, F) in the weights' dtype."""
+        n = self.ffn_norm(layer, x, w.up.dtype)
+        up = F.linear(n, w.up, w.up_bias)
+        if w.gate is None:
+            return self.activation(up)
+        gate = self.activation(F.linear(n, w.gate, w.gate_bias))
         return gate * up if torch.is_grad_enabled() else gate.mul_(up)
 
     def attention_update(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What the attention block adds to the residual x (B, S, d), in the weights' dtype."""
-        return F.linear(self.attention_inputs(layer, x, w, rope), w.o, w.o_bias)
+        return self.attention_output(layer, self.attention_inputs(layer, x, w, rope), w)
+
+    def attention_output(self, layer: int, z: Tensor, w: AttentionWeights) -> Tensor:  # noqa: ARG002 - some families have norms here
+        """The attention block's update from what o sees, z (B, S, K*r*h)."""
+        return F.linear(z, w.o, w.o_bias)
 
     def ffn_update(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
         """What the FFN block adds to the residual x (B, S, d), in the weights' dtype."""
-        return F.linear(self.ffn_inputs(layer, x, w), w.down, w.down_bias)
+        return self.ffn_output(layer, self.ffn_inputs(layer, x, w), w)
+
+    def ffn_output(self, layer: int, z: Tensor, w: FfnWeights) -> Tensor:  # noqa: ARG002
+        """The FFN block's update from what down sees, z (B, S, F)."""
+        return F.linear(z, w.down, w.down_bias)
 
     def attend(self, layer: int, x: Tensor, w: AttentionWeights | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The residual stream after the attention block; None is a block that was dropped."""
@@ -371,8 +324,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     return (x * scale).mul_(weight).to(dtype or x.dtype)
 
 
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), which never exceeds ``cap``; None leaves them as they are."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def soft_cap_change(change: Tensor, capped: Tensor, cap: float | None) -> Tensor:
+    """What ``change`` of logits makes of them when they are ``capped`` already, relative to the change and not to the logits:
+
+    cap * (tanh(a + b) - tanh(a))  =  cap * tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
+    """
+    if cap is None:
+        return change
+    a, b = capped / cap, torch.tanh(change / cap)
+    return cap * b * (1 - a * a) / (1 + a * b)
+
+
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding of x (B, S, heads, h), half-split convention, in float32."""
+    """Rotary position embedding of x (B, S, heads, h), half-split convention, in float32. A narrower table turns the first part."""
+    width = rope[0].shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], rope), x[..., width:].float()), -1)
     cos, sin = (table[:, None] for table in rope)
     half = x.shape[-1] // 2
     # rotate_half(x) * sin with the sign on the sines: one pass over x less.
@@ -399,10 +371,6 @@ def _causal_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         part = F.scaled_dot_product_attention(rows, k[:, :, :stop], v[:, :, :stop], attn_mask=hidden, scale=scale)
         out[:, start:stop] = part.unflatten(2, (-1, stop - start)).permute(0, 3, 1, 2, 4)
     return out.flatten(2, 3)
-
-
-def _bias(linear: nn.Linear) -> Tensor | None:
-    return None if linear.bias is None else linear.bias.detach()
 
 
 def _weight(module: Any) -> Tensor | None:

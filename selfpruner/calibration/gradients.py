@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, in_float32
+from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.statistics import Stream, stream_file
 from selfpruner.errors import CancelledTaskError, ConfigError, disk_errors
 
-ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
 # Bytes that logits and what is made of them may take at a time.
 LOGIT_BYTES = 64 << 20
 
@@ -142,11 +142,9 @@ def _layer(
 ) -> dict[str, Gradients]:
     """The sums of one layer; ``gradient``, of its outputs, becomes that of its inputs."""
     leaves: dict[str, Tensor] = {
-        name: getattr(block, name).detach().requires_grad_()
-        for block, names in zip(weights, (ATTENTION, FFN), strict=True)
-        for name in names
+        name: getattr(block, name).detach().requires_grad_() for block in weights for name in block.matrices
     }
-    parts: list[dict[str, Any]] = [{name: leaves[name] for name in names} for names in (ATTENTION, FFN)]
+    parts: list[dict[str, Any]] = [{name: leaves[name] for name in block.matrices} for block in weights]
     attention, ffn = replace(weights[0], **parts[0]), replace(weights[1], **parts[1])
     sums = {name: [torch.zeros(leaf.shape, device=leaf.device) for _ in range(3)] for name, leaf in leaves.items()}
     for index in range(inputs.parts):
@@ -176,7 +174,10 @@ def _loss_gradient(arch: Architecture, final: Tensor, tokens: Tensor) -> Tensor:
     chunk = max(16, LOGIT_BYTES // (8 * head.shape[0]))
     for start in range(0, len(flat), chunk):
         rows = slice(start, start + chunk)
-        p = torch.nn.functional.linear(flat[rows].to(head.dtype), head).float().softmax(-1)
+        z = soft_cap(torch.nn.functional.linear(flat[rows].to(head.dtype), head).float(), arch.cap)
+        p = z.softmax(-1)
         p[torch.arange(len(p), device=p.device), target[rows]] -= 1
+        if arch.cap is not None:
+            p *= 1 - (z / arch.cap).square_()
         gradient[:-1][rows] = (p / len(flat)).to(head.dtype) @ head
     return torch.autograd.grad(state, final, gradient[None].to(state.dtype))[0].float()

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, StaticCache
 
+from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.openings import opening
 from selfpruner.errors import CancelledTaskError, disk_errors
 
@@ -115,7 +116,8 @@ def write(
 def _rows_at_once(loaded: LoadedModel, length: int) -> int:
     config: Any = loaded.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_row: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * loaded.dtype.itemsize
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_row: int = 2 * config.num_hidden_layers * groups * head_dim * length * loaded.dtype.itemsize
     return max(1, min(MAX_ROWS, _CACHE_BYTES // per_row))
 
 
@@ -198,7 +200,16 @@ def _attention(model: Any, name: str) -> Iterator[None]:
 
 
 def _one_token_attention(
-    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, cached_tokens: int, **_options: Any
+    _module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Any,
+    *,
+    scaling: float,
+    cached_tokens: int,
+    softcap: float | None = None,
+    **_options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one new token (rows, heads, 1, width) to the ``cached_tokens`` first of the cache (rows, groups, all, width).
 
@@ -210,7 +221,7 @@ def _one_token_attention(
     grouped = query.reshape(rows, key.shape[1], -1, width)
     # Keys times queries, not the other way round: half the time, since the long side is then the rows of the product.
     scores = (key @ grouped.transpose(2, 3)).transpose(2, 3)
-    weights = torch.softmax(scores.float() * scaling, -1).to(value.dtype)
+    weights = torch.softmax(soft_cap(scores.float() * scaling, softcap), -1).to(value.dtype)
     return (weights @ value).reshape(rows, 1, heads, width), None
 
 

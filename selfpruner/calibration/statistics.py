@@ -174,13 +174,13 @@ def layer_statistics(
                 z = arch.attention_inputs(layer, part, a, rope)
                 if "attention" in seen:
                     seen["attention"].add(z, judging)
-                part += torch.nn.functional.linear(z, a.o, a.o_bias).float()
+                part += arch.attention_output(layer, z, a).float()
                 if "gate_up" in seen:
                     seen["gate_up"].add(arch.ffn_norm(layer, part).to(arch.dtype), judging)
                 z = arch.ffn_inputs(layer, part, f)
                 if "ffn" in seen:
                     seen["ffn"].add(z, judging)
-                part += torch.nn.functional.linear(z, f.down, f.down_bias).float()
+                part += arch.ffn_output(layer, z, f).float()
                 stream.put(index, part)
             progress(f"statistics of layer {layer + 1}/{arch.layers}")
             done = [{site: sums.finish() for site, sums in seen.items()}]

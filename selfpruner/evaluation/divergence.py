@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfpruner.architectures.base import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError
 
 EXACT, SAMPLED = 384, 128
@@ -50,12 +51,14 @@ def divergences(
     tokens: Tensor,
     *,
     exact: bool = False,
+    cap: float | None = None,
     memory_bytes: int = 32 << 20,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Divergences:
     """Compare the residual streams ``finals`` with ``dense``, all (sequences, length, d) before ``norm``, under ``head`` (V, d).
 
-    ``memory_bytes`` bounds what a chunk of positions takes. Raises CancelledTaskError between chunks.
+    Logits are softly capped at ``cap``. ``memory_bytes`` bounds what a chunk of positions takes. Raises CancelledTaskError between
+    chunks.
     """
     sequences, length, d = dense.shape
     models, count, vocabulary = len(finals), sequences * length, head.shape[0]
@@ -74,7 +77,7 @@ def divergences(
         h = norm(reference[rows])
         changes = torch.stack([norm(stream[rows]) for stream in streams]).sub_(h)
         wanted = target[rows].clamp_min(0)
-        kl[:, rows], loss = _compact(head, h, changes, wanted, start) if compact else _exact(head, h, changes, wanted)
+        kl[:, rows], loss = _compact(head, h, changes, wanted, start, cap) if compact else _exact(head, h, changes, wanted, cap)
         nll[:, rows] = loss * (target[rows] >= 0)
     if compact and models:
         places = kl.topk(-(-count // ASTRAY), dim=1).indices.flatten()
@@ -85,7 +88,7 @@ def divergences(
                 raise CancelledTaskError("Cancelled during an evaluation.")
             h = norm(reference[some])
             changes = torch.stack([norm(streams[model][place]) for model, place in zip(whose, some, strict=True)]).sub_(h)
-            found, loss = _alone(head, h, changes, target[some].clamp_min(0))
+            found, loss = _alone(head, h, changes, target[some].clamp_min(0), cap)
             kl[whose, some], nll[whose, some] = found, loss * (target[some] >= 0)
     shape = (models, sequences, length)
     return Divergences(kl.view(shape).cpu(), nll.view(shape).cpu())
@@ -113,21 +116,26 @@ def choose(z: Tensor, p: Tensor, r: Tensor, start: int = 0, *, exact: int = EXAC
     return tokens, weights.log_softmax(-1)
 
 
-def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: int) -> tuple[Tensor, Tensor]:
+def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: int, cap: float | None) -> tuple[Tensor, Tensor]:
     """(KL, NLL), each (models, C), of ``changes`` (models, C, d) of the hidden states h; ``wanted`` (C,) the next tokens."""
     # A model that broke down must not decide where the others are looked at.
     sound = changes.isfinite().all(-1, keepdim=True)
     mean = (changes.where(sound, 0.0).sum(0) / sound.sum(0).clamp_min(1)).to(head.dtype)
     z, common = F.linear(torch.cat((h.to(head.dtype), mean)), head).float().chunk(2)
+    z = soft_cap(z, cap)
+    common = soft_cap_change(common, z, cap)
     own = z.gather(1, wanted[:, None]).squeeze(1)
     p, base = _softmax(z.clone())
     expected_of_mean = torch.linalg.vecdot(p, common)
     r, grown_of_mean = _softmax(common.add_(z))
     tokens, log_p = choose(z, p, r, start)
+    chosen = None if cap is None else z.gather(1, tokens)[:, None]
     del z, common, p, r
     narrow = torch.cat((changes.to(head.dtype), mean[None]))
     rows = head.index_select(0, tokens.flatten()).view(*tokens.shape, -1)
     delta = torch.bmm(narrow.transpose(0, 1), rows.transpose(1, 2)).float()
+    if chosen is not None:
+        delta = soft_cap_change(delta, chosen, cap)
     log_p, weights = log_p[:, None], log_p.exp()[:, None]
     expected = torch.linalg.vecdot(weights, delta)
     centred = delta - expected[..., None]
@@ -138,13 +146,15 @@ def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: in
     grown += like_mean * (grown_of_mean - base - grown[:, -1])[:, None]
     expected += like_mean * (expected_of_mean - expected[:, -1])[:, None]
     grown, expected = grown[:, :-1].T, expected[:, :-1].T
-    of_wanted = torch.linalg.vecdot(narrow[:-1].float(), head[wanted].float())
+    of_wanted = soft_cap_change(torch.linalg.vecdot(narrow[:-1].float(), head[wanted].float()), own, cap)
     return grown - expected, base - own - of_wanted + grown
 
 
-def _alone(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _alone(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """(KL, NLL), each (C,), of changes (C, d) of hidden states h (C, d) over the whole vocabulary, each with a state of its own."""
     z, delta = F.linear(torch.cat((h, changes)).to(head.dtype), head).float().chunk(2)
+    z = soft_cap(z, cap)
+    delta = soft_cap_change(delta, z, cap)
     base = z.logsumexp(-1)
     chosen = (z + delta).gather(1, wanted[:, None]).squeeze(1)
     expected = torch.linalg.vecdot((z - base[:, None]).exp_(), delta)
@@ -159,15 +169,15 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return z.div_(mass), (top + mass.log_()).squeeze(-1)
 
 
-def _exact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _exact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
     """The same over the whole vocabulary, one model at a time."""
-    z = F.linear(h.to(head.dtype), head).float()
+    z = soft_cap(F.linear(h.to(head.dtype), head).float(), cap)
     base = z.logsumexp(-1)
     p = (z - base[:, None]).exp_()
     index = wanted[:, None]
     parts = []
     for change in changes:
-        delta = F.linear(change.to(head.dtype), head).float()
+        delta = soft_cap_change(F.linear(change.to(head.dtype), head).float(), z, cap)
         expected = torch.linalg.vecdot(p, delta)
         chosen = (z.gather(1, index) + delta.gather(1, index)).squeeze(1)
         grown = delta.add_(z).logsumexp(-1)

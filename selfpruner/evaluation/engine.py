@@ -262,7 +262,9 @@ class Engine:
         pieces = arch.head_pieces()
         if pieces is not None:
             rows = max(16, self.logit_bytes // (16 * arch.piece_width))
-            return divergences_in_pieces(pieces, arch.final_norm, dense, finals, tokens, rows=rows, cancelled=cancelled)
+            return divergences_in_pieces(
+                pieces, arch.final_norm, dense, finals, tokens, rows=rows, cap=arch.cap, cancelled=cancelled
+            )
         return divergences(
             arch.head_weight,
             arch.final_norm,
@@ -270,6 +272,7 @@ class Engine:
             finals,
             tokens,
             exact=exact,
+            cap=arch.cap,
             memory_bytes=self.logit_bytes,
             cancelled=cancelled,
         )

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfpruner.architectures.base import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.divergence import Divergences
 
@@ -29,12 +30,13 @@ def divergences_in_pieces(
     tokens: Tensor,
     *,
     rows: int,
+    cap: float | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Divergences:
     """Compare the residual streams ``finals`` with ``dense``, all (sequences, length, d) before ``norm``.
 
-    ``head`` yields (first token, matrix (piece, d)) over the whole vocabulary; ``rows`` positions are multiplied at a time. Raises
-    CancelledTaskError between pieces.
+    ``head`` yields (first token, matrix (piece, d)) over the whole vocabulary; ``rows`` positions are multiplied at a time. Logits
+    are softly capped at ``cap``. Raises CancelledTaskError between pieces.
     """
     sequences, length, d = dense.shape
     count = sequences * length
@@ -52,11 +54,11 @@ def divergences_in_pieces(
         for start in range(0, count, rows):
             part = slice(start, start + rows)
             h = norm(reference[part])
-            z = F.linear(h.to(piece.dtype), piece).float()
+            z = soft_cap(F.linear(h.to(piece.dtype), piece).float(), cap)
             p, shrink = base.add(part, z)
             own = z.gather(1, index[part]).squeeze(1)
             for stream, sums in zip(streams, pruned, strict=True):
-                delta = F.linear((norm(stream[part]) - h).to(piece.dtype), piece).float()
+                delta = soft_cap_change(F.linear((norm(stream[part]) - h).to(piece.dtype), piece).float(), z, cap)
                 sums.change[part] = sums.change[part] * shrink + torch.linalg.vecdot(p, delta)
                 sums.chosen[part] += (own + delta.gather(1, index[part]).squeeze(1)) * inside[part]
                 sums.add(part, delta.add_(z))

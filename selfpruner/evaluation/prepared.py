@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
+from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.cache import cached_gradients, cached_statistics
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Site
@@ -30,7 +32,6 @@ from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, spectral_exponents, weight_facts
 from selfpruner.export.build import outline
 from selfpruner.export.checkpoint import TensorSource
-from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
 from selfpruner.export.shape import LayerShape
 from selfpruner.models import LoadedModel
 from selfpruner.patterns import (
@@ -328,9 +329,9 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
         shapes.append(LayerShape(attention.kv_groups, attention.heads_per_group, ffn.channels))
         for index, level in zip((2 * layer, 2 * layer + 1), levels, strict=True):
             if level:
-                tensors.update(_named(layer, prepared.engine.weights(index, level)))
+                tensors.update(_named(prepared.arch, layer, prepared.engine.weights(index, level)))
             elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
-                tensors.update(_named(layer, prepared.arch.checkpoint_ffn(layer)))
+                tensors.update(_named(prepared.arch, layer, prepared.arch.checkpoint_ffn(layer)))
     return shapes, tensors
 
 
@@ -344,11 +345,11 @@ def _masked_tensors(prepared: Prepared, plan: Plan) -> Iterator[tuple[str, Tenso
     """The matrices of the blocks that ``plan`` prunes by making weights zero, under their checkpoint names."""
     for block, level in enumerate(plan.levels):
         if level:
-            found = _named(block // 2, prepared.engine.weights(block, level))
+            found = _named(prepared.arch, block // 2, prepared.engine.weights(block, level))
             yield from ((name, tensor) for name, tensor in found.items() if name.endswith(".weight"))
 
 
-def streamed_export(prepared: Prepared, plan: Plan) -> tuple[SelfPrunerForCausalLM, TensorSource]:
+def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, TensorSource]:
     """The pruned model of a streamed one without its weights, and where they come from one by one."""
     prepared.space.check(plan)
     arch, engine = prepared.arch, prepared.engine
@@ -357,22 +358,22 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[SelfPrunerForCausal
     for layer in range(arch.layers):
         one, other = (prepared.space.blocks[block].options[plan.levels[block]] for block in (2 * layer, 2 * layer + 1))
         shapes.append(LayerShape(one.kv_groups, one.heads_per_group, other.channels))
-        for block, place in ((2 * layer, "self_attn.o_proj"), (2 * layer + 1, "mlp.down_proj")):
+        for block, place in ((2 * layer, arch.layout.attention["o"]), (2 * layer + 1, arch.layout.ffn["down"])):
             if plan.levels[block] and repaired:
-                biases.add(f"model.layers.{layer}.{place}.bias")
+                biases.add(f"{arch.layout.layer(layer)}.{place}.bias")
     model = outline(prepared.loaded.model, shapes, biases, dtype=prepared.loaded.dtype)
     assert arch.stream is not None
     files = arch.stream.files
     held: dict[int, dict[str, Tensor]] = {}
 
     def tensor(name: str) -> Iterable[Tensor]:
-        parts = name.split(".")
-        block = 2 * int(parts[2]) + (parts[3] == "mlp") if parts[1] == "layers" and parts[3] in ("self_attn", "mlp") else None
-        if block is None or plan.levels[block] == 0 or parts[4] in ("q_norm", "k_norm"):
+        found = arch.layout.block_of(name)
+        block = None if found is None else 2 * found[0] + found[1]
+        if block is None or plan.levels[block] == 0:
             return files.pieces(name)
         if block not in held:
             held.clear()
-            held[block] = _named(block // 2, engine.weights(block, plan.levels[block]))
+            held[block] = _named(arch, block // 2, engine.weights(block, plan.levels[block]))
         return [held[block][name]]
 
     @torch.no_grad()
@@ -387,25 +388,23 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[SelfPrunerForCausal
                 x = arch.attend(block // 2, x, in_float32(weights), rope)
         x = arch.final_norm(x)
         head = arch.head_pieces() or ((0, rows) for rows in arch.head_weight.split(1024))
-        return torch.cat([(x @ rows.float().T).cpu() for _, rows in head], -1)
+        return soft_cap(torch.cat([(x @ rows.float().T).cpu() for _, rows in head], -1), arch.cap)
 
     return model, TensorSource(tensor, logits, prepared.loaded.memory or 0, arch.device)
 
 
-def _named(layer: int, weights: AttentionWeights | FfnWeights | None) -> dict[str, Tensor]:
+def _named(arch: Architecture, layer: int, weights: AttentionWeights | FfnWeights | None) -> dict[str, Tensor]:
+    """A block's tensors under their checkpoint names."""
     if weights is None:
         return {}
-    if isinstance(weights, FfnWeights):
-        place, parts = "mlp", ["gate", "up", "down"]
-    else:
-        place, parts = "self_attn", ["q", "k", "v", "o"]
     tensors = {}
-    for part in parts:
-        tensors[f"model.layers.{layer}.{place}.{part}_proj.weight"] = getattr(weights, part)
-        bias = getattr(weights, f"{part}_bias")
-        if bias is not None:
-            tensors[f"model.layers.{layer}.{place}.{part}_proj.bias"] = bias
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for place, parts in arch.layout.places(int(isinstance(weights, FfnWeights))).items():
+        for kind, suffix in (("weight", ""), ("bias", "_bias")):
+            found = [tensor for part in parts if (tensor := getattr(weights, part + suffix)) is not None]
+            if found:
+                name = f"{arch.layout.layer(layer)}.{place}.{kind}"
+                tensors[name] = torch.cat(found) if len(found) > 1 else found[0].contiguous()
+    return tensors
 
 
 def _kind(index: int) -> Any:

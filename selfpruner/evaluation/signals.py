@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfpruner.architectures import Architecture
-from selfpruner.calibration.gradients import ATTENTION, FFN
+from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
@@ -95,8 +94,8 @@ def spectral_exponents(arch: Architecture, file: Path, cancelled: Callable[[], b
     for layer in range(arch.layers):
         if cancelled():
             raise CancelledTaskError("Cancelled while looking at spectra.")
-        attention, ffn = arch.attention(layer), arch.checkpoint_ffn(layer)
-        matrices = [getattr(attention, name) for name in ATTENTION] + [getattr(ffn, name) for name in FFN]
+        blocks: tuple[AttentionWeights | FfnWeights, ...] = (arch.attention(layer), arch.checkpoint_ffn(layer))
+        matrices = [getattr(weights, name) for weights in blocks for name in weights.matrices]
         found.append(round(fmean(hill_exponent(W) for W in matrices), 6))
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import FfnWeights
+from selfpruner.architectures.base import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine, Weights
 from selfpruner.space import Plan
@@ -158,7 +159,7 @@ class _Walk:
     ) -> tuple[float, float]:
         """<g, D> and |D|^2 of going from ``here`` to what the block with ``weights`` adds."""
         if isinstance(weights, FfnWeights) and wide is not None:
-            there = torch.nn.functional.linear(wide[..., : weights.down.shape[1]], weights.down, weights.down_bias)
+            there = self.engine.arch.ffn_output(block // 2, wide[..., : weights.down.shape[1]], weights)
         else:
             there = self._update(block, weights, x)
         moved = there.float().sub_(here)
@@ -182,7 +183,7 @@ def _pull(update: Tensor, x: Tensor, gradient: Tensor) -> None:
 
 def _head(engine: Engine, dense: Tensor, final: Tensor) -> tuple[float, Tensor]:
     """Sum of the KL over positions, and its gradient (B, S, d) with respect to the final stream: before the norm's vjp it is
-    (q - p) W for the pruned and dense distributions q and p."""
+    (q - p) W for the pruned and dense distributions q and p, times what a cap lets through."""
     arch = engine.arch
     head = arch.head_weight
     chunk = max(16, (engine.stream_bytes // 2 + engine.logit_bytes) // (16 * head.shape[0]))
@@ -193,13 +194,15 @@ def _head(engine: Engine, dense: Tensor, final: Tensor) -> tuple[float, Tensor]:
     gradient, total = torch.empty_like(flat), 0.0
     for start in range(0, len(flat), chunk):
         rows = slice(start, start + chunk)
-        z = torch.nn.functional.linear(reference[rows].to(head.dtype), head).float()
+        z = soft_cap(torch.nn.functional.linear(reference[rows].to(head.dtype), head).float(), arch.cap)
         delta = torch.nn.functional.linear((flat[rows] - reference[rows]).to(head.dtype), head).float()
+        delta = soft_cap_change(delta, z, arch.cap)
         base = z.logsumexp(-1, keepdim=True)
         p = (z - base).exp_()
         expected = torch.linalg.vecdot(p, delta)
         z += delta
         grown = z.logsumexp(-1, keepdim=True)
         total += float((grown - base - expected[:, None]).double().sum())
-        gradient[rows] = z.sub_(grown).exp_().sub_(p).to(head.dtype) @ head
+        through = 1.0 if arch.cap is None else 1 - (z / arch.cap).square_()
+        gradient[rows] = z.sub_(grown).exp_().sub_(p).mul_(through).to(head.dtype) @ head
     return total, torch.autograd.grad(state, final, gradient.view_as(state).to(state.dtype))[0].float()

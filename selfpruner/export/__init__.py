@@ -1,6 +1,6 @@
 """Checkpoints out: the pruned model as a folder that loads where models are served.
 
-Importing this package registers the model's classes with transformers' Auto classes, so that a checkpoint loads without
+Importing this package registers the models' classes with transformers' Auto classes, so that a checkpoint loads without
 remote code wherever selfpruner is installed.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM, SelfPrunerModel
+from selfpruner.export.forms import FORMS
 
-AutoConfig.register(SelfPrunerConfig.model_type, SelfPrunerConfig, exist_ok=True)
-AutoModel.register(SelfPrunerConfig, SelfPrunerModel, exist_ok=True)
-AutoModelForCausalLM.register(SelfPrunerConfig, SelfPrunerForCausalLM, exist_ok=True)
+for _form in FORMS.values():
+    AutoConfig.register(str(_form.config.model_type), _form.config, exist_ok=True)
+    AutoModel.register(_form.config, _form.model, exist_ok=True)
+    AutoModelForCausalLM.register(_form.config, _form.causal_lm, exist_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,24 +16,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, AutoModelForCausalLM
 
 from selfpruner.errors import ExportError
-from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
+from selfpruner.export.forms import form_of, own_fields
 from selfpruner.export.shape import LayerShape
-
-# What the base family's config decides and pruning never changes.
-_INHERITED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "initializer_range", "attention_dropout"),
-    *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "use_cache"),
-    *("pad_token_id", "bos_token_id", "eos_token_id"),
-)
+from selfpruner.layouts import family_of, layout_of
+from selfpruner.streaming import compute_tables
 
 
 def build(
     base: PreTrainedModel, shapes: Sequence[LayerShape], weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
-) -> SelfPrunerForCausalLM:
+) -> PreTrainedModel:
     """The pruned model on the base model's device, sharing every tensor that is not in ``weights``.
 
-    ``shapes`` has one entry per layer. ``weights`` holds the tensors that differ from the base under Llama's names
-    (``model.layers.3.mlp.down_proj.weight``), biases included; a bias of o_proj or down_proj may exist in some layers only.
+    ``shapes`` has one entry per layer. ``weights`` holds the tensors that differ from the base under the family's names
+    (``model.layers.3.mlp.down_proj.weight``), biases included; a bias of an output matrix may exist in some layers only.
     They are cast to the base model's dtype; another ``dtype`` casts, and so copies, everything. Raises ExportError when a
     tensor is missing, left over or of the wrong shape.
     """
@@ -53,14 +47,11 @@ def build(
         tensors[name] = tensor.to(base.device, dtype)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    # Its table is computed, not stored, and was computed on the meta device above.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(base.device)
+    compute_tables(model, base.device)
     return model
 
 
-def outline(
-    base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable[str], *, dtype: torch.dtype
-) -> SelfPrunerForCausalLM:
+def outline(base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable[str], *, dtype: torch.dtype) -> PreTrainedModel:
     """The pruned model on the meta device: config and modules, no weights. ``names`` are tensors it has beyond the base model's.
 
     Raises ExportError for layer shapes that make no model.
@@ -72,9 +63,8 @@ def outline(
     except ValueError as error:
         raise ExportError(f"These layer shapes make no model: {error}") from error
     with torch.device("meta"):
-        model: SelfPrunerForCausalLM = SelfPrunerForCausalLM._from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation=base.config._attn_implementation
-        )
+        cls: Any = form_of(base.config).causal_lm
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=base.config._attn_implementation)
     model.generation_config = base.generation_config
     model.train(False)
     return model
@@ -84,8 +74,8 @@ def shapes_of(config: PreTrainedConfig) -> list[LayerShape]:
     """The layer shapes a config describes, ordinary or per-layer."""
     shapes = []
     for layer in config.per_layer_config:
-        heads, groups = int(layer.num_attention_heads), int(layer.num_key_value_heads)
-        shapes.append(LayerShape(groups, heads // groups if groups else 0, int(layer.intermediate_size)))
+        heads, groups = int(layer.num_attention_heads), _kv_heads(layer)
+        shapes.append(LayerShape(groups, heads // groups if groups else 0, int(getattr(layer, layout_of(config).channels_key))))
     return shapes
 
 
@@ -94,39 +84,38 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def expected_parameters(config: SelfPrunerConfig) -> int:
-    """Parameters that the shapes in ``config`` imply, by arithmetic; tied ones count once."""
-    d, h = config.hidden_size, int(config.head_dim or 0)
-    total = config.vocab_size * d * (1 if config.tie_word_embeddings else 2) + d
-    for layer in config.per_layer_config:
-        assert isinstance(layer, SelfPrunerConfig)
-        heads, groups, channels = layer.num_attention_heads, int(layer.num_key_value_heads or 0), layer.intermediate_size
-        if heads:
-            total += 2 * (heads + groups) * h * d + d
-            total += (heads + 2 * groups) * h * layer.attention_bias + d * layer.o_proj_bias + 2 * h * layer.qk_norm
-        if channels:
-            total += 3 * channels * d + d + 2 * channels * layer.mlp_bias + d * layer.down_proj_bias
-    return total
+def expected_parameters(config: PreTrainedConfig) -> int:
+    """Parameters that the shapes in the config of a pruned model imply, by arithmetic; tied ones count once."""
+    layout = layout_of(config)
+    d, h = int(config.hidden_size), int(config.head_dim)
+    norm = d * layout.norm_vectors
+    total = config.vocab_size * d * (1 if config.tie_word_embeddings else 2) + norm
+    if layout.positions:
+        total += (config.max_position_embeddings + layout.positions_before) * d
+    for layer, shape in zip(config.per_layer_config, shapes_of(config), strict=True):
+        biased, qk_norm = getattr(layer, "enable_bias", False), getattr(layer, "qk_norm", layout.qk_norm)
+        attention_bias, mlp_bias = (getattr(layer, name, biased) for name in ("attention_bias", "mlp_bias"))
+        if shape.heads:
+            total += 2 * (shape.heads + shape.kv_groups) * h * d + norm * len(layout.attention_norms)
+            total += (shape.heads + 2 * shape.kv_groups) * h * attention_bias + d * layer.o_proj_bias + 2 * h * qk_norm
+        if shape.channels:
+            total += len(layout.ffn) * shape.channels * d + norm * len(layout.ffn_norms)
+            total += (len(layout.ffn) - 1) * shape.channels * mlp_bias + d * layer.down_proj_bias
+    return int(total)
 
 
-def plain_config(model: SelfPrunerForCausalLM) -> PreTrainedConfig | None:
+def plain_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     """The base family's own config when it describes ``model`` completely (uniform shapes, no extra bias), else None."""
-    config = model.config
-    if config.is_heterogeneous or not config.num_attention_heads or not config.intermediate_size:
+    config: Any = model.config
+    if config.is_heterogeneous or not all(shape.heads and shape.channels for shape in shapes_of(config)):
         return None
     family = CONFIG_MAPPING[config.base_model_type]
-    body = {name: getattr(config, name) for name in _INHERITED}
-    body |= {
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
-        "head_dim": config.head_dim,
-        "dtype": config.dtype,
-    }
-    own = {field.name for field in fields(family)}
-    body |= {name: getattr(config, name) for name in ("attention_bias", "mlp_bias", "sliding_window", "layer_types") if name in own}
+    own = own_fields(family)
+    body = {name: getattr(config, name) for name in own if hasattr(config, name)} | {"dtype": config.dtype}
     if "use_sliding_window" in own:
         body["use_sliding_window"] = config.sliding_window is not None
+    if "head_dim" not in own and config.head_dim * config.num_attention_heads != config.hidden_size:
+        body["head_dim"] = config.head_dim
     try:
         plain = family(**body)
         with torch.device("meta"):
@@ -139,21 +128,24 @@ def plain_config(model: SelfPrunerForCausalLM) -> PreTrainedConfig | None:
     return plain if same else None
 
 
-def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]) -> SelfPrunerConfig:
+def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]) -> PreTrainedConfig:
     """The base config with what differs by layer in ``per_layer_config``; a value that all layers share becomes global."""
-    config = base.config
-    attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    q_rows = base.get_parameter("model.layers.0.self_attn.q_proj.weight").shape[0]
-    dense = {"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": config.intermediate_size}
+    config: Any = base.config
+    layout, form = layout_of(config), form_of(config)
+    channels = layout.channels_key
+    heads = config.num_attention_heads
+    width = base.get_parameter(f"{layout.layer(0)}.{layout.attention['o']}.weight").shape[1]
+    dense = {"num_attention_heads": heads, channels: getattr(config, channels)}
+    if form.has_kv_heads:
+        dense["num_key_value_heads"] = _kv_heads(config)
     layers: list[dict[str, Any]] = [
         {
             "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_groups,
-            "intermediate_size": shape.channels,
+            **({"num_key_value_heads": shape.kv_groups} if form.has_kv_heads else {}),
+            channels: shape.channels,
             # A dropped block has no bias; naming the common value keeps its entry short.
-            "o_proj_bias": attention.format(index) + "o_proj.bias" in names if shape.heads else None,
-            "down_proj_bias": mlp.format(index) + "down_proj.bias" in names if shape.channels else None,
+            "o_proj_bias": f"{layout.layer(index)}.{layout.attention['o']}.bias" in names if shape.heads else None,
+            "down_proj_bias": f"{layout.layer(index)}.{layout.ffn['down']}.bias" in names if shape.channels else None,
         }
         for index, shape in enumerate(shapes)
     ]
@@ -168,15 +160,11 @@ def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]
     }
     if per_layer:
         common["per_layer_config"] = per_layer
-    llama = config.model_type == "llama"  # ignores a sliding window, whatever its config says
-    return SelfPrunerConfig(
-        **{name: copy.deepcopy(getattr(config, name)) for name in _INHERITED},
-        **common,
-        base_model_type=config.model_type,
-        head_dim=q_rows // heads,
-        attention_bias=attention.format(0) + "q_proj.bias" in names,
-        mlp_bias=mlp.format(0) + "gate_proj.bias" in names,
-        qk_norm=attention.format(0) + "q_norm.weight" in names,
-        sliding_window=None if llama else getattr(config, "sliding_window", None),
-        layer_types=None if llama else getattr(config, "layer_types", None),
-    )
+    inherited = {name: copy.deepcopy(getattr(config, name)) for name in own_fields(form.config) if hasattr(config, name)}
+    own = {"base_model_type": family_of(config), "head_dim": width // heads}
+    return form.config(**{**inherited, **form.switches(config, names), **own, **common})
+
+
+def _kv_heads(config: Any) -> int:
+    """KV heads of a config; of a family that does not say, every query head has its own."""
+    return int(getattr(config, "num_key_value_heads", config.num_attention_heads))

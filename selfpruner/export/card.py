@@ -57,8 +57,8 @@ def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: st
     }
 
 
-def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, needs_code: bool) -> str:
-    """README.md with YAML front matter as the hub reads it."""
+def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, code: str | None) -> str:
+    """README.md with YAML front matter as the hub reads it; ``code`` is the modelling file that the folder brings, if any."""
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -70,7 +70,7 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
     if info.license:
         front["license"] = info.license
     name = info.base_model.rstrip("/").rsplit("/", 1)[-1]
-    code = ", trust_remote_code=True" if needs_code else ""
+    trust = ", trust_remote_code=True" if code else ""
     facts = {
         "Base model": f"`{info.base_model}`",
         "Parameters": f"{parameters:,}",
@@ -88,9 +88,9 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         **({"Job": f"`{info.job_id}`"} if info.job_id else {}),
     }
     loading = (
-        "The layers differ in width, so the folder brings the modeling file `modeling_selfpruner.py`; with selfpruner installed,\n"
+        f"The layers differ in width, so the folder brings the modeling file `{code}`; with selfpruner installed,\n"
         "`selfpruner.load(folder)` needs no remote code."
-        if needs_code
+        if code
         else "All layers have the same shape: this is an ordinary model of its family."
     )
     sections = [
@@ -105,8 +105,8 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         "## Use",
         loading,
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{code})\n```',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})\n```',
         "`plan.json` holds the plan, `manifest.json` the sha256 of every file and the result of the verification: the folder was\n"
         "loaded in a fresh process and its logits compared with the pruned model in memory.",
     ]

@@ -1,7 +1,7 @@
 """Write a pruned model as a folder, prove that it loads, and only then show it; read such a folder back.
 
     model*.safetensors (+ index), config.json, generation_config.json, tokenizer files, README.md, plan.json,
-    modeling_selfpruner.py (only when layers differ), manifest.json
+    modeling_selfpruner*.py (only when layers differ), manifest.json
 
 The folder is written beside its place under a name that begins with ``.tmp-``, verified there by :mod:`selfpruner.export.verify`
 in a fresh process, and renamed into place after its manifest. A killed writer therefore leaves nothing visible, and the next
@@ -34,17 +34,16 @@ from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 from selfpruner import manifest
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, ExportError, SelfprunerError, disk_errors
-from selfpruner.export import modeling_selfpruner, verify_streamed
 from selfpruner.export import verify as verify_script
+from selfpruner.export import verify_streamed
 from selfpruner.export.build import build, count_parameters, expected_parameters, plain_config, shapes_of
 from selfpruner.export.card import CardInfo, model_card, plan
-from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
+from selfpruner.export.forms import form_of
 from selfpruner.export.shape import LayerShape
 from selfpruner.tensor_files import held_shapes, write_tensors
 
 SHARD_BYTES = 5_000_000_000
 VERIFY_SECONDS = 3600.0
-_CLASSES = {"AutoConfig": "SelfPrunerConfig", "AutoModel": "SelfPrunerModel", "AutoModelForCausalLM": "SelfPrunerForCausalLM"}
 # Terms that travel with the weights.
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _TEXT = "The quick brown fox jumps over the lazy dog.\n\n1234567890"
@@ -79,7 +78,7 @@ class TensorSource:
 
 
 def write(
-    model: SelfPrunerForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     base_source_folder: Path | None,
     directory: Path,
@@ -247,20 +246,20 @@ def _into_place(temporary: Path, directory: Path) -> None:
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
-def _write_config(model: SelfPrunerForCausalLM, folder: Path, card: CardInfo, shapes: list[LayerShape], parameters: int) -> None:
+def _write_config(model: PreTrainedModel, folder: Path, card: CardInfo, shapes: list[LayerShape], parameters: int) -> None:
     plain = plain_config(model)
     config = plain or model.config
     body = config.to_diff_dict()
     body["dtype"] = str(model.dtype).removeprefix("torch.")
     if plain is None:
-        code = Path(modeling_selfpruner.__file__)
-        body["architectures"] = [_CLASSES["AutoModelForCausalLM"]]
-        body["auto_map"] = {auto: f"{code.stem}.{name}" for auto, name in _CLASSES.items()}
-        shutil.copyfile(code, folder / code.name)
+        form = form_of(model.config)
+        body["architectures"] = [form.causal_lm.__name__]
+        body["auto_map"] = form.auto_map
+        shutil.copyfile(form.code, folder / form.code.name)
     _write_json(folder / "config.json", body)
     if model.generation_config is not None:
         model.generation_config.to_json_file(folder / "generation_config.json")
-    text = model_card(card, shapes, parameters=parameters, needs_code=plain is None)
+    text = model_card(card, shapes, parameters=parameters, code=None if plain else form_of(model.config).code.name)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -307,7 +306,7 @@ def _write_shards(
 
 # -- the proof ---------------------------------------------------------------------------------------------------------
 def _verify(
-    model: SelfPrunerForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     parameters: int,

@@ -21,7 +21,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from selfpruner.export import modeling_selfpruner
+from selfpruner.export.forms import FORMS
 from selfpruner.model_checks import read_header, weight_files
 from selfpruner.streaming import stream
 from selfpruner.workers.memory import peak_mib
@@ -56,7 +56,7 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
     return {
         "problems": problems,
         "class": type(model).__name__,
-        "code": modeling_selfpruner.__name__ if type(model).__module__ == modeling_selfpruner.__name__ else "transformers",
+        "code": type(model).__module__ if type(model) in {form.causal_lm for form in FORMS.values()} else "transformers",
         "device": device,
         "dtype": str(config.dtype).removeprefix("torch."),
         "streamed": True,

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
-from selfpruner.calibration.gradients import ATTENTION, FFN
 from selfpruner.calibration.statistics import Site
 from selfpruner.compensation.sweep import factor, sweep
 from selfpruner.criteria import Matrix, WeightCriterion
@@ -29,7 +28,8 @@ from selfpruner.errors import disk_errors
 from selfpruner.space import Option
 from selfpruner.tensor_files import TensorFile, write_tensors
 
-BLOCKS = (ATTENTION, FFN)  # the matrices of a block, by its place in the layer
+# The matrices of a block, by its place in the layer; an FFN may have no gate.
+BLOCKS = (("q", "k", "v", "o"), ("gate", "up", "down"))
 SITE_OF: Mapping[str, Site] = {
     **dict.fromkeys(("q", "k", "v"), "qkv"),
     "o": "attention",
@@ -57,7 +57,7 @@ class PrunableMasked:
         base = self._base()
         if level == 0:
             return base
-        changed: dict[str, Any] = {name: self._matrix(name, level, getattr(base, name)) for name in BLOCKS[self.block]}
+        changed: dict[str, Any] = {name: self._matrix(name, level, getattr(base, name)) for name in base.matrices}
         return replace(base, **changed)
 
     def renewed(self, level: int, weights: AttentionWeights | FfnWeights | None) -> AttentionWeights | FfnWeights | None:
@@ -66,7 +66,7 @@ class PrunableMasked:
 
     def own_bytes(self, weights: AttentionWeights | FfnWeights | None) -> int:
         """Bytes of a level below dense that are not the model's."""
-        return sum(int(getattr(weights, name).nbytes) for name in BLOCKS[self.block])
+        return 0 if weights is None else sum(int(getattr(weights, name).nbytes) for name in weights.matrices)
 
     @property
     def nested(self) -> bool:
@@ -87,7 +87,8 @@ class PrunableMasked:
 def block_options(arch: Architecture, layer: int, block: int, levels: Sequence[Sparsity]) -> tuple[Option, ...]:
     """One option per level, as many weights as it should keep; ``parameters`` are weights that are not zero, so biases and norms
     are none of them."""
-    sizes = [getattr(_block(arch, layer, block), name).numel() for name in BLOCKS[block]]
+    weights = _block(arch, layer, block)
+    sizes = [getattr(weights, name).numel() for name in weights.matrices]
     return tuple(Option(sum(sizes) - sum(level.pruned(size) for size in sizes)) for level in levels)
 
 
@@ -102,7 +103,7 @@ def level_files(
 
 def database_bytes(arch: Architecture, levels: Sequence[Sparsity], *, repaired: bool) -> int:
     """What the level database of a model will take on disk."""
-    matrices = [getattr(_block(arch, 0, block), name) for block in (0, 1) for name in BLOCKS[block]]
+    matrices = [getattr(weights, name) for weights in (_block(arch, 0, 0), _block(arch, 0, 1)) for name in weights.matrices]
     one = sum(W.numel() * arch.dtype.itemsize if repaired else W.shape[0] * -(-W.shape[1] // 8) for W in matrices)
     return int(one) * arch.layers * (len(levels) - 1)
 
@@ -165,7 +166,8 @@ def read_facts(file: Path) -> tuple[tuple[tuple[Option, ...], ...], dict[str, An
     facts."""
     body = json.loads(facts_file(file).read_text("utf-8"))
     options = []
-    for names in BLOCKS:
+    for block in BLOCKS:
+        names = [name for name in block if name in body["kept"]]
         kept = [sum(each) for each in zip(*(body["kept"][name] for name in names), strict=True)]
         errors = [fmean(each) for each in zip(*(body["errors"][name] for name in names), strict=True)]
         options.append(tuple(Option(count, error) for count, error in zip(kept, errors, strict=True)))
@@ -217,11 +219,11 @@ def unpacked(bits: Tensor, width: int) -> Tensor:
 def matrices_of(
     arch: Architecture, layer: int, statistics: Mapping[Site, Any], gradients: Mapping[str, Any] | None
 ) -> dict[str, Matrix]:
-    """The seven matrices of a layer in float32, in the checkpoint's order, with what was measured at them."""
+    """The matrices of a layer in float32, in the checkpoint's order, with what was measured at them."""
     found = {}
-    for block, names in enumerate(BLOCKS):
+    for block in (0, 1):
         weights = _block(arch, layer, block)
-        for name in names:
+        for name in weights.matrices:
             own = None if gradients is None else gradients[name]
             found[name] = Matrix(name, getattr(weights, name).float(), statistics[SITE_OF[name]], own)
     return found

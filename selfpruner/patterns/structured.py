@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
-from selfpruner.calibration.gradients import ATTENTION, FFN, Gradients
+from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation import Compensation, NestedRepair, SubsetRepair
 from selfpruner.compensation.base import TYPICAL, energy
@@ -140,9 +140,10 @@ def measure_ffn(
     gradients: Mapping[str, Gradients] | None = None,
 ) -> FfnFactors:
     """Order the channels and make the repair. ``gradients`` by matrix name, for criteria that need them."""
-    W = arch.checkpoint_ffn(layer).down.to(stats.gram)
+    base = arch.checkpoint_ffn(layer)
+    W = base.down.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
-    order = criterion.order_channels(Evidence(W, stats, _coupled(arch.checkpoint_ffn(layer), FFN, stats, gradients)))
+    order = criterion.order_channels(Evidence(W, stats, _coupled(base, stats, gradients)))
     release()  # large matrices come and go here; what the last ones left must not add to the next ones
     repair = compensation.nested(W, stats, order)
     errors = repair.errors() / whole
@@ -162,7 +163,7 @@ def measure_attention(
     base = arch.attention(layer)
     W = base.o.to(stats.gram)
     whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
-    evidence = Evidence(W, stats, _coupled(base, ATTENTION, stats, gradients))
+    evidence = Evidence(W, stats, _coupled(base, stats, gradients))
     heads = criterion.choose_heads(evidence, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
     dense = (base.kv_groups, base.heads_per_group)
     typical = min(heads, key=lambda shape: (abs(shape[0] * shape[1] / (dense[0] * dense[1]) - TYPICAL), shape))
@@ -177,7 +178,7 @@ def measure_attention(
 def ffn_block(arch: Architecture, layer: int, factors: FfnFactors, widths: Sequence[int], *, adds_bias: bool) -> PrunableFfn:
     """One option per width (dense first); the model's channels are put in order. ``adds_bias``: a pruned block gets an output
     bias, which counts."""
-    extra = arch.hidden if adds_bias and not arch.has_bias(layer, "mlp.down_proj") else 0
+    extra = arch.hidden if adds_bias and not arch.has_bias(layer, "down") else 0
     errors = factors.errors.tolist()
     options = tuple(
         Option(
@@ -196,7 +197,7 @@ def attention_block(
     arch: Architecture, layer: int, factors: AttentionFactors, shapes: Sequence[tuple[int, int]], *, adds_bias: bool
 ) -> PrunableAttention:
     """One option per shape, without those that a smaller one beats on error."""
-    extra = arch.hidden if adds_bias and not arch.has_bias(layer, "self_attn.o_proj") else 0
+    extra = arch.hidden if adds_bias and not arch.has_bias(layer, "o") else 0
     dense = (arch.kv_groups, arch.heads_per_group)
     options = []
     for groups, per_group in shapes:
@@ -236,11 +237,12 @@ def prepare_attention(
 
 
 def _coupled(
-    weights: AttentionWeights | FfnWeights, names: Sequence[str], stats: BlockStatistics, gradients: Mapping[str, Gradients] | None
+    weights: AttentionWeights | FfnWeights, stats: BlockStatistics, gradients: Mapping[str, Gradients] | None
 ) -> dict[str, Matrix]:
     """The block's matrices with their gradients; of the last one, the output matrix, with its inputs' statistics."""
     if gradients is None:
         return {}
+    names = weights.matrices
     return {
         name: Matrix(name, getattr(weights, name).float(), stats if name == names[-1] else None, gradients[name]) for name in names
     }

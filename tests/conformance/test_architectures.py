@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from selfpruner.architectures import FAMILIES, Architecture, describe
 from selfpruner.errors import UnsupportedModelError
-from tests.pruned import load_tiny, ready, tokens_of
+from selfpruner.export.forms import FORMS
+from selfpruner.layouts import LAYOUTS
+from tests.pruned import layers_of, load_tiny, ready, tokens_of
 
-SHAPES: dict[str, dict[str, Any]] = {
+Shapes = dict[str, dict[str, Any]]
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+SHAPES: Shapes = {
     "mha": {"kv_heads": 4},
     "gqa": {"kv_heads": 2},
     "mqa": {"kv_heads": 1},
@@ -32,7 +36,13 @@ def forward(arch: Architecture, tokens: Tensor) -> Tensor:
         for layer in range(arch.layers):
             x = arch.attend(layer, x, arch.attention(layer), rope)
             x = arch.feed_forward(layer, x, arch.ffn(layer))
-        return F.linear(arch.final_norm(x).to(arch.dtype), arch.head_weight).float()
+        return arch.logits(arch.final_norm(x)).float()
+
+
+def parameters(model: PreTrainedModel, *modules: tuple[str, ...]) -> int:
+    """Of the named modules of a layer."""
+    layer = layers_of(model)[0]
+    return sum(p.numel() for names in modules for name in names for p in layer.get_submodule(name).parameters())
 
 
 def assert_equal_logits(model: PreTrainedModel, length: int = 40) -> None:
@@ -43,37 +53,43 @@ def assert_equal_logits(model: PreTrainedModel, length: int = 40) -> None:
     assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        assert metafunc.cls is not None
+        metafunc.parametrize("shape", metafunc.cls.shapes)
+
+
 class ArchitectureSuite:
-    """Subclass it with ``family`` and the ``extra`` shapes that only this family has."""
+    """Subclass it with ``family`` and the ``extra`` shapes that only this family has. ``heads``: query heads, KV groups, heads per
+    group and head_dim of the tiny model. ``attention`` and ``ffn``: the modules of a block, and its norms."""
 
     family: ClassVar[str]
-    extra: ClassVar[dict[str, dict[str, Any]]] = {}
+    shapes: ClassVar[Shapes] = SHAPES
+    extra: ClassVar[Shapes] = {}
+    heads: ClassVar[tuple[int, ...]] = (4, 2, 2, 8)
+    attention: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (("self_attn",), ("input_layernorm",))
+    ffn: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (("mlp",), ("post_attention_layernorm",))
 
     def test_is_registered(self) -> None:
         arch = describe(load_tiny(self.family))
         assert type(arch) is FAMILIES[self.family]
         assert (arch.layers, arch.hidden, arch.channels) == (3, 32, 64)
-        assert (arch.heads, arch.kv_groups, arch.heads_per_group, arch.head_dim) == (4, 2, 2, 8)
+        assert (arch.heads, arch.kv_groups, arch.heads_per_group, arch.head_dim) == self.heads
 
-    @pytest.mark.parametrize("shape", SHAPES)
     def test_logits_are_those_of_transformers(self, shape: str) -> None:
-        assert_equal_logits(load_tiny(self.family, **SHAPES[shape]))
+        assert_equal_logits(load_tiny(self.family, **self.shapes[shape]))
 
     def test_logits_of_the_familys_own_forms(self) -> None:
         for options in self.extra.values():
             assert_equal_logits(load_tiny(self.family, **options))
 
-    @pytest.mark.parametrize("shape", SHAPES)
     def test_costs_are_the_parameters_there_are(self, shape: str) -> None:
-        model = load_tiny(self.family, **SHAPES[shape])
+        model = load_tiny(self.family, **self.shapes[shape])
         arch = describe(model)
-        layer: Any = model.model.layers[0]
-        attention, ffn = (layer.self_attn, layer.input_layernorm), (layer.mlp, layer.post_attention_layernorm)
-        assert arch.attention_cost(arch.kv_groups, arch.heads_per_group) == sum(
-            p.numel() for m in attention for p in m.parameters()
-        )
-        assert arch.ffn_cost(arch.channels) == sum(p.numel() for m in ffn for p in m.parameters())
-        assert arch.decoder_parameters() == sum(p.numel() for p in model.model.layers.parameters())
+        assert arch.attention_cost(arch.kv_groups, arch.heads_per_group) == parameters(model, *self.attention)
+        assert arch.ffn_cost(arch.channels) == parameters(model, *self.ffn)
+        assert arch.decoder_parameters() == sum(p.numel() for p in layers_of(model).parameters())
+        assert arch.layers * (parameters(model, *self.attention) + parameters(model, *self.ffn)) == arch.decoder_parameters()
         assert arch.model_parameters() == model.num_parameters()
         assert arch.attention_cost(0, 0) == arch.ffn_cost(0) == 0
 
@@ -82,9 +98,9 @@ class ArchitectureSuite:
         for index, block in enumerate(case.blocks):
             for level, option in enumerate(block.options):
                 weights: Any = case.engine.weights(index, level)
-                names = ("gate", "up", "down") if index % 2 else ("q", "k", "v", "o")
-                tensors = [getattr(weights, name + end) for name in names for end in ("", "_bias")]
-                norms = case.arch.hidden + (0 if index % 2 or weights.q_norm is None else 2 * case.arch.head_dim)
+                tensors = [getattr(weights, name + end) for name in weights.matrices for end in ("", "_bias")]
+                norms = parameters(case.model, (self.ffn if index % 2 else self.attention)[1])
+                norms += 0 if index % 2 or weights.q_norm is None else 2 * case.arch.head_dim
                 assert sum(t.numel() for t in tensors if t is not None) + norms == option.parameters
 
     def test_bfloat16_follows_transformers(self) -> None:
@@ -142,8 +158,116 @@ class TestQwen3(ArchitectureSuite):
     }
 
 
+class TestOpt(ArchitectureSuite):
+    family = "opt"
+    shapes: ClassVar = {
+        "plain": {},
+        "untied": {"tied": False},
+        "wide heads": {"heads": 2},
+        "narrow heads": {"heads": 8},
+        "without biases": {"enable_bias": False},
+    }
+    extra: ClassVar = {"gelu": {"activation_function": "gelu"}}
+    heads = (4, 4, 1, 8)
+    attention = (("self_attn",), ("self_attn_layer_norm",))
+    ffn = (("fc1", "fc2"), ("final_layer_norm",))
+
+    def test_positions_matter(self) -> None:
+        """The same token twice has two embeddings, and the first position is the third row."""
+        arch = describe(load_tiny("opt"))
+        x = arch.embed(torch.full((1, 2), 7))
+        table = arch.decoder.embed_positions.weight
+        torch.testing.assert_close(x[0, 1] - x[0, 0], table[3] - table[2])
+        assert float((x[0, 1] - x[0, 0]).abs().max()) > 0.1
+
+
+class TestGemma2(ArchitectureSuite):
+    family = "gemma2"
+    extra: ClassVar = {
+        "without caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "window over the edge": {"sliding_window": 64},
+        "window of one": {"sliding_window": 1},
+        "biases": {"attention_bias": True},
+    }
+    attention = (("self_attn",), ("input_layernorm", "post_attention_layernorm"))
+    ffn = (("mlp",), ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+
+    @pytest.mark.parametrize("length", [63, 64, 65, 200])
+    def test_capped_attention_in_blocks(self, length: int) -> None:
+        for window in (5, 70):
+            assert_equal_logits(load_tiny(self.family, sliding_window=window), length)
+
+
+class TestGemma3(ArchitectureSuite):
+    family = "gemma3_text"
+    extra: ClassVar = {
+        "only windows": {"layer_types": ["sliding_attention"] * 3},
+        "scaled rope where attention is full": {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            }
+        },
+        "a cap on logits": {"final_logit_softcapping": 5.0},
+        "a cap on attention, which is not used": {"attn_logit_softcapping": 1.0},
+    }
+    attention = (("self_attn",), ("input_layernorm", "post_attention_layernorm"))
+    ffn = (("mlp",), ("pre_feedforward_layernorm", "post_feedforward_layernorm"))
+
+
+class TestPhi3(ArchitectureSuite):
+    family = "phi3"
+    extra: ClassVar = {
+        "window": {"sliding_window": 7},
+        "window over the edge": {"sliding_window": 64},
+        "a part of the head turns": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "long rope, short text": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 256},
+        "long rope, long text": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 24},
+    }
+
+    def test_a_long_text_stretches_the_table(self) -> None:
+        """The cases above prove something only if length matters."""
+        arch = describe(load_tiny(self.family, **self.extra["long rope, long text"]))
+        assert float((arch.rope(40)[0][:24] - arch.rope(24)[0]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_norms_after_a_block_come_and_go_with_it(family: str) -> None:
+    arch = describe(load_tiny(family))
+    x, rope = arch.embed(tokens_of(1, 16)), arch.rope(16)
+    assert arch.attend(0, x, None, rope) is x
+    assert arch.feed_forward(0, x, None) is x
+    # What is added has the size that the norm gives it, whatever the output matrix's.
+    for louder in (1.0, 100.0):
+        w, f = arch.attention(0), arch.ffn(0)
+        found = (
+            arch.attention_update(0, x, replace(w, o=w.o * louder), rope),
+            arch.ffn_update(0, x, replace(f, down=f.down * louder)),
+        )
+        for update, norm in zip(found, ("post_attention_layernorm", "post_feedforward_layernorm"), strict=True):
+            scale = 1 + arch.decoder.layers[0].get_submodule(norm).weight
+            torch.testing.assert_close((update / scale).pow(2).mean(-1), torch.ones(1, 16), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}, "encoder"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "encoder"),
+        ("opt", {"do_layer_norm_before": False}, "opt-350m"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
+        ("opt", {"_remove_final_layer_norm": True}, "final norm"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "no parameters"),
+    ],
+)
+def test_forms_of_a_family_that_are_refused(family: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=words) as caught:
+        describe(load_tiny(family, **options))
+    assert caught.value.param == "model"
+
+
 def test_every_family_has_its_suite() -> None:
-    assert {suite.family for suite in ArchitectureSuite.__subclasses__()} == set(FAMILIES)
+    assert {suite.family for suite in ArchitectureSuite.__subclasses__()} == set(FAMILIES) == set(LAYOUTS) == set(FORMS)
 
 
 def test_windows_matter() -> None:

@@ -146,6 +146,11 @@ class GradientSuite(CriterionSuite):
         score = self.member(block.coupled["down"], 0) + self.member(block.coupled["gate"], 1) + self.member(block.coupled["up"], 1)
         assert self.order(sample(24, seed=5)) == [int(i) for i in score.argsort(descending=True)]
 
+    def test_without_a_gate_its_members_are_two(self) -> None:
+        block = with_gradients(sample(24, seed=5), gated=False)
+        score = self.member(block.coupled["down"], 0) + self.member(block.coupled["up"], 1)
+        assert self.criterion().order_channels(block).tolist() == score.argsort(descending=True).tolist()
+
     def test_a_kv_group_counts_its_keys_and_values(self) -> None:
         shape = Heads(3, 2, 4)
         block = with_gradients(sample(24, seed=5), shape)

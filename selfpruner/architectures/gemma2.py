@@ -1,0 +1,62 @@
+"""Gemma 2: norms before and after each block, soft caps on attention and logits, windows in every other layer, scaled embeddings.
+
+What a block computes goes through a norm before it is added to the residual stream. Statistics, errors and repairs are those of
+the output matrix W, before that norm: where W x is what it was, so is what the norm makes of it, and refitted weights and FLAP's
+bias mean what they mean elsewhere. Tokens count by the size of their W x, which the norm takes away; what a block is worth beside
+others is not taken from that but measured on the stream, by probes. A dropped block takes both of its norms with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfpruner.architectures.base import QUERIES, Architecture, rms_norm, soft_cap
+from selfpruner.architectures.weights import AttentionWeights, FfnWeights
+
+
+class Gemma2(Architecture):
+    family = "gemma2"
+
+    def normalize(self, norm: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return rms_norm(x, 1 + norm.weight.detach().float(), self.eps, dtype)
+
+    def attention_output(self, layer: int, z: Tensor, w: AttentionWeights) -> Tensor:
+        after = self.decoder.layers[layer].get_submodule(self.layout.attention_norms[1])
+        return self.normalize(after, super().attention_output(layer, z, w))
+
+    def ffn_output(self, layer: int, z: Tensor, w: FfnWeights) -> Tensor:
+        after = self.decoder.layers[layer].get_submodule(self.layout.ffn_norms[1])
+        return self.normalize(after, super().ffn_output(layer, z, w))
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.config.query_pre_attn_scalar**-0.5)
+
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cap = self.config.attn_logit_softcapping
+        if cap is None:
+            return super().mix(layer, q, k, v)
+        return _capped_in_blocks(q, k, v, self.softmax_scale, float(cap), self.window(layer))
+
+
+def _capped_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int | None) -> Tensor:
+    """Causal attention of q (B, K*r, S, h) on k and v (B, K, S, h) with capped scores, as (B, S, K*r*h).
+
+    torch's kernels have no cap. With QUERIES positions at a time the scores of a whole sequence are never there together.
+    """
+    length, groups = q.shape[2], k.shape[1]
+    grouped = q.unflatten(1, (groups, -1))
+    place = torch.arange(length, device=q.device)
+    parts = []
+    for start in range(0, length, QUERIES):
+        stop = min(start + QUERIES, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        i, j = place[start:stop, None], place[first:stop]
+        hidden = (j > i) if window is None else (j > i) | (i - j >= window)
+        scores = (grouped[:, :, :, start:stop] @ k[:, :, None, first:stop].transpose(3, 4)).float() * scale
+        weights = soft_cap(scores, cap).masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
+        parts.append(weights @ v[:, :, None, first:stop])
+    return torch.cat(parts, 3).permute(0, 3, 1, 2, 4).flatten(2)

@@ -1,0 +1,31 @@
+"""OPT: biases everywhere, LayerNorm before each block, learned positions, an FFN without a gate, one KV head per query head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfpruner.architectures.base import Architecture
+
+
+class Opt(Architecture):
+    family = "opt"
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        table = self.decoder.embed_positions
+        places = torch.arange(tokens.shape[1], device=tokens.device) + table.offset
+        return super().embed(tokens) + F.embedding(places, table.weight.detach()).float()
+
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - positions are in the embeddings
+        none = torch.empty(0, device=self.device)
+        return none, none
+
+    def place(self, layer: int, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG002
+        return heads
+
+    def normalize(self, norm: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
+        return F.layer_norm(x.float(), weight.shape, weight, bias, norm.eps).to(dtype or x.dtype)
