@@ -19,6 +19,7 @@
         ConflictError               the object is in a state that does not allow the action
       ExportError                   a checkpoint that could not be written or verified
         CorruptCheckpointError      a file that does not match its manifest
+        FormatError                 a plan or model that an export format's runtime cannot take
       DiskFullError                 no space left where something had to be written
 
 A message says what was wrong and what to do next. ``code`` is stable and meant for programs; ``param`` names the field of
@@ -140,6 +141,13 @@ class ExportError(SelfprunerError):
 
 class CorruptCheckpointError(ExportError):
     code = "corrupt"
+
+
+class FormatError(ExportError):
+    """Refused before any work; says which option of the search would have avoided it, where one would."""
+
+    code = "format_unsupported"
+    type = "invalid_request_error"
 
 
 class DiskFullError(SelfprunerError):

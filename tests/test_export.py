@@ -25,11 +25,13 @@ from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 import tests.tiny_models as tiny
 from selfpruner import manifest
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, DiskFullError, ExportError
-from selfpruner.export import checkpoint
+from selfpruner.export import checkpoint, proof
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import expected_parameters, plain_config, shapes_of
-from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, verify, write
+from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, write
+from selfpruner.export.formats import verify
 from selfpruner.export.forms import FORMS
+from selfpruner.export.shape import KeptUnits
 from selfpruner.layouts import Widths, layout_of
 from tests.pruned import outputs_of, rows_of
 
@@ -44,7 +46,7 @@ CARD = CardInfo(
     levels=(0, 1, 2),
     layer_rates=(0.1, 0.2, 0.3),
     metrics={"dense": {"perplexity": 29.6}, "pruned": {"perplexity": 37.4, "kl": 0.26}},
-    license="apache-2.0",
+    terms={"license": "apache-2.0"},
 )
 
 
@@ -126,6 +128,14 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
     pruned = build(model, shapes, weights)
     assert shapes_of(pruned.config) == shapes
     return Case(model, pruned, keeps, biases)
+
+
+def units_of(case: Case) -> KeptUnits:
+    """What units.json says of a case."""
+    config: Any = case.dense.config
+    groups = config.num_key_value_heads
+    base = LayerShape(groups, config.num_attention_heads // groups, config.intermediate_size)
+    return KeptUnits(base, [(list(keep.heads or ()), list(keep.channels or ())) for keep in case.keeps])
 
 
 def masked_logits(case: Case, tokens: Tensor) -> Tensor:
@@ -370,7 +380,7 @@ def test_an_export_is_complete_and_verified(written: Written) -> None:
     assert result.verification["max_difference"] <= 1e-3
     assert result.verification["parameters"] == result.parameters == count_parameters(written.case.pruned)
     body = json.loads((written.path / "manifest.json").read_text())
-    assert body["files"].keys() == names - {"manifest.json"}
+    assert body["files"].keys() == names - {"manifest.json", "proof"} | {"proof/reference.safetensors"}
     assert body["plan"] == json.loads((written.path / "plan.json").read_text())
     assert body["plan"]["layers"][0] == {"query_heads": 0, "kv_groups": 0, "ffn_channels": 56}
 
@@ -385,6 +395,7 @@ def test_the_card_says_what_was_done(written: Written) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "selfpruner", "structured-pruning"],
         "base_model": "example/tiny",
+        "base_model_relation": "finetune",
         "license": "apache-2.0",
     }
     for expected in ("| 0 | 0 | 0 | 56 | 10.0% |", "| pruned | 37.4 | 0.26 |", "least_squares", "trust_remote_code=True"):
@@ -398,9 +409,6 @@ def test_load_needs_no_remote_code(written: Written) -> None:
     tokens = tokens_of(2, 12)
     assert torch.equal(model(tokens).logits, written.case.pruned(tokens).logits)
     assert load(written.path, dtype=torch.bfloat16, check=False).dtype == torch.bfloat16
-    facts = verify(written.path)
-    assert facts["parameters"] == written.result.parameters
-    assert facts["plan"]["plan_hash"] == CARD.plan_hash
 
 
 @pytest.mark.parametrize("family", OWN_FORMS)
@@ -481,7 +489,7 @@ def test_tensors_that_do_not_fit_the_config_are_found(copy: Path) -> None:
     body = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").unlink()
     manifest.write(copy, plan=body["plan"], parameters=body["parameters"], verification={})
-    with pytest.raises(CorruptCheckpointError, match=r"model\.norm\.weight has shape \[31\]"):
+    with pytest.raises(ExportError, match=r"matches its sha256, but it does not compute what it did: .*model\.norm\.weight"):
         verify(copy)
 
 
@@ -489,7 +497,7 @@ def test_tensors_that_do_not_fit_the_config_are_found(copy: Path) -> None:
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """``write`` without the fresh process, for tests that check something else or start one of their own."""
-    monkeypatch.setattr(checkpoint, "_verify", lambda *_: {"problems": []})
+    monkeypatch.setattr(proof, "prove", lambda *_: {"problems": []})
 
     def run(case: Case, source: Path, path: Path, **options: Any) -> Path:
         return write(case.pruned, AutoTokenizer.from_pretrained(source), source, path, CARD, **options).path
@@ -502,10 +510,10 @@ def test_an_incomplete_or_corrupt_checkpoint_is_replaced_but_nothing_else(
 ) -> None:
     _flip(copy / "model.safetensors")
     unverified(written.case, written.source, copy)
-    verify(copy)
+    manifest.check(copy)
     (copy / "manifest.json").unlink()
     unverified(written.case, written.source, copy)
-    verify(copy)
+    manifest.check(copy)
     assert [entry.name for entry in copy.parent.iterdir()] == ["copy"]
     home = copy.parent / "home"
     home.mkdir()
@@ -521,7 +529,7 @@ def test_shards_and_index(written: Written, tmp_path: Path, unverified: Callable
     shards = sorted(path.glob("model-*.safetensors"))
     assert len(shards) > 3
     assert {shard.name for shard in shards} == set(index["weight_map"].values())
-    verify(path)
+    manifest.check(path)
     with torch.inference_mode():
         tokens = tokens_of(1, 12)
         assert torch.equal(load(path)(tokens).logits, written.case.pruned(tokens).logits)
@@ -531,7 +539,7 @@ def test_failures_leave_nothing_behind(written: Written, tmp_path: Path, monkeyp
     def attempt(**options: Any) -> None:
         write(written.case.pruned, written.tokenizer, None, tmp_path / "out" / "checkpoint", CARD, **options)
 
-    monkeypatch.setattr(checkpoint, "_run", lambda *_: {"problems": ["logits differ by 3"]})
+    monkeypatch.setattr(proof, "_run", lambda *_: {"problems": ["logits differ by 3"]})
     with pytest.raises(ExportError, match="does not verify: logits differ by 3"):
         attempt()
     polls = iter([False, True])
@@ -542,7 +550,7 @@ def test_failures_leave_nothing_behind(written: Written, tmp_path: Path, monkeyp
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(proof, "write_tensors", full)
     with pytest.raises(DiskFullError, match="No space left while writing"):
         attempt()
     assert list((tmp_path / "out").iterdir()) == []
@@ -574,6 +582,7 @@ def test_verification_finds_wrong_logits_parameters_and_tensors(written: Written
     logits = written.case.pruned(tokens).logits.detach().clone()
     facts = {
         "parameters": str(written.result.parameters),
+        "dtype": "float32",
         "text": "the end",
         "ids": json.dumps(written.tokenizer("the end")["input_ids"]),
     }

@@ -32,10 +32,12 @@ from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, spectral_exponents, weight_facts
 from selfpruner.export.build import outline
 from selfpruner.export.checkpoint import TensorSource
-from selfpruner.export.shape import LayerShape
+from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.models import LoadedModel
 from selfpruner.patterns import (
     Prunable,
+    PrunableAttention,
+    PrunableFfn,
     PrunableMasked,
     attention_block,
     ffn_block,
@@ -151,8 +153,7 @@ def prepare_blocks(
                 del factors, pair, own
                 release()
             progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
-    shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
-    widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
+    shapes, widths = _shapes(config, arch), _widths(config, arch)
     blocks: list[Prunable] = []
     measured = []
     for layer, file in enumerate(files):
@@ -335,6 +336,20 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
     return shapes, tensors
 
 
+def kept_units(prepared: Prepared, plan: Plan) -> KeptUnits | None:
+    """The units that ``plan`` keeps, in the order in which :func:`pruned_tensors` has them; None where shapes stay."""
+    arch, kept = prepared.arch, []
+    for layer in range(arch.layers):
+        attention, ffn = prepared.engine.blocks[2 * layer], prepared.engine.blocks[2 * layer + 1]
+        if not (isinstance(attention, PrunableAttention) and isinstance(ffn, PrunableFfn)):
+            return None
+        one, other = plan.levels[2 * layer], plan.levels[2 * layer + 1]
+        heads = list(attention.heads[one]) if one else None
+        channels = ffn.order[: ffn.options[other].channels].tolist() if other else None
+        kept.append((heads, channels))
+    return KeptUnits(LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels), kept)
+
+
 def zeros(prepared: Prepared, plan: Plan) -> int:
     """Weights that are zero in the blocks that ``plan`` prunes."""
     matrices = (tensor for _, tensor in _masked_tensors(prepared, plan))
@@ -411,16 +426,23 @@ def _kind(index: int) -> Any:
     return "ffn" if index % 2 else "attention"
 
 
+def _shapes(config: SearchConfig, arch: Architecture) -> list[tuple[int, int]]:
+    dense = arch.kv_groups, arch.heads_per_group
+    return attention_shapes(*dense, config.attention, drop=config.drop_blocks, ranks=config.tensor_parallel)
+
+
+def _widths(config: SearchConfig, arch: Architecture) -> list[int]:
+    return ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks, ranks=config.tensor_parallel)
+
+
 def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
     """A block's sizes without errors, for the first look at the budget."""
     if config.pattern != "structured":
         options = masked.block_options(arch, index // 2, index % 2, _levels(config))
         return Block(index // 2, _kind(index), options[:1] if config.attention == "none" and index % 2 == 0 else options)
     if index % 2:
-        widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
-        return Block(index // 2, "ffn", tuple(Option(arch.ffn_cost(width), channels=width) for width in widths))
-    shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
-    sizes = sorted({arch.attention_cost(*shape) for shape in shapes}, reverse=True)
+        return Block(index // 2, "ffn", tuple(Option(arch.ffn_cost(width), channels=width) for width in _widths(config, arch)))
+    sizes = sorted({arch.attention_cost(*shape) for shape in _shapes(config, arch)}, reverse=True)
     return Block(index // 2, "attention", tuple(Option(size) for size in sizes))
 
 
@@ -432,6 +454,6 @@ def _space(config: SearchConfig, arch: Architecture, blocks: Sequence[Block]) ->
         step = max(before - after for before, after in pairwise(sizes))
         return SearchSpace(tuple(blocks), whole, config.rate, step, config.granularity)
     total = arch.decoder_parameters() if config.of == "decoder" else arch.model_parameters()
-    channels = config.ffn_step or default_ffn_step(arch.channels)
+    channels = config.ffn_step or default_ffn_step(arch.channels, config.tensor_parallel)
     step = arch.ffn_cost(2 * channels) - arch.ffn_cost(channels)
     return SearchSpace(tuple(blocks), total, config.rate, step, config.granularity)

@@ -18,7 +18,7 @@ from transformers.models.auto import CONFIG_MAPPING, AutoModelForCausalLM
 from selfpruner.errors import ExportError
 from selfpruner.export.forms import form_of, own_fields
 from selfpruner.export.shape import LayerShape
-from selfpruner.layouts import family_of, layout_of
+from selfpruner.layouts import LAYOUTS, family_of, layout_of
 from selfpruner.streaming import compute_tables
 
 
@@ -109,23 +109,40 @@ def plain_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     config: Any = model.config
     if config.is_heterogeneous or not all(shape.heads and shape.channels for shape in shapes_of(config)):
         return None
-    family = CONFIG_MAPPING[config.base_model_type]
-    own = own_fields(family)
-    body = {name: getattr(config, name) for name in own if hasattr(config, name)} | {"dtype": config.dtype}
-    if "use_sliding_window" in own:
-        body["use_sliding_window"] = config.sliding_window is not None
-    if "head_dim" not in own and config.head_dim * config.num_attention_heads != config.hidden_size:
-        body["head_dim"] = config.head_dim
-    try:
-        plain = family(**body)
-        with torch.device("meta"):
-            twin = AutoModelForCausalLM.from_config(plain)
-    except ValueError:
-        # The family's own rules refuse the shape, for instance heads that do not divide the hidden size.
+    twin = ordinary(config, config.base_model_type, shapes_of(config)[0])
+    if twin is None:
         return None
     same = {n: t.shape for n, t in twin.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
-    plain.architectures = [type(twin).__name__]
+    plain: PreTrainedConfig = twin.config
     return plain if same else None
+
+
+def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, **biases: bool) -> PreTrainedModel | None:
+    """An ordinary model of ``family`` on the meta device whose layers all have ``shape``, in all else as ``config`` says, a
+    checkpoint's, but for ``attention_bias`` and ``mlp_bias`` where they are given and the family leaves a choice. None where its
+    own rules refuse the shape."""
+    classes = CONFIG_MAPPING[family]
+    own = own_fields(classes)
+    body: dict[str, Any] = {"dtype": config.dtype}
+    body |= {name: getattr(config, name) for name in own if hasattr(config, name)}
+    body |= {"num_attention_heads": shape.heads, LAYOUTS[family].channels_key: shape.channels}
+    if "num_key_value_heads" in own:
+        body["num_key_value_heads"] = shape.kv_groups
+    body |= {name: value for name, value in biases.items() if name in own}
+    if "use_sliding_window" in own:
+        body["use_sliding_window"] = getattr(config, "sliding_window", None) is not None
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    if "head_dim" not in own and head_dim * shape.heads != config.hidden_size:
+        body["head_dim"] = head_dim
+    try:
+        plain = classes(**body)
+        with torch.device("meta"):
+            twin: PreTrainedModel = AutoModelForCausalLM.from_config(plain)
+    except ValueError:
+        # For instance heads that do not divide the hidden size.
+        return None
+    plain.architectures = [type(twin).__name__]
+    return twin
 
 
 def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]) -> PreTrainedConfig:

@@ -1,0 +1,109 @@
+"""What an export format is, and the finished checkpoint that it starts from.
+
+A format takes a verified checkpoint folder (what :func:`selfpruner.export.checkpoint.write` made) and writes its own files into
+another folder. Everything around that is the same for all formats and done by :mod:`selfpruner.export.formats`, in this order:
+
+1. ``Checkpoint.open`` reads every file of the source and compares its sha256.
+2. ``format.check(checkpoint, quantize)`` refuses, before any work, what the format's runtime cannot take.
+3. A folder is made aside; into it go the source's plan.json, licence files and a README.md whose section "Use" is
+   ``format.use(checkpoint, quantize)``; ``format.write(checkpoint, folder, quantize, go_on)`` adds its files; then comes
+   proof/reference.safetensors.
+4. Every file is synced; ``python *format.verifier(folder, reference, device)`` is run in a fresh process, which reloads what was
+   written, compares it with the reference, and prints one JSON object: numbers worth keeping and ``problems``, a list of
+   sentences, empty when all is well. With ``"out_of_memory": true`` in it another run follows on the CPU.
+5. The manifest is written last and the folder renamed into place.
+
+``selfpruner verify FOLDER`` repeats steps 1 and 4 with the format that the manifest names, so a verifier can use nothing but the
+folder and the reference. That is a safetensors file: ``tokens`` (B, S) int64 and ``logits`` (B, P, V) float32 of the last P
+positions, with the metadata ``parameters`` (what ``write`` returned), ``dtype`` (in which the logits were computed: bfloat16, say),
+``text`` and ``ids`` (the text's tokens, JSON). A checkpoint's logits are those of the pruned model in memory, before anything was
+written; those of an export of a 16-bit checkpoint are computed again in float32, where another shape or order rounds alike. A
+verifier computes in ``dtype``.
+
+A new format: its own file with a subclass of :class:`Format`, its class in ``formats.FORMATS``, a line in ``names.FORMATS``, a
+subclass of the conformance suite ``tests/conformance/test_formats.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from selfpruner import manifest
+from selfpruner.errors import FormatError
+from selfpruner.export.shape import LayerShape
+from selfpruner.model_checks import weight_files
+from selfpruner.tensor_files import TensorFile
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A finished checkpoint on disk. ``config``, ``plan`` and ``manifest`` are the content of its JSON files; ``tensors`` has the
+    open file of every tensor by name, in the files' order (Llama's names; no lm_head.weight when it is tied)."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    tensors: Mapping[str, TensorFile]
+
+    @classmethod
+    def open(cls, folder: Path, go_on: Callable[[], None] = lambda: None) -> Checkpoint:
+        """Read every file and compare its sha256. Raises as :func:`selfpruner.manifest.check`, and FormatError for a folder that is
+        an export already."""
+        made = manifest.read(folder)["export"]["format"]
+        if made != "transformers":
+            raise FormatError(
+                f"{folder} is in the format {made}; formats are made from a checkpoint of transformers.", param="source"
+            )
+        body = manifest.check(folder, go_on)
+        config, plan = (json.loads((folder / name).read_text("utf-8")) for name in ("config.json", "plan.json"))
+        files = [TensorFile(path) for path in weight_files(folder)]
+        return cls(folder, config, plan, body, {name: file for file in files for name in file.shapes})
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """What every layer keeps; zeros where a whole block is gone."""
+        return [
+            LayerShape(layer["kv_groups"], layer["query_heads"] // max(layer["kv_groups"], 1), layer["ffn_channels"])
+            for layer in self.plan["layers"]
+        ]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, on the CPU; read when it is asked for."""
+        return self.tensors[name].read(name)
+
+
+class Format(ABC):
+    """One way to write a checkpoint. ``quantizations`` are what ``--quantize`` may name; ``library`` is the hub's library_name."""
+
+    name: ClassVar[str]
+    library: ClassVar[str] = "transformers"
+    quantizations: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:
+        """Raise FormatError for a plan or a model that the runtime cannot take: the reason, and the option of the search that would
+        have avoided it. ``quantize`` is one of ``quantizations`` or None."""
+
+    @abstractmethod
+    def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:
+        """Write the format's files into ``folder`` and return the parameters of what was written, tied ones once.
+
+        ``go_on`` is called between tensors or files; it raises CancelledTaskError. What an OSError or a library raises becomes an
+        ExportError or DiskFullError outside, and nothing is left behind.
+        """
+
+    @abstractmethod
+    def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:
+        """Markdown: how what was written is loaded."""
+
+    @abstractmethod
+    def verifier(self, folder: Path, reference: Path, device: str) -> list[str]:
+        """Arguments of a fresh Python process that proves ``folder``; see step 4 of the module's docstring."""

@@ -1,0 +1,144 @@
+"""The format ``masked``: removed units are zeros in their old places, so the model has its original shapes again.
+
+It computes what the pruned model computes, loads wherever the base model loads, and saves nothing. Weights are put back one by
+one: neither the base model nor the pruned one is ever whole in memory.
+
+A repair's biases on o_proj and down_proj stay where the family has such biases: a Llama's ``attention_bias`` and ``mlp_bias`` cover
+all matrices of a block, and the others are zero. A Mistral or a Qwen2 has none there, but without a sliding window it is a Llama
+in all but name, and is written as one. What even a Llama cannot say is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto import AutoConfig
+
+from selfpruner.errors import FormatError
+from selfpruner.export.base import Checkpoint
+from selfpruner.export.build import count_parameters, ordinary
+from selfpruner.export.card import loading
+from selfpruner.export.checkpoint import SHARD_BYTES, stored, write_json, write_shards
+from selfpruner.export.forms import FORMS
+from selfpruner.export.shape import KeptUnits, LayerShape
+from selfpruner.export.transformers_format import Transformers
+from selfpruner.layouts import LAYOUTS, Layout
+
+
+class Masked(Transformers):
+    name: ClassVar[str] = "masked"
+
+    def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:  # noqa: ARG002
+        if checkpoint.plan["pattern"] != "structured":
+            raise FormatError(
+                f"{checkpoint.folder} has the pattern {checkpoint.plan['pattern']}: its zeros are in the original shapes already, "
+                "and it loads everywhere as it is. Use the format transformers.",
+                param="format",
+            )
+        if not (checkpoint.folder / "units.json").is_file():
+            raise FormatError(
+                f"{checkpoint.folder} has no units.json, which says where the kept units were. Export it again from its search.",
+                param="format",
+            )
+        self._twin(checkpoint)
+
+    def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:  # noqa: ARG002
+        twin = self._twin(checkpoint)
+        units, layout = _units(checkpoint), LAYOUTS[checkpoint.plan["family"]]
+        width = int(getattr(twin.config, "head_dim", None) or twin.config.hidden_size // twin.config.num_attention_heads)
+        wanted = stored(twin)
+        for name in ("generation_config.json", *_TOKENIZER):
+            for path in checkpoint.folder.glob(name):
+                (folder / path.name).write_bytes(path.read_bytes())
+        body = twin.config.to_diff_dict()
+        body["dtype"] = checkpoint.plan["dtype"]
+        write_json(folder / "config.json", body)
+        dtype = getattr(torch, checkpoint.plan["dtype"])
+        outline = {name: tensor.to(dtype) for name, tensor in wanted.items()}
+
+        def tensor(name: str) -> Tensor:
+            go_on()
+            if name not in checkpoint.tensors:
+                # A bias of nothing, or what belongs to a block that is gone; what its norm says is multiplied by zeros.
+                return torch.full(outline[name].shape, float("norm" in name), dtype=dtype)
+            return _put_back(name, checkpoint.tensor(name), outline[name].shape, units, layout, width)
+
+        parameters = count_parameters(twin)
+        write_shards(outline, folder, parameters, SHARD_BYTES, tensor, go_on)
+        return parameters
+
+    def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:  # noqa: ARG002
+        return (
+            "This is the pruned model in the base model's shapes, with zeros where units were removed. It computes the same and\n"
+            "loads everywhere, but saves neither memory nor time; the parameters above are without the zeros.\n\n"
+            f"{loading(None)}"
+        )
+
+    def _twin(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """The ordinary model, on the meta device, that has a place for every tensor of the checkpoint. Raises FormatError."""
+        config: Any = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        base = _units(checkpoint).base
+        family = checkpoint.plan["family"]
+        layout = LAYOUTS[family]
+        blocks = {found[1] for name in checkpoint.tensors if name.endswith(".bias") and (found := layout.block_of(name))}
+        full = not getattr(config, "sliding_window", None) and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+        like_llama = full and FORMS[family] is FORMS["llama"]
+        missing: set[str] = set()
+        for name in dict.fromkeys((family, "llama") if like_llama else (family,)):
+            twin = ordinary(config, name, base, attention_bias=0 in blocks, mlp_bias=1 in blocks)
+            left = set(checkpoint.tensors) - set(stored(twin) if twin is not None else ())
+            if twin is not None and not left:
+                return twin
+            missing = missing or left
+        raise FormatError(
+            f"An ordinary {family} model has no place for {min(missing)} and {len(missing) - 1} more tensors. Biases come from the "
+            "repair: a search with compensation none has none of its own.",
+            param="compensation",
+        )
+
+
+_TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+def _units(checkpoint: Checkpoint) -> KeptUnits:
+    return KeptUnits.from_dict(json.loads((checkpoint.folder / "units.json").read_text("utf-8")))
+
+
+def _put_back(name: str, value: Tensor, shape: torch.Size, units: KeptUnits, layout: Layout, width: int) -> Tensor:
+    """``value`` in zeros of ``shape``, its rows or columns where the base model has them; ``width`` is that of a head."""
+    found = layout.block_of(name)
+    if found is None:
+        return value
+    layer, block = found
+    place = name.removeprefix(f"{layout.layer(layer)}.").rpartition(".")[0]
+    parts = layout.places(block)[place]
+    if parts[-1] in ("o", "down"):
+        if value.ndim == 1:
+            return value  # a bias of the block's output
+        return value.new_zeros(shape).index_copy(1, _places(parts[-1], layer, units, width), value)
+    rows, start = [], 0
+    for part in parts:  # one after another where they are one matrix
+        rows.append(start + _places(part, layer, units, width))
+        start += _size(part, units.base, width)
+    return value.new_zeros(shape).index_copy(0, torch.cat(rows), value)
+
+
+def _places(part: str, layer: int, units: KeptUnits, width: int) -> Tensor:
+    """Where the kept rows of a part are in the base model (columns, of an output matrix)."""
+    if part in ("gate", "up", "down"):
+        return torch.tensor(units.channels(layer))
+    of = units.groups if part in ("k", "v") else units.heads
+    return (torch.tensor(of(layer))[:, None] * width + torch.arange(width)).flatten()
+
+
+def _size(part: str, base: LayerShape, width: int) -> int:
+    """Rows of a part in the base model."""
+    if part in ("gate", "up"):
+        return base.channels
+    return width * (base.kv_groups if part in ("k", "v") else base.heads)
