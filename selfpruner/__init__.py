@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from selfpruner.api import evaluate, prune, search
     from selfpruner.config import SearchConfig
-    from selfpruner.export.checkpoint import load, verify
+    from selfpruner.export.checkpoint import load
+    from selfpruner.export.formats import verify
 
 __all__ = ["SearchConfig", "evaluate", "load", "prune", "search", "verify"]
 
 _HOMES = {
     **dict.fromkeys(("evaluate", "prune", "search"), "selfpruner.api"),
     "SearchConfig": "selfpruner.config",
-    **dict.fromkeys(("load", "verify"), "selfpruner.export.checkpoint"),
+    "load": "selfpruner.export.checkpoint",
+    "verify": "selfpruner.export.formats",
 }
 
 

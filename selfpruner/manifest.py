@@ -1,8 +1,9 @@
 """The manifest: sha256 and size of every file of a checkpoint. It is written last, so a folder that has one is complete.
 
-    {format, created_at, plan, parameters, verification, files: {name: {sha256, bytes}}}
+    {format, created_at, plan, export, parameters, verification, files: {name: {sha256, bytes}}}
 
-``plan`` is the content of plan.json. Imports no torch.
+``format`` is the manifest's own version. ``plan`` is the content of plan.json; ``export`` says which export format the folder has,
+and of a converted one from which checkpoint. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from selfpruner.errors import CorruptCheckpointError, ExportError
 
 NAME = "manifest.json"
 FORMAT = 1
+CHECKPOINT: Mapping[str, Any] = {"format": "transformers"}  # what a search exports
 
 
 def sha256(path: Path) -> str:
@@ -35,13 +37,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write(directory: Path, *, plan: Mapping[str, Any], parameters: int, verification: Mapping[str, Any]) -> str:
+def write(
+    directory: Path,
+    *,
+    plan: Mapping[str, Any],
+    parameters: int,
+    verification: Mapping[str, Any],
+    export: Mapping[str, Any] = CHECKPOINT,
+) -> str:
     """List every file of ``directory`` in its manifest, durably, and return the manifest's own sha256."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     body = {
         "format": FORMAT,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan": plan,
+        "export": export,
         "parameters": parameters,
         "verification": verification,
         "files": {path.relative_to(directory).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files},
@@ -66,7 +76,7 @@ def read(directory: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("files"), dict):
         raise CorruptCheckpointError(f"{path} is not a manifest of format {FORMAT}. Export the checkpoint again.")
-    return body
+    return {"export": CHECKPOINT, **body}  # one that was written before there were others
 
 
 def check(directory: Path, cancelled: Callable[[], None] = lambda: None) -> dict[str, Any]:

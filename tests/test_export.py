@@ -25,10 +25,11 @@ from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 import tests.tiny_models as tiny
 from selfpruner import manifest
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, DiskFullError, ExportError
-from selfpruner.export import checkpoint
+from selfpruner.export import checkpoint, proof
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import expected_parameters, plain_config, shapes_of
-from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, verify, write
+from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, write
+from selfpruner.export.formats import verify
 from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ CARD = CardInfo(
     levels=(0, 1, 2),
     layer_rates=(0.1, 0.2, 0.3),
     metrics={"dense": {"perplexity": 29.6}, "pruned": {"perplexity": 37.4, "kl": 0.26}},
-    license="apache-2.0",
+    terms={"license": "apache-2.0"},
 )
 
 
@@ -316,7 +317,7 @@ def test_an_export_is_complete_and_verified(written: Written) -> None:
     assert result.verification["max_difference"] <= 1e-3
     assert result.verification["parameters"] == result.parameters == count_parameters(written.case.pruned)
     body = json.loads((written.path / "manifest.json").read_text())
-    assert body["files"].keys() == names - {"manifest.json"}
+    assert body["files"].keys() == names - {"manifest.json", "proof"} | {"proof/reference.safetensors"}
     assert body["plan"] == json.loads((written.path / "plan.json").read_text())
     assert body["plan"]["layers"][0] == {"query_heads": 0, "kv_groups": 0, "ffn_channels": 56}
 
@@ -344,9 +345,6 @@ def test_load_needs_no_remote_code(written: Written) -> None:
     tokens = tokens_of(2, 12)
     assert torch.equal(model(tokens).logits, written.case.pruned(tokens).logits)
     assert load(written.path, dtype=torch.bfloat16, check=False).dtype == torch.bfloat16
-    facts = verify(written.path)
-    assert facts["parameters"] == written.result.parameters
-    assert facts["plan"]["plan_hash"] == CARD.plan_hash
 
 
 def test_exporting_again_keeps_what_is_there(written: Written) -> None:
@@ -412,7 +410,7 @@ def test_tensors_that_do_not_fit_the_config_are_found(copy: Path) -> None:
     body = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").unlink()
     manifest.write(copy, plan=body["plan"], parameters=body["parameters"], verification={})
-    with pytest.raises(CorruptCheckpointError, match=r"model\.norm\.weight has shape \[31\]"):
+    with pytest.raises(ExportError, match=r"matches its sha256, but it does not compute what it did: .*model\.norm\.weight"):
         verify(copy)
 
 
@@ -420,7 +418,7 @@ def test_tensors_that_do_not_fit_the_config_are_found(copy: Path) -> None:
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """``write`` without the fresh process, for tests that check something else or start one of their own."""
-    monkeypatch.setattr(checkpoint, "_verify", lambda *_: {"problems": []})
+    monkeypatch.setattr(proof, "prove", lambda *_: {"problems": []})
 
     def run(case: Case, source: Path, path: Path, **options: Any) -> Path:
         return write(case.pruned, AutoTokenizer.from_pretrained(source), source, path, CARD, **options).path
@@ -433,10 +431,10 @@ def test_an_incomplete_or_corrupt_checkpoint_is_replaced_but_nothing_else(
 ) -> None:
     _flip(copy / "model.safetensors")
     unverified(written.case, written.source, copy)
-    verify(copy)
+    manifest.check(copy)
     (copy / "manifest.json").unlink()
     unverified(written.case, written.source, copy)
-    verify(copy)
+    manifest.check(copy)
     assert [entry.name for entry in copy.parent.iterdir()] == ["copy"]
     home = copy.parent / "home"
     home.mkdir()
@@ -452,7 +450,7 @@ def test_shards_and_index(written: Written, tmp_path: Path, unverified: Callable
     shards = sorted(path.glob("model-*.safetensors"))
     assert len(shards) > 3
     assert {shard.name for shard in shards} == set(index["weight_map"].values())
-    verify(path)
+    manifest.check(path)
     with torch.inference_mode():
         tokens = tokens_of(1, 12)
         assert torch.equal(load(path)(tokens).logits, written.case.pruned(tokens).logits)
@@ -462,7 +460,7 @@ def test_failures_leave_nothing_behind(written: Written, tmp_path: Path, monkeyp
     def attempt(**options: Any) -> None:
         write(written.case.pruned, written.tokenizer, None, tmp_path / "out" / "checkpoint", CARD, **options)
 
-    monkeypatch.setattr(checkpoint, "_run", lambda *_: {"problems": ["logits differ by 3"]})
+    monkeypatch.setattr(proof, "_run", lambda *_: {"problems": ["logits differ by 3"]})
     with pytest.raises(ExportError, match="does not verify: logits differ by 3"):
         attempt()
     polls = iter([False, True])
@@ -473,7 +471,7 @@ def test_failures_leave_nothing_behind(written: Written, tmp_path: Path, monkeyp
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(proof, "save_file", full)
     with pytest.raises(DiskFullError, match="No space left while writing"):
         attempt()
     assert list((tmp_path / "out").iterdir()) == []
@@ -505,6 +503,7 @@ def test_verification_finds_wrong_logits_parameters_and_tensors(written: Written
     logits = written.case.pruned(tokens).logits.detach().clone()
     facts = {
         "parameters": str(written.result.parameters),
+        "dtype": "float32",
         "text": "the end",
         "ids": json.dumps(written.tokenizer("the end")["input_ids"]),
     }

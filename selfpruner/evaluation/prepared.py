@@ -31,10 +31,12 @@ from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, sp
 from selfpruner.export.build import outline
 from selfpruner.export.checkpoint import TensorSource
 from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
-from selfpruner.export.shape import LayerShape
+from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.models import LoadedModel
 from selfpruner.patterns import (
     Prunable,
+    PrunableAttention,
+    PrunableFfn,
     PrunableMasked,
     attention_block,
     ffn_block,
@@ -332,6 +334,20 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
             elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
                 tensors.update(_named(layer, prepared.arch.checkpoint_ffn(layer)))
     return shapes, tensors
+
+
+def kept_units(prepared: Prepared, plan: Plan) -> KeptUnits | None:
+    """The units that ``plan`` keeps, in the order in which :func:`pruned_tensors` has them; None where shapes stay."""
+    arch, kept = prepared.arch, []
+    for layer in range(arch.layers):
+        attention, ffn = prepared.engine.blocks[2 * layer], prepared.engine.blocks[2 * layer + 1]
+        if not (isinstance(attention, PrunableAttention) and isinstance(ffn, PrunableFfn)):
+            return None
+        one, other = plan.levels[2 * layer], plan.levels[2 * layer + 1]
+        heads = list(attention.heads[one]) if one else None
+        channels = ffn.order[: ffn.options[other].channels].tolist() if other else None
+        kept.append((heads, channels))
+    return KeptUnits(LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels), kept)
 
 
 def zeros(prepared: Prepared, plan: Plan) -> int:

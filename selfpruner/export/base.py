@@ -13,9 +13,9 @@ another folder. Everything around that is the same for all formats and done by :
 5. The manifest is written last and the folder renamed into place.
 
 ``selfpruner verify FOLDER`` repeats steps 1 and 4 with the format that the manifest names, so a verifier can use nothing but the
-folder and the reference. The reference is a safetensors file: ``tokens`` (B, S) int64 and ``logits`` (B, P, V) float32 of the last P
-positions, with the metadata ``parameters`` (what ``write`` returned), ``dtype`` (in which the logits were computed, "bfloat16" say),
-``text`` and ``ids`` (the text's tokens, JSON). Its logits are those of the pruned model in memory, before anything was written.
+folder and the reference. That is a safetensors file: ``tokens`` (B, S) int64 and ``logits`` (B, P, V) float32 of the last P
+positions, with the metadata ``parameters`` (what ``write`` returned), ``dtype`` (in which the logits were computed: bfloat16, say),
+``text`` and ``ids`` (the text's tokens, JSON). The logits are those of the pruned model in memory, before anything was written.
 
 A new format: its own file with a subclass of :class:`Format`, its class in ``formats.FORMATS``, a line in ``names.FORMATS``, a
 subclass of the conformance suite ``tests/conformance/test_formats.py``.
@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from selfpruner import manifest
+from selfpruner.errors import FormatError
 from selfpruner.export.shape import LayerShape
 from selfpruner.model_checks import weight_files
 from selfpruner.tensor_files import TensorFile
@@ -40,8 +41,8 @@ from selfpruner.tensor_files import TensorFile
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A finished checkpoint on disk. ``config``, ``plan`` and ``manifest`` are the content of its three JSON files; ``tensors`` has,
-    in the files' order, the open file of every tensor by name (Llama's names; no lm_head.weight when it is tied)."""
+    """A finished checkpoint on disk. ``config``, ``plan`` and ``manifest`` are the content of its JSON files; ``tensors`` has the
+    open file of every tensor by name, in the files' order (Llama's names; no lm_head.weight when it is tied)."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -51,7 +52,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, go_on: Callable[[], None] = lambda: None) -> Checkpoint:
-        """Read every file and compare its sha256. Raises as :func:`selfpruner.manifest.check`."""
+        """Read every file and compare its sha256. Raises as :func:`selfpruner.manifest.check`, and FormatError for a folder that is
+        an export already."""
+        made = manifest.read(folder)["export"]["format"]
+        if made != "transformers":
+            raise FormatError(
+                f"{folder} is in the format {made}; formats are made from a checkpoint of transformers.", param="source"
+            )
         body = manifest.check(folder, go_on)
         config, plan = (json.loads((folder / name).read_text("utf-8")) for name in ("config.json", "plan.json"))
         files = [TensorFile(path) for path in weight_files(folder)]

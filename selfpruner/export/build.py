@@ -114,29 +114,41 @@ def plain_config(model: SelfPrunerForCausalLM) -> PreTrainedConfig | None:
     config = model.config
     if config.is_heterogeneous or not config.num_attention_heads or not config.intermediate_size:
         return None
-    family = CONFIG_MAPPING[config.base_model_type]
+    twin = ordinary(config, config.base_model_type, shapes_of(config)[0], biases=(config.attention_bias, config.mlp_bias))
+    if twin is None:
+        return None
+    same = {n: t.shape for n, t in twin.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    plain: PreTrainedConfig = twin.config
+    return plain if same else None
+
+
+def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, *, biases: tuple[bool, bool]) -> PreTrainedModel | None:
+    """An ordinary model of ``family`` on the meta device whose layers all have ``shape``, in all else as ``config`` says, a
+    checkpoint's. ``biases``: of attention and FFN, where the family leaves a choice. None where its own rules refuse the shape."""
+    classes = CONFIG_MAPPING[family]
+    own = {field.name for field in fields(classes)}
     body = {name: getattr(config, name) for name in _INHERITED}
     body |= {
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_groups,
+        "intermediate_size": shape.channels,
         "head_dim": config.head_dim,
         "dtype": config.dtype,
     }
-    own = {field.name for field in fields(family)}
-    body |= {name: getattr(config, name) for name in ("attention_bias", "mlp_bias", "sliding_window", "layer_types") if name in own}
+    chosen: dict[str, Any] = {"attention_bias": biases[0], "mlp_bias": biases[1]}
+    chosen |= {name: getattr(config, name, None) for name in ("sliding_window", "layer_types")}
+    body |= {name: value for name, value in chosen.items() if name in own}
     if "use_sliding_window" in own:
-        body["use_sliding_window"] = config.sliding_window is not None
+        body["use_sliding_window"] = chosen["sliding_window"] is not None
     try:
-        plain = family(**body)
+        plain = classes(**body)
         with torch.device("meta"):
-            twin = AutoModelForCausalLM.from_config(plain)
+            twin: PreTrainedModel = AutoModelForCausalLM.from_config(plain)
     except ValueError:
-        # The family's own rules refuse the shape, for instance heads that do not divide the hidden size.
+        # For instance heads that do not divide the hidden size.
         return None
-    same = {n: t.shape for n, t in twin.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
     plain.architectures = [type(twin).__name__]
-    return plain if same else None
+    return twin
 
 
 def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]) -> SelfPrunerConfig:

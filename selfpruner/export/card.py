@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load
+
 from selfpruner.export.shape import LayerShape
+
+# What a base model's card says that holds for what is made from it, too.
+_TERMS = ("license", "license_name", "license_link", "language")
+# Where models that have a name of ours are on the hub, and under which terms.
+_KNOWN: Mapping[str, Mapping[str, Any]] = {
+    "smollm2-135m": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +27,8 @@ class CardInfo:
 
     ``rate`` is removed / original parameters of ``of``; ``layer_rates`` the same per layer. ``metrics`` maps a name
     ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table. ``nonzeros`` counts the
-    model's parameters without those that the pattern made zero, where shapes stay as they are.
+    model's parameters without those that the pattern made zero, where shapes stay as they are. ``terms`` are the base card's
+    license, license_name, license_link and language, see :func:`with_terms`.
     """
 
     base_model: str
@@ -32,8 +43,17 @@ class CardInfo:
     layer_rates: Sequence[float] = ()
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     job_id: str | None = None
-    license: str | None = None
+    terms: Mapping[str, Any] = field(default_factory=dict)
     nonzeros: int | None = None
+
+
+def with_terms(info: CardInfo, folder: Path | None) -> CardInfo:
+    """``info`` with the terms in the base model's own card, README.md in ``folder``; a card that cannot be read says nothing."""
+    try:
+        found = (metadata_load(folder / "README.md") if folder else None) or {}
+    except Exception:  # whatever a stranger's file makes of a YAML parser
+        found = {}
+    return replace(info, terms={**{key: found[key] for key in _TERMS if found.get(key)}, **info.terms})
 
 
 def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: str, parameters: int) -> dict[str, Any]:
@@ -64,13 +84,11 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "selfpruner", f"{info.pattern}-pruning"],
     }
-    # The hub links base_model to a repository; a path on some disk is no such thing.
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", info.base_model):
+    # The hub links base_model to a repository, whose name has an owner; a path on some disk is no such thing.
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", info.base_model) and not Path(info.base_model).exists():
         front["base_model"] = info.base_model
-    if info.license:
-        front["license"] = info.license
+    front |= {**_KNOWN.get(info.base_model, {}), **info.terms}
     name = info.base_model.rstrip("/").rsplit("/", 1)[-1]
-    code = ", trust_remote_code=True" if needs_code else ""
     facts = {
         "Base model": f"`{info.base_model}`",
         "Parameters": f"{parameters:,}",
@@ -87,12 +105,6 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         "Plan": f"`{info.plan_hash}`" if info.plan_hash else "not recorded",
         **({"Job": f"`{info.job_id}`"} if info.job_id else {}),
     }
-    loading = (
-        "The layers differ in width, so the folder brings the modeling file `modeling_selfpruner.py`; with selfpruner installed,\n"
-        "`selfpruner.load(folder)` needs no remote code."
-        if needs_code
-        else "All layers have the same shape: this is an ordinary model of its family."
-    )
     sections = [
         # JSON is YAML, and quotes whatever needs quoting.
         "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items()) + "---",
@@ -102,15 +114,42 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         *_metrics(info.metrics),
         "## Layers",
         _layers(shapes, info.layer_rates),
-        "## Use",
-        loading,
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{code})\n```',
-        "`plan.json` holds the plan, `manifest.json` the sha256 of every file and the result of the verification: the folder was\n"
-        "loaded in a fresh process and its logits compared with the pruned model in memory.",
+        _USE,
+        loading(needs_code),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def loading(needs_code: bool) -> str:
+    """How a folder is loaded that transformers takes."""
+    shapes = (
+        "The layers differ in width, so the folder brings the modeling file `modeling_selfpruner.py`; with selfpruner installed,\n"
+        "`selfpruner.load(folder)` needs no remote code."
+        if needs_code
+        else "All layers have the same shape: this is an ordinary model of its family."
+    )
+    code = ", trust_remote_code=True" if needs_code else ""
+    return (
+        f"{shapes}\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{code})\n```\n\n{_PROOF}'
+    )
+
+
+def converted(card: str, library: str, use: str) -> str:
+    """The card of the same model in another format: another library in its front matter, and ``use`` as its last section."""
+    before, _, _ = card.rpartition(_USE)
+    return f"{_LIBRARY.sub(f'library_name: {json.dumps(library)}', before, count=1)}{_USE}\n\n{use}\n"
+
+
+_USE = "## Use"
+_LIBRARY = re.compile(r"^library_name: .*$", re.MULTILINE)
+_PROOF = (
+    "`plan.json` holds the plan, `manifest.json` the sha256 of every file and the result of the verification: the folder was\n"
+    "loaded in a fresh process and its logits compared with the pruned model in memory. `selfpruner verify FOLDER` repeats that\n"
+    "with the logits in `proof/`."
+)
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -1,15 +1,119 @@
-"""The export formats by name. What a format does, and what is done around it, is said in :mod:`selfpruner.export.base`."""
+"""The export formats by name; a checkpoint written in one of them, and what was written proven again later.
+
+What a format does itself, and what is done here for all of them, is said in :mod:`selfpruner.export.base`.
+"""
 
 from __future__ import annotations
 
-from selfpruner import names
-from selfpruner.export.base import Format
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-# One line per format: its class, imported above. `gguf` goes here as `selfpruner.export.gguf.Gguf`.
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in ()}
+from selfpruner import manifest, names
+from selfpruner.errors import ExportError, FormatError
+from selfpruner.export import proof
+from selfpruner.export.base import Checkpoint, Format
+from selfpruner.export.card import converted
+from selfpruner.export.checkpoint import copy_terms, stopper
+from selfpruner.export.folder import ExportResult, write_folder
+from selfpruner.export.masked import Masked
+from selfpruner.export.transformers_format import Transformers
+
+# One class per format, imported above.
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Transformers, Masked)}
 
 
 def create(name: str) -> Format:
     """The format of that name. Raises UnknownNameError."""
     names.check("export format", name, names.FORMATS, param="format")
     return FORMATS[name]()
+
+
+def convert(
+    source: Path | str,
+    directory: Path | str,
+    name: str,
+    *,
+    quantize: str | None = None,
+    device: str = "cpu",
+    cancelled: Callable[[], bool] = lambda: False,
+) -> ExportResult:
+    """Write the checkpoint in ``source`` to ``directory`` in the format ``name``, verified on ``device``.
+
+    A complete export of the same checkpoint and options in ``directory`` is kept. Raises FormatError for what the format cannot
+    take, before anything is written; CorruptCheckpointError naming a file of ``source``; ExportError, DiskFullError and
+    CancelledTaskError, which leave nothing behind.
+    """
+    form, folder, go_on = create(name), Path(source), stopper(cancelled)
+    if quantize is not None and quantize not in form.quantizations:
+        known = f"It knows {', '.join(form.quantizations)}." if form.quantizations else "It knows none."
+        raise FormatError(f"The format {name} has no quantization {quantize!r}. {known}", param="quantize")
+    if Path(directory).resolve() == folder.resolve():
+        raise ExportError(f"{folder} is the checkpoint itself; choose another folder for the export.")
+    checkpoint = Checkpoint.open(folder, go_on)
+    form.check(checkpoint, quantize)
+    export = {"format": name, "checkpoint": manifest.sha256(folder / manifest.NAME)}
+    if quantize is not None:
+        export["quantize"] = quantize
+
+    def fill(place: Path) -> int:
+        shutil.copyfile(folder / "plan.json", place / "plan.json")
+        copy_terms(folder, place)
+        card = converted((folder / "README.md").read_text("utf-8"), form.library, form.use(checkpoint, quantize))
+        (place / "README.md").write_text(card, "utf-8")
+        parameters = form.write(checkpoint, place, quantize, go_on)
+        proof.copy_reference(folder, place, parameters)
+        return parameters
+
+    def prove(place: Path) -> dict[str, Any]:
+        reference = place / proof.REFERENCE
+        return proof.refused(proof.prove(lambda where: form.verifier(place, reference, where), device, go_on))
+
+    return write_folder(Path(directory), plan=checkpoint.plan, export=export, fill=fill, prove=prove, go_on=go_on)
+
+
+def verify(
+    directory: Path | str, *, device: str = "cpu", memory: int | None = None, cancelled: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Prove an export again: the sha256 of every file, then, in a fresh process, that it loads and computes what it did in memory
+    when it was made. Code that the folder brings is run only where it is this version's own.
+
+    With ``memory``, in bytes, what transformers would load is streamed from its files instead. Returns ``{path, format,
+    parameters, files, bytes, plan, verification}``. Raises CorruptCheckpointError naming the file that was changed, and ExportError
+    for a folder that is incomplete, that no longer computes the same, or that keeps no reference.
+    """
+    folder, go_on = Path(directory), stopper(cancelled)
+    body = manifest.check(folder, go_on)
+    form = create(body["export"]["format"])
+    if proof.REFERENCE not in body["files"]:
+        raise ExportError(
+            f"Every file of {folder} matches its sha256, but there is no {proof.REFERENCE} to compare with: an older version wrote "
+            "it. Export it again."
+        )
+    if memory is not None and not isinstance(form, Transformers):
+        raise FormatError(f"An export in the format {form.name} cannot be streamed; leave out memory.", param="memory")
+
+    def arguments(place: str) -> list[str]:
+        reference = folder / proof.REFERENCE
+        if isinstance(form, Transformers):
+            return form.verifier(folder, reference, place, memory)
+        return form.verifier(folder, reference, place)
+
+    result = proof.prove(arguments, device, go_on)
+    if result["problems"]:
+        then = body["verification"].get("transformers", "an unknown version")
+        raise ExportError(
+            f"Every file of {folder} matches its sha256, but it does not compute what it did: {'; '.join(result['problems'])}. "
+            f"It was written with transformers {then}; here is {version('transformers')}."
+        )
+    return {
+        "path": str(folder),
+        "format": form.name,
+        "parameters": body["parameters"],
+        "files": len(body["files"]),
+        "bytes": sum(entry["bytes"] for entry in body["files"].values()),
+        "plan": body["plan"],
+        "verification": result,
+    }

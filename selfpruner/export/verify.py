@@ -1,15 +1,17 @@
 """Load a checkpoint the way a stranger does and compare it with what was in memory when it was written.
 
-    python verify.py FOLDER REFERENCE [--device cpu]
+    python verify.py FOLDER REFERENCE [--device cpu] [--installed]
 
 Run as a script in a fresh process; it imports torch and transformers and nothing of selfpruner, so the folder has to stand on
-its own (``trust_remote_code=True``). REFERENCE is a safetensors file: ``tokens`` (B, S) int64 and the in-memory model's ``logits``
-(B, S, V) float32, with the metadata ``parameters``, ``text`` and ``ids`` (the text's tokens, JSON). Prints one JSON object: the
-numbers and ``problems``, empty when the checkpoint is good.
+its own (``trust_remote_code=True``). With ``--installed`` no code of the folder is run, but the installed selfpruner's.
+
+REFERENCE is a safetensors file: ``tokens`` (B, S) int64 and the in-memory model's ``logits`` (B, P, V) float32 of the last P
+positions, with the metadata ``parameters``, ``dtype`` (in which the logits were computed), ``text`` and ``ids`` (the text's tokens,
+JSON). Prints one JSON object: the numbers and ``problems``, empty when the checkpoint is good.
 
 What is compared, in the checkpoint's dtype
-- Logits: in float32 the largest absolute difference may be 1e-3. In the 16-bit types rounding grows with the numbers, so it may
-  be 2e-2 of the largest absolute logit. Loading wrong tensors costs far more than either.
+- Logits: in float32 the largest absolute difference may be 1e-3. In the 16-bit types, the checkpoint's or the reference's, rounding
+  grows with the numbers, so it may be 2e-2 of the largest absolute logit. Loading wrong tensors costs far more than either.
 - The last tokens fed one by one through the KV cache against all at once: five times that bound, because other shapes take other
   kernels and round otherwise (measured in bfloat16 at 30 layers: 1.5e-2 of the largest logit). A wrong cache costs far more.
 - ``generate`` with the cache against without, greedily: equal tokens. Where they part, both tokens must tie within this bound.
@@ -36,17 +38,21 @@ CACHE_SLACK = 5
 PROMPT, GENERATED = 8, 12
 
 
-def tolerance(dtype: torch.dtype, scale: float) -> float:
-    """The largest acceptable absolute difference of two logits; ``scale`` is the largest absolute logit."""
-    return 1e-3 if dtype == torch.float32 else 2e-2 * max(1.0, scale)
+def tolerance(dtypes: set[str], scale: float) -> float:
+    """The largest acceptable absolute difference of two logits computed in ``dtypes``; ``scale`` is the largest absolute logit."""
+    return 1e-3 if dtypes == {"float32"} else 2e-2 * max(1.0, scale)
 
 
 @torch.inference_mode()
-def verify(folder: str, reference: str, device: str) -> dict[str, Any]:
+def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -> dict[str, Any]:
+    if not own_code:
+        import selfpruner.export  # noqa: F401 - registers its classes
     started = time.perf_counter()
     with safe_open(reference, "pt") as file:
         tokens, expected, facts = file.get_tensor("tokens").to(device), file.get_tensor("logits"), file.metadata()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True, output_loading_info=True)
+    # Told to go on, so that the report names tensors of another shape.
+    how = {"trust_remote_code": own_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
     model, report = loaded
     model = model.to(device).eval()
     problems = [f"{kind}: {', '.join(sorted(map(str, names))[:3])}" for kind, names in report.items() if names]
@@ -57,8 +63,9 @@ def verify(folder: str, reference: str, device: str) -> dict[str, Any]:
 
     logits = model(tokens, use_cache=False).logits
     scale = float(expected.abs().max())
-    bound = tolerance(model.dtype, scale)
-    difference = float((logits.float().cpu() - expected).abs().max())
+    dtype = str(model.dtype).removeprefix("torch.")
+    bound = tolerance({dtype, facts["dtype"]}, scale)
+    difference = float((logits[:, -expected.shape[1] :].float().cpu() - expected).abs().max())
     if not difference <= bound:  # also when it is NaN
         problems.append(f"logits differ by {difference:.3g}, allowed {bound:.3g}")
 
@@ -75,8 +82,8 @@ def verify(folder: str, reference: str, device: str) -> dict[str, Any]:
     if greedy == "different":
         problems.append("greedy generation with the KV cache differs from generation without")
 
-    # Without trust_remote_code it asks on the terminal, because the config it reads first has code of its own.
-    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(facts["text"])["input_ids"]
+    # Told neither way it asks on the terminal, because the config it reads first has code of its own.
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)(facts["text"])["input_ids"]
     if ids != json.loads(facts["ids"]):
         problems.append("the tokenizer gives other tokens than the one in memory")
 
@@ -85,7 +92,7 @@ def verify(folder: str, reference: str, device: str) -> dict[str, Any]:
         "class": type(model).__name__,
         "code": type(model).__module__.split(".")[0],  # "transformers_modules" is the folder's own
         "device": device,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "tokens": tokens.numel(),
         "parameters": parameters,
         "max_difference": difference,
@@ -126,9 +133,10 @@ def main() -> int:
     parser.add_argument("folder")
     parser.add_argument("reference")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--installed", action="store_true")
     options = parser.parse_args()
     try:
-        result = verify(options.folder, options.reference, options.device)
+        result = verify(options.folder, options.reference, options.device, own_code=not options.installed)
     except torch.OutOfMemoryError as error:
         result = {"problems": [str(error)], "out_of_memory": True}
     except Exception as error:  # whatever stops a stranger from using the folder is the finding

@@ -4,8 +4,9 @@
 
 REFERENCE and the JSON that is printed are those of :mod:`selfpruner.export.verify`, whose process loads the model whole. Here the
 checkpoint's own modules run over the written files, one layer at a time, for one pass in float32, as the engine computed the
-reference: logits may differ by a thousandth of the largest. Parameters and the tokenizer's ids are compared as well; the cache
-and generation, which would read the files once per token, are not.
+reference: logits may differ by a thousandth of the largest, or by a fiftieth where the reference was computed in 16 bits.
+Parameters and the tokenizer's ids are compared as well; the cache and generation, which would read the files once per token,
+are not.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
         problems.append(f"{parameters:,} parameters instead of {int(facts['parameters']):,}")
     logits = model(tokens, use_cache=False).logits.float().cpu()
     scale = float(expected.abs().max())
-    bound = 1e-3 * max(1.0, scale)
-    difference = float((logits - expected).abs().max())
+    bound = (1e-3 if facts["dtype"] == "float32" else 2e-2) * max(1.0, scale)
+    difference = float((logits[:, -expected.shape[1] :] - expected).abs().max())
     if not difference <= bound:  # also when it is NaN
         problems.append(f"logits differ by {difference:.3g}, allowed {bound:.3g}")
     ids = auto.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)(facts["text"])["input_ids"]

@@ -22,7 +22,16 @@ from selfpruner.errors import ConfigError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.latency import time_blocks
-from selfpruner.evaluation.prepared import Prepared, baseline_engine, held_bytes, prepare, pruned_tensors, streamed_export, zeros
+from selfpruner.evaluation.prepared import (
+    Prepared,
+    baseline_engine,
+    held_bytes,
+    kept_units,
+    prepare,
+    pruned_tensors,
+    streamed_export,
+    zeros,
+)
 from selfpruner.evaluation.race import Race
 from selfpruner.evaluation.repetition import repetition
 from selfpruner.evaluation.slopes import slopes
@@ -248,6 +257,7 @@ class Runtime:
             prepared.loaded.source.folder,
             Path(payload["directory"]),
             card,
+            units=kept_units(prepared, plan),
             source=source,
             cancelled=cancelled,
         )

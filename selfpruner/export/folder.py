@@ -1,0 +1,147 @@
+"""A folder that is complete or not there: written aside, proven, listed in its manifest, and only then renamed into place.
+
+It is written beside its place under a name that begins with ``.tmp-``. A killed writer therefore leaves nothing visible, and the
+next one sweeps up what it left.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfpruner import manifest
+from selfpruner.errors import ExportError, SelfprunerError, disk_errors
+
+WEIGHTS = (".safetensors", ".gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """A complete, verified export. ``bytes`` are those of its weight files; ``reused``: it was there already."""
+
+    path: Path
+    parameters: int
+    bytes: int
+    manifest_sha256: str
+    verification: dict[str, Any]
+    write_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    reused: bool = False
+
+
+def write_folder(
+    directory: Path,
+    *,
+    plan: Mapping[str, Any],
+    export: Mapping[str, Any],
+    fill: Callable[[Path], int],
+    prove: Callable[[Path], dict[str, Any]],
+    go_on: Callable[[], None],
+) -> ExportResult:
+    """Make ``directory``: ``fill`` writes its files and returns its parameters, ``prove`` looks at them and raises or returns
+    what it found.
+
+    ``plan`` and ``export`` (the format, and what it was made from) are what it is: a complete folder that has both is kept, an
+    incomplete or corrupt one is replaced. ``go_on`` may raise. Raises ExportError when ``directory`` holds something else, or for
+    whatever stops ``fill``, and DiskFullError. Nothing is left behind then.
+    """
+    directory = Path(os.path.abspath(directory))
+    if kept := _existing(directory, plan, export, go_on):
+        return kept
+    with _export_errors(directory), disk_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(directory.parent)
+        temporary = directory.parent / f".tmp-{directory.name}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary.mkdir()
+        try:
+            started = time.perf_counter()
+            parameters = fill(temporary)
+            for path in temporary.rglob("*"):
+                manifest.sync(path)
+            written = time.perf_counter()
+            verification = prove(temporary)
+            verified = time.perf_counter()
+            go_on()
+            digest = manifest.write(temporary, plan=plan, parameters=parameters, verification=verification, export=export)
+            size = _weight_bytes(manifest.read(temporary))
+            _into_place(temporary, directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return ExportResult(
+        directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2)
+    )
+
+
+def _existing(
+    directory: Path, plan: Mapping[str, Any], export: Mapping[str, Any], go_on: Callable[[], None]
+) -> ExportResult | None:
+    """What is in ``directory`` if it is complete and the same; None when the place is free or may be overwritten."""
+    if not directory.exists():
+        return None
+    if not directory.is_dir():
+        raise ExportError(f"{directory} is a file; choose a folder for the checkpoint.")
+    try:
+        body = manifest.check(directory, go_on)
+    except ExportError as error:
+        if any(directory.iterdir()) and not (directory / "plan.json").is_file():
+            raise ExportError(f"{directory} is not empty and no checkpoint of selfpruner; choose another folder.") from error
+        return None
+    if body["plan"] != plan or body["export"] != export:
+        other = "plan" if body["plan"] != plan else "format"
+        raise ExportError(f"{directory} already holds a checkpoint of another {other}; choose another folder or remove it.")
+    digest = manifest.sha256(directory / manifest.NAME)
+    return ExportResult(directory, body["parameters"], _weight_bytes(body), digest, body["verification"], reused=True)
+
+
+def _weight_bytes(body: Mapping[str, Any]) -> int:
+    return sum(entry["bytes"] for name, entry in body["files"].items() if "/" not in name and name.endswith(WEIGHTS))
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed writers on this machine left in ``parent``."""
+    for path in parent.glob(".tmp-*"):
+        *_, host, pid, token = ["", "", *path.name.rsplit("-", 2)]
+        # The host name may itself contain dashes, so it is compared as the end of what is left.
+        if len(token) == 8 and pid.isdecimal() and host.endswith(f"-{socket.gethostname()}") and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _into_place(temporary: Path, directory: Path) -> None:
+    if directory.exists():
+        old = temporary.with_name(temporary.name[:-8] + secrets.token_hex(4))
+        directory.rename(old)
+        temporary.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(directory)
+    manifest.sync(directory.parent)
+
+
+@contextmanager
+def _export_errors(directory: Path) -> Iterator[None]:
+    """Turn what the operating system or a library raises under this block into ExportError."""
+    try:
+        yield
+    except SelfprunerError:
+        raise
+    except Exception as error:
+        raise ExportError(f"The checkpoint could not be written to {directory}: {error}") from error

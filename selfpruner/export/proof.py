@@ -1,0 +1,127 @@
+"""The proof of an export: what the pruned model computed in memory, and a fresh process that computes it again from the files.
+
+The reference stays in the folder, listed in the manifest, so that anyone can repeat the comparison at any time. It lies in a folder
+of its own, because some loaders take every safetensors file beside config.json for weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from selfpruner.errors import ExportError
+
+REFERENCE = "proof/reference.safetensors"
+# With 49,152 words 21 positions of two sequences, with 256,000 words four; the last ones have all others before them.
+REFERENCE_BYTES = 8 << 20
+SEQUENCES, LENGTH = 2, 48
+VERIFY_SECONDS = 3600.0
+_TEXT = "The quick brown fox jumps over the lazy dog.\n\n1234567890"
+
+
+def reference_tokens(vocabulary: int, longest: int) -> Tensor:
+    """Token ids (2, 48), or as many as the model can read, always the same."""
+    length = min(LENGTH, longest)
+    return torch.randint(vocabulary, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+
+
+def write_reference(
+    folder: Path, tokens: Tensor, logits: Tensor, *, dtype: str, parameters: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Keep ``logits`` (B, S, V) for ``tokens`` (B, S), computed in ``dtype``, of as many of the last positions as REFERENCE_BYTES
+    allow."""
+    rows = max(1, min(tokens.shape[1], REFERENCE_BYTES // (4 * logits.shape[0] * logits.shape[-1])))
+    facts = {
+        "parameters": str(parameters),
+        "dtype": dtype,
+        "text": _TEXT,
+        "ids": json.dumps(tokenizer(_TEXT)["input_ids"]),
+    }
+    path = folder / REFERENCE
+    path.parent.mkdir()
+    save_file({"tokens": tokens, "logits": logits[:, -rows:].float().contiguous()}, path, metadata=facts)
+
+
+def copy_reference(source: Path, folder: Path, parameters: int) -> None:
+    """Take over the reference of another folder for what has so many ``parameters``."""
+    path = folder / REFERENCE
+    path.parent.mkdir(exist_ok=True)
+    with safe_open(source / REFERENCE, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("tokens", "logits")}
+        save_file(tensors, path, metadata={**file.metadata(), "parameters": str(parameters)})
+
+
+def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[], None]) -> dict[str, Any]:
+    """Run a verifier, ``python *arguments(device)``, in a fresh process and return what it printed, ``problems`` among it.
+
+    Where the device has no room for what is verified, the CPU takes it. Raises what ``go_on`` raises, and ExportError when the
+    process takes longer than VERIFY_SECONDS.
+    """
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="selfpruner-verify-") as scratch:
+        for place in dict.fromkeys((device, "cpu")):
+            result = _run(arguments(place), Path(scratch), go_on)
+            if not result.get("out_of_memory"):
+                break
+    return result
+
+
+def _run(arguments: list[str], scratch: Path, go_on: Callable[[], None]) -> dict[str, Any]:
+    command = [sys.executable, *arguments]
+    environment = {
+        **os.environ,
+        # By which the child finds this package as this process did.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))),
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # Threads that spin while they wait make this six times slower on a machine that is busy with something else.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+    with (scratch / "stdout").open("w+") as out, (scratch / "stderr").open("w+") as err:
+        child = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)
+        try:
+            deadline = time.monotonic() + VERIFY_SECONDS
+            while child.poll() is None:
+                go_on()
+                if time.monotonic() > deadline:
+                    raise ExportError(f"The verification did not finish in {VERIFY_SECONDS:g} s; nothing was kept. Export again.")
+                time.sleep(0.05)
+        finally:
+            child.kill()
+            child.wait()
+        out.seek(0)
+        err.seek(0)
+        lines, messages = out.read().splitlines(), err.read()
+    try:
+        result: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return {
+            "problems": [f"the verifying process ended with code {child.returncode}: {messages.strip()[-2000:] or 'no message'}"]
+        }
+    return result
+
+
+def refused(result: dict[str, Any]) -> dict[str, Any]:
+    """``result`` of a new export's proof, or ExportError with its problems."""
+    if result["problems"]:
+        raise ExportError(
+            f"The written checkpoint does not verify: {'; '.join(result['problems'])}. It was removed; export it again, "
+            "and report this if it happens twice."
+        )
+    return result
