@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 import tests.tiny_models as tiny
+from selfpruner import model_gguf
 from selfpruner.errors import ExportError, FormatError
-from selfpruner.export import checkpoint, gguf, gguf_runtime, gguf_tokenizer, verify_gguf
+from selfpruner.export import checkpoint, gguf, gguf_runtime, gguf_tokenizer, proof, verify_gguf
 from selfpruner.export.base import Checkpoint
 from selfpruner.export.build import build
 from selfpruner.export.gguf import Gguf
@@ -30,8 +30,6 @@ from selfpruner.export.shape import LayerShape
 from tests.test_export import CARD, Case, folder, prune, tokens_of
 
 GOLDEN = Path(__file__).parent / "golden"
-TEXT = "The end of the day; it was 1234, not 5!\n\nWho did it?"
-
 
 @dataclass(frozen=True)
 class Made:
@@ -63,25 +61,19 @@ class Made:
 def checkpoint_of(path: Path, case: Case, source: Path) -> Checkpoint:
     """The finished checkpoint of ``case``, without the fresh process that looks at it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_verify", lambda *_: {"problems": []})
+        patch.setattr(proof, "prove", lambda *_: {"problems": []})
         checkpoint.write(case.pruned, AutoTokenizer.from_pretrained(source), source, path, CARD)
     return Checkpoint.open(path)
 
 
 def export(path: Path, case: Case, source: Path, quantize: str | None = None) -> Made:
-    """What the format writes for ``case``, and the reference computed by the model in memory."""
+    """What the format writes for ``case``, and the reference that the checkpoint kept."""
     made = checkpoint_of(path / "checkpoint", case, source)
-    format_, out, reference = Gguf(), path / "gguf", path / "reference.safetensors"
-    format_.check(made, quantize)
+    form, out = Gguf(), path / "gguf"
+    form.check(made, quantize)
     out.mkdir()
-    parameters = format_.write(made, out, quantize, lambda: None)
-    tokens = tokens_of(2, 24)
-    with torch.inference_mode():
-        logits = case.pruned(tokens, use_cache=False).logits.float()
-    ids = AutoTokenizer.from_pretrained(made.folder)(TEXT)["input_ids"]
-    facts = {"parameters": str(parameters), "dtype": made.plan["dtype"], "text": TEXT, "ids": json.dumps(ids)}
-    save_file({"tokens": tokens, "logits": logits[:, 1:].contiguous()}, reference, metadata=facts)
-    return Made(case, made, out, reference)
+    proof.copy_reference(made.folder, out, form.write(made, out, quantize, lambda: None))
+    return Made(case, made, out, out / proof.REFERENCE)
 
 
 def pruned(path: Path, family: str, quantize: str | None = None, *, drop: bool = False, biased: bool = False, **options: Any) -> Made:
@@ -113,7 +105,7 @@ VARYING: dict[str, dict[str, Any]] = {
     "llama-untied-biased": {"family": "llama", "tied": False, "biased": True},
     "llama-dropped-biased": {"family": "llama", "drop": True, "biased": True},
     "llama-qkv-bias-wide-head": {"family": "llama", "attention_bias": True, "head_dim": 16},
-    "mistral-window": {"family": "mistral", "sliding_window": 32, "biased": True},
+    "mistral-window": {"family": "mistral", "sliding_window": 64, "biased": True},
     "qwen2-dropped-biased": {"family": "qwen2", "drop": True, "biased": True},
 }
 ROPES: dict[str, dict[str, Any]] = {
@@ -170,10 +162,10 @@ def test_golden_headers(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.inference_mode()
 def test_transformers_reads_a_uniform_plan(tmp_path: Path, family: str) -> None:
-    """Another reader than ours, for the architectures that it knows."""
+    """Another reader, for the architectures that it knows; and selfpruner can go on from its own file."""
     made = uniform(tmp_path, family, LayerShape(2, 2, 48))
     assert made.keys["general.architecture"] == {"mistral": "llama"}.get(family, family)
-    model = AutoModelForCausalLM.from_pretrained(made.folder, gguf_file=made.file.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_gguf.convert(made.file, tmp_path / "models"))
     tokens = tokens_of(2, 20)
     assert (model(tokens).logits - made.case.pruned(tokens).logits).abs().max() <= 1e-4
 
@@ -336,7 +328,6 @@ STRANGE = {
     "marks are letters": split(gguf_tokenizer._QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+")),
     "two digits": split(gguf_tokenizer._QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,2}|")),
     "no newlines after punctuation": split(gguf_tokenizer._QWEN2.replace(r"[\r\n]*|", "|")),
-    "one newline": split(gguf_tokenizer._QWEN2.replace(r"\s*[\r\n]+", r"\s*[\r\n]")),
     "contractions end words": split(gguf_tokenizer._TEKKEN.replace(r"*|\p{N}", r"*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}")),
     "long runs of spaces": split(gguf_tokenizer._LLAMA3.removesuffix(r"|\s+(?!\S)|\s+") + r"|\s{512}(?!\S)|\s{1,2}(?!\S)|\s{1}"),
     "lines": P.Sequence([P.Split(Regex(r"[^\n]+|[\n]+"), "isolated"), split(gguf_tokenizer._QWEN2)]),
@@ -370,16 +361,16 @@ def test_normalised_text_and_other_models_are_refused() -> None:
 
 def test_tokens_types_and_special_ids() -> None:
     tokenizer = wrapped(
-        Tokenizer.from_str(tiny.tiny_tokenizer(100).backend_tokenizer.to_str()), eos_token="</s>", pad_token="<pad>", bos_token="<s>"
+        Tokenizer.from_str(tiny.tiny_tokenizer().backend_tokenizer.to_str()), eos_token="</s>", pad_token="<pad>", bos_token="<s>"
     )
     tokenizer.add_tokens(["tool_call"])
     tokenizer.chat_template = {"default": "{{ messages }}", "tool use": "{{ tools }}"}
-    keys = gguf_tokenizer.metadata(tokenizer, 104, ends=[2, 1, 0])
+    keys = gguf_tokenizer.metadata(tokenizer, 132, ends=[2, 1, 0])
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
     assert own["tokens"][:4] == ["<pad>", "<s>", "</s>", "<unk>"]
     assert own["token_type"][:5] == [3, 3, 3, 3, 1]
-    assert own["tokens"][100:] == ["tool_call", "[PAD101]", "[PAD102]", "[PAD103]"]
-    assert own["token_type"][100:] == [4, 5, 5, 5]
+    assert own["tokens"][128:] == ["tool_call", "[PAD129]", "[PAD130]", "[PAD131]"]
+    assert own["token_type"][128:] == [4, 5, 5, 5]
     ids = {name: own[f"{name}_token_id"] for name in ("bos", "eos", "eot", "eom", "padding")}
     assert ids == {"bos": 1, "eos": 2, "eot": 1, "eom": 0, "padding": 0}
     assert (own["add_bos_token"], own["add_eos_token"]) == (False, False)

@@ -2,7 +2,8 @@
 
     python -m selfpruner.export.gguf_runtime SOURCE TARGET FILE_TYPE
 
-quantises in a process of its own, because an assertion that fails in llama.cpp ends the process.
+quantises in a process of its own, because an assertion that fails in llama.cpp ends the process. It prints one JSON object with
+``problems``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ import argparse
 import ctypes
 import importlib
 import importlib.util
+import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from selfpruner.errors import ExportError
+from selfpruner.export import proof
 
 _FLOAT32 = 0  # GGML_TYPE_F32
 
@@ -33,22 +33,9 @@ def installed() -> bool:
 
 def quantize(source: Path, target: Path, file_type: int, go_on: Callable[[], None]) -> None:
     """Write ``source`` anew as ``target`` in llama.cpp's ``file_type``. ``go_on`` is polled and may raise. Raises ExportError."""
-    command = [sys.executable, "-m", __name__, str(source), str(target), str(int(file_type))]
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+") as messages:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, env={**os.environ, "PYTHONPATH": path}
-        )
-        try:
-            while child.poll() is None:
-                go_on()
-                time.sleep(0.05)
-        finally:
-            child.kill()
-            child.wait()
-        messages.seek(0)
-        if child.returncode:
-            raise ExportError(f"llama.cpp could not quantise the model (code {child.returncode}): {messages.read().strip()[-1000:]}")
+    found = proof.prove(lambda _: ["-m", __name__, str(source), str(target), str(int(file_type))], "cpu", go_on)
+    if found["problems"]:
+        raise ExportError(f"llama.cpp could not quantise the model: {'; '.join(found['problems'])}")
 
 
 class Runtime:
@@ -99,7 +86,9 @@ def _quantize(source: str, target: str, file_type: int) -> int:
     parameters.ftype = file_type
     # From bfloat16 and float32, which is not a second rounding.
     parameters.allow_requantize = True
-    return int(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters)))
+    code = int(llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters)))
+    print(json.dumps({"problems": [f"llama_model_quantize returned {code}"] if code else []}))
+    return code
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ _TEKKEN = (
 
 # In this text the known pre-tokenizers, and others that are close to one of them, differ. Its characters are in composed form.
 PROBE = (
-    "It's Tom's, THEY'LL say; isn't 'tis? We'Ve 7 42 365 1984 31415 2718281 items at $3.50 (or -12%).\n"
+    "It's Tom's, THEY'LL say; isn't o'there 'tis? We'Ve 7 42 365 1984 31415 2718281 items at $3.50 (or -12%).\n"
     "  two  spaces,\ttabs\t\tand \n \n\n\n lines\r\n   the end   \n"
     "def f(x_1: int) -> str:\n    return f'{x_1!r}...' # no//comment/\n/path\n"
     "camelCaseWords HTTPServer naïve Ärger ΑΒΓ αβγ Привет 你好世界 こんにちは 한국어 हिन्दी สวัสดี ½ ² Ⅷ ٣٤ "

@@ -7,10 +7,9 @@ tensors alone a model is made again, with the layer shapes, numbers and rotary e
 compared; so are the parameters and the ids of a text. Where llama-cpp-python is installed, llama.cpp does the same: it loads the
 file, tokenises, and computes logits with a float32 KV cache. Prints one JSON object: the numbers and ``problems``.
 
-What is compared
-- Stored in float32 or in a 16-bit type: the bounds of :func:`selfpruner.export.verify.tolerance`.
-- Quantised: the error of the logits relative to their spread, both without each position's mean. Logits of unrelated models differ
-  by 1.4 of it; ``_SPREAD`` says what each type may.
+Where all was stored and computed in float32, the largest absolute difference of two logits may be 1e-3. Otherwise the error of the
+logits is taken relative to their spread, both without each position's mean, and may be what ``_ERROR`` says of the coarsest type;
+logits of unrelated models differ by 1.4 of their spread.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from torch import Tensor
 
 from selfpruner.export import gguf_runtime, gguf_tokenizer
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
-from selfpruner.export.verify import tolerance
 from selfpruner.workers.memory import peak_mib
 
 _NAMES = {
@@ -52,8 +50,9 @@ _NAMES = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_EXACT = {"F32", "F16", "BF16"}
-_SPREAD = {"Q8": 0.1, "Q6": 0.2, "Q5": 0.35, "Q4": 0.6, "Q3": 0.8, "Q2": 1.0}
+_DIFFERENCE = 1e-3
+_ERROR = {"F32": 0.0, "F16": 0.03, "BF16": 0.1, "Q8": 0.2, "Q6": 0.3, "Q5": 0.5, "Q4": 0.7, "Q3": 0.9, "Q2": 1.1}
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @torch.inference_mode()
@@ -76,7 +75,7 @@ def verify(folder: Path, reference: str, device: str) -> dict[str, Any]:
 
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     dtype = getattr(torch, facts["dtype"])
-    compare = _Comparison(expected, dtype, set(types))
+    compare = _Comparison(expected, {*types, _STORED[facts["dtype"]]})
     model = rebuild(keys, reader, dtype).to(device)
     numbers = {"": compare(model(tokens.to(device), use_cache=False).logits.float().cpu(), "", problems)}
     del model
@@ -111,27 +110,24 @@ def verify(folder: Path, reference: str, device: str) -> dict[str, Any]:
 
 
 class _Comparison:
-    """``expected`` (B, P, V) are the logits of the last P positions, computed in ``dtype``; ``types`` are the file's."""
+    """``expected`` (B, P, V) are the logits of the last P positions; ``types`` are the file's, and what they were computed in."""
 
-    def __init__(self, expected: Tensor, dtype: torch.dtype, types: set[str]) -> None:
+    def __init__(self, expected: Tensor, types: set[str]) -> None:
         self._expected = expected
         self.scale = float(expected.abs().max())
-        self.allowed: dict[str, float] = {}
-        if quantised := types - _EXACT:
-            self.allowed["allowed_error"] = max(_SPREAD[name[:2]] for name in quantised)
-        else:
-            exact = dtype == torch.float32 and types == {"F32"}
-            self.allowed["allowed_difference"] = tolerance(torch.float32 if exact else torch.float16, self.scale)
+        coarsest = max(_ERROR[name.split("_")[0]] for name in types)
+        self._bound = ("error", coarsest) if coarsest else ("max_difference", _DIFFERENCE)
+        self.allowed = {f"allowed_{self._bound[0].removeprefix('max_')}": self._bound[1]}
 
     def __call__(self, logits: Tensor, where: str, problems: list[str]) -> dict[str, float]:
         difference = logits[:, -self._expected.shape[1] :] - self._expected
         spread = (self._expected - self._expected.mean(-1, keepdim=True)).pow(2).mean()
         error = (difference - difference.mean(-1, keepdim=True)).pow(2).mean()
         found = {"max_difference": float(difference.abs().max()), "error": float((error / spread).sqrt())}
-        for name, value in (("difference", found["max_difference"]), ("error", found["error"])):
-            bound = self.allowed.get(f"allowed_{name}")
-            if bound is not None and not value <= bound:  # also when it is NaN
-                problems.append(f"logits{where} differ by {value:.3g}, allowed {bound:.3g}")
+        name, bound = self._bound
+        if not found[name] <= bound:  # also when it is NaN
+            of = " of their spread" if name == "error" else ""
+            problems.append(f"logits{where} differ by {found[name]:.3g}{of}, allowed {bound:.3g}")
         return found
 
 
