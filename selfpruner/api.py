@@ -1,4 +1,4 @@
-"""The Python API: ``search``, ``prune``, ``evaluate``, ``export``, ``load``. The same engine as the server, in this process.
+"""The Python API: ``search``, ``prune``, ``evaluate``, ``export``. The same engine as the server, in this process.
 
 Blocking calls with plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`.
 """
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from selfpruner import names
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
+from selfpruner.manifest import NAME as MANIFEST
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.search.job import JobResult, run_job, session_of
 from selfpruner.search.records import Recorder
@@ -38,7 +39,7 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """A checkpoint made without a search."""
+    """A checkpoint made without a search, or an export of one."""
 
     path: Path
     parameters: int
@@ -163,15 +164,45 @@ def export(
     source: Path | str,
     directory: Path | str,
     *,
+    format: str = "transformers",
+    quantize: str | None = None,
     job: str | None = None,
     plan: str | None = None,
     cache: Path | None = None,
     progress: Watch = lambda _: None,
 ) -> Pruned:
-    """Make a checkpoint of any plan of a finished or unfinished search: ``source`` is its folder or database.
+    """Write a checkpoint, or any plan of a finished or unfinished search, in one of the formats of ``names.FORMATS``.
 
-    ``job`` defaults to the newest one, ``plan`` (a hash) to its best. Raises NotFoundError.
+    ``source`` is a checkpoint's folder, or the folder or database of a search; of that, ``job`` defaults to the newest one,
+    ``plan`` (a hash) to its best. Raises NotFoundError, and FormatError for what the format cannot take.
     """
+    names.check("export format", format, names.FORMATS, param="format")
+    if (Path(source) / MANIFEST).is_file():
+        if job is not None or plan is not None:
+            raise ConfigError(
+                f"{source} is one checkpoint: leave out job and plan, or name the folder of its search.", param="plan"
+            )
+        return _convert(Path(source), Path(directory), format, quantize, progress)
+    if format == "transformers" and quantize is None:
+        return _made(source, Path(directory), job, plan, cache, progress)
+    from selfpruner.export.folder import aside
+
+    with aside(Path(directory).absolute()) as scratch:
+        made = _made(source, scratch / "checkpoint", job, plan, cache, progress)
+        return _convert(made.path, Path(directory), format, quantize, progress)
+
+
+def _convert(source: Path, directory: Path, format: str, quantize: str | None, progress: Watch) -> Pruned:
+    from selfpruner.export import formats
+
+    progress(f"writing the format {format}")
+    result = formats.convert(source, directory, format, quantize=quantize)
+    made = json.loads((result.path / "plan.json").read_text("utf-8"))
+    return Pruned(result.path, result.parameters, Plan(tuple(made["levels"])), made["layer_rates"], result.verification)
+
+
+def _made(source: Path | str, directory: Path, job: str | None, plan: str | None, cache: Path | None, progress: Watch) -> Pruned:
+    """The checkpoint of a plan in a database, made now."""
     database = Path(source) / "selfpruner.db" if Path(source).is_dir() else Path(source)
     if not database.is_file():
         raise NotFoundError(f"No database at {database}. Name the folder of a search, or the database of a server.", param="source")
@@ -193,7 +224,7 @@ def export(
         session = session_of(config, cache or default_cache())
         prepared = await pool.run(session, "prepare", {"texts": ["calibration"]}, progress)
         space = SearchSpace.from_dict(prepared["space"])
-        return await _write(pool, session, config, prepared, space, Plan(tuple(levels)), Path(directory), row.id, progress)
+        return await _write(pool, session, config, prepared, space, Plan(tuple(levels)), directory, row.id, progress)
 
     return _with_pool(run)
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from selfpruner.client import Client
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-Url = Annotated[str, typer.Option("--url", envvar="SELFPRUNER_URL", help="The server. Its token comes from SELFPRUNER_TOKEN.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 app = typer.Typer(
     help="Prune a language model without retraining, as well as that can be done.",
@@ -102,7 +100,7 @@ def submit(
     idempotency_key: Annotated[str | None, typer.Option(help="The same key twice is one job.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job and exit by its result.")] = True,
     as_json: Json = False,
-    url: Url = DEFAULT_URL,
+    url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Send a search to a server and follow it.
 
@@ -127,7 +125,7 @@ def submit(
         device=device,
         memory=memory,
     )
-    with _client(url) as client:
+    with options.client(url) as client:
         job = client.submit(body, metadata=_pairs(metadata), idempotency_key=idempotency_key)
         if not wait:
             _print(job, as_json, f"{job['id']} {job['status']}")
@@ -140,10 +138,10 @@ def jobs(
     status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed or cancelled.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     as_json: Json = False,
-    url: Url = DEFAULT_URL,
+    url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """List jobs, newest first."""
-    with _client(url) as client:
+    with options.client(url) as client:
         page = client.list(limit=limit, status=status)
     if as_json:
         print(json.dumps(page))
@@ -165,10 +163,10 @@ def show(
     job_id: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it ends; exit by its result.")] = False,
     as_json: Json = False,
-    url: Url = DEFAULT_URL,
+    url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Show a job: state, best plans, checkpoint."""
-    with _client(url) as client:
+    with options.client(url) as client:
         job = client.get(job_id)
         if follow:
             return _follow(client, job, as_json)
@@ -180,19 +178,19 @@ def show(
 
 
 @app.command()
-def cancel(job_id: JobId, as_json: Json = False, url: Url = DEFAULT_URL) -> int:
+def cancel(job_id: JobId, as_json: Json = False, url: options.Url = options.DEFAULT_URL) -> int:
     """Stop a job for good."""
     return _act(url, as_json, lambda client: client.cancel(job_id))
 
 
 @app.command()
-def pause(job_id: JobId, as_json: Json = False, url: Url = DEFAULT_URL) -> int:
+def pause(job_id: JobId, as_json: Json = False, url: options.Url = options.DEFAULT_URL) -> int:
     """Stop a running job and keep what it found."""
     return _act(url, as_json, lambda client: client.pause(job_id))
 
 
 @app.command()
-def resume(job_id: JobId, as_json: Json = False, url: Url = DEFAULT_URL) -> int:
+def resume(job_id: JobId, as_json: Json = False, url: options.Url = options.DEFAULT_URL) -> int:
     """Queue a paused job again."""
     return _act(url, as_json, lambda client: client.resume(job_id))
 
@@ -203,12 +201,12 @@ def events(
     after: Annotated[int, typer.Option(min=0, help="Only those after this number.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the job ends.")] = False,
     as_json: Json = False,
-    url: Url = DEFAULT_URL,
+    url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Print the events of a job; with --json one object per line."""
     from selfpruner.live import printable
 
-    with _client(url) as client:
+    with options.client(url) as client:
         found = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
         for event in found:
             when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
@@ -222,13 +220,13 @@ def download(
     job_id: JobId,
     folder: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
     as_json: Json = False,
-    url: Url = DEFAULT_URL,
+    url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Fetch the checkpoint of a job.
 
     It comes over HTTP from the server's machine, and every file is checked against the manifest.
     """
-    with _client(url) as client:
+    with options.client(url) as client:
         found = list(client.checkpoints(job_id))
         if not found:
             raise NotFoundError(f"Job {job_id} has no checkpoint: it is {client.get(job_id)['status']}.")
@@ -242,12 +240,6 @@ commands.register(app)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-def _client(url: str) -> Client:
-    from selfpruner.client import Client
-
-    return Client(url, os.environ.get("SELFPRUNER_TOKEN") or None)
-
-
 def _console() -> Console:
     from rich.console import Console
 
@@ -255,7 +247,7 @@ def _console() -> Console:
 
 
 def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) -> int:
-    with _client(url) as client:
+    with options.client(url) as client:
         job = action(client)
     _print(job, as_json, f"{job['id']} {job['status']}")
     return 0

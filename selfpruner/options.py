@@ -1,4 +1,5 @@
-"""The search a command line asks for: common options, a JSON file, and ``--set key=value`` for every other field.
+"""What command lines have in common: a server's address, and the search they ask for, from options, a JSON file, and ``--set
+key=value`` for every other field.
 
 Later ones win: file, then options, then ``--set``. The result is what a JSON request holds; SearchConfig judges it.
 """
@@ -6,15 +7,19 @@ Later ones win: file, then options, then ``--set``. The result is what a JSON re
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from selfpruner import names
 from selfpruner.config import PRESETS
 from selfpruner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selfpruner.client import Client
 
 
 def _known(table: Mapping[str, object]) -> str:
@@ -56,6 +61,8 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Ceiling for the model and the work with it, 2GiB say; a larger model is streamed.", show_default="none"),
 ]
+Url = Annotated[str, typer.Option("--url", envvar="SELFPRUNER_URL", help="The server. Its token comes from SELFPRUNER_TOKEN.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="JSON file with any fields of a search.")]
 Settings = Annotated[
     list[str] | None,
@@ -63,6 +70,13 @@ Settings = Annotated[
         "--set", "-s", metavar="KEY=VALUE", help="Any other field, JSON or text, dots for nested ones: -s limits.calls=50."
     ),
 ]
+
+
+def client(url: str) -> Client:
+    """A client of the server at ``url``, with the token of the environment."""
+    from selfpruner.client import Client
+
+    return Client(url, os.environ.get("SELFPRUNER_TOKEN") or None)
 
 
 def read_config(

@@ -31,6 +31,7 @@ from selfpruner.export.build import expected_parameters, plain_config, shapes_of
 from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, write
 from selfpruner.export.formats import verify
 from selfpruner.export.modeling_selfpruner import SelfPrunerForCausalLM
+from selfpruner.export.shape import KeptUnits
 
 ROOT = Path(__file__).parent.parent
 CARD = CardInfo(
@@ -113,6 +114,14 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
     pruned = build(model, shapes, {**weights, **biases})
     assert shapes_of(pruned.config) == shapes
     return Case(model, pruned, keeps, biases)
+
+
+def units_of(case: Case) -> KeptUnits:
+    """What units.json says of a case."""
+    config: Any = case.dense.config
+    groups = config.num_key_value_heads
+    base = LayerShape(groups, config.num_attention_heads // groups, config.intermediate_size)
+    return KeptUnits(base, [(list(keep.heads or ()), list(keep.channels or ())) for keep in case.keeps])
 
 
 def masked_logits(case: Case, tokens: Tensor) -> Tensor:
@@ -332,6 +341,7 @@ def test_the_card_says_what_was_done(written: Written) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["pruned", "selfpruner", "structured-pruning"],
         "base_model": "example/tiny",
+        "base_model_relation": "finetune",
         "license": "apache-2.0",
     }
     for expected in ("| 0 | 0 | 0 | 56 | 10.0% |", "| pruned | 37.4 | 0.26 |", "least_squares", "trust_remote_code=True"):
@@ -471,7 +481,7 @@ def test_failures_leave_nothing_behind(written: Written, tmp_path: Path, monkeyp
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(proof, "save_file", full)
+    monkeypatch.setattr(proof, "write_tensors", full)
     with pytest.raises(DiskFullError, match="No space left while writing"):
         attempt()
     assert list((tmp_path / "out").iterdir()) == []

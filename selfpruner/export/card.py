@@ -77,8 +77,8 @@ def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: st
     }
 
 
-def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, needs_code: bool) -> str:
-    """README.md with YAML front matter as the hub reads it."""
+def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, code: str | None) -> str:
+    """README.md with YAML front matter as the hub reads it; ``code`` is the modeling file that the folder brings, if any."""
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -88,6 +88,8 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", info.base_model) and not Path(info.base_model).exists():
         front["base_model"] = info.base_model
     front |= {**_KNOWN.get(info.base_model, {}), **info.terms}
+    if "base_model" in front:
+        front["base_model_relation"] = "finetune"  # the hub has no word for pruned; this one says that the weights changed
     name = info.base_model.rstrip("/").rsplit("/", 1)[-1]
     facts = {
         "Base model": f"`{info.base_model}`",
@@ -115,25 +117,25 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         "## Layers",
         _layers(shapes, info.layer_rates),
         _USE,
-        loading(needs_code),
+        loading(code),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def loading(needs_code: bool) -> str:
-    """How a folder is loaded that transformers takes."""
+def loading(code: str | None) -> str:
+    """How a folder is loaded that transformers takes; ``code`` is the modeling file that it brings, if any."""
     shapes = (
-        "The layers differ in width, so the folder brings the modeling file `modeling_selfpruner.py`; with selfpruner installed,\n"
+        f"The layers differ in width, so the folder brings the modeling file `{code}`; with selfpruner installed,\n"
         "`selfpruner.load(folder)` needs no remote code."
-        if needs_code
+        if code
         else "All layers have the same shape: this is an ordinary model of its family."
     )
-    code = ", trust_remote_code=True" if needs_code else ""
+    trust = ", trust_remote_code=True" if code else ""
     return (
         f"{shapes}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{code})\n```\n\n{_PROOF}'
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})\n```\n\n{_PROOF}'
     )
 
 

@@ -169,7 +169,7 @@ def _write_config(model: SelfPrunerForCausalLM, folder: Path, card: CardInfo, sh
     write_json(folder / "config.json", body)
     if model.generation_config is not None:
         model.generation_config.to_json_file(folder / "generation_config.json")
-    text = model_card(card, shapes, parameters=parameters, needs_code=plain is None)
+    text = model_card(card, shapes, parameters=parameters, code=None if plain else Path(modeling_selfpruner.__file__).name)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

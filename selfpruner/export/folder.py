@@ -56,29 +56,38 @@ def write_folder(
     directory = Path(os.path.abspath(directory))
     if kept := _existing(directory, plan, export, go_on):
         return kept
+    with aside(directory) as temporary:
+        started = time.perf_counter()
+        parameters = fill(temporary)
+        for path in temporary.rglob("*"):
+            manifest.sync(path)
+        written = time.perf_counter()
+        verification = prove(temporary)
+        verified = time.perf_counter()
+        go_on()
+        digest = manifest.write(temporary, plan=plan, parameters=parameters, verification=verification, export=export)
+        size = _weight_bytes(manifest.read(temporary))
+        _into_place(temporary, directory)
+    return ExportResult(
+        directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2)
+    )
+
+
+@contextmanager
+def aside(directory: Path) -> Iterator[Path]:
+    """A new folder beside ``directory`` that is gone afterwards, and swept up by the next writer here if this process is killed.
+
+    What the operating system or a library raises inside becomes an ExportError or DiskFullError.
+    """
     with _export_errors(directory), disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         _sweep(directory.parent)
         temporary = directory.parent / f".tmp-{directory.name}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         temporary.mkdir()
         try:
-            started = time.perf_counter()
-            parameters = fill(temporary)
-            for path in temporary.rglob("*"):
-                manifest.sync(path)
-            written = time.perf_counter()
-            verification = prove(temporary)
-            verified = time.perf_counter()
-            go_on()
-            digest = manifest.write(temporary, plan=plan, parameters=parameters, verification=verification, export=export)
-            size = _weight_bytes(manifest.read(temporary))
-            _into_place(temporary, directory)
-        except BaseException:
+            yield temporary
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return ExportResult(
-        directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2)
-    )
 
 
 def _existing(

@@ -74,7 +74,7 @@ class Masked(Transformers):
         return (
             "This is the pruned model in the base model's shapes, with zeros where units were removed. It computes the same and\n"
             "loads everywhere, but saves neither memory nor time; the parameters above are without the zeros.\n\n"
-            f"{loading(needs_code=False)}"
+            f"{loading(None)}"
         )
 
     def _twin(self, checkpoint: Checkpoint) -> PreTrainedModel:

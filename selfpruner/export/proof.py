@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner.errors import ExportError
+from selfpruner.tensor_files import TensorFile, held_shapes, write_tensors
 
 REFERENCE = "proof/reference.safetensors"
 # With 49,152 words 21 positions of two sequences, with 256,000 words four; the last ones have all others before them.
@@ -50,18 +49,20 @@ def write_reference(
         "text": _TEXT,
         "ids": json.dumps(tokenizer(_TEXT)["input_ids"]),
     }
-    path = folder / REFERENCE
-    path.parent.mkdir()
-    save_file({"tokens": tokens, "logits": logits[:, -rows:].float().contiguous()}, path, metadata=facts)
+    _write(folder, {"tokens": tokens, "logits": logits[:, -rows:].float().contiguous()}, facts)
 
 
 def copy_reference(source: Path, folder: Path, parameters: int) -> None:
     """Take over the reference of another folder for what has so many ``parameters``."""
+    file = TensorFile(source / REFERENCE)
+    _write(folder, {name: file.read(name) for name in file.shapes}, {**file.metadata, "parameters": str(parameters)})
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    # Not the library's writer, which puts metadata in another order every time: equal references are equal files.
     path = folder / REFERENCE
     path.parent.mkdir(exist_ok=True)
-    with safe_open(source / REFERENCE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in ("tokens", "logits")}
-        save_file(tensors, path, metadata={**file.metadata(), "parameters": str(parameters)})
+    write_tensors(path, held_shapes(tensors), tensors.__getitem__, facts)
 
 
 def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[], None]) -> dict[str, Any]:
