@@ -31,6 +31,7 @@ from tests.test_export import CARD, Case, folder, prune, tokens_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
+
 @dataclass(frozen=True)
 class Made:
     """A checkpoint, the GGUF file made from it, and the reference that it has to meet."""
@@ -76,7 +77,9 @@ def export(path: Path, case: Case, source: Path, quantize: str | None = None) ->
     return Made(case, made, out, out / proof.REFERENCE)
 
 
-def pruned(path: Path, family: str, quantize: str | None = None, *, drop: bool = False, biased: bool = False, **options: Any) -> Made:
+def pruned(
+    path: Path, family: str, quantize: str | None = None, *, drop: bool = False, biased: bool = False, **options: Any
+) -> Made:
     source, model = folder(path / "base", family, **options)
     return export(path, prune(model, drop=drop, biased=biased), source, quantize)
 
@@ -112,7 +115,10 @@ ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     "llama3": {
-        **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
 }
@@ -141,9 +147,7 @@ def test_a_varying_plan_is_read_back_equal(tmp_path: Path, variant: str) -> None
     assert made.file.name == "tiny-pruned-F32.gguf"
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen2", "llama-uniform", "qwen2-uniform", "qwen2-narrow", "qwen3-uniform"]
-)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "llama-uniform", "qwen2-uniform", "qwen2-narrow", "qwen3-uniform"])
 def test_golden_headers(tmp_path: Path, name: str) -> None:
     """To renew a golden file, delete it and run this test: it writes the file and fails."""
     family, _, kind = name.partition("-")
@@ -204,7 +208,9 @@ def test_a_window_bounds_the_context(tmp_path: Path) -> None:
     assert pruned(tmp_path / "q", "qwen2").keys["deci.context_length"] == 512
 
 
-@pytest.mark.parametrize(("quantize", "types"), [("f16", {"F16", "F32"}), ("bf16", {"BF16", "F32"}), ("q8_0", {"Q8_0", "F16", "F32"})])
+@pytest.mark.parametrize(
+    ("quantize", "types"), [("f16", {"F16", "F32"}), ("bf16", {"BF16", "F32"}), ("q8_0", {"Q8_0", "F16", "F32"})]
+)
 def test_types(tmp_path: Path, quantize: str, types: set[str]) -> None:
     made = pruned(tmp_path, "llama", quantize, biased=True, ffn=96, hidden=64)
     found = made.verify()
@@ -406,7 +412,25 @@ def sentencepiece(pieces: list[str], *, prefix: bool = True, lost: int = 0) -> P
     return tokenizer
 
 
-PIECES = ["▁t", "he", "in", "er", "▁a", "▁the", "the", "ing", "▁▁", "▁▁▁▁", "an", "▁an", "and", "▁and", "ee", "eee", *"▁abcdefghinorst"]
+PIECES = [
+    "▁t",
+    "he",
+    "in",
+    "er",
+    "▁a",
+    "▁the",
+    "the",
+    "ing",
+    "▁▁",
+    "▁▁▁▁",
+    "an",
+    "▁an",
+    "and",
+    "▁and",
+    "ee",
+    "eee",
+    *"▁abcdefghinorst",
+]
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto import AutoTokenizer
 
 import tests.tiny_models as tiny
-from selfpruner.export import formats, gguf_runtime, gguf_tokenizer, verify_gguf
+from selfpruner.export import formats, gguf_runtime, gguf_tokenizer
 from selfpruner.export.base import Checkpoint
 from selfpruner.export.build import build
 from selfpruner.export.checkpoint import load
 from selfpruner.export.gguf import Gguf
 from selfpruner.export.shape import LayerShape
 from tests.test_export import Case, folder, tokens_of
-from tests.test_gguf import PIECES, ROPES, VARYING, Made, export, pruned, sentencepiece, uniform, with_pre_tokenizer
+from tests.test_gguf import PIECES, ROPES, VARYING, export, pruned, sentencepiece, uniform, with_pre_tokenizer
 
 pytestmark = pytest.mark.skipif(
     not gguf_runtime.installed(), reason="llama-cpp-python is not installed; `make test-llamacpp` compiles and runs this"

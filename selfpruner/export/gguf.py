@@ -5,8 +5,8 @@ arrays with an entry per layer, and whose matrices may have biases. A uniform pl
 architecture where that fits. Facts about llama.cpp that shape the file, read in its source and tested with 0.3.36 of
 llama-cpp-python:
 
-- ``deci`` and ``llama`` rotate neighbouring pairs of a head's dimensions where transformers rotates the halves, so the rows of q and
-  k, and their biases, are put into that order, head by head; ``qwen2`` and ``qwen3`` rotate the halves.
+- ``deci`` and ``llama`` rotate neighbouring pairs of a head's dimensions where transformers rotates the halves, so the rows of q
+  and k, and their biases, are put into that order, head by head; ``qwen2`` and ``qwen3`` rotate the halves.
 - ``deci`` knows no norms on q and k, ``qwen3`` no biases and no layers that differ: a Qwen3 plan is written if it is uniform and
   its compensation left no bias.
 - A layer of ``deci`` may have no heads, but not the first, from which the size of a head is taken, and one without FFN forgets what
@@ -131,15 +131,16 @@ class Gguf(Format):
         outline, kind = _outline(checkpoint), quantize or _own_type(checkpoint)
         name = _file_name(checkpoint, quantize)
         text = (
-            f"One file for llama.cpp and what is built on it, of architecture `{outline.architecture}`. With flash attention the whole "
-            f"KV cache shrinks with the heads that are gone, without it only its half.\n\n```\nllama-server -m {name} -fa on\n```"
+            f"One file for llama.cpp and what is built on it, of architecture `{outline.architecture}`. With flash attention the "
+            "whole KV cache shrinks with the heads that are gone, without it only its half.\n\n"
+            f"```\nllama-server -m {name} -fa on\n```"
         )
         block = 1 if kind in _PLAIN else 256 if "_k" in kind else 32
         if odd := [tensor.name for tensor in outline.tensors if len(tensor.shape) > 1 and tensor.shape[-1] % block]:
             other = "float16" if block == 32 else "a type with blocks of 32, or float16,"
             text += (
-                f"\n\nRows of {len(odd)} matrices are not multiples of {block} numbers, which {kind} takes, among them `{odd[0]}`; they "
-                f"are stored as {other} instead. An `ffn_step` that is a multiple of {block} keeps FFN matrices from that."
+                f"\n\n{kind} takes rows of a multiple of {block} numbers. {len(odd)} matrices have others, `{odd[0]}` for one; "
+                f"they are stored as {other} instead. An `ffn_step` that is a multiple of {block} keeps FFN matrices from that."
             )
         return text
 
@@ -147,8 +148,12 @@ class Gguf(Format):
         return ["-m", verify_gguf.__name__, str(folder), str(reference), "--device", device]
 
 
+def _base(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.plan["base_model"]).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+
 def _file_name(checkpoint: Checkpoint, quantize: str | None) -> str:
-    base = re.sub(r"[^\w.-]+", "-", str(checkpoint.plan["base_model"]).rstrip("/").rsplit("/", 1)[-1]).removesuffix(".gguf")
+    base = re.sub(r"[^\w.-]+", "-", _base(checkpoint))
     return f"{base}-pruned-{(quantize or _own_type(checkpoint)).upper()}.gguf"
 
 
@@ -198,7 +203,7 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     keys = {
         "general.type": "model",
-        "general.name": f"{str(checkpoint.plan['base_model']).rstrip('/').rsplit('/', 1)[-1]}, pruned by {checkpoint.plan['rate']:.0%}",
+        "general.name": f"{_base(checkpoint)}, pruned by {checkpoint.plan['rate']:.0%}",
         **{f"{architecture}.{key}": value for key, value in own.items()},
         **gguf_tokenizer.metadata(tokenizer, config.vocab_size, _ends(checkpoint)),
     }
@@ -217,8 +222,8 @@ def _architecture(checkpoint: Checkpoint, config: Any, family: str, shapes: list
         if not uniform or biased or scaled:
             problem = "layers that differ" if not uniform else "biases on its matrices" if biased else "this rotary scaling"
             raise _refusal(
-                f"with norms on q and k and {problem} cannot be written: llama.cpp has such norms only where all layers are alike and "
-                "without biases. A uniform plan with compensation none can be (initial: uniform, generations: 0); the formats "
+                f"with norms on q and k and {problem} cannot be written: llama.cpp has such norms only where all layers are alike "
+                "and without biases. A uniform plan with compensation none can be (initial: uniform, generations: 0); the formats "
                 "transformers and masked take every plan."
             )
         return "qwen3"
@@ -233,9 +238,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _tensors(
-    checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerShape]], paired: int, head_dim: int
-) -> list[_Tensor]:
+def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerShape]], paired: int, head_dim: int) -> list[_Tensor]:
     """The file's tensors in order. ``paired``: the head size where q and k are reordered, else 0."""
     tensors: list[_Tensor] = []
     used: set[str] = set()
@@ -379,4 +382,5 @@ def _neighbours(rows: Tensor, head_dim: int) -> Tensor:
     with its neighbour."""
     if not head_dim:
         return rows
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    halves: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).flatten(0, 2)

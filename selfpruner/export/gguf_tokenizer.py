@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
@@ -39,12 +40,16 @@ _TEKKEN = (
 
 # In this text the known pre-tokenizers, and others that are close to one of them, differ. Its characters are in composed form.
 PROBE = (
-    "It's Tom's, THEY'LL say; isn't o'there 'tis? We'Ve 7 42 365 1984 31415 2718281 items at $3.50 (or -12%).\n"
-    "  two  spaces,\ttabs\t\tand \n \n\n\n lines\r\n   the end   \n"
-    "def f(x_1: int) -> str:\n    return f'{x_1!r}...' # no//comment/\n/path\n"
-    "camelCaseWords HTTPServer naïve Ärger ΑΒΓ αβγ Привет 你好世界 こんにちは 한국어 हिन्दी สวัสดี ½ ² Ⅷ ٣٤ "
-    "→ ≠ 🙂👩‍👩‍👧 --- === !!! ???\n\n\t end."
-) + " " * 520 + "x"
+    (
+        "It's Tom's, THEY'LL say; isn't o'there 'tis? We'Ve 7 42 365 1984 31415 2718281 items at $3.50 (or -12%).\n"
+        "  two  spaces,\ttabs\t\tand \n \n\n\n lines\r\n   the end   \n"
+        "def f(x_1: int) -> str:\n    return f'{x_1!r}...' # no//comment/\n/path\n"
+        "camelCaseWords HTTPServer naïve Ärger ΑΒΓ αβγ Привет 你好世界 こんにちは 한국어 हिन्दी สวัสดี ½ ² Ⅷ ٣٤ "
+        "→ ≠ 🙂👩‍👩‍👧 --- === !!! ???\n\n\t end."
+    )
+    + " " * 520
+    + "x"
+)
 
 
 @cache
@@ -70,7 +75,7 @@ def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence
 
     Raises FormatError for a tokenizer that llama.cpp cannot run.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     body: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "Python"}}
     model = body["model"]
     if model["type"] != "BPE":
@@ -121,8 +126,8 @@ def encode(keys: Mapping[str, Any], text: str) -> list[int]:
 
 def _refusal(what: str) -> FormatError:
     return FormatError(
-        f"The tokenizer {what}, so llama.cpp would feed the model other tokens. Export to another format; GGUF knows byte-level BPE "
-        f"cut as one of {', '.join(_pre_tokenizers())}, and sentencepiece BPE with byte fallback.",
+        f"The tokenizer {what}, so llama.cpp would feed the model other tokens. Export to another format; GGUF knows byte-level "
+        f"BPE cut as one of {', '.join(_pre_tokenizers())}, and sentencepiece BPE with byte fallback.",
         param="format",
     )
 
@@ -182,7 +187,7 @@ def _merge_by_score(own: Mapping[str, Any], vocabulary: Mapping[str, int], text:
     """Neighbours whose concatenation is a token are merged, the highest score first and the leftmost of equals."""
     parts = list(("▁" if own["add_space_prefix"] and text else "") + text.replace(" ", "▁"))
     while True:
-        pairs = [(vocabulary.get(left + right), place) for place, (left, right) in enumerate(zip(parts, parts[1:], strict=False))]
+        pairs = [(vocabulary.get(left + right), place) for place, (left, right) in enumerate(pairwise(parts))]
         scored = [(own["scores"][index], -place) for index, place in pairs if index is not None]
         if not scored:
             break

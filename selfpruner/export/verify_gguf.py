@@ -131,7 +131,7 @@ class _Comparison:
         return found
 
 
-def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> SelfPrunerForCausalLM:
+def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> Any:
     """The model that a file describes, in ``dtype``: a reader of its own, which shares nothing with the writer."""
     architecture = keys["general.architecture"]
     own = {key.removeprefix(f"{architecture}."): value for key, value in keys.items() if key.startswith(f"{architecture}.")}
@@ -171,33 +171,34 @@ def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> 
         rope["factor"] = own["rope.scaling.factor"]
     if "rope.scaling.original_context_length" in own:
         rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
-    common = {key: max(layer[key] for layer in layers.values()) for key in layers[0]}
-    config = SelfPrunerConfig(
-        vocab_size=own["vocab_size"],
-        hidden_size=own["embedding_length"],
-        num_hidden_layers=count,
+    common: dict[str, Any] = {key: max(layer[key] for layer in layers.values()) for key in layers[0]}
+    body: dict[str, Any] = {
+        "vocab_size": own["vocab_size"],
+        "hidden_size": own["embedding_length"],
+        "num_hidden_layers": count,
         **common,
-        per_layer_config={
+        "per_layer_config": {
             index: changed
             for index, layer in layers.items()
             if (changed := {key: value for key, value in layer.items() if value != common[key]})
         },
-        head_dim=head_dim,
-        qk_norm=attention.format(0) + "q_norm.weight" in tensors,
-        rms_norm_eps=own["attention.layer_norm_rms_epsilon"],
-        max_position_embeddings=own["context_length"],
-        rope_parameters=rope,
-        tie_word_embeddings="lm_head.weight" not in tensors,
-        pad_token_id=None,
-    )
+        "head_dim": head_dim,
+        "qk_norm": attention.format(0) + "q_norm.weight" in tensors,
+        "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
+        "max_position_embeddings": own["context_length"],
+        "rope_parameters": rope,
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "pad_token_id": None,
+    }
+    config = SelfPrunerConfig(**body)
     with torch.device("meta"):
-        model: SelfPrunerForCausalLM = SelfPrunerForCausalLM._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: Any = SelfPrunerForCausalLM._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     model.load_state_dict(tensors, assign=True)
-    rotary: Any = type(model.model.rotary_emb)(config)
+    # Its table is computed, not stored, and was computed on the meta device above.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     if factors is not None:
-        rotary.inv_freq /= factors.float()
-    model.model.rotary_emb = rotary
+        model.model.rotary_emb.inv_freq /= factors.float()
     return model.train(False)
 
 
