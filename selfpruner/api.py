@@ -166,6 +166,7 @@ def export(
     *,
     format: str = "transformers",
     quantize: str | None = None,
+    tensor_parallel: int = 1,
     job: str | None = None,
     plan: str | None = None,
     cache: Path | None = None,
@@ -176,27 +177,28 @@ def export(
     ``source`` is a checkpoint's folder, or the folder or database of a search; of that, ``job`` defaults to the newest one,
     ``plan`` (a hash) to its best. Raises NotFoundError, and FormatError for what the format cannot take.
     """
+    how = {"quantize": quantize, "tensor_parallel": tensor_parallel}
     names.check("export format", format, names.FORMATS, param="format")
     if (Path(source) / MANIFEST).is_file():
         if job is not None or plan is not None:
             raise ConfigError(
                 f"{source} is one checkpoint: leave out job and plan, or name the folder of its search.", param="plan"
             )
-        return _convert(Path(source), Path(directory), format, quantize, progress)
-    if format == "transformers" and quantize is None:
+        return _convert(Path(source), Path(directory), format, how, progress)
+    if format == "transformers" and quantize is None and tensor_parallel == 1:
         return _made(source, Path(directory), job, plan, cache, progress)
     from selfpruner.export.folder import aside
 
     with aside(Path(directory).absolute()) as scratch:
         made = _made(source, scratch / "checkpoint", job, plan, cache, progress)
-        return _convert(made.path, Path(directory), format, quantize, progress)
+        return _convert(made.path, Path(directory), format, how, progress)
 
 
-def _convert(source: Path, directory: Path, format: str, quantize: str | None, progress: Watch) -> Pruned:
+def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: Watch) -> Pruned:
     from selfpruner.export import formats
 
     progress(f"writing the format {format}")
-    result = formats.convert(source, directory, format, quantize=quantize)
+    result = formats.convert(source, directory, format, **how)
     made = json.loads((result.path / "plan.json").read_text("utf-8"))
     return Pruned(result.path, result.parameters, Plan(tuple(made["levels"])), made["layer_rates"], result.verification)
 

@@ -224,7 +224,8 @@ def download(
 ) -> int:
     """Fetch the checkpoint of a job.
 
-    It comes over HTTP from the server's machine, and every file is checked against the manifest.
+    It comes over HTTP from the server's machine, and every file is checked against the manifest. The same call again goes on where
+    an interrupted one stopped.
     """
     with options.client(url) as client:
         found = list(client.checkpoints(job_id))

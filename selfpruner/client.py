@@ -8,7 +8,6 @@ with Client("http://127.0.0.1:8000") as client:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import uuid
@@ -20,6 +19,7 @@ from urllib.parse import quote
 
 import httpx
 
+from selfpruner import manifest
 from selfpruner.errors import (
     ConfigError,
     ConflictError,
@@ -32,6 +32,7 @@ from selfpruner.errors import (
 )
 
 Json = dict[str, Any]
+PART = ".part"  # ends the name of a file that is not there as a whole
 FINISHED = ("succeeded", "failed", "cancelled")
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -132,39 +133,59 @@ class Client:
         return self._pages(f"/v1/jobs/{_id(job_id)}/checkpoints", {})
 
     def download(self, job_id: str, checkpoint_id: str, folder: Path) -> Path:
-        """Fetch a checkpoint's files into ``folder`` (new or empty), the manifest last, so that a folder that has one is complete.
+        """Fetch a checkpoint's files into ``folder``, the manifest last, so that a folder that has one is complete.
 
-        Raises CorruptCheckpointError when what arrives does not match its sha256, ConfigError when the folder holds something.
+        A connection that breaks is taken up where it broke; so is a download that was interrupted, by the same call again.
+        Raises CorruptCheckpointError when what arrived does not match its sha256, ConfigError when the folder holds something else.
         """
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty. Name a new folder.", param="folder")
         base = f"/v1/jobs/{_id(job_id)}/checkpoints/{_id(checkpoint_id)}/files"
-        for file in self._json("GET", base)["data"]:
+        files = self._json("GET", base)["data"]
+        # What an interrupted download left: listed files, whole or in part, but not the last one.
+        begun = {folder / name for file in files[:-1] for name in (file["id"], file["id"] + PART)} | {
+            folder / (files[-1]["id"] + PART)
+        }
+        if any(path not in begun for path in folder.rglob("*") if not path.is_dir()) or folder.is_file():
+            raise ConfigError(f"{folder} is not empty. Name a new folder.", param="folder")
+        for file in files:
             target = folder / file["id"]
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise CorruptCheckpointError(f"The server lists a file outside the checkpoint: {file['id']!r}.")
             with disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._fetch(f"{base}/{quote(file['id'])}", target, file["sha256"])
+                if not target.exists():
+                    self._fetch(f"{base}/{quote(file['id'])}", target, file)
+                elif not _is(target, file):
+                    raise CorruptCheckpointError(f"{target} is another file of that name. Remove it, or name a new folder.")
         return folder
 
-    def _fetch(self, path: str, target: Path, sha256: str) -> None:
-        digest, part = hashlib.sha256(), target.with_name(target.name + ".part")
-        try:
-            with self._http.stream("GET", path) as reply, part.open("wb") as out:
-                if reply.is_error:
-                    reply.read()
-                    raise _error(reply)
-                for chunk in reply.iter_bytes():
-                    digest.update(chunk)
-                    out.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise CorruptCheckpointError(f"{target.name} arrived damaged. Fetch it again.")
-            part.rename(target)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from None
-        finally:
-            part.unlink(missing_ok=True)
+    def _fetch(self, path: str, target: Path, file: Json) -> None:
+        """Fetch one file; what was fetched before it broke stays in a file beside it."""
+        part, failures = target.with_name(target.name + PART), 0
+        while True:
+            have = part.stat().st_size if part.exists() else 0
+            if 0 < have >= file["bytes"]:
+                break
+            headers = {"range": f"bytes={have}-", "if-range": f'"{file["sha256"]}"'} if have else {}
+            try:
+                with self._http.stream("GET", path, headers=headers) as reply:
+                    if reply.is_error:
+                        reply.read()
+                        raise _error(reply)
+                    goes_on = reply.status_code == 206 and reply.headers.get("content-range", "").startswith(f"bytes {have}-")
+                    with part.open("ab" if goes_on else "wb") as out:
+                        for chunk in reply.iter_bytes():
+                            out.write(chunk)
+                break
+            except httpx.TransportError as error:
+                came = part.exists() and part.stat().st_size > have
+                failures = 0 if came else failures + 1
+                if failures > self._retries:
+                    raise self._unreachable(error) from None
+                self._sleep(0.2 * 2**failures)
+        if not _is(part, file):
+            part.unlink()
+            raise CorruptCheckpointError(f"{target.name} arrived damaged. Fetch it again.")
+        part.rename(target)
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
         """The events so far, those after number ``after``."""
@@ -299,6 +320,11 @@ def _error(reply: httpx.Response) -> SelfprunerError:
         return error
     except (ValueError, KeyError, TypeError, AttributeError):
         return UnreachableError(f"{reply.url.copy_with(query=None)} answered {reply.status_code}, not as a selfpruner server does.")
+
+
+def _is(path: Path, file: Json) -> bool:
+    """Whether ``path`` has the bytes of a file that the server lists."""
+    return bool(path.stat().st_size == file["bytes"] and manifest.sha256(path) == file["sha256"])
 
 
 def _id(identity: str) -> str:

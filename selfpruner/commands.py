@@ -188,6 +188,7 @@ def export(
     output: Output,
     format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(names.FORMATS)}.")] = "transformers",
     quantize: Annotated[str | None, typer.Option(help="For formats that quantize.", show_default="none")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Refuse what does not divide among so many ranks.")] = 1,
     job: Annotated[str | None, typer.Option(help="Which job of a database.", show_default="the newest")] = None,
     plan: Annotated[str | None, typer.Option(help="Hash of any candidate of it.", show_default="the best")] = None,
     cache: Cache = None,
@@ -202,7 +203,17 @@ def export(
         place: Path | str = source
         if source.startswith("job_") and not Path(source).exists():
             place = stack.enter_context(_of_job(source, output, url))
-        result = api.export(place, output, format=format, quantize=quantize, job=job, plan=plan, cache=cache, progress=_tell)
+        result = api.export(
+            place,
+            output,
+            format=format,
+            quantize=quantize,
+            tensor_parallel=tensor_parallel,
+            job=job,
+            plan=plan,
+            cache=cache,
+            progress=_tell,
+        )
     return _print_pruned(result, as_json)
 
 

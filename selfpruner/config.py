@@ -105,7 +105,16 @@ class SearchConfig(Strict):
     compensation: str = "least_squares"
     granularity: Literal["layer", "block"] = "block"
     attention: Literal["all", "q_head", "kv_group", "none"] = "all"
-    ffn_step: int | None = Field(default=None, ge=8, le=65_536, multiple_of=8)
+    ffn_step: int | None = Field(
+        default=None,
+        ge=8,
+        le=65_536,
+        multiple_of=8,
+        description="channels an FFN gives up at once; 32 or 256 for what quantizes rows",
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=64, description="ranks that heads and channels of every layer are to divide among"
+    )
     drop_blocks: bool = False
     group: int = Field(default=4, ge=2, le=64, description="M of the pattern n_m; how many of M stay is searched")
     sparsity_step: float = Field(default=0.05, ge=0.01, le=0.5, description="between two levels of the pattern unstructured")
@@ -190,6 +199,10 @@ class SearchConfig(Strict):
             names.check("operator", name, names.OFFSPRING_OPERATORS, param="operators")
         if "uniform" not in self.initial and self.preset != "self-pruner":
             raise ValueError("initial must contain 'uniform': every result is compared with it")
+        if self.ffn_step is not None and self.ffn_step % self.tensor_parallel:
+            raise ValueError(
+                f"ffn_step {self.ffn_step} does not divide by tensor_parallel {self.tensor_parallel}; use a multiple of it"
+            )
         if self.objective[0] != "quality" or len(set(self.objective)) < len(self.objective):
             raise ValueError("objective must start with quality, then latency, parameters or both, each once")
         if self.rates and "parameters" not in self.objective:
@@ -204,6 +217,8 @@ class SearchConfig(Strict):
             raise ValueError(f"the compensation bias is for whole units; with {self.pattern} use none or least_squares")
         if "latency" in self.objective:
             raise ValueError(f"latency does not change with {self.pattern}: shapes stay; leave it out of the objective")
+        if self.tensor_parallel > 1:
+            raise ValueError(f"with {self.pattern} shapes stay, and divide as the model's own: leave out tensor_parallel")
         if self.of != "decoder":
             raise ValueError(f"with {self.pattern} the rate is of the matrices that are pruned: leave out of")
 

@@ -301,28 +301,54 @@ class SearchSpace:
         return cls(blocks, data["total"], data["rate"], data["step"], data["granularity"])
 
 
-def ffn_widths(width: int, step: int | None = None, *, drop: bool = False) -> list[int]:
+def ffn_widths(width: int, step: int | None = None, *, drop: bool = False, ranks: int = 1) -> list[int]:
     """Channels kept at each FFN level: the full width, then the multiples of ``step`` below it; 0 only with ``drop``.
 
-    Without a step, about 1/24 of the width, rounded to a multiple of 8.
+    Without a step, :func:`default_ffn_step`. All of them divide among ``ranks``: raises ConfigError where the width or the step
+    does not.
     """
-    step = default_ffn_step(width) if step is None else step
+    step = default_ffn_step(width, ranks) if step is None else step
+    if width % ranks:
+        raise _indivisible(f"{width} FFN channels", ranks)
+    if step % ranks:
+        raise ConfigError(f"ffn_step {step} does not divide by tensor_parallel {ranks}; use a multiple of it", param="ffn_step")
     if step >= width and not drop:
         raise ConfigError(f"ffn_step {step} leaves nothing of an FFN of {width} channels; use less than {width}", param="ffn_step")
     return [width, *range((width - 1) // step * step, 0, -step), *([0] if drop else [])]
 
 
-def default_ffn_step(width: int) -> int:
-    return max(8, round(width / 24 / 8) * 8)
+def default_ffn_step(width: int, ranks: int = 1) -> int:
+    """About 1/24 of the width, rounded to a multiple of 8 and of ``ranks``."""
+    unit = math.lcm(8, ranks)
+    return max(unit, round(width / 24 / unit) * unit)
 
 
 def attention_shapes(
-    kv_groups: int, heads_per_group: int, mode: Literal["all", "q_head", "kv_group", "none"], *, drop: bool = False
+    kv_groups: int,
+    heads_per_group: int,
+    mode: Literal["all", "q_head", "kv_group", "none"],
+    *,
+    drop: bool = False,
+    ranks: int = 1,
 ) -> list[tuple[int, int]]:
-    """(KV groups, query heads per group) of every option of ``mode``, dense first. (0, 0) only with ``drop`` and a mode."""
+    """(KV groups, query heads per group) of every option of ``mode``, dense first. (0, 0) only with ``drop`` and a mode.
+
+    KV heads and query heads of all of them divide among ``ranks``. A model with fewer KV heads than ranks keeps them all, because
+    runtimes then give every rank a copy. Raises ConfigError where the model's own heads do not divide.
+    """
     groups = range(kv_groups, 0, -1) if mode in ("all", "kv_group") else [kv_groups]
     heads = range(heads_per_group, 0, -1) if mode in ("all", "q_head") else [heads_per_group]
-    return [(g, h) for g in groups for h in heads] + ([(0, 0)] if drop and mode != "none" else [])
+    share = min(ranks, kv_groups)
+    shapes = [(g, h) for g in groups for h in heads if g % share == 0 and g * h % ranks == 0]
+    if ranks % share or shapes[:1] != [(kv_groups, heads_per_group)]:
+        raise _indivisible(f"{kv_groups * heads_per_group} query heads and {kv_groups} KV heads", ranks)
+    return shapes + ([(0, 0)] if drop and mode != "none" else [])
+
+
+def _indivisible(what: str, ranks: int) -> ConfigError:
+    return ConfigError(
+        f"The model's own {what} do not divide among tensor_parallel {ranks}; use a divisor of them", param="tensor_parallel"
+    )
 
 
 def without_dominated(options: Sequence[Option]) -> tuple[Option, ...]:

@@ -44,6 +44,7 @@ CODES: Mapping[int, str] = {
     408: "request_timeout",
     413: "body_too_large",
     415: "unsupported_media_type",
+    416: "range_not_satisfiable",
     503: "unavailable",
 }
 

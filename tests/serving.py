@@ -62,6 +62,8 @@ async def quick(recorder: Recorder, folder: Path, plans: int = 3) -> Result:
     await asyncio.sleep(0)
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+    (folder / "proof").mkdir()
+    (folder / "proof" / "reference.safetensors").write_bytes(b"logits")
     digest = manifest.write(folder, plan={}, parameters=1000, verification={})
     checkpoint = {
         "path": str(folder),

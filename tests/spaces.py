@@ -23,6 +23,7 @@ def space_of(
     mode: Mode = "all",
     drop: bool = False,
     bias: bool = False,
+    ranks: int = 1,
     rate: float = 0.2,
     granularity: Literal["layer", "block"] = "block",
     seed: int = 0,
@@ -47,11 +48,11 @@ def space_of(
     blocks = []
     for layer in range(layers):
         slope, wide = rng.uniform(0.3, 1.0), attention(*dense)
-        sizes = [(g, h, attention(g, h)) for g, h in attention_shapes(*dense, mode, drop=drop)]
+        sizes = [(g, h, attention(g, h)) for g, h in attention_shapes(*dense, mode, drop=drop, ranks=ranks)]
         heads = [Option(size, error(size, wide, slope), kv_groups=g, heads_per_group=h) for g, h, size in sizes]
         blocks.append(Block(layer, "attention", without_dominated(heads)))
         slope = rng.uniform(0.3, 1.0)
-        widths = ffn_widths(channels, step, drop=drop)
+        widths = ffn_widths(channels, step, drop=drop, ranks=ranks)
         sized = [Option(ffn(w), error(ffn(w), ffn(channels), slope), channels=w) for w in widths]
         blocks.append(Block(layer, "ffn", tuple(sized)))
     total = sum(block.options[0].parameters for block in blocks) + 2 * hidden * layers

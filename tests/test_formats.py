@@ -357,6 +357,37 @@ def test_bad_exports_are_one_line(
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("unproven")
+def test_plans_that_do_not_divide_are_refused_and_searches_can_avoid_them(tmp_path: Path, pruned: tuple[Path, Path]) -> None:
+    fields = json.loads(pruned[1].read_text())
+    with pytest.raises(FormatError, match=r"do not divide among 4 ranks\. A search with tensor_parallel 4 keeps") as error:
+        api.export(pruned[0], tmp_path / "out", tensor_parallel=4)
+    assert error.value.param == "tensor_parallel"
+    with pytest.raises(FormatError, match="leave it out with masked"):
+        api.export(pruned[0], tmp_path / "out", format="masked", tensor_parallel=2)
+    assert list(tmp_path.iterdir()) == []
+
+    tiny.tiny_model(tmp_path / "base", "llama", heads=8, kv_heads=4, hidden=64, ffn=640)
+    made = api.prune(
+        tmp_path / "pruned",
+        rate=0.4,
+        cache=tmp_path / "cache",
+        **{**fields, "model": str(tmp_path / "base"), "ffn_step": 32, "tensor_parallel": 2, "attention": "kv_group"},
+    )
+    layers = json.loads((made.path / "plan.json").read_text())["layers"]
+    assert {layer["kv_groups"] for layer in layers} == {2}
+    assert all(layer["query_heads"] == 2 * layer["kv_groups"] and layer["ffn_channels"] % 32 == 0 for layer in layers)
+    assert api.export(made.path, tmp_path / "out", tensor_parallel=2).parameters == made.parameters
+    for changes, param in (
+        ({"tensor_parallel": 3, "ffn_step": 24}, "tensor_parallel"),
+        ({"pattern": "n_m", "tensor_parallel": 2}, None),
+    ):
+        with pytest.raises(ConfigError, match="tensor_parallel") as refused:
+            api.prune(tmp_path / "other", rate=0.4, cache=tmp_path / "cache", **{**fields, "compensation": "none", **changes})
+        assert refused.value.param == param
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_streamed_proof(pruned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["verify", str(pruned[0]), "--memory", "64MiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["verification"]

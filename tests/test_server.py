@@ -102,7 +102,7 @@ def test_checkpoint_files_are_served_while_they_match(server: Running, http: htt
     (checkpoint,) = client.checkpoints(job_id)
     base = f"/v1/jobs/{job_id}/checkpoints/{checkpoint['id']}/files"
     files = http.get(base).json()["data"]
-    assert [file["id"] for file in files] == ["model.safetensors", "manifest.json"]
+    assert [file["id"] for file in files] == ["model.safetensors", "proof/reference.safetensors", "manifest.json"]
     reply = http.get(f"{base}/model.safetensors", headers={"range": "bytes=0-6"})
     assert (reply.status_code, reply.content) == (206, b"weights")
     for name in ("../../../selfpruner.db", "%2e%2e/%2e%2e/selfpruner.db", "none", "/etc/passwd", "."):
@@ -111,7 +111,7 @@ def test_checkpoint_files_are_served_while_they_match(server: Running, http: htt
         assert reply.status_code == 404 or reply.json()["object"] == "list"  # the client resolved the dots
 
     fetched = client.download(job_id, checkpoint["id"], tmp_path / "copy")
-    assert sorted(path.name for path in fetched.iterdir()) == ["manifest.json", "model.safetensors"]
+    assert sorted(path.name for path in fetched.iterdir()) == ["manifest.json", "model.safetensors", "proof"]
     manifest.check(fetched)
 
     shard = server.settings.checkpoints / job_id / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from itertools import pairwise, product
 from typing import Any
 
@@ -264,6 +265,57 @@ def test_attention_shapes() -> None:
     assert attention_shapes(2, 3, "none") == [(2, 3)]
     assert attention_shapes(2, 3, "none", drop=True) == [(2, 3)]
     assert attention_shapes(1, 2, "kv_group", drop=True) == [(1, 2), (0, 0)]
+
+
+@given(st.integers(1, 60_000), st.integers(1, 64))
+def test_a_step_for_ranks_divides_among_them(width: int, ranks: int) -> None:
+    step = default_ffn_step(width * ranks, ranks)
+    assert step % 8 == step % ranks == 0
+
+
+def test_shapes_for_ranks() -> None:
+    assert attention_shapes(4, 2, "all", ranks=2) == [(4, 2), (4, 1), (2, 2), (2, 1)]
+    assert attention_shapes(4, 2, "kv_group", ranks=4, drop=True) == [(4, 2), (0, 0)]
+    # Fewer KV heads than ranks: every rank gets a copy, so all stay, and the query heads divide.
+    assert attention_shapes(2, 8, "all", ranks=4) == [(2, 8), (2, 6), (2, 4), (2, 2)]
+    for groups, heads, ranks in ((3, 3, 2), (1, 3, 2), (6, 1, 4), (3, 4, 4)):
+        with pytest.raises(ConfigError, match="do not divide among tensor_parallel") as caught:
+            attention_shapes(groups, heads, "all", ranks=ranks)
+        assert caught.value.param == "tensor_parallel"
+    with pytest.raises(ConfigError, match="100 FFN channels do not divide") as caught:
+        ffn_widths(100, 24, ranks=3)
+    assert caught.value.param == "tensor_parallel"
+    with pytest.raises(ConfigError, match="ffn_step 32 does not divide by tensor_parallel 3"):
+        ffn_widths(96, 32, ranks=3)
+
+
+@settings(deadline=None)
+@given(
+    ranks=st.sampled_from([1, 2, 4, 8]),
+    groups=st.integers(1, 4),
+    heads=st.integers(1, 4),
+    step=st.sampled_from([32, 256]),
+    mode=st.sampled_from(["all", "q_head", "kv_group"]),
+    drop=st.booleans(),
+    granularity=st.sampled_from(["layer", "block"]),
+    rates=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+)
+def test_every_plan_is_one_that_runtimes_take(
+    ranks: int, groups: int, heads: int, step: int, mode: Any, drop: bool, granularity: Any, rates: list[float]
+) -> None:
+    """Every level, and so every plan that is proposed, divides among the ranks, has rows of so many channels, and whole groups."""
+    options: dict[str, Any] = {"kv_groups": groups * ranks, "heads_per_group": heads, "mode": mode, "ranks": ranks}
+    space = space_of(channels=6 * step, step=step, drop=drop, rate=0.25, granularity=granularity, **options)
+    plans = [Plan(tuple(min(level, len(block.options) - 1) for block in space.blocks)) for level in range(40)]
+    with suppress(BudgetError):  # a few coarse spaces have no plan of this rate
+        plans.append(space.project(rates))
+    for plan in plans:
+        for block, level in zip(space.blocks, plan.levels, strict=True):
+            option = block.options[level]
+            assert option.kv_groups % ranks == option.heads % ranks == 0
+            assert option.channels % step == option.channels % ranks == 0
+            if mode == "kv_group":
+                assert option.heads == option.kv_groups * heads
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0])), min_size=1, max_size=12))

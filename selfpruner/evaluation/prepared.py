@@ -152,8 +152,7 @@ def prepare_blocks(
                 del factors, pair, own
                 release()
             progress(f"units of layer {layer + 1}/{arch.layers} ordered by {config.criterion}")
-    shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
-    widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
+    shapes, widths = _shapes(config, arch), _widths(config, arch)
     blocks: list[Prunable] = []
     measured = []
     for layer, file in enumerate(files):
@@ -428,16 +427,23 @@ def _kind(index: int) -> Any:
     return "ffn" if index % 2 else "attention"
 
 
+def _shapes(config: SearchConfig, arch: Architecture) -> list[tuple[int, int]]:
+    dense = arch.kv_groups, arch.heads_per_group
+    return attention_shapes(*dense, config.attention, drop=config.drop_blocks, ranks=config.tensor_parallel)
+
+
+def _widths(config: SearchConfig, arch: Architecture) -> list[int]:
+    return ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks, ranks=config.tensor_parallel)
+
+
 def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
     """A block's sizes without errors, for the first look at the budget."""
     if config.pattern != "structured":
         options = masked.block_options(arch, index // 2, index % 2, _levels(config))
         return Block(index // 2, _kind(index), options[:1] if config.attention == "none" and index % 2 == 0 else options)
     if index % 2:
-        widths = ffn_widths(arch.channels, config.ffn_step, drop=config.drop_blocks)
-        return Block(index // 2, "ffn", tuple(Option(arch.ffn_cost(width), channels=width) for width in widths))
-    shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, config.attention, drop=config.drop_blocks)
-    sizes = sorted({arch.attention_cost(*shape) for shape in shapes}, reverse=True)
+        return Block(index // 2, "ffn", tuple(Option(arch.ffn_cost(width), channels=width) for width in _widths(config, arch)))
+    sizes = sorted({arch.attention_cost(*shape) for shape in _shapes(config, arch)}, reverse=True)
     return Block(index // 2, "attention", tuple(Option(size) for size in sizes))
 
 
@@ -449,6 +455,6 @@ def _space(config: SearchConfig, arch: Architecture, blocks: Sequence[Block]) ->
         step = max(before - after for before, after in pairwise(sizes))
         return SearchSpace(tuple(blocks), whole, config.rate, step, config.granularity)
     total = arch.decoder_parameters() if config.of == "decoder" else arch.model_parameters()
-    channels = config.ffn_step or default_ffn_step(arch.channels)
+    channels = config.ffn_step or default_ffn_step(arch.channels, config.tensor_parallel)
     step = arch.ffn_cost(2 * channels) - arch.ffn_cost(channels)
     return SearchSpace(tuple(blocks), total, config.rate, step, config.granularity)

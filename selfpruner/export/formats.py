@@ -38,10 +38,13 @@ def convert(
     name: str,
     *,
     quantize: str | None = None,
+    tensor_parallel: int = 1,
     device: str = "cpu",
     cancelled: Callable[[], bool] = lambda: False,
 ) -> ExportResult:
     """Write the checkpoint in ``source`` to ``directory`` in the format ``name``, verified on ``device``.
+
+    ``tensor_parallel`` refuses a checkpoint whose layers do not divide among so many ranks.
 
     A complete export of the same checkpoint and options in ``directory`` is kept. Raises FormatError for what the format cannot
     take, before anything is written; CorruptCheckpointError naming a file of ``source``; ExportError, DiskFullError and
@@ -55,6 +58,8 @@ def convert(
         raise ExportError(f"{folder} is the checkpoint itself; choose another folder for the export.")
     checkpoint = Checkpoint.open(folder, go_on)
     form.check(checkpoint, quantize)
+    if tensor_parallel > 1:
+        _check_ranks(form, checkpoint, tensor_parallel)
     export = {"format": name, "checkpoint": manifest.sha256(folder / manifest.NAME)}
     if quantize is not None:
         export["quantize"] = quantize
@@ -73,6 +78,22 @@ def convert(
         return proof.refused(proof.prove(lambda where: form.verifier(place, reference, where), device, go_on))
 
     return write_folder(Path(directory), plan=checkpoint.plan, export=export, fill=fill, prove=prove, go_on=go_on)
+
+
+def _check_ranks(form: Format, checkpoint: Checkpoint, ranks: int) -> None:
+    if form.name != Transformers.name:
+        raise FormatError(
+            f"tensor_parallel is a matter of the format transformers; leave it out with {form.name}.", param="tensor_parallel"
+        )
+    for layer, shape in enumerate(checkpoint.shapes):
+        # Where there are fewer KV heads than ranks, runtimes give every rank a copy.
+        whole = shape.kv_groups == 0 or shape.kv_groups % ranks == 0 or ranks % shape.kv_groups == 0
+        if not whole or shape.heads % ranks or shape.channels % ranks:
+            raise FormatError(
+                f"Layer {layer} keeps {shape.heads} query heads, {shape.kv_groups} KV heads and {shape.channels} FFN channels, "
+                f"which do not divide among {ranks} ranks. A search with tensor_parallel {ranks} keeps numbers that do.",
+                param="tensor_parallel",
+            )
 
 
 def verify(

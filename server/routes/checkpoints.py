@@ -1,28 +1,41 @@
-"""``/v1/jobs/{id}/checkpoints``: what a job exported, and its files.
+"""``/v1/jobs/{id}/checkpoints``: what a job exported, its files one by one, and all of them as a tar archive.
 
 A file is served only under a name that the manifest lists, and only while its content matches: the manifest's own sha256 is in
-the database, the others' are in the manifest. What does not match is code ``corrupt``, never a reply with bytes.
+the database, the others' are in the manifest. What does not match is code ``corrupt``, never a reply with bytes. So the first
+request for a file reads it once before it is answered. An archive is made while it is sent, and always the same bytes.
 """
 
 from __future__ import annotations
 
+import tarfile
 from functools import lru_cache
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import Response, StreamingResponse
 
 from selfpruner import manifest
 from selfpruner.errors import CorruptCheckpointError, NotFoundError
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint
 from server.errors import responses
+from server.ranges import Part, reply
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
 from server.schemas import CheckpointObject, FileObject, ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/checkpoints", tags=["checkpoints"])
 CheckpointId = Annotated[str, Path(max_length=64)]
+
+
+def _bytes(what: str, media: str = "application/octet-stream") -> dict[int | str, dict[str, Any]]:
+    """The replies of what is served in bytes."""
+    return {
+        **responses(404, 416),
+        200: {"content": {media: {}}, "description": what},
+        206: {"content": {media: {}}, "description": "The range that was asked for"},
+        304: {"description": "The client has it already"},
+    }
 
 
 @router.get("", responses=responses(404))
@@ -50,24 +63,47 @@ def list_files(job: OwnJob, checkpoint_id: CheckpointId, store: TheStore) -> Lis
     return ListObject[FileObject].of(list(files.values()), False)
 
 
-@router.get(
-    "/{checkpoint_id}/files/{name:path}",
-    response_class=FileResponse,
-    responses={
-        **responses(404),
-        200: {"content": {"application/octet-stream": {}}, "description": "The file; ranges are possible"},
-    },
-)
+@router.head("/{checkpoint_id}/files/{name:path}", include_in_schema=False)
+@router.get("/{checkpoint_id}/files/{name:path}", response_class=StreamingResponse, responses=_bytes("The file"))
 def retrieve_file(
-    job: OwnJob, checkpoint_id: CheckpointId, name: Annotated[str, Path(max_length=255)], store: TheStore
-) -> FileResponse:
+    request: Request, job: OwnJob, checkpoint_id: CheckpointId, name: Annotated[str, Path(max_length=255)], store: TheStore
+) -> Response:
+    """The ETag is the file's sha256."""
     row = _row(job.id, checkpoint_id, store)
     file = _files(row).get(name)
     if file is None:
         raise NotFoundError(f"Checkpoint {checkpoint_id} has no file {name!r}. List them with .../{checkpoint_id}/files.")
-    path = FilePath(row.path) / name
-    _check(path, file.sha256)
-    return FileResponse(path, media_type="application/octet-stream", filename=path.name, headers={"etag": f'"{file.sha256}"'})
+    parts = [_part(FilePath(row.path), file)]
+    return reply(request, parts, tag=file.sha256, media_type="application/octet-stream", filename=FilePath(name).name)
+
+
+@router.head("/{checkpoint_id}/archive", include_in_schema=False)
+@router.get("/{checkpoint_id}/archive", response_class=StreamingResponse, responses=_bytes("The archive", "application/x-tar"))
+def retrieve_archive(request: Request, job: OwnJob, checkpoint_id: CheckpointId, store: TheStore) -> Response:
+    """All files in a folder named by the checkpoint's id, the manifest last: an archive that was cut off unpacks to a folder
+    without one. The ETag is the manifest's sha256."""
+    row = _row(job.id, checkpoint_id, store)
+    parts = []
+    for file in _files(row).values():
+        parts += [_header(row, file), _part(FilePath(row.path), file), _padding(file.bytes)]
+    parts.append(Part(2 * tarfile.BLOCKSIZE, bytes(2 * tarfile.BLOCKSIZE)))
+    return reply(request, parts, tag=row.manifest_sha256, media_type="application/x-tar", filename=f"{row.id}.tar")
+
+
+def _header(row: Checkpoint, file: FileObject) -> Part:
+    entry = tarfile.TarInfo(f"{row.id}/{file.id}")
+    entry.size, entry.mtime, entry.mode = file.bytes, row.created_at, 0o644
+    data = entry.tobuf(tarfile.PAX_FORMAT)
+    return Part(len(data), data)
+
+
+def _padding(size: int) -> Part:
+    return Part(-size % tarfile.BLOCKSIZE, bytes(-size % tarfile.BLOCKSIZE))
+
+
+def _part(folder: FilePath, file: FileObject) -> Part:
+    _check(folder / file.id, file.sha256)
+    return Part(file.bytes, path=folder / file.id)
 
 
 def _row(job_id: str, checkpoint_id: str, store: Store) -> Checkpoint:
