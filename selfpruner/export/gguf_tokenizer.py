@@ -166,21 +166,26 @@ def _pre_tokenizer_name(backend: Any, body: Mapping[str, Any]) -> str:
 def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> list[float]:
     """Scores under which merging by score does what the ``merges`` do: minus the rank at which a token is first made.
 
-    That is so when every pair that makes a token is among the merges and no other token's pair lies between them; sentencepiece
-    models are always like that. Raises FormatError otherwise.
+    In what was made of a sentencepiece model every pair that makes a token is among the merges, and its pairs follow each other.
+    Only tokens of equal score, in Llama 2 the runs of spaces, have theirs mixed; such tokens share a score here too. Raises
+    FormatError where a pair is missing.
     """
     ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
     normal = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    scores = [0.0] * len(tokens)
-    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind != NORMAL:
-            continue
+    spans = []
+    for token in normal:
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         found = [ranks.get(pair, -1) for pair in pairs if pair[0] in normal and pair[1] in normal]
-        if found and (min(found) < 0 or max(found) - min(found) != len(found) - 1):
+        if found and min(found) < 0:
             raise _refusal(f"merges {token!r} from some pairs and not from others")
-        scores[index] = -float(min(found) if found else len(merges))
-    return scores
+        if found:
+            spans.append((min(found), max(found), token))
+    scores: dict[str, float] = {}
+    first = last = -1
+    for start, end, token in sorted(spans):
+        first, last = (first, max(last, end)) if start <= last else (start, end)
+        scores[token] = -float(first)
+    return [scores.get(token, -float(len(merges))) if kind == NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
 
 
 def _merge_by_score(own: Mapping[str, Any], vocabulary: Mapping[str, int], text: str) -> list[int]:
