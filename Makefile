@@ -2,11 +2,14 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types clean
+.PHONY: help install demo test test-slow test-llamacpp lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+LLAMACPP := .venv-llamacpp
+JOBS ?= 2
+SITE := import sysconfig; print(sysconfig.get_paths()['purelib'])
 
 # The first Python on PATH that is new enough; `make install PYTHON=/path/to/python` takes another one.
 ifndef PYTHON
@@ -23,7 +26,7 @@ endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## everything pinned in constraints.txt, into .venv
 
@@ -53,6 +56,17 @@ test: install lint types ## lint, types and all tests but the slow ones
 test-slow: install ## the heavy tests
 	$(BIN)/pytest -q -m slow --timeout 1800
 
+test-llamacpp: install $(LLAMACPP)/installed ## exports in llama.cpp, which is compiled first (minutes)
+	OMP_NUM_THREADS=1 $(LLAMACPP)/bin/python -m pytest -q --timeout 1800 tests/test_gguf_llamacpp.py
+
+# llama.cpp and what only it needs; all else is taken from .venv. `make test-llamacpp JOBS=8` compiles on so many cores.
+$(LLAMACPP)/installed: constraints-llamacpp.txt | $(INSTALLED)
+	"$(BIN)/python" -m venv --clear $(LLAMACPP)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(SITE)")')" > "$$($(LLAMACPP)/bin/python -c "$(SITE)")/selfpruner-venv.pth"
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
+		$(LLAMACPP)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-llamacpp.txt
+	@touch $@
+
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,5 +74,5 @@ lint: install ## ruff: rules and format
 types: install ## mypy, strict
 	$(BIN)/mypy
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-llamacpp and caches; runs/ stays
+	rm -rf $(VENV) $(LLAMACPP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -233,9 +233,12 @@ def verify(
         print(json.dumps(result))
     else:
         found = result["verification"]
-        difference = f"{found['max_difference']:.2g} (allowed {found['allowed_difference']:.2g})"
+        if "allowed_error" in found:  # of quantised weights
+            difference = f"{found['error']:.2g} of their spread (allowed {found['allowed_error']:.2g})"
+        else:
+            difference = f"at most {found['max_difference']:.2g} (allowed {found['allowed_difference']:.2g})"
         print(f"{folder}  {result['format']}, {result['parameters']:,} parameters, {result['files']} files unchanged")
-        print(f"loaded in a fresh process: logits differ by at most {difference}")
+        print(f"loaded in a fresh process: logits differ by {difference}")
     return 0
 
 

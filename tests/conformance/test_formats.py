@@ -20,6 +20,7 @@ from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, Export
 from selfpruner.export import formats, proof
 from selfpruner.export.base import Format
 from selfpruner.export.checkpoint import write
+from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
 from tests.test_export import CARD, ROOT, folder, prune, units_of
@@ -159,6 +160,12 @@ class TestTransformers(FormatSuite):
 
 class TestMasked(FormatSuite):
     format = Masked
+
+
+class TestGguf(FormatSuite):
+    format = Gguf
+    families = ("llama", "mistral", "qwen2")
+    biased = True
 
 
 def test_the_suite_covers_every_format() -> None:

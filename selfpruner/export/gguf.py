@@ -1,0 +1,386 @@
+"""GGUF, the file that llama.cpp and what is built on it read.
+
+A plan whose layers differ in width is written as architecture ``deci``, the one of llama.cpp whose head counts and FFN widths are
+arrays with an entry per layer, and whose matrices may have biases. A uniform plan is written as ``llama``, or as the family's own
+architecture where that fits. Facts about llama.cpp that shape the file, read in its source and tested with 0.3.36 of
+llama-cpp-python:
+
+- ``deci`` and ``llama`` rotate neighbouring pairs of a head's dimensions where transformers rotates the halves, so the rows of q
+  and k, and their biases, are put into that order, head by head; ``qwen2`` and ``qwen3`` rotate the halves.
+- ``deci`` knows no norms on q and k, ``qwen3`` no biases and no layers that differ: a Qwen3 plan is written if it is uniform and
+  its compensation left no bias.
+- A layer of ``deci`` may have no heads, but not the first, from which the size of a head is taken, and one without FFN forgets what
+  its attention computed. There a head, or an FFN, of zeros stands in, which changes nothing. A layer that lost both is left out.
+- A sliding window is not known to ``deci`` and ``llama``. Up to the window's length it makes no difference, and no longer context
+  is promised by the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto import AutoConfig, AutoTokenizer
+
+from selfpruner.errors import ExportError, FormatError
+from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
+from selfpruner.export.base import Checkpoint, Format
+from selfpruner.export.shape import LayerShape
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Written here; the others are llama.cpp's own quantiser's.
+_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_OWN = (*_PLAIN, "q8_0")
+_QUANTISER = (
+    *("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
+    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
+# Numbers that one step of writing holds in memory as float32.
+_PIECE = 1 << 24
+# Channels of an FFN of zeros: a block of every type that has blocks of 32.
+_STAND_IN = 32
+
+_ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+}
+_FFN = {
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the file: ``source`` of the checkpoint, or ``values`` (one number for all of them). ``head_dim`` where its rows
+    are heads to be reordered, else 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: str | None = None
+    values: Tensor | float = 0.0
+    head_dim: int = 0
+
+    def rows(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+        """The tensor in runs of whole heads, or rows, of about ``_PIECE`` numbers."""
+        unit = self.head_dim or 1
+        step = max(_PIECE // prod(self.shape[1:]) // unit, 1) * unit
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            if self.source is not None:
+                yield _neighbours(checkpoint.tensors[self.source].read(self.source, start=start, stop=stop), self.head_dim)
+            elif isinstance(self.values, Tensor):
+                yield self.values[start:stop]
+            else:
+                yield torch.full((stop - start, *self.shape[1:]), self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """All that the file holds, before a tensor is read."""
+
+    architecture: str
+    keys: Mapping[str, Any]
+    tensors: list[_Tensor]
+
+
+class Gguf(Format):
+    name: ClassVar[str] = "gguf"
+    library: ClassVar[str] = "gguf"
+    quantizations: ClassVar[tuple[str, ...]] = (*_OWN, *_QUANTISER)
+
+    def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:
+        _outline(checkpoint)
+        if quantize in _QUANTISER and not gguf_runtime.installed():
+            raise FormatError(
+                f"{quantize} is made by llama.cpp's own quantiser. Install it (it compiles for some minutes): pip install "
+                f"'selfpruner[llamacpp]'; or choose one of {', '.join(_OWN)}.",
+                param="quantize",
+            )
+
+    def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:
+        outline = _outline(checkpoint)
+        path = folder / _file_name(checkpoint, quantize)
+        if quantize not in _QUANTISER:
+            _write(outline, checkpoint, path, quantize or _own_type(checkpoint), go_on)
+        else:
+            plain = path.with_suffix(".plain")
+            _write(outline, checkpoint, plain, _own_type(checkpoint), go_on)
+            gguf_runtime.quantize(plain, path, LlamaFileType[f"MOSTLY_{quantize.upper()}"], go_on)
+            plain.unlink()
+        return sum(prod(tensor.shape) for tensor in outline.tensors if tensor.name != "rope_freqs.weight")
+
+    def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:
+        outline, kind = _outline(checkpoint), quantize or _own_type(checkpoint)
+        name = _file_name(checkpoint, quantize)
+        text = (
+            f"One file for llama.cpp and what is built on it, of architecture `{outline.architecture}`. With flash attention the "
+            "whole KV cache shrinks with the heads that are gone, without it only its half.\n\n"
+            f"```\nllama-server -m {name} -fa on\n```"
+        )
+        block = 1 if kind in _PLAIN else 256 if "_k" in kind else 32
+        if odd := [tensor.name for tensor in outline.tensors if len(tensor.shape) > 1 and tensor.shape[-1] % block]:
+            other = "float16" if block == 32 else "a type with blocks of 32, or float16,"
+            text += (
+                f"\n\n{kind} takes rows of a multiple of {block} numbers. {len(odd)} matrices have others, `{odd[0]}` for one; "
+                f"they are stored as {other} instead. An `ffn_step` that is a multiple of {block} keeps FFN matrices from that."
+            )
+        return text
+
+    def verifier(self, folder: Path, reference: Path, device: str) -> list[str]:
+        return ["-m", verify_gguf.__name__, str(folder), str(reference), "--device", device]
+
+
+def _base(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.plan["base_model"]).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+
+def _file_name(checkpoint: Checkpoint, quantize: str | None) -> str:
+    base = re.sub(r"[^\w.-]+", "-", _base(checkpoint))
+    return f"{base}-pruned-{(quantize or _own_type(checkpoint)).upper()}.gguf"
+
+
+def _own_type(checkpoint: Checkpoint) -> str:
+    dtype = getattr(torch, checkpoint.plan["dtype"])
+    return next(name for name, known in _PLAIN.items() if known == dtype)
+
+
+# -- what the file says ------------------------------------------------------------------------------------------------
+def _outline(checkpoint: Checkpoint) -> _Outline:
+    """Raises FormatError for what llama.cpp cannot run."""
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    family = str(checkpoint.plan["family"])
+    if family not in FAMILIES:
+        raise _refusal(f"of the family {family} cannot be written. GGUF is written for {', '.join(FAMILIES)}.")
+    if config.hidden_act != "silu":
+        raise _refusal(f"with the activation {config.hidden_act} cannot be written; llama.cpp has silu there.")
+    kept = [(index, shape) for index, shape in enumerate(checkpoint.shapes) if shape.heads or shape.channels]
+    if not kept:
+        raise _refusal("that has lost every block cannot be written.")
+    shapes = [shape for _, shape in kept]
+    head_dim = _head_dim(config)
+    rope, factors = _rope(config, head_dim)
+    architecture = _architecture(checkpoint, config, family, shapes, factors is not None)
+    paired = architecture in ("deci", "llama")
+    tensors = _tensors(checkpoint, config, kept, head_dim if paired else 0, head_dim)
+    if factors is not None:
+        tensors.insert(1, _Tensor("rope_freqs.weight", tuple(factors.shape), values=factors))
+    # Zeros stand in, see the module's docstring; elsewhere a uniform plan has one shape.
+    widths = {
+        "feed_forward_length": [shape.channels or _STAND_IN for shape in shapes],
+        "attention.head_count": [shape.heads or int(not index) for index, shape in enumerate(shapes)],
+        "attention.head_count_kv": [shape.kv_groups or int(not index) for index, shape in enumerate(shapes)],
+    }
+    own = {
+        "vocab_size": config.vocab_size,
+        "block_count": len(kept),
+        "context_length": _context(config),
+        "embedding_length": config.hidden_size,
+        **(widths if architecture == "deci" else {key: values[0] for key, values in widths.items()}),
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        **rope,
+    }
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    keys = {
+        "general.type": "model",
+        "general.name": f"{_base(checkpoint)}, pruned by {checkpoint.plan['rate']:.0%}",
+        **{f"{architecture}.{key}": value for key, value in own.items()},
+        **gguf_tokenizer.metadata(tokenizer, config.vocab_size, _ends(checkpoint)),
+    }
+    return _Outline(architecture, keys, tensors)
+
+
+def _refusal(what: str) -> FormatError:
+    return FormatError(f"As GGUF a model {what}", param="format")
+
+
+def _architecture(checkpoint: Checkpoint, config: Any, family: str, shapes: list[LayerShape], scaled: bool) -> str:
+    """llama.cpp's name of the architecture to write. ``scaled``: the rotation has a factor per dimension."""
+    uniform = len(set(shapes)) == 1 and shapes[0].heads > 0 and shapes[0].channels > 0
+    biased = any(name.endswith(("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")) for name in checkpoint.tensors)
+    if any(name.endswith("q_norm.weight") for name in checkpoint.tensors):
+        if not uniform or biased or scaled:
+            problem = "layers that differ" if not uniform else "biases on its matrices" if biased else "this rotary scaling"
+            raise _refusal(
+                f"with norms on q and k and {problem} cannot be written: llama.cpp has such norms only where all layers are alike "
+                "and without biases. A uniform plan with compensation none can be (initial: uniform, generations: 0); the formats "
+                "transformers and masked take every plan."
+            )
+        return "qwen3"
+    if not uniform:
+        return "deci"
+    # llama.cpp's qwen2 has q as wide as the model, and biases on q, k and v alone.
+    square = shapes[0].heads * _head_dim(config) == config.hidden_size
+    return "qwen2" if family == "qwen2" and square and not biased and not scaled else "llama"
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerShape]], paired: int, head_dim: int) -> list[_Tensor]:
+    """The file's tensors in order. ``paired``: the head size where q and k are reordered, else 0."""
+    tensors: list[_Tensor] = []
+    used: set[str] = set()
+    hidden = int(config.hidden_size)
+
+    def copy(name: str, source: str, heads: int = 0) -> None:
+        for kind in ("weight", "bias"):
+            full = f"{source}.{kind}"
+            if full in checkpoint.tensors:
+                tensors.append(_Tensor(f"{name}.{kind}", checkpoint.tensors[full].shapes[full][1], full, head_dim=heads))
+                used.add(full)
+
+    def zeros(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            tensors.append(_Tensor(f"{prefix}{name}.weight", shape, values=float("norm" in name)))
+
+    copy("token_embd", "model.embed_tokens")
+    for place, (index, shape) in enumerate(kept):
+        block, layer = f"blk.{place}.", f"model.layers.{index}."
+        for name, source in _ATTENTION.items() if shape.heads else ():
+            copy(block + name, layer + source, paired if name in ("attn_q", "attn_k") else 0)
+        if not shape.heads and place == 0:
+            square = (head_dim, hidden)
+            matrices = {"attn_q": square, "attn_k": square, "attn_v": square, "attn_output": (hidden, head_dim)}
+            zeros(block, {"attn_norm": (hidden,), **matrices})
+        for name, source in _FFN.items() if shape.channels else ():
+            copy(block + name, layer + source)
+        if not shape.channels:
+            wide = (_STAND_IN, hidden)
+            zeros(block, {"ffn_norm": (hidden,), "ffn_gate": wide, "ffn_up": wide, "ffn_down": (hidden, _STAND_IN)})
+    copy("output_norm", "model.norm")
+    copy("output", "lm_head")
+    if left := sorted(checkpoint.tensors.keys() - used):
+        raise _refusal(f"with the tensor {left[0]} cannot be written; llama.cpp has no place for it.")
+    return tensors
+
+
+def _rope(config: Any, head_dim: int) -> tuple[dict[str, Any], Tensor | None]:
+    """The keys of the rotary embedding and, for Llama 3's scaling, the factor by which each frequency is divided."""
+    rope = dict(config.rope_parameters)
+    kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta"))
+    rope.pop("partial_rotary_factor", None) if rope.get("partial_rotary_factor") == 1.0 else None
+    keys: dict[str, Any] = {"rope.freq_base": theta}
+    if kind == "llama3":
+        scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        plain = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+        return keys, (plain / scaled).float()
+    known = {"default": set(), "linear": {"factor"}, "yarn": {"factor", "original_max_position_embeddings"}}
+    if kind not in known or (surplus := set(rope) - known[kind]):
+        what = repr(kind) if kind not in known else f"{kind!r} with {', '.join(sorted(surplus))}"
+        raise _refusal(f"with the rotary embedding {what} cannot be written; llama.cpp's is another.")
+    if kind != "default":
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+        if original := rope.get("original_max_position_embeddings"):
+            keys["rope.scaling.original_context_length"] = int(original)
+    return keys, None
+
+
+def _context(config: Any) -> int:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        return min(int(config.max_position_embeddings), int(window))
+    return int(config.max_position_embeddings)
+
+
+def _ends(checkpoint: Checkpoint) -> list[int]:
+    """The ids at which generation ends, from the generation config, or else the config."""
+    generation = checkpoint.folder / "generation_config.json"
+    body: Mapping[str, Any] = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
+    ends = body.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+def _write(outline: _Outline, checkpoint: Checkpoint, path: Path, kind: str, go_on: Callable[[], None]) -> None:
+    """Write the file with matrices as ``kind``, one of ``_OWN``, holding one tensor at a time."""
+    writer = GGUFWriter(path, outline.architecture)
+    try:
+        file_type = LlamaFileType.ALL_F32 if kind == "f32" else LlamaFileType[f"MOSTLY_{kind.upper()}"]
+        for key, value in {**outline.keys, "general.file_type": int(file_type), "general.quantization_version": 2}.items():
+            _add(writer, key, value)
+        types = {tensor.name: _type(tensor, kind) for tensor in outline.tensors}
+        for tensor in outline.tensors:
+            size = prod(_stored_shape(tensor.shape, types[tensor.name]))
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=types[tensor.name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in outline.tensors:
+            go_on()
+            stored = np.empty(_stored_shape(tensor.shape, types[tensor.name]), np.uint8)
+            start = 0
+            for rows in tensor.rows(checkpoint):
+                stored[start : start + len(rows)] = _encode(tensor.name, rows, types[tensor.name])
+                start += len(rows)
+            writer.write_tensor_data(stored)
+    finally:
+        writer.close()
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _type(tensor: _Tensor, kind: str) -> GGMLQuantizationType:
+    """Vectors stay float32, as llama.cpp wants them; rows that do not divide into blocks are float16."""
+    if len(tensor.shape) == 1:
+        return GGMLQuantizationType.F32
+    wanted = GGMLQuantizationType[kind.upper()]
+    return GGMLQuantizationType.F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _stored_shape(shape: tuple[int, ...], kind: GGMLQuantizationType) -> tuple[int, ...]:
+    """The shape as bytes; a vector's numbers are its rows."""
+    block, size = GGML_QUANT_SIZES[kind]
+    return (shape[0], size) if len(shape) == 1 else (*shape[:-1], shape[-1] // block * size)
+
+
+def _encode(name: str, rows: Tensor, kind: GGMLQuantizationType) -> Any:
+    """Rows as the bytes of type ``kind``."""
+    if kind == GGMLQuantizationType.Q8_0:
+        return quants.quantize(rows.float().numpy(), kind)
+    dtype = _PLAIN[kind.name.lower()]
+    cast = rows.to(dtype)
+    if not bool(cast.isfinite().all()):
+        raise ExportError(f"{name} has numbers that {dtype} cannot hold. Use --quantize bf16 or f32.")
+    return cast.contiguous().view(torch.uint8).numpy().reshape(len(rows), -1)
+
+
+def _neighbours(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads x head_dim, ...) with each head's two halves interleaved: what was rotated with the row half a head on is rotated
+    with its neighbour."""
+    if not head_dim:
+        return rows
+    halves: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).flatten(0, 2)
