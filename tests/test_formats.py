@@ -160,6 +160,44 @@ def test_masked_refuses_what_it_cannot_place(tmp_path: Path) -> None:
 
 
 # -- proofs ------------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("unproven")
+def test_exports_of_16_bit_checkpoints_are_compared_in_float32(tmp_path: Path) -> None:
+    """What rounds otherwise in other shapes would hide what is wrong."""
+    source, model = folder(tmp_path / "base", "llama", dtype="bfloat16")
+    case = prune(model, drop=True, biased=True)
+    made = written(tmp_path, case, source)
+    kept = TensorFile(made / proof.REFERENCE)
+    assert kept.metadata["dtype"] == "bfloat16"
+    copied = formats.convert(made, tmp_path / "copy", "transformers").path
+    assert (copied / proof.REFERENCE).read_bytes() == (made / proof.REFERENCE).read_bytes()
+    masked = formats.convert(made, tmp_path / "masked", "masked").path
+    assert json.loads((masked / "config.json").read_text())["dtype"] == "bfloat16"
+    exact = TensorFile(masked / proof.REFERENCE)
+    assert exact.metadata["dtype"] == "float32"
+    tokens = exact.read("tokens")
+    with torch.inference_mode():
+        expected = load(made, dtype=torch.float32)(tokens).logits
+        assert (exact.read("logits") - expected).abs().max() <= 1e-4
+        assert (load(masked, dtype=torch.float32)(tokens).logits - expected).abs().max() <= 1e-4
+    assert 0 < (kept.read("logits") - expected).std() / expected.std() < proof.NEAR
+
+    # A checkpoint that does not compute what its reference says is no start for anything.
+    body = manifest.read(made)
+    write_reference(
+        made,
+        tokens,
+        expected.flip(0),
+        dtype="bfloat16",
+        parameters=body["parameters"],
+        tokenizer=AutoTokenizer.from_pretrained(made),
+    )
+    (made / manifest.NAME).unlink()
+    manifest.write(made, plan=body["plan"], parameters=body["parameters"], verification={})
+    with pytest.raises(ExportError, match="of the logits' spread away from what it computed in bfloat16"):
+        formats.convert(made, tmp_path / "other", "masked")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_reference_is_bounded_and_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny.tiny_tokenizer()
     monkeypatch.setattr(proof, "REFERENCE_BYTES", 4 * 2 * 128 * 5)

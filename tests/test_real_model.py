@@ -68,7 +68,11 @@ def test_found_beats_uniform_beats_flap(config: SearchConfig, tmp_path: Path) ->
     for row in (uniform, best):
         removed = dense["parameters"] - row["parameters"]
         assert report["target"]["parameters_to_remove"] <= removed < report["target"]["parameters_to_remove"] + 3 * 576 * 64
-    from selfpruner.export import checkpoint
+    from selfpruner.export import checkpoint, formats
 
     model = checkpoint.load(tmp_path / "checkpoint")
     assert sum(p.numel() for p in model.parameters()) == best["parameters"]
+    masked = formats.convert(tmp_path / "checkpoint", tmp_path / "masked", "masked").verification
+    assert masked["class"] == "LlamaForCausalLM"
+    assert masked["max_difference"] <= 1e-3
+    assert masked["greedy"] == "equal"

@@ -318,7 +318,8 @@ def test_verification_sees_a_wrong_tensor(place: Path, tmp_path: Path) -> None:
     model: Any = checkpoint.load(directory)
     tokens = tokens_of(2, 16, vocab=500)
     ids = json.dumps(models.load(models.resolve(str(place / "model"), tmp_path), "cpu").tokenizer("the")["input_ids"])
-    facts = {"parameters": str(sum(p.numel() for p in model.parameters())), "text": "the", "ids": ids}
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = {"parameters": str(parameters), "dtype": "float32", "text": "the", "ids": ids}
     held = {"tokens": tokens, "logits": model(tokens).logits.detach().float()}
     write_tensors(tmp_path / "reference", held_shapes(held), held.__getitem__, facts)
     assert verify(directory, str(tmp_path / "reference"), "cpu", 34 << 20)["problems"] == []

@@ -5,8 +5,9 @@ another folder. Everything around that is the same for all formats and done by :
 
 1. ``Checkpoint.open`` reads every file of the source and compares its sha256.
 2. ``format.check(checkpoint, quantize)`` refuses, before any work, what the format's runtime cannot take.
-3. A folder is made aside; into it go the source's plan.json, licence files, proof/reference.safetensors and a README.md whose
-   section "Use" is ``format.use(checkpoint, quantize)``; then ``format.write(checkpoint, folder, quantize, go_on)`` adds its files.
+3. A folder is made aside; into it go the source's plan.json, licence files and a README.md whose section "Use" is
+   ``format.use(checkpoint, quantize)``; ``format.write(checkpoint, folder, quantize, go_on)`` adds its files; then comes
+   proof/reference.safetensors.
 4. Every file is synced; ``python *format.verifier(folder, reference, device)`` is run in a fresh process, which reloads what was
    written, compares it with the reference, and prints one JSON object: numbers worth keeping and ``problems``, a list of
    sentences, empty when all is well. With ``"out_of_memory": true`` in it another run follows on the CPU.
@@ -15,7 +16,9 @@ another folder. Everything around that is the same for all formats and done by :
 ``selfpruner verify FOLDER`` repeats steps 1 and 4 with the format that the manifest names, so a verifier can use nothing but the
 folder and the reference. That is a safetensors file: ``tokens`` (B, S) int64 and ``logits`` (B, P, V) float32 of the last P
 positions, with the metadata ``parameters`` (what ``write`` returned), ``dtype`` (in which the logits were computed: bfloat16, say),
-``text`` and ``ids`` (the text's tokens, JSON). The logits are those of the pruned model in memory, before anything was written.
+``text`` and ``ids`` (the text's tokens, JSON). A checkpoint's logits are those of the pruned model in memory, before anything was
+written; those of an export of a 16-bit checkpoint are computed again in float32, where another shape or order rounds alike. A
+verifier computes in ``dtype``.
 
 A new format: its own file with a subclass of :class:`Format`, its class in ``formats.FORMATS``, a line in ``names.FORMATS``, a
 subclass of the conformance suite ``tests/conformance/test_formats.py``.

@@ -70,7 +70,8 @@ def convert(
         card = converted((folder / "README.md").read_text("utf-8"), form.library, form.use(checkpoint, quantize))
         (place / "README.md").write_text(card, "utf-8")
         parameters = form.write(checkpoint, place, quantize, go_on)
-        proof.copy_reference(folder, place, parameters)
+        if not (place / proof.REFERENCE).exists():  # a copy of the checkpoint has its own
+            proof.copy_reference(folder, place, parameters)
         return parameters
 
     def prove(place: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ REFERENCE is a safetensors file: ``tokens`` (B, S) int64 and the in-memory model
 positions, with the metadata ``parameters``, ``dtype`` (in which the logits were computed), ``text`` and ``ids`` (the text's tokens,
 JSON). Prints one JSON object: the numbers and ``problems``, empty when the checkpoint is good.
 
-What is compared, in the checkpoint's dtype
-- Logits: in float32 the largest absolute difference may be 1e-3. In the 16-bit types, the checkpoint's or the reference's, rounding
-  grows with the numbers, so it may be 2e-2 of the largest absolute logit. Loading wrong tensors costs far more than either.
+What is compared, all computed in the reference's dtype
+- Logits: in float32 the largest absolute difference may be 1e-3. In the 16-bit types rounding grows with the numbers, so it may
+  be 2e-2 of the largest absolute logit. Loading wrong tensors costs far more than either.
 - The last tokens fed one by one through the KV cache against all at once: five times that bound, because other shapes take other
   kernels and round otherwise (measured in bfloat16 at 30 layers: 1.5e-2 of the largest logit). A wrong cache costs far more.
 - ``generate`` with the cache against without, greedily: equal tokens. Where they part, both tokens must tie within this bound.
@@ -38,9 +38,9 @@ CACHE_SLACK = 5
 PROMPT, GENERATED = 8, 12
 
 
-def tolerance(dtypes: set[str], scale: float) -> float:
-    """The largest acceptable absolute difference of two logits computed in ``dtypes``; ``scale`` is the largest absolute logit."""
-    return 1e-3 if dtypes == {"float32"} else 2e-2 * max(1.0, scale)
+def tolerance(dtype: torch.dtype, scale: float) -> float:
+    """The largest acceptable absolute difference of two logits; ``scale`` is the largest absolute logit."""
+    return 1e-3 if dtype == torch.float32 else 2e-2 * max(1.0, scale)
 
 
 @torch.inference_mode()
@@ -52,7 +52,7 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
         tokens, expected, facts = file.get_tensor("tokens").to(device), file.get_tensor("logits"), file.metadata()
     # Told to go on, so that the report names tensors of another shape.
     how = {"trust_remote_code": own_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, facts["dtype"]), **how)
     model, report = loaded
     model = model.to(device).eval()
     problems = [f"{kind}: {', '.join(sorted(map(str, names))[:3])}" for kind, names in report.items() if names]
@@ -63,8 +63,7 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
 
     logits = model(tokens, use_cache=False).logits
     scale = float(expected.abs().max())
-    dtype = str(model.dtype).removeprefix("torch.")
-    bound = tolerance({dtype, facts["dtype"]}, scale)
+    bound = tolerance(model.dtype, scale)
     difference = float((logits[:, -expected.shape[1] :].float().cpu() - expected).abs().max())
     if not difference <= bound:  # also when it is NaN
         problems.append(f"logits differ by {difference:.3g}, allowed {bound:.3g}")
@@ -92,7 +91,7 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
         "class": type(model).__name__,
         "code": type(model).__module__.split(".")[0],  # "transformers_modules" is the folder's own
         "device": device,
-        "dtype": dtype,
+        "dtype": facts["dtype"],
         "tokens": tokens.numel(),
         "parameters": parameters,
         "max_difference": difference,

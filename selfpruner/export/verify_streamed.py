@@ -3,8 +3,8 @@
     python -m selfpruner.export.verify_streamed FOLDER REFERENCE --device cpu --memory BYTES
 
 REFERENCE and the JSON that is printed are those of :mod:`selfpruner.export.verify`, whose process loads the model whole. Here the
-checkpoint's own modules run over the written files, one layer at a time, for one pass in float32, as the engine computed the
-reference: logits may differ by a thousandth of the largest, or by a fiftieth where the reference was computed in 16 bits.
+checkpoint's own modules run over the written files, one layer at a time, for one pass in the reference's dtype: in float32, as the
+engine computes it for a model that it streams, logits may differ by a thousandth of the largest, in 16 bits by a fiftieth.
 Parameters and the tokenizer's ids are compared as well; the cache and generation, which would read the files once per token,
 are not.
 """
@@ -39,7 +39,7 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
     paths = weight_files(folder)
     stored = {name for path in paths for name in read_header(path)}
     with torch.inference_mode(False):
-        model: Any = stream(config, paths, torch.device(device), torch.float32, memory)
+        model: Any = stream(config, paths, torch.device(device), getattr(torch, facts["dtype"]), memory)
     wanted = set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     problems = [f"unexpected: {name}" for name in sorted(stored - wanted)[:3]]
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -59,7 +59,7 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
         "class": type(model).__name__,
         "code": modeling_selfpruner.__name__ if type(model).__module__ == modeling_selfpruner.__name__ else "transformers",
         "device": device,
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": facts["dtype"],
         "streamed": True,
         "tokens": tokens.numel(),
         "parameters": parameters,
