@@ -51,6 +51,7 @@ _NAMES = {
     "output": "lm_head",
 }
 _DIFFERENCE = 1e-3
+# SmolLM2-135M at 30 % in llama.cpp, against logits in bfloat16: 0.023 stored as f32, 0.06 as q8_0, 0.25 as q5_0, 0.47 as q4_0.
 _ERROR = {"F32": 0.0, "F16": 0.03, "BF16": 0.1, "Q8": 0.2, "Q6": 0.3, "Q5": 0.5, "Q4": 0.7, "Q3": 0.9, "Q2": 1.1}
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
