@@ -213,9 +213,8 @@ def evaluate(
         table.add_row(*row)
     console = Console(markup=False, highlight=False)
     console.print(table)
-    console.print(
-        f"Shares in percent, ± one standard error; in brackets the difference from {found.against} on the same documents."
-    )
+    console.print(f"± one standard error; in brackets the difference from {found.against} on the same documents.")
+    console.print("Percent, but for perplexities and distinct-n. A mean of acc_norm takes acc of tasks that have no acc_norm.")
     return 0
 
 
