@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types clean
+.PHONY: help install demo test test-slow test-evaluate lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## everything pinned in constraints.txt, into .venv
 
@@ -53,6 +53,18 @@ test: install lint types ## lint, types and all tests but the slow ones
 test-slow: install ## the heavy tests
 	$(BIN)/pytest -q -m slow --timeout 1800
 
+# The harness has an environment of its own, which sees the packages of .venv and adds what constraints-evaluate.txt lists.
+EVALUATE := .venv-evaluate
+$(EVALUATE)/installed: $(INSTALLED) constraints-evaluate.txt
+	$(BIN)/python -m venv --without-pip $(EVALUATE)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(EVALUATE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/selfpruner-base.pth"
+	$(PIP) --python $(EVALUATE)/bin/python install --quiet --no-deps -r constraints-evaluate.txt
+	@touch $@
+
+test-evaluate: $(EVALUATE)/installed ## zero-shot tasks with lm-evaluation-harness
+	OMP_NUM_THREADS=1 $(EVALUATE)/bin/python -m pytest -q tests/test_harness.py
+
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +73,4 @@ types: install ## mypy, strict
 	$(BIN)/mypy
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EVALUATE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import selfpruner
+from benchmarks import quality as benchmark
 from selfpruner import api, cli
 from selfpruner.errors import ConfigError, ModelError, TextError, UnknownNameError
 from selfpruner.evaluation import corpora, measures, quality
@@ -225,6 +226,25 @@ def test_what_is_no_result_file_stays(models: list[Path], data: Path, tmp_path: 
     with pytest.raises(ConfigError, match="Name another file"):
         run(models, file, data)
     assert file.read_text() == content
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------------------------
+def test_the_benchmark_s_page(models: list[Path], data: Path, tmp_path: Path) -> None:
+    found = run(models, tmp_path / "q.json", data, seqlen=[64])
+    places = {"dense": str(models[0]), "uniform-0.2": str(models[1]), "found-0.2": str(models[1])}
+    tables = "\n".join(benchmark.written(found, places))
+    assert tables.count("in pairs") == 1
+    assert "| wikitext2@64 |" in tables
+    page = benchmark.filled("# Title\n<!-- tables -->old<!-- /tables -->\nrest", tables)
+    assert page.startswith("# Title\n<!-- tables -->")
+    assert page.endswith("<!-- /tables -->\nrest")
+    assert "old" not in page
+    assert benchmark.filled(page, tables) == page
+
+
+def test_rows_of_the_benchmark(tmp_path: Path) -> None:
+    assert benchmark.place("dense", "m", "evolution", tmp_path, tmp_path) == "m"
+    assert benchmark.place("mine=/some/folder", "m", "evolution", tmp_path, tmp_path) == "/some/folder"
 
 
 # -- tasks without the harness -------------------------------------------------------------------------------------------

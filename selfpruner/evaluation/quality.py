@@ -105,9 +105,10 @@ def measure(
             setting = {**each.setting, "dtype": str(place.torch_dtype).removeprefix("torch."), "device": place.device.type}
             record = results.find(fingerprint, setting)
             if record is None:
-                progress(f"{place.name}: loading")
-                subject = subject or place.load()
-                started = time.perf_counter()
+                if subject is None:
+                    progress(f"{place.name}: loading")
+                    subject = place.load()
+                started, worked = time.perf_counter(), time.process_time()
                 result = each.run(subject, lambda text, name=place.name: progress(f"{name}: {text}"))  # type: ignore[misc]
                 record = {
                     "model": place.name,
@@ -116,6 +117,7 @@ def measure(
                     "measure": each.name,
                     "setting": setting,
                     "seconds": round(time.perf_counter() - started, 1),
+                    "cpu_seconds": round(time.process_time() - worked, 1),
                     "result": result,
                 }
                 results.add(record)
