@@ -126,6 +126,20 @@ def test_agreement_ends_at_the_first_other_word(text: str, reference: str, share
     assert quality.agreement(text, reference) == share
 
 
+@pytest.mark.parametrize(
+    ("models", "short"),
+    [
+        (["smollm2-135m", "runs/a/checkpoint", "runs/b/checkpoint/"], ["smollm2-135m", "a", "b"]),
+        (["x/a/m", "y/a/m", "m"], ["x/a/m", "y/a/m", "m"]),
+        (["x/1/m", "y/2/m"], ["1/m", "2/m"]),
+        (["checkpoint"], ["checkpoint"]),
+        (["runs/a", "runs/a/checkpoint"], ["runs/a", "runs/a/checkpoint"]),
+    ],
+)
+def test_headings_tell_models_apart(models: list[str], short: list[str]) -> None:
+    assert quality.labels(models) == short
+
+
 # -- the file ------------------------------------------------------------------------------------------------------------
 def run(models: list[Path], file: Path, data: Path, **options: Any) -> quality.Quality:
     asked = {"perplexity": ["wikitext2", "c4"], "seqlen": [64, 128], "windows": 6, "generation": True, "device": "cpu"}

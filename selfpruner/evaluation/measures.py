@@ -90,7 +90,8 @@ class Place:
 
             from selfpruner.export import checkpoint
 
-            model = checkpoint.load(self.name, device=str(self.device), dtype=self.torch_dtype)
+            with models.quiet():
+                model = checkpoint.load(self.name, device=str(self.device), dtype=self.torch_dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, local_files_only=True, trust_remote_code=False)
             return Subject(model, tokenizer, self.cache)
         loaded = models.load(self.source, str(self.device), str(self.torch_dtype).removeprefix("torch."))

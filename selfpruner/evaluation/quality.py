@@ -166,7 +166,8 @@ def _rows(quality: Quality) -> Iterator[Row]:
             yield Row(key.replace("_", "-"), "plain", True, tuple(cells))
         base = quality.found[quality.against]["generation"]["result"]["outcomes"]["text"]
         same = [Cell(mean([agreement(a, b) for a, b in zip(r["outcomes"]["text"], base, strict=True)])) for r in results]
-        yield Row(f"words as {Path(quality.against).name}", "share", True, tuple(same))
+        label = labels(quality.models)[quality.models.index(quality.against)]
+        yield Row(f"words as {label}", "share", True, tuple(same))
 
 
 def _digits(metric: str) -> Callable[[Record], Sequence[float]]:
@@ -206,7 +207,7 @@ def _plus_minus(value: float, error: float | None, digits: int, sign: str = "") 
 
 def cells(quality: Quality) -> Iterator[tuple[str, ...]]:
     """The table as text: a heading, then a row per figure; differences in brackets."""
-    yield ("", *(Path(model).name for model in quality.models))
+    yield ("", *labels(quality.models))
     sizes = [next(iter(quality.found[model].values()))["parameters"] for model in quality.models]
     yield ("parameters", *(f"{size:,}" for size in sizes))
     for row in quality.rows:
@@ -215,6 +216,18 @@ def cells(quality: Quality) -> Iterator[tuple[str, ...]]:
             figure, change = shown(cell, row.kind)
             texts.append(f"{figure} ({change})" if change else figure)
         yield (row.name, *texts)
+
+
+def labels(models: Sequence[str]) -> list[str]:
+    """Short names of models for headings: as many of the last parts of their paths as tell them apart; searches call every folder
+    ``checkpoint``, which says nothing."""
+    paths = [path.parent if path.name == "checkpoint" and path.parent.name else path for path in map(Path, models)]
+    parts = max(len(path.parts) for path in paths)
+    for count in range(1, parts):
+        short = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(short)) == len(short):
+            return short
+    return list(models)
 
 
 def markdown(quality: Quality) -> str:
