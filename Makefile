@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-llamacpp lint types clean
+.PHONY: help install demo test test-slow test-llamacpp test-evaluate lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -67,6 +67,18 @@ $(LLAMACPP)/installed: constraints-llamacpp.txt | $(INSTALLED)
 		$(LLAMACPP)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-llamacpp.txt
 	@touch $@
 
+# The harness has an environment of its own, which sees the packages of .venv and adds what constraints-evaluate.txt lists.
+EVALUATE := .venv-evaluate
+$(EVALUATE)/installed: $(INSTALLED) constraints-evaluate.txt
+	$(BIN)/python -m venv --without-pip $(EVALUATE)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(EVALUATE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/selfpruner-base.pth"
+	$(PIP) --python $(EVALUATE)/bin/python install --quiet --no-deps -r constraints-evaluate.txt
+	@touch $@
+
+test-evaluate: $(EVALUATE)/installed ## zero-shot tasks with lm-evaluation-harness
+	OMP_NUM_THREADS=1 $(EVALUATE)/bin/python -m pytest -q tests/test_harness.py
+
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,3 +88,5 @@ types: install ## mypy, strict
 
 clean: ## remove .venv, .venv-llamacpp and caches; runs/ stays
 	rm -rf $(VENV) $(LLAMACPP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) $(EVALUATE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

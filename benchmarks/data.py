@@ -6,12 +6,24 @@ import os
 import shutil
 from pathlib import Path
 
+from selfpruner.evaluation.corpora import C4_CALIBRATION
+
 FILES = {
     "wikitext2-train": "wikitext2/wiki.train.head.raw",
     "wikitext2-test": "wikitext2/wiki.test.raw",
     "wikitext2-valid": "wikitext2/wiki.valid.raw",
     "c4": "c4/c4_en_train_first1000.jsonl",
 }
+
+
+def c4_calibration(cache: Path) -> str:
+    """The path of a source that holds the first documents of C4 only."""
+    target = cache / "benchmark-texts" / f"c4-first-{C4_CALIBRATION}.jsonl"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = original("c4").read_text("utf-8").split("\n")[:C4_CALIBRATION]
+        target.write_text("\n".join(lines) + "\n", "utf-8")
+    return str(target)
 
 
 def original(name: str) -> Path:
@@ -33,10 +45,3 @@ def text(name: str, cache: Path) -> str:
     if not target.exists():
         shutil.copyfile(source, target)
     return str(target)
-
-
-def joined_rows(path: Path) -> str:
-    """WikiText as perplexities are customarily taken: the rows joined by a blank line, blank rows empty, the others with their
-    own line end."""
-    rows = [line if line.strip() else "" for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
-    return "\n\n".join(rows)

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.data import joined_rows, original, text
+from benchmarks.data import original, text
 from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, TextError
+from selfpruner.evaluation.corpora import joined_rows
 from selfpruner.evaluation.engine import Score
 from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator
 from selfpruner.search.job import session_of
@@ -233,7 +234,7 @@ class JudgeRuntime(Runtime):
         length, first, sequences = int(payload["length"]), int(payload["first"]), int(payload["sequences"])
         if self._wikitext is None:
             tokenizer: Any = prepared.loaded.tokenizer
-            ids = tokenizer(joined_rows(original("wikitext2-test")), verbose=False)["input_ids"]
+            ids = tokenizer(joined_rows(original("wikitext2-test").read_text("utf-8")), verbose=False)["input_ids"]
             self._wikitext = torch.tensor(ids, dtype=torch.int64)
         asked = self._wikitext[length * first : length * (first + sequences)]
         if asked.numel() < length * sequences:

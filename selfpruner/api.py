@@ -1,4 +1,4 @@
-"""The Python API: ``search``, ``prune``, ``evaluate``, ``export``. The same engine as the server, in this process.
+"""The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``export``, ``load``: the server's engine in this process.
 
 Blocking calls with plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`.
 """
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -27,6 +27,9 @@ from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, Session, WorkerPool
 from selfpruner.workers.memory import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from selfpruner.evaluation.quality import Quality
 
 T = TypeVar("T")
 Watch = Callable[[str], None]
@@ -269,6 +272,61 @@ def evaluate(
         found.perplexity,
         None if math.isnan(found.kl) else found.kl,
     )
+
+
+def quality(
+    subjects: Sequence[Path | str],
+    file: Path | str,
+    *,
+    tasks: Sequence[str] = (),
+    perplexity: Sequence[str] = (),
+    seqlen: Sequence[int] = (2048,),
+    generation: bool = False,
+    limit: int | None = None,
+    windows: int | None = None,
+    against: Path | str | None = None,
+    data: Path | str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache: Path | None = None,
+    progress: Watch = lambda _: None,
+) -> Quality:
+    """Measure models and checkpoints as papers report them: zero-shot ``tasks`` (names of the harness), ``perplexity`` on
+    ``wikitext2`` and ``c4`` in windows of ``seqlen`` tokens, and a ``generation`` probe.
+
+    Every result is written to ``file`` as soon as it is there; the same call goes on where it stopped. ``limit`` documents of each
+    task and ``windows`` of each text are taken, the same for every model; None takes all. ``against`` is the model the others are
+    compared with, by default the first. ``data`` is a folder with local task files and texts, by default ``$SELFPRUNER_DATA``.
+
+    Raises ConfigError (nothing asked for, an unknown name, no harness, ``file`` holds something else), TextError for data that
+    cannot be had, and what loading a model raises.
+    """
+    from selfpruner import models
+    from selfpruner.evaluation import measures
+    from selfpruner.evaluation.quality import Quality, Results, measure
+
+    for text in perplexity:
+        names.check("text", text, names.PERPLEXITY_TEXTS, param="perplexity")
+    if any(length < 2 for length in seqlen) or not seqlen:
+        raise ConfigError("seqlen must be windows of two tokens or more, such as 128,512,2048.", param="seqlen")
+    folder = data if data is not None else os.environ.get("SELFPRUNER_DATA")
+    place = Path(folder) if folder else None
+    wanted: list[measures.Measure] = [measures.Task(name, limit, place) for name in dict.fromkeys(tasks)]
+    wanted += [
+        measures.Perplexity(text, length, windows, place) for text in dict.fromkeys(perplexity) for length in dict.fromkeys(seqlen)
+    ]
+    wanted += [measures.Generation()] if generation else []
+    if not wanted or not subjects:
+        raise ConfigError("Say what to measure: models, and tasks, perplexity or generation.", param="tasks")
+    if tasks:
+        measures.harness_version()
+    results = Results(Path(file))
+    compared = str(against) if against is not None else str(subjects[0])
+    asked = tuple(dict.fromkeys((compared, *map(str, subjects))))
+    where = models.choose_device(device)
+    kept = cache or default_cache()
+    found = measure([measures.Place(name, kept, where, dtype) for name in asked], wanted, results, progress=progress)
+    return Quality(asked, compared, found)
 
 
 async def _write(

@@ -148,22 +148,96 @@ def prune(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a model by name, folder or hub id.")],
+    model: Annotated[list[str], typer.Argument(help="Checkpoints, or models by name, folder or hub id.", show_default=False)],
+    tasks: Annotated[
+        str | None, typer.Option(help=f"Zero-shot tasks, by commas: {','.join(names.ZERO_SHOT_TASKS)}, or others of the harness.")
+    ] = None,
+    perplexity: Annotated[str | None, typer.Option(help=f"Customary texts: {','.join(names.PERPLEXITY_TEXTS)}.")] = None,
+    seqlen: Annotated[str, typer.Option(help="Tokens per window of them: 128,512,2048.")] = "2048",
+    generation: Annotated[bool, typer.Option("--generation", help="How they write: repetition and distinct-n, greedily.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Documents per task, the same for every model.", show_default="all")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=2, help="Windows per text, evenly spread over it.", show_default="all")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File of the results; the same call goes on.")] = None,
+    data: Annotated[Path | None, typer.Option(envvar="SELFPRUNER_DATA", help="Folder with local task files and texts.")] = None,
     text: Text = None,
-    against: Annotated[str | None, typer.Option(help="A dense model to measure KL from, usually the checkpoint's base.")] = None,
-    sequences: Annotated[int, typer.Option(min=1, max=65_536)] = 32,
-    length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence.")] = 512,
+    against: Annotated[
+        str | None,
+        typer.Option(help="What to compare with: with --text the dense model to measure KL from, else by default the first."),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, max=65_536, help="Of the held-out text.")] = 32,
+    length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
     device: options.Device = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
     cache: Cache = None,
     as_json: Json = False,
 ) -> int:
-    """Perplexity on held-out text, and KL from the dense model."""
+    """Quality: zero-shot tasks, perplexity and writing of several models; or one model's perplexity and KL on held-out text."""
+    wanted = _split(tasks), _split(perplexity)
+    if not any(wanted) and not generation:
+        return _held_out(model, text, sequences, length, against, device, cache, as_json)
+    if text:
+        raise ConfigError("--text is a measurement of its own; leave out --tasks, --perplexity and --generation.", param="text")
+    if output is None:
+        raise ConfigError("Name a file for the results: -o quality.json. The same call goes on where it stopped.", param="output")
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfpruner import api
+    from selfpruner.evaluation import quality
+
+    found = api.quality(
+        model,
+        output,
+        tasks=wanted[0],
+        perplexity=wanted[1],
+        seqlen=_lengths(seqlen),
+        generation=generation,
+        limit=limit,
+        windows=windows,
+        against=against,
+        data=data,
+        device=device or "auto",
+        dtype=dtype,
+        cache=cache,
+        progress=_tell,
+    )
+    _tell("")
+    if as_json:
+        print(json.dumps(quality.plain(found)))
+        return 0
+    heading, *rows = quality.cells(found)
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for index, column in enumerate(heading):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    console.print(f"± one standard error; in brackets the difference from {found.against} on the same documents.")
+    console.print("Percent, but for perplexities and distinct-n. A mean of acc_norm takes acc of tasks that have no acc_norm.")
+    return 0
+
+
+def _held_out(
+    model: Sequence[str],
+    text: Sequence[str] | None,
+    sequences: int,
+    length: int,
+    against: str | None,
+    device: str | None,
+    cache: Path | None,
+    as_json: bool,
+) -> int:
     from dataclasses import asdict
 
     from selfpruner import api
 
+    if len(model) > 1:
+        raise ConfigError("Say what to measure on several models: --tasks, --perplexity or --generation.", param="tasks")
     found = api.evaluate(
-        model,
+        model[0],
         text=tuple(text or ("auto",)),
         sequences=sequences,
         length=length,
@@ -179,6 +253,13 @@ def evaluate(
         kl = "" if found.kl is None else f"  kl {found.kl:.4f} nats/token"
         print(f"{found.model}  {found.parameters:,} parameters  perplexity {found.perplexity:.2f}{kl}  ({found.tokens:,} tokens)")
     return 0
+
+
+def _lengths(value: str) -> list[int]:
+    try:
+        return [int(part) for part in _split(value)]
+    except ValueError:
+        raise ConfigError("seqlen must be whole numbers, such as 128,512,2048.", param="seqlen") from None
 
 
 def export(

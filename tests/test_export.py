@@ -132,9 +132,8 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
 
 def units_of(case: Case) -> KeptUnits:
     """What units.json says of a case."""
-    config: Any = case.dense.config
-    groups = config.num_key_value_heads
-    base = LayerShape(groups, config.num_attention_heads // groups, config.intermediate_size)
+    widths = Widths.of(layout_of(case.dense.config), case.dense.config.to_dict())
+    base = LayerShape(widths.kv_heads, widths.heads // widths.kv_heads, widths.channels)
     return KeptUnits(base, [(list(keep.heads or ()), list(keep.channels or ())) for keep in case.keeps])
 
 

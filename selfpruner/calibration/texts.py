@@ -209,9 +209,9 @@ class _Reader:
             return self._whole(source, pydoc.documents(), count)
         if source in self.files:
             path = self.files[source]
-            return self._whole(source, _read_text(path) if path.suffix == ".txt" else _read_jsonl(path), count)
+            return self._whole(source, read_text(path) if path.suffix == ".txt" else read_jsonl(path), count)
         if source == "c4":
-            return self._streamed(source, _hub(_C4[0], data_files=_C4[1], split="train"), count)
+            return self._streamed(source, hub_documents(_C4[0], data_files=_C4[1], split="train"), count)
         return self._from_hub(source, count)
 
     def _written(self, count: int) -> Tensor:
@@ -232,7 +232,7 @@ class _Reader:
     def _from_hub(self, source: str, count: int) -> Tensor:
         _, dataset, *rest = source.split(":")
         name, split, field = (part or None for part in (*rest, "", "", "")[:3])
-        documents = _hub(dataset, name=name, split=split or "train", field=field or "text")
+        documents = hub_documents(dataset, name=name, split=split or "train", field=field or "text")
         if dataset.rpartition("/")[2] == "wikitext":
             # Rows are lines. The customary perplexity text is the rows joined by a blank line.
             return self._whole(source, ["\n\n".join(documents)], count)
@@ -300,7 +300,8 @@ class _Reader:
         return [[*start, *stream[at : at + step]] for at in range(0, len(stream) - step + 1, step)]
 
 
-def _read_text(path: Path) -> list[str]:
+def read_text(path: Path) -> list[str]:
+    """The one document of a text file. Raises :class:`TextError`."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -314,9 +315,10 @@ def _read_text(path: Path) -> list[str]:
     return [text]
 
 
-def _read_jsonl(path: Path) -> list[str]:
+def read_jsonl(path: Path) -> list[str]:
+    """The field ``text`` of every line. Raises :class:`TextError`."""
     documents = []
-    for number, line in enumerate(_read_text(path)[0].split("\n"), 1):
+    for number, line in enumerate(read_text(path)[0].split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -331,8 +333,10 @@ def _read_jsonl(path: Path) -> list[str]:
     return documents
 
 
-def _hub(dataset: str, *, split: str, name: str | None = None, data_files: str | None = None, field: str = "text") -> Iterator[str]:
-    """Stream one field of a hub dataset. Nothing is run that comes with the dataset."""
+def hub_documents(
+    dataset: str, *, split: str, name: str | None = None, data_files: str | None = None, field: str = "text"
+) -> Iterator[str]:
+    """Stream one field of a hub dataset. Nothing is run that comes with the dataset. Raises :class:`TextError`."""
     import datasets
 
     offline = "Use source self (the model writes), pydoc, or a .txt or .jsonl file; or connect and try again."

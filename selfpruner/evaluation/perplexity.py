@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Score
 
+_CHUNK = 128  # positions whose logits are float32 at a time
+
 
 def score(
     model: PreTrainedModel,
@@ -26,21 +28,47 @@ def score(
     """Mean NLL, and KL(reference || model) per token, on token ids (sequences, length). ``kl`` is NaN without a reference."""
     kl, nll = 0.0, 0.0
     sequences, length = tokens.shape
-    with torch.no_grad():
-        for index, row in enumerate(tokens):
-            if cancelled():
-                raise CancelledTaskError("Cancelled during an evaluation.")
-            ids = row[None].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()
-            other = None if reference is None else reference(input_ids=ids, use_cache=False).logits[0].float()
-            target = ids[0, 1:]
-            for start in range(0, length, 128):
-                part = slice(start, start + 128)
-                q = logits[part].log_softmax(-1)
-                wanted = target[part]
-                nll -= float(q[: wanted.numel()].gather(1, wanted[:, None]).double().sum())
-                if other is not None:
-                    p = other[part].log_softmax(-1)
-                    kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-            progress(f"sequence {index + 1}/{sequences}")
+    for index, row in enumerate(tokens):
+        if cancelled():
+            raise CancelledTaskError("Cancelled during an evaluation.")
+        more_kl, more_nll = _sums(model, row, reference)
+        kl, nll = kl + more_kl, nll + more_nll
+        progress(f"sequence {index + 1}/{sequences}")
     return Score(kl / tokens.numel() if reference is not None else float("nan"), nll / (sequences * (length - 1)), tokens.numel())
+
+
+def losses(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[float]:
+    """Mean NLL in nats of every sequence of ``tokens`` (sequences, length), over its length - 1 tokens that have one before."""
+    found = []
+    sequences, length = tokens.shape
+    for index, row in enumerate(tokens):
+        if cancelled():
+            raise CancelledTaskError("Cancelled during an evaluation.")
+        found.append(_sums(model, row, None)[1] / (length - 1))
+        progress(f"window {index + 1}/{sequences}")
+    return found
+
+
+@torch.inference_mode()
+def _sums(model: PreTrainedModel, row: Tensor, reference: PreTrainedModel | None) -> tuple[float, float]:
+    """(KL, NLL) in nats, summed over a sequence of token ids (length,). KL is 0 without a reference."""
+    kl, nll = 0.0, 0.0
+    ids = row[None].to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    other = None if reference is None else reference(input_ids=ids, use_cache=False).logits[0]
+    target = ids[0, 1:]
+    for start in range(0, row.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        q = logits[part].float().log_softmax(-1)
+        wanted = target[part]
+        nll -= float(q[: wanted.numel()].gather(1, wanted[:, None]).double().sum())
+        if other is not None:
+            p = other[part].float().log_softmax(-1)
+            kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+    return kl, nll

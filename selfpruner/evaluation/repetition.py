@@ -2,20 +2,48 @@
 
 Greedy continuations of a few prompts, side by side in one batch with a cache. The rate is the share of a continuation's runs of
 four tokens that it has had before (seq-rep-4: Welleck et al. 2020, arXiv 1908.04319, section 6), 0 for none; what follows an end of
-text does not count.
+text does not count. A figure of the field beside it is :func:`distinct`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner.errors import CancelledTaskError
 
 RUN = 4
+# Openings of common kinds of text, for the probe of ``selfpruner evaluate``.
+PROMPTS = (
+    "The museum on the corner of the old market square was built in",
+    "The water cycle describes how water moves between the sea, the air and",
+    "In a statement on Monday the minister said that the new law would",
+    "To make a simple vegetable soup, first cut the onions and",
+    "It was already dark when Nora heard the front door",
+    "The three main causes of the war were",
+    "Dear Mr. Alder, thank you for your letter of",
+    "A triangle with sides of three, four and five is",
+    "My phone does not charge any more since the last update. I have tried",
+    "The company reported a profit of two million in the first quarter, compared with",
+    "Photosynthesis is the process by which plants",
+    "He scored twice in the second half as the home team",
+    "Most people know that exercise is good for the heart, but",
+    'def mean(values):\n    """Return the arithmetic mean of a list of numbers."""\n',
+    "The patient was told to take the medicine twice a day and",
+    "Once upon a time, in a village by the sea, there lived",
+    "The best way to learn a new language is to",
+    "Question: Why is the sky blue?\nAnswer:",
+    "The hotel is a short walk from the station and offers",
+    "In mathematics, a prime number is",
+    "After the rain stopped, the children ran out into the garden and",
+    "The first railway in the country was opened between",
+    "Before you buy a used car, you should always check",
+    "The court held that the contract was not valid because",
+)
 
 
 def repetition(
@@ -33,6 +61,32 @@ def repeated(tokens: Sequence[int]) -> float:
     """The share of runs of four tokens that occurred before: 1 - distinct / all. 0 where there is none."""
     runs = [tuple(tokens[start : start + RUN]) for start in range(len(tokens) - RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def distinct(texts: Sequence[Sequence[int]], length: int) -> float:
+    """Distinct runs of ``length`` tokens over all such runs of the texts together (distinct-n: Li et al. 2016, arXiv 1510.03055); 0
+    where there is none."""
+    runs = [tuple(text[start : start + length]) for text in texts for start in range(len(text) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else 0.0
+
+
+def after_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    new_tokens: int,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[list[int]]:
+    """What the model writes after each prompt (:func:`continuations`). Prompts of one length are a batch; none is padded."""
+    encode: Any = tokenizer
+    ids = [encode(prompt)["input_ids"] for prompt in prompts]
+    written: list[list[int]] = [[] for _ in prompts]
+    for length in sorted({len(tokens) for tokens in ids}):
+        same = [index for index, tokens in enumerate(ids) if len(tokens) == length]
+        texts = continuations(model, torch.tensor([ids[index] for index in same]), new_tokens, cancelled)
+        for index, text in zip(same, texts, strict=True):
+            written[index] = text
+    return written
 
 
 @torch.inference_mode()
