@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selfpruner.api import evaluate, prune, search
+    from selfpruner.api import benchmark, evaluate, prune, search
     from selfpruner.config import SearchConfig
     from selfpruner.export.checkpoint import load, verify
 
-__all__ = ["SearchConfig", "evaluate", "load", "prune", "search", "verify"]
+__all__ = ["SearchConfig", "benchmark", "evaluate", "load", "prune", "search", "verify"]
 
 _HOMES = {
-    **dict.fromkeys(("evaluate", "prune", "search"), "selfpruner.api"),
+    **dict.fromkeys(("benchmark", "evaluate", "prune", "search"), "selfpruner.api"),
     "SearchConfig": "selfpruner.config",
     **dict.fromkeys(("load", "verify"), "selfpruner.export.checkpoint"),
 }

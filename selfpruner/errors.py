@@ -19,6 +19,7 @@
         ConflictError               the object is in a state that does not allow the action
       ExportError                   a checkpoint that could not be written or verified
         CorruptCheckpointError      a file that does not match its manifest
+      BenchmarkError                a runtime to be timed that is not installed, does not answer, or does not do what it was asked
       DiskFullError                 no space left where something had to be written
 
 A message says what was wrong and what to do next. ``code`` is stable and meant for programs; ``param`` names the field of
@@ -140,6 +141,10 @@ class ExportError(SelfprunerError):
 
 class CorruptCheckpointError(ExportError):
     code = "corrupt"
+
+
+class BenchmarkError(SelfprunerError):
+    code = "benchmark_failed"
 
 
 class DiskFullError(SelfprunerError):
