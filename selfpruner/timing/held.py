@@ -198,7 +198,9 @@ def work_of(model: PreTrainedModel) -> Work:
 
 
 def _attention(config: Any, itemsize: int) -> tuple[Attention, ...]:
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    # Families without layer types have one kind of layer.
+    only = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [only] * config.num_hidden_layers
     found = []
     for kind, layer in zip(kinds, config.per_layer_config, strict=True):
         heads = int(layer.num_attention_heads)
