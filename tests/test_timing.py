@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 import selfpruner
+from benchmarks import speed as benchmark
 from selfpruner import cli, models
 from selfpruner.errors import BenchmarkError, ConfigError, UnknownNameError
 from selfpruner.evaluation import speed
@@ -520,3 +521,47 @@ def test_llama_cpp_runs_a_file(tmp_path: Path) -> None:
     (subject,) = found.subjects
     assert subject.work.parameters == 134_515_008
     assert all(subject.rate(measure) > 0 for measure in found.measures)
+
+
+# -- shapes of random weights --------------------------------------------------------------------------------------------
+def test_shapes_vary_as_a_plan_does_and_remove_what_is_asked() -> None:
+    plan = [0.0, 0.1, 0.5, 0.2]
+    assert benchmark.layer_rates(plan, 4, 0.2) == pytest.approx(plan)
+    assert benchmark.layer_rates(plan, 7, 0.2)[::2] == pytest.approx(
+        [x * benchmark.layer_rates(plan, 7, 0.2)[2] / 0.1 for x in plan]
+    )
+    capped = benchmark.layer_rates(plan, 4, 0.5)
+    assert sum(capped) == pytest.approx(2.0)
+    assert max(capped) == 0.9
+    dense = benchmark.dense_config("llama-2-7b")
+    for rate in (0.3, 0.5):
+        for multiple in (8, 64, 128, 256):
+            pruned = benchmark.pruned_config(dense, benchmark.layer_rates(plan, 32, rate), multiple)
+            layers = pruned["per_layer_config"].values()
+            assert all(layer["intermediate_size"] % multiple == 0 for layer in layers)
+            # All steps together miss the target by half of one.
+            assert (
+                abs(benchmark.removed(dense, pruned) - rate) * 32
+                <= 0.5 * 3 * 4096 * multiple / (4 * 4096 * 4096 + 3 * 4096 * 11008) + 1e-9
+            )
+    # One layer by hand: 32 of 32 heads and 11008 channels, half of them gone.
+    (half,) = benchmark.pruned_config({**dense, "num_hidden_layers": 1}, [0.5], 256)["per_layer_config"].values()
+    assert half == {"num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 22 * 256}
+
+
+def test_the_script_runs_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out" / "speed.json"
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--repetitions", "1", "--device", "cpu", "--dtype", "float32"]
+    benchmark.main(["--random-shape", "tiny", "--rates", "0.5", "--multiples", "8", "64", *sizes, "--output", str(output)])
+    body = json.loads(output.read_text())
+    assert [row["multiple"] for row in body["rows"]] == [8, 64]
+    for row in body["rows"]:
+        dense, pruned = row["models"]
+        # Norms and embeddings stay.
+        matrices = dense["work"]["matrices"]
+        assert dense["work"]["parameters"] - pruned["work"]["parameters"] == pytest.approx(row["removed"] * matrices)
+        assert row["removed"] == pytest.approx(0.5, abs=0.02)
+        assert all(ratio["ratio"] > 0 and ratio["bound"] > 1 for ratio in row["ratios"])
+    assert capsys.readouterr().out.count("| 1.70 |") == 6
+    with pytest.raises(SystemExit):
+        benchmark.main(["--random-shape", "tiny", "--multiples", "1024"])
