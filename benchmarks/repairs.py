@@ -177,7 +177,7 @@ class Walk:
         return with_output(cut, found, bias)
 
     def _inputs(self, index: int, cut: Weights) -> Weights:
-        names = ("q", "k", "v") if isinstance(cut, AttentionWeights) else ("gate", "up")
+        names = cut.matrices[:-1]
         W = torch.cat([getattr(cut, name) for name in names])
         norm = self.arch.attention_norm if isinstance(cut, AttentionWeights) else self.arch.ffn_norm
 
@@ -257,7 +257,7 @@ def output(weights: Weights) -> tuple[Tensor, Tensor | None]:
 def with_output(weights: Weights, W: Tensor, bias: Tensor) -> Weights:
     if isinstance(weights, AttentionWeights):
         return replace(weights, o=W.to(weights.q.dtype), o_bias=bias.to(weights.q.dtype))
-    return replace(weights, down=W.to(weights.gate.dtype), down_bias=bias.to(weights.gate.dtype))
+    return replace(weights, down=W.to(weights.up.dtype), down_bias=bias.to(weights.up.dtype))
 
 
 def seen(arch: Architecture, index: int, x: Tensor, weights: Weights) -> Tensor:

@@ -12,15 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selfpruner.api import evaluate, prune, quality, search
+    from selfpruner.api import benchmark, evaluate, prune, quality, search
     from selfpruner.config import SearchConfig
     from selfpruner.export.checkpoint import load
     from selfpruner.export.formats import verify
 
-__all__ = ["SearchConfig", "evaluate", "load", "prune", "quality", "search", "verify"]
+__all__ = ["SearchConfig", "benchmark", "evaluate", "load", "prune", "quality", "search", "verify"]
 
 _HOMES = {
-    **dict.fromkeys(("evaluate", "prune", "quality", "search"), "selfpruner.api"),
+    **dict.fromkeys(("benchmark", "evaluate", "prune", "quality", "search"), "selfpruner.api"),
     "SearchConfig": "selfpruner.config",
     "load": "selfpruner.export.checkpoint",
     "verify": "selfpruner.export.formats",

@@ -1,4 +1,4 @@
-"""The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``export``, ``load``: the server's engine in this process.
+"""The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``benchmark``, ``export``, ``load``: the server's engine, here.
 
 Blocking calls with plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`.
 """
@@ -25,6 +25,7 @@ from selfpruner.search.job import JobResult, run_job, session_of
 from selfpruner.search.records import Recorder
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
+from selfpruner.timing.report import Report, Settings
 from selfpruner.workers.base import Json, Session, WorkerPool
 from selfpruner.workers.memory import ENVIRONMENT
 
@@ -327,6 +328,38 @@ def quality(
     kept = cache or default_cache()
     found = measure([measures.Place(name, kept, where, dtype) for name in asked], wanted, results, progress=progress)
     return Quality(asked, compared, found)
+
+
+def benchmark(
+    models: Sequence[str | Path],
+    *,
+    backend: str = "transformers",
+    urls: Sequence[str] = (),
+    key: str | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    repetitions: int = 7,
+    compiled: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache: Path | None = None,
+    progress: Watch = lambda _: None,
+) -> Report:
+    """Speed of dense models and checkpoints, in turn in one run; the first is what the others are compared with.
+
+    ``backend`` is one of ``names.BACKENDS``: ``vllm`` needs ``urls`` of running servers and perhaps a ``key``; the folders still
+    have to be here, for the bounds. ``compiled`` decodes by torch.compile with a cache of fixed size. ``Report.markdown()`` and
+    ``Report.to_dict()`` say what was found. Raises ConfigError, ModelError and BenchmarkError.
+    """
+    from selfpruner.timing import run as timing
+
+    named = [str(model) for model in models]
+    if len(set(named)) < len(named):
+        raise ConfigError("Every model can be named once only.", param="models")
+    settings = Settings(backend, prompt_tokens, new_tokens, repetitions, compiled=compiled)
+    place = cache or default_cache()
+    wanted = {name: name for name in named}
+    return asyncio.run(timing.run(wanted, settings, urls=urls, key=key, device=device, dtype=dtype, cache=place, progress=progress))
 
 
 async def _write(

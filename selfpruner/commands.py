@@ -1,4 +1,4 @@
-"""Commands that need no server: search, prune, evaluate, export, verify, criteria, compare. The same engine in this process.
+"""Commands that need no server: search, prune, evaluate, benchmark, export, verify, criteria, compare: the same engine, here.
 
 Like the others they print their result on stdout, everything else on stderr, and return their exit code.
 """
@@ -6,6 +6,7 @@ Like the others they print their result on stdout, everything else on stderr, an
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ import typer
 from pydantic import TypeAdapter
 
 from selfpruner import names, options
-from selfpruner.errors import ConfigError, NotFoundError
+from selfpruner.errors import ConfigError, NotFoundError, disk_errors
 
 if TYPE_CHECKING:
     from selfpruner.api import Pruned
@@ -35,7 +36,7 @@ Text = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (search, prune, evaluate, export, verify, criteria, compare):
+    for command in (search, prune, evaluate, benchmark, export, verify, criteria, compare):
         app.command()(command)
 
 
@@ -260,6 +261,58 @@ def _lengths(value: str) -> list[int]:
         return [int(part) for part in _split(value)]
     except ValueError:
         raise ConfigError("seqlen must be whole numbers, such as 128,512,2048.", param="seqlen") from None
+
+
+def benchmark(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="The dense model first, then checkpoints: names, folders, or GGUF files.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for all figures.")],
+    backend: Annotated[str, typer.Option(help=f"What runs them: {', '.join(names.BACKENDS)}.")] = "transformers",
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a running server up to /v1, for vllm; repeat for each model. A key comes from VLLM_API_KEY."),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write after them.")] = 64,
+    repetitions: Annotated[int, typer.Option(help="Rounds in which every model is timed.")] = 7,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Decode by torch.compile with a cache of fixed size (transformers; compiles for minutes)."),
+    ] = False,
+    device: options.Device = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    cache: Cache = None,
+    as_json: Json = False,
+) -> int:
+    """Speed, memory and their bounds, dense and pruned in turn in one run."""
+    from selfpruner import api
+
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ConfigError(f"{output} cannot be written: name a file in a folder that exists.", param="output")
+    report = api.benchmark(
+        models,
+        backend=backend,
+        urls=tuple(url or ()),
+        key=os.environ.get("VLLM_API_KEY") or None,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repetitions=repetitions,
+        compiled=compiled,
+        device=device or "auto",
+        dtype=dtype,
+        cache=cache,
+        progress=_tell,
+    )
+    _tell("")
+    body = report.to_dict()
+    with disk_errors(output):
+        output.write_text(json.dumps(body, indent=1) + "\n", "utf-8")
+    print(json.dumps(body) if as_json else report.markdown(), end="\n" if as_json else "")
+    return 0
 
 
 def export(

@@ -20,6 +20,7 @@
       ExportError                   a checkpoint that could not be written or verified
         CorruptCheckpointError      a file that does not match its manifest
         FormatError                 a plan or model that an export format's runtime cannot take
+      BenchmarkError                a runtime to be timed that is not installed, does not answer, or does not do what it was asked
       DiskFullError                 no space left where something had to be written
 
 A message says what was wrong and what to do next. ``code`` is stable and meant for programs; ``param`` names the field of
@@ -148,6 +149,10 @@ class FormatError(ExportError):
 
     code = "format_unsupported"
     type = "invalid_request_error"
+
+
+class BenchmarkError(SelfprunerError):
+    code = "benchmark_failed"
 
 
 class DiskFullError(SelfprunerError):

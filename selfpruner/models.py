@@ -86,7 +86,7 @@ def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> Mode
     :class:`DiskFullError`.
     """
     if name in EMBEDDED_MODELS:
-        found = _embedded(name)
+        found = embedded_file(name)
     else:
         local = _local(name, allowed_root)
         found = local if local is not None else _from_hub(name, cache)
@@ -97,7 +97,8 @@ def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> Mode
     return ModelSource(found, name, model_checks.fingerprint(found), str(config["model_type"]), config)
 
 
-def _embedded(name: str) -> Path:
+def embedded_file(name: str) -> Path:
+    """The GGUF file of an embedded model. Raises :class:`ModelNotFoundError` when its package is not installed."""
     package, file, requirement = _EMBEDDED_FILES[name]
     # find_spec does not run the package, whose imports (llm, llama_cpp) need not be installed.
     spec = importlib.util.find_spec(package)

@@ -64,6 +64,13 @@ COMPENSATIONS: Mapping[str, str] = {
     "least_squares": "kept output weights are refitted to the dense block's output (default)",
 }
 
+# What a benchmark runs models with.
+BACKENDS: Mapping[str, str] = {
+    "transformers": "in processes of their own, on this device (default)",
+    "vllm": "behind a running OpenAI-compatible server, by --url",
+    "llamacpp": "GGUF files by llama-cpp-python, where it is installed",
+}
+
 # Operators that make plans from nothing: the initial population.
 CLOSED_FORM_OPERATORS: Mapping[str, str] = {
     "uniform": "the same rate everywhere",

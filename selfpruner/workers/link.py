@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from selfpruner.workers.base import Json
@@ -38,8 +39,11 @@ class Link:
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
-    async def start(cls, runtime: str, device: str, log: Path, heartbeat_timeout: float) -> Link:
-        """Start a worker; it imports the runtime with its first task. Raises OSError when the process cannot be made."""
+    async def start(
+        cls, runtime: str, device: str, log: Path, heartbeat_timeout: float, environment: Mapping[str, str] = ENVIRONMENT
+    ) -> Link:
+        """Start a worker; it imports the runtime with its first task. Variables that are set here win over ``environment``. Raises
+        OSError when the process cannot be made."""
         with log.open("ab") as sink:
             start = sink.tell()
             process = await asyncio.create_subprocess_exec(
@@ -53,7 +57,7 @@ class Link:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=sink,
-                env={**ENVIRONMENT, **os.environ},
+                env={**environment, **os.environ},
                 limit=LIMIT,
                 # Its own group: Ctrl-C in the terminal reaches the parent only, and what the worker starts ends with it.
                 start_new_session=True,

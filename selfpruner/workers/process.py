@@ -20,6 +20,7 @@ from pathlib import Path
 from selfpruner.errors import ConfigError, WorkerError, from_dict
 from selfpruner.workers.base import Json, OnProgress, Session
 from selfpruner.workers.link import Link
+from selfpruner.workers.memory import ENVIRONMENT
 
 CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 5.0  # seconds before a worker that died twice in a row starts again
@@ -57,6 +58,7 @@ class ProcessPool:
         max_attempts: how many workers one task may cost.
         task_timeout: seconds one task may take once it has a worker, all attempts together; None for no limit.
         heartbeat_timeout: seconds of silence after which a worker counts as frozen.
+        environment: variables that workers get unless they are set here.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class ProcessPool:
         max_attempts: int = 3,
         task_timeout: float | None = None,
         heartbeat_timeout: float = 60.0,
+        environment: Mapping[str, str] = ENVIRONMENT,
     ) -> None:
         if not devices:
             raise ConfigError("A worker pool needs at least one device.", param="devices")
@@ -75,6 +78,7 @@ class ProcessPool:
         self._max_attempts = max_attempts
         self._task_timeout = task_timeout
         self._heartbeat_timeout = heartbeat_timeout
+        self._environment = environment
         self._temporary = None if log_dir else Path(tempfile.mkdtemp(prefix="selfpruner-workers-"))
         folder = log_dir or self._temporary
         assert folder is not None
@@ -207,7 +211,7 @@ class ProcessPool:
         if self._closing.is_set():
             raise _closed()
         try:
-            slot.link = await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout)
+            slot.link = await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout, self._environment)
         except OSError as error:
             raise WorkerError(
                 f"No worker could be started on {slot.device}: {error}. Free memory or processes and try again."

@@ -1,0 +1,223 @@
+"""One model in a process of its own, run by transformers: the worker behind ``benchmark --backend transformers``.
+
+    kind     payload                                  result
+    load     {}                                       {work, device, dtype, threads, base_mib}
+    prefill  {tokens}                                 {seconds, first_token}
+    decode   {batch, prompt, new_tokens}              {tokens, seconds}
+    memory   {}                                       {mib, of}
+
+The session's config is ``{model, dtype, compiled}``: ``model`` is a name, a folder, a checkpoint of selfpruner, or the fields of a
+config (``{"model_type": ...}``), whose model gets random weights. Dense models and checkpoints are read by the same code, so
+that they differ in nothing but their layers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
+
+from selfpruner import manifest, model_checks, models, streaming
+from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.evaluation import speed
+from selfpruner.timing.work import Attention, Work
+from selfpruner.workers.base import Json, Session
+from selfpruner.workers.memory import peak_mib
+
+# Spread of random weights: what initialisers give, far from what denormal numbers would cost.
+_SPREAD = 0.02
+
+
+class Runtime:
+    """A :class:`~selfpruner.workers.base.TaskRuntime` that holds one model."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._model: PreTrainedModel | None = None
+        self._key = ""
+        self._compiled: Callable[..., Any] | None = None
+        self._caches: dict[tuple[int, int], StaticCache] = {}
+        self._base_mib = 0.0
+
+    def handle(
+        self,
+        session: Session,
+        kind: str,
+        payload: Mapping[str, Any],
+        progress: Callable[[str], None],
+        cancelled: Callable[[], bool],  # noqa: ARG002 - a task is over in seconds
+    ) -> Json:
+        try:
+            model = self._held(session, progress)
+            if kind == "load":
+                return self._facts(model)
+            if kind == "memory":
+                return self._memory(model)
+            if kind == "prefill":
+                seen = speed.read(model, _prompt(model, int(payload["tokens"])))
+                return {"seconds": seen.seconds, "first_token": seen.first_token}
+            if kind == "decode":
+                return self._decode(model, int(payload["batch"]), int(payload["prompt"]), int(payload["new_tokens"]))
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{session.config['model']} does not fit beside the other models on {self._device}: {error}. Compare "
+                "fewer at once, or shorten the prompt."
+            ) from error
+        raise ConfigError(f"Unknown task {kind!r}.")
+
+    def _held(self, session: Session, progress: Callable[[str], None]) -> PreTrainedModel:
+        if self._model is None or self._key != session.key:
+            self._base_mib = peak_mib()
+            progress("loading")
+            self._model = load(session.config["model"], self._device, session.config["dtype"], Path(session.cache))
+            self._key = session.key
+            if session.config.get("compiled"):
+                self._compiled = torch.compile(self._model.forward, dynamic=False, mode=_mode(self._model.device))
+        return self._model
+
+    def _facts(self, model: PreTrainedModel) -> Json:
+        name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+        return {**_described(model), "device": name, "threads": torch.get_num_threads(), "base_mib": self._base_mib}
+
+    def _memory(self, model: PreTrainedModel) -> Json:
+        if model.device.type == "cuda":
+            return {"mib": torch.cuda.max_memory_allocated(model.device) / 2**20, "of": "device"}
+        return {"mib": peak_mib(), "of": "process"}
+
+    def _decode(self, model: PreTrainedModel, batch: int, prompt: int, new_tokens: int) -> Json:
+        """The prompt is read once; every sequence of the batch gets a copy of its keys and values."""
+        ids = _prompt(model, prompt)
+        if self._compiled is None:
+            seen = speed.read(model, ids)
+            with torch.inference_mode():
+                seen.cache.batch_repeat_interleave(batch)
+            token = seen.token.repeat(batch, 1)
+        else:
+            # Compiled code holds on to the place of its cache, so the same one serves every repetition.
+            if (held := self._caches.get((batch, prompt))) is None or held.get_max_length() < prompt + new_tokens:
+                held = self._caches[batch, prompt] = StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
+            with torch.inference_mode():
+                held.reset()
+            seen = speed.read(model, ids.repeat(batch, 1), held)
+            token = seen.token
+        return {"tokens": batch * new_tokens, "seconds": speed.write(model, seen.cache, token, new_tokens, self._compiled)}
+
+
+def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path) -> PreTrainedModel:
+    """The model on the device: of a name, folder or checkpoint, or with random weights from the fields of a config.
+
+    Raises ModelError and its kin for what cannot be loaded, CorruptCheckpointError, ConfigError for an unknown device or dtype.
+    """
+    target = models.choose_device(device)
+    folder, config = _found(model, cache)
+    kind = models.choose_dtype(dtype, target, stored=_stored(config))
+    if folder is None:
+        return random_model(config, target, kind)
+    with models.quiet():
+        return streaming.whole(config, model_checks.weight_files(folder), target, kind)
+
+
+def outline(model: str, dtype: str, cache: Path) -> tuple[Json, int]:
+    """What ``load`` of this runtime would tell of a model that runs elsewhere, as a server runs it: in ``dtype``, or the one it is
+    stored in; and its vocabulary."""
+    auto: Any = importlib.import_module("transformers")
+    _, config = _found(model, cache)
+    kind = models.choose_dtype(_stored(config) or "float32" if dtype == "auto" else dtype, torch.device("cpu"))
+    with torch.device("meta"):
+        twin = auto.AutoModelForCausalLM.from_config(config, dtype=kind)
+    return {**_described(twin), "device": None, "threads": None, "base_mib": None}, int(config.vocab_size)
+
+
+def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, Any]:
+    """Folder and config; no folder for a model of random weights."""
+    importlib.import_module("selfpruner.export")  # registers the class of pruned checkpoints
+    auto: Any = importlib.import_module("transformers")
+    if isinstance(model, Mapping):
+        body = dict(model)
+        return None, auto.AutoConfig.for_model(body.pop("model_type"), **body)
+    folder = Path(model)
+    if (folder / manifest.NAME).is_file():
+        manifest.check(folder)
+    else:
+        folder = models.resolve(model, cache).folder
+    return folder, auto.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _stored(config: Any) -> str | None:
+    return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+
+
+def _described(model: PreTrainedModel) -> Json:
+    return {
+        "work": asdict(work_of(model)),
+        "limit": int(model.config.max_position_embeddings),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+@torch.no_grad()
+def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of this shape with random matrices and norms of one; nothing but the model itself takes memory."""
+    auto: Any = importlib.import_module("transformers")
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, _SPREAD)
+    decoder: Any = model.model
+    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its table is computed, not stored
+    model.train(False)
+    return model
+
+
+def work_of(model: PreTrainedModel) -> Work:
+    """Count a model's matrices and bytes; its modules may be on the meta device."""
+    head: Any = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    looked_up = {
+        id(module.weight): module.weight.nbytes
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not head.weight
+    }
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return Work(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        matrices=sum(module.weight.numel() for module in linear),
+        head=head.weight.numel(),
+        weight_bytes=weight_bytes,
+        step_bytes=weight_bytes - sum(looked_up.values()),
+        attention=_attention(model.config, model.dtype.itemsize),
+    )
+
+
+def _attention(config: Any, itemsize: int) -> tuple[Attention, ...]:
+    # Families without layer types have one kind of layer.
+    only = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [only] * config.num_hidden_layers
+    found = []
+    for kind, layer in zip(kinds, config.per_layer_config, strict=True):
+        heads = int(layer.num_attention_heads)
+        groups = int(getattr(layer, "num_key_value_heads", None) or 0) if heads else 0
+        width = int(getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0))
+        window = layer.sliding_window if kind == "sliding_attention" else None
+        found.append(Attention(heads * width, 2 * groups * width * itemsize, window))
+    return tuple(found)
+
+
+def _prompt(model: PreTrainedModel, tokens: int) -> Tensor:
+    """Any tokens, the same for every model of a vocabulary: what a token is does not change what it costs."""
+    size = int(model.config.vocab_size)
+    draw = torch.randint(size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return draw.to(model.device)
+
+
+def _mode(device: torch.device) -> str | None:
+    """On a GPU kernels are recorded once and replayed, else launching them is all that a step takes."""
+    return "reduce-overhead" if device.type == "cuda" else None

@@ -1,0 +1,214 @@
+"""One GGUF file in a process of its own, run by llama.cpp: the worker behind ``benchmark --backend llamacpp``.
+
+Tasks are those of :mod:`selfpruner.timing.held`; the session's config is ``{model, sequences, context}``: a file, and how many
+sequences of how many tokens there is room for, each with keys and values of its own. It needs the package llama-cpp-python, whose
+low-level functions are llama.cpp's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfpruner import models
+from selfpruner.errors import BenchmarkError, ConfigError, ModelError
+from selfpruner.names import EMBEDDED_MODELS
+from selfpruner.timing.work import Attention, Work
+from selfpruner.workers.base import Json, Session
+from selfpruner.workers.memory import peak_mib
+
+PACKAGE = "llama_cpp"
+# llama.cpp keeps keys and values in float16 unless told otherwise.
+_CACHE_ITEMSIZE = 2
+
+
+def file_of(name: str) -> Path:
+    """The GGUF file behind a name: the file itself, the only one of a folder, or that of an embedded model.
+
+    Raises BenchmarkError where llama-cpp-python is not installed, ConfigError for a name without such a file.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise BenchmarkError(
+            "llama-cpp-python is not installed here. Install it (it compiles for minutes), or use --backend transformers.",
+            code="backend_missing",
+            param="backend",
+        )
+    path = models.embedded_file(name) if name in EMBEDDED_MODELS else Path(name).expanduser()
+    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" and path.is_file() else []
+    if len(found) != 1:
+        raise ConfigError(
+            f"{name} holds {len(found)} GGUF files; llama.cpp needs one. Give a .gguf file, or a folder with a single one.",
+            param="models",
+        )
+    return found[0].resolve()
+
+
+class Runtime:
+    """A :class:`~selfpruner.workers.base.TaskRuntime` that holds one file and one context."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._key = ""
+        self._read: dict[int, int] = {}  # sequence: tokens of the prompt it holds
+
+    def handle(
+        self,
+        session: Session,
+        kind: str,
+        payload: Mapping[str, Any],
+        progress: Callable[[str], None],
+        cancelled: Callable[[], bool],  # noqa: ARG002 - a task is over in seconds
+    ) -> Json:
+        if self._key != session.key:
+            progress("loading")
+            self._load(session)
+        if kind == "load":
+            return self._facts
+        if kind == "memory":
+            return {"mib": peak_mib(), "of": "process"}
+        if kind == "prefill":
+            return self._prefill(int(payload["tokens"]))
+        if kind == "decode":
+            return self._decode(int(payload["batch"]), int(payload["prompt"]), int(payload["new_tokens"]))
+        raise ConfigError(f"Unknown task {kind!r}.")
+
+    def _load(self, session: Session) -> None:
+        base = peak_mib()
+        self._lib: Any = importlib.import_module("llama_cpp.llama_cpp")
+        path, sequences, context = str(session.config["model"]), int(session.config["sequences"]), int(session.config["context"])
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        self._lib.llama_backend_init()
+        how = self._lib.llama_model_default_params()
+        how.n_gpu_layers = 0 if self._device == "cpu" else -1
+        model = self._lib.llama_model_load_from_file(path.encode(), how)
+        if not model:
+            raise ModelError(f"llama.cpp cannot load {path}: its log is above. Export it again.", param="models")
+        how = self._lib.llama_context_default_params()
+        how.n_seq_max, how.n_ctx = sequences, sequences * context
+        how.n_batch = context
+        how.n_threads = how.n_threads_batch = threads
+        how.no_perf = True
+        self._context = self._lib.llama_init_from_model(model, how)
+        if not self._context:
+            raise BenchmarkError(f"llama.cpp has no room for {sequences} sequences of {context} tokens of {path}.")
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._vocabulary = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model)))
+        self._batch = self._lib.llama_batch_init(max(context, sequences), 0, 1)
+        work, kind = work_of(Path(path))
+        self._facts = {
+            "work": asdict(work),
+            "limit": int(self._lib.llama_model_n_ctx_train(model)),
+            "device": self._device,
+            "dtype": kind,
+            "threads": threads,
+            "base_mib": base,
+        }
+        self._key = session.key
+
+    def _prefill(self, tokens: int) -> Json:
+        self._forget(0, 0)
+        self._fill(_prompt(self._vocabulary, tokens), range(tokens), [0] * tokens, wanted=(tokens - 1,))
+        started = time.perf_counter()
+        self._run()
+        seconds = time.perf_counter() - started
+        self._best(tokens - 1)
+        self._read[0] = tokens
+        return {"seconds": seconds, "first_token": time.perf_counter() - started}
+
+    def _decode(self, batch: int, prompt: int, new_tokens: int) -> Json:
+        ids = _prompt(self._vocabulary, prompt)
+        for sequence in range(batch):
+            if self._read.get(sequence) == prompt:
+                self._forget(sequence, prompt)
+                continue
+            self._forget(sequence, 0)
+            self._fill(ids, range(prompt), [sequence] * prompt, wanted=(prompt - 1,))
+            self._run()
+            self._read[sequence] = prompt
+        tokens, sequences = [ids[-1]] * batch, list(range(batch))
+        started = time.perf_counter()
+        for position in range(prompt, prompt + new_tokens):
+            self._fill(tokens, [position] * batch, sequences, wanted=sequences)
+            self._run()
+            tokens = [self._best(place) for place in sequences]
+        return {"tokens": batch * new_tokens, "seconds": time.perf_counter() - started}
+
+    def _fill(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], *, wanted: Sequence[int]) -> None:
+        """Put tokens into the batch; logits are computed at the places ``wanted``."""
+        self._batch.n_tokens = len(tokens)
+        for place, (token, position, sequence) in enumerate(zip(tokens, positions, sequences, strict=True)):
+            self._batch.token[place] = token
+            self._batch.pos[place] = position
+            self._batch.n_seq_id[place] = 1
+            self._batch.seq_id[place][0] = sequence
+            self._batch.logits[place] = 0
+        for place in wanted:
+            self._batch.logits[place] = 1
+
+    def _run(self) -> None:
+        code = self._lib.llama_decode(self._context, self._batch)
+        if code:
+            raise BenchmarkError(f"llama.cpp gave up with code {code}. Use a shorter prompt or fewer new tokens.")
+        self._lib.llama_synchronize(self._context)
+
+    def _best(self, place: int) -> int:
+        row = self._lib.llama_get_logits_ith(self._context, place)
+        return int(np.ctypeslib.as_array(row, (self._vocabulary,)).argmax())
+
+    def _forget(self, sequence: int, start: int) -> None:
+        """Drop what a sequence holds from position ``start`` on."""
+        self._lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
+
+
+def work_of(path: Path) -> tuple[Work, str]:
+    """Count a file's matrices and bytes, as stored; with the name of the type that holds most of its bytes. Sliding windows are
+    not looked at."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    head = tensors.get("output.weight", tensors["token_embd.weight"])
+    total = sum(int(tensor.n_bytes) for tensor in tensors.values())
+    held: dict[str, int] = {}
+    for tensor in tensors.values():
+        held[tensor.tensor_type.name] = held.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    work = Work(
+        parameters=sum(int(tensor.n_elements) for tensor in tensors.values()),
+        matrices=sum(int(t.n_elements) for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) == 2),
+        head=prod(int(size) for size in head.shape),
+        weight_bytes=total,
+        step_bytes=total - (int(tensors["token_embd.weight"].n_bytes) if "output.weight" in tensors else 0),
+        attention=_attention(reader),
+    )
+    return work, max(held, key=held.__getitem__).lower()
+
+
+def _attention(reader: Any) -> tuple[Attention, ...]:
+    def value(key: str, default: Any = None) -> Any:
+        field = reader.fields.get(key)
+        return default if field is None else field.contents()
+
+    kind = value("general.architecture")
+    layers = int(value(f"{kind}.block_count"))
+    heads = value(f"{kind}.attention.head_count")
+    groups = value(f"{kind}.attention.head_count_kv", heads)
+    heads, groups = ([int(count)] * layers if not isinstance(count, list) else count for count in (heads, groups))
+    width = int(value(f"{kind}.attention.key_length", int(value(f"{kind}.embedding_length")) // max(heads)))
+    depth = int(value(f"{kind}.attention.value_length", width))
+    return tuple(
+        Attention(int(h) * (width + depth) // 2, int(g) * (width + depth) * _CACHE_ITEMSIZE)
+        for h, g in zip(heads, groups, strict=True)
+    )
+
+
+def _prompt(vocabulary: int, tokens: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(0).integers(vocabulary, size=tokens)]

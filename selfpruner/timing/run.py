@@ -1,0 +1,222 @@
+"""Models timed in turn: A B A B ..., measure by measure, so that a machine whose speed drifts slows all of them.
+
+A process of its own holds each model (``transformers``, ``llamacpp``), all at once, and only one works at a time; or a server that
+runs already does (``vllm``). One round warms up; the others are paired repetitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from selfpruner import names
+from selfpruner.errors import ConfigError
+from selfpruner.timing.report import Report, Settings, Subject, decode
+from selfpruner.timing.work import Attention, Work
+from selfpruner.workers.base import Json, Session
+from selfpruner.workers.process import ProcessPool
+
+Watch = Callable[[str], None]
+# A name, a folder, a file, or the fields of a config, whose model gets random weights.
+Model = str | Mapping[str, Any]
+_RUNTIMES = {"transformers": "selfpruner.timing.held:Runtime", "llamacpp": "selfpruner.timing.llamacpp:Runtime"}
+# Tokens written by the round that warms up.
+_WARM = 4
+
+
+class Timed(Protocol):
+    """One model that can be timed."""
+
+    async def load(self) -> Json:
+        """{work, limit, device, dtype, threads, base_mib}."""
+        ...
+
+    async def run(self, kind: str, payload: Json) -> Json:
+        """``prefill`` or ``decode``, see :mod:`selfpruner.timing.held`."""
+        ...
+
+    async def memory(self) -> Json:
+        """{mib, of}."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class InProcess:
+    """A model in a child process. Its libraries start with their own settings, not with a worker's: what users get is timed."""
+
+    def __init__(self, backend: str, device: str, config: Json, cache: Path, progress: Watch) -> None:
+        self._pool = ProcessPool([device], runtime=_RUNTIMES[backend], max_attempts=1, environment={})
+        self._session = Session(str(config), config, str(cache))
+        self._progress = progress
+
+    async def load(self) -> Json:
+        return await self._pool.run(self._session, "load", {}, self._progress)
+
+    async def run(self, kind: str, payload: Json) -> Json:
+        return await self._pool.run(self._session, kind, payload)
+
+    async def memory(self) -> Json:
+        return await self._pool.run(self._session, "memory", {})
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+
+class Served:
+    """A model behind a server. ``facts`` come from its own folder, since a server does not tell them."""
+
+    def __init__(self, url: str, name: str, facts: Json, vocabulary: int, key: str | None) -> None:
+        from selfpruner.timing.served import Server
+
+        self._facts = facts
+        self._server = Server(url, name, vocabulary, key=key)
+        self._url = url
+
+    async def load(self) -> Json:
+        return {**self._facts, "device": f"{self._url} ({await self._server.model()})"}
+
+    async def run(self, kind: str, payload: Json) -> Json:
+        return await getattr(self._server, kind)(**payload)  # type: ignore[no-any-return]
+
+    async def memory(self) -> Json:
+        return {"mib": None, "of": None}
+
+    async def close(self) -> None:
+        await self._server.close()
+
+
+async def measure(subjects: Mapping[str, Timed], settings: Settings, *, progress: Watch = lambda _: None) -> Report:
+    """Time all ``subjects`` (by name, the first is what the others are compared with).
+
+    Raises what loading them raises; ConfigError when prompt and new tokens are more than a model has positions for.
+    """
+    facts: dict[str, Json] = {}
+    for name, subject in subjects.items():
+        progress(f"loading {name}")
+        facts[name] = await subject.load()
+        wanted = settings.prompt_tokens + settings.new_tokens
+        if wanted > facts[name]["limit"]:
+            raise ConfigError(
+                f"{settings.prompt_tokens} and {settings.new_tokens} tokens are more than the {facts[name]['limit']} positions of "
+                f"{name}. Use a shorter prompt or fewer new tokens.",
+                param="prompt_tokens",
+            )
+    if len(kinds := {fact["dtype"] for fact in facts.values()}) > 1 and settings.backend != "llamacpp":
+        raise ConfigError(f"The models would run in {' and '.join(sorted(kinds))}; say --dtype to run all in one.", param="dtype")
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in subjects}
+    tokens: dict[str, dict[str, list[int]]] = {name: {} for name in subjects}
+
+    def note(name: str, measure: str, count: int, took: float) -> None:
+        seconds[name].setdefault(measure, []).append(took)
+        tokens[name].setdefault(measure, []).append(count)
+
+    for round_ in range(settings.repetitions + 1):
+        progress(f"repetition {round_} of {settings.repetitions}" if round_ else "warming up")
+        for name, subject in subjects.items():
+            found = await subject.run("prefill", {"tokens": settings.prompt_tokens})
+            if round_:
+                note(name, "prefill", settings.prompt_tokens, found["seconds"])
+                note(name, "first_token", settings.prompt_tokens, found["first_token"])
+        for batch in settings.batches:
+            for name, subject in subjects.items():
+                new_tokens = settings.new_tokens if round_ or settings.compiled else min(settings.new_tokens, _WARM)
+                asked = {"batch": batch, "prompt": settings.prompt_tokens, "new_tokens": new_tokens}
+                found = await subject.run("decode", asked)
+                if round_:
+                    note(name, decode(batch), found["tokens"], found["seconds"])
+    rows = []
+    for name, subject in subjects.items():
+        held, memory = facts[name], await subject.memory()
+        work = Work(**{**held["work"], "attention": tuple(Attention(**layer) for layer in held["work"]["attention"])})
+        rows.append(
+            Subject(
+                name=name,
+                work=work,
+                device=held["device"],
+                dtype=held["dtype"],
+                threads=held["threads"],
+                peak_mib=memory["mib"],
+                base_mib=held["base_mib"],
+                peak_of=memory["of"],
+                seconds=seconds[name],
+                tokens=tokens[name],
+            )
+        )
+    return Report(settings, tuple(rows))
+
+
+async def run(
+    models: Mapping[str, Model],
+    settings: Settings,
+    *,
+    urls: Sequence[str] = (),
+    key: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache: Path,
+    progress: Watch = lambda _: None,
+) -> Report:
+    """Time models by name. ``urls``: of ``vllm``'s servers, one for each model or one for all; ``key`` is sent to them.
+
+    Raises ConfigError and UnknownNameError for what cannot be asked, ModelError and its kin for what cannot be loaded,
+    BenchmarkError for a runtime that is not there or fails.
+    """
+    check(models, settings, urls)
+    subjects: dict[str, Timed] = {}
+    try:
+        for index, (name, model) in enumerate(models.items()):
+            if settings.backend == "vllm":
+                subjects[name] = _served(urls[index % len(urls)], model, dtype, cache, key)
+            elif settings.backend == "llamacpp":
+                subjects[name] = _gguf(name, settings, device, dtype, cache, progress)
+            else:
+                config = {"model": model, "dtype": dtype, "compiled": settings.compiled}
+                subjects[name] = InProcess("transformers", device, config, cache, progress)
+        return await measure(subjects, settings, progress=progress)
+    finally:
+        for subject in subjects.values():
+            await subject.close()
+
+
+def check(models: Mapping[str, Model], settings: Settings, urls: Sequence[str]) -> None:
+    """Raise ConfigError for numbers and combinations that make no run."""
+    names.check("backend", settings.backend, names.BACKENDS)
+    if not models:
+        raise ConfigError("Name at least one model; the first is what the others are compared with.", param="models")
+    for field in ("prompt_tokens", "new_tokens", "repetitions"):
+        if getattr(settings, field) < 1:
+            raise ConfigError(f"{field} must be at least 1.", param=field)
+    if settings.backend == "vllm" and len(urls) not in (1, len(models)):
+        raise ConfigError(
+            f"vllm needs the address of a running server for each of the {len(models)} models, or one that serves all: --url http://...",
+            param="url",
+        )
+    if settings.backend != "vllm" and urls:
+        raise ConfigError(f"{settings.backend} runs here and takes no --url; did you mean --backend vllm?", param="url")
+    if settings.compiled and settings.backend != "transformers":
+        raise ConfigError("Only --backend transformers can be compiled.", param="compile")
+
+
+def _gguf(name: str, settings: Settings, device: str, dtype: str, cache: Path, progress: Watch) -> InProcess:
+    from selfpruner.timing import llamacpp
+
+    if dtype != "auto":
+        raise ConfigError("A GGUF file has its own types; leave --dtype out, or export it with another --quantize.", param="dtype")
+    config = {
+        "model": str(llamacpp.file_of(name)),
+        "sequences": max(settings.batches),
+        "context": settings.prompt_tokens + settings.new_tokens,
+    }
+    return InProcess("llamacpp", "cpu" if device == "auto" else device, config, cache, progress)
+
+
+def _served(url: str, model: Model, dtype: str, cache: Path, key: str | None) -> Served:
+    """Counts are those of the model's folder on this machine, in ``dtype`` or its own."""
+    from selfpruner.timing import held
+
+    if not isinstance(model, str):
+        raise ConfigError("A server has no model of random weights; name what it serves.", param="models")
+    facts, vocabulary = held.outline(model, dtype, cache)
+    return Served(url, model, facts, vocabulary, key)
