@@ -123,11 +123,13 @@ def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, **biases:
     own rules refuse the shape."""
     classes = CONFIG_MAPPING[family]
     own = own_fields(classes)
-    body: dict[str, Any] = {"dtype": config.dtype}
-    body |= {name: getattr(config, name) for name in own if hasattr(config, name)}
-    body |= {"num_attention_heads": shape.heads, LAYOUTS[family].channels_key: shape.channels}
-    if "num_key_value_heads" in own:
-        body["num_key_value_heads"] = shape.kv_groups
+    given = {
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_groups,
+        LAYOUTS[family].channels_key: shape.channels,
+    }
+    taken = {name: getattr(config, name) for name in own - given.keys() if hasattr(config, name)}
+    body: dict[str, Any] = {"dtype": config.dtype, **taken, **{name: value for name, value in given.items() if name in own}}
     body |= {name: value for name, value in biases.items() if name in own}
     if "use_sliding_window" in own:
         body["use_sliding_window"] = getattr(config, "sliding_window", None) is not None

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from selfpruner import manifest, model_checks, models, streaming
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.evaluation import speed
+from selfpruner.export.build import shapes_of
 from selfpruner.timing.work import Attention, Work
 from selfpruner.workers.base import Json, Session
 from selfpruner.workers.memory import peak_mib
@@ -202,12 +203,10 @@ def _attention(config: Any, itemsize: int) -> tuple[Attention, ...]:
     only = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     kinds = getattr(config, "layer_types", None) or [only] * config.num_hidden_layers
     found = []
-    for kind, layer in zip(kinds, config.per_layer_config, strict=True):
-        heads = int(layer.num_attention_heads)
-        groups = int(getattr(layer, "num_key_value_heads", None) or 0) if heads else 0
-        width = int(getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0))
+    for kind, layer, shape in zip(kinds, config.per_layer_config, shapes_of(config), strict=True):
+        width = int(getattr(layer, "head_dim", None) or (layer.hidden_size // shape.heads if shape.heads else 0))
         window = layer.sliding_window if kind == "sliding_attention" else None
-        found.append(Attention(heads * width, 2 * groups * width * itemsize, window))
+        found.append(Attention(shape.heads * width, 2 * shape.kv_groups * width * itemsize, window))
     return tuple(found)
 
 
