@@ -367,7 +367,7 @@ def verify(
         print(json.dumps(result))
     else:
         found = result["verification"]
-        if "allowed_error" in found:  # of quantised weights
+        if "allowed_error" in found:
             difference = f"{found['error']:.2g} of their spread (allowed {found['allowed_error']:.2g})"
         else:
             difference = f"at most {found['max_difference']:.2g} (allowed {found['allowed_difference']:.2g})"

@@ -132,7 +132,7 @@ class Gguf(Format):
         name = _file_name(checkpoint, quantize)
         text = (
             f"One file for llama.cpp and what is built on it, of architecture `{outline.architecture}`. With flash attention the "
-            "whole KV cache shrinks with the heads that are gone, without it only its half.\n\n"
+            "whole KV cache shrinks with the heads that are gone, without it only the half for keys.\n\n"
             f"```\nllama-server -m {name} -fa on\n```"
         )
         block = 1 if kind in _PLAIN else 256 if "_k" in kind else 32

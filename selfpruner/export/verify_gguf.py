@@ -7,9 +7,9 @@ tensors alone a model is made again, with the layer shapes, numbers and rotary e
 compared; so are the parameters and the ids of a text. Where llama-cpp-python is installed, llama.cpp does the same: it loads the
 file, tokenises, and computes logits with a float32 KV cache. Prints one JSON object: the numbers and ``problems``.
 
-Where all was stored and computed in float32, the largest absolute difference of two logits may be 1e-3. Otherwise the error of the
-logits is taken relative to their spread, both without each position's mean, and may be what ``_ERROR`` says of the coarsest type;
-logits of unrelated models differ by 1.4 of their spread.
+What is compared is the error of the logits relative to their spread, both without each position's mean; logits of unrelated models
+differ by 1.4 of it. ``_ERROR`` says what is allowed for the coarsest type in the file. The largest absolute difference is reported
+but not judged: a few tokens, whose hidden states are huge, multiply rounding by a thousand.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ _NAMES = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-_DIFFERENCE = 1e-3
 # SmolLM2-135M at 30 % in llama.cpp, against logits in bfloat16: 0.023 stored as f32, 0.06 as q8_0, 0.25 as q5_0, 0.47 as q4_0.
-_ERROR = {"F32": 0.0, "F16": 0.03, "BF16": 0.1, "Q8": 0.2, "Q6": 0.3, "Q5": 0.5, "Q4": 0.7, "Q3": 0.9, "Q2": 1.1}
+_ERROR = {"F32": 0.005, "F16": 0.03, "BF16": 0.1, "Q8": 0.2, "Q6": 0.3, "Q5": 0.5, "Q4": 0.7, "Q3": 0.9, "Q2": 1.1}
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -100,7 +99,7 @@ def verify(folder: Path, reference: str, device: str) -> dict[str, Any]:
         "parameters": parameters,
         **{prefix + name: value for prefix, pair in numbers.items() for name, value in pair.items()},
         "max_logit": compare.scale,
-        **compare.allowed,
+        "allowed_error": compare.allowed,
         "llama_cpp": version,
         "gguf": importlib.metadata.version("gguf"),
         "torch": torch.__version__,
@@ -116,19 +115,15 @@ class _Comparison:
     def __init__(self, expected: Tensor, types: set[str]) -> None:
         self._expected = expected
         self.scale = float(expected.abs().max())
-        coarsest = max(_ERROR[name.split("_")[0]] for name in types)
-        self._bound = ("error", coarsest) if coarsest else ("max_difference", _DIFFERENCE)
-        self.allowed = {f"allowed_{self._bound[0].removeprefix('max_')}": self._bound[1]}
+        self.allowed = max(_ERROR[name.split("_")[0]] for name in types)
 
     def __call__(self, logits: Tensor, where: str, problems: list[str]) -> dict[str, float]:
         difference = logits[:, -self._expected.shape[1] :] - self._expected
         spread = (self._expected - self._expected.mean(-1, keepdim=True)).pow(2).mean()
         error = (difference - difference.mean(-1, keepdim=True)).pow(2).mean()
         found = {"max_difference": float(difference.abs().max()), "error": float((error / spread).sqrt())}
-        name, bound = self._bound
-        if not found[name] <= bound:  # also when it is NaN
-            of = " of their spread" if name == "error" else ""
-            problems.append(f"logits{where} differ by {found[name]:.3g}{of}, allowed {bound:.3g}")
+        if not found["error"] <= self.allowed:  # also when it is NaN
+            problems.append(f"logits{where} differ by {found['error']:.3g} of their spread, allowed {self.allowed:.3g}")
         return found
 
 
