@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def folder(path: Path, family: str, **options: Any) -> tuple[Path, PreTrainedMod
     return source, model.eval()
 
 
-def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) -> Case:
-    """Cut random units, different in every layer, out of ``model``."""
+def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0, group_step: int = 1) -> Case:
+    """Cut random units, different in every layer, out of ``model``: each has ``group_step`` KV groups less than the one before."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
@@ -85,7 +86,9 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
         return torch.tensor([unit * width + i for unit in units for i in range(width)])
 
     for layer in range(layers):
-        groups = sorted(rng.sample(range(config.num_key_value_heads), max(1, config.num_key_value_heads - layer)))
+        groups = sorted(
+            rng.sample(range(config.num_key_value_heads), max(group_step, config.num_key_value_heads - layer * group_step))
+        )
         inside = max(1, per_group - (layer + 1) % 2)
         heads = tuple(h for g in groups for h in sorted(rng.sample(range(g * per_group, (g + 1) * per_group), inside)))
         channels = tuple(sorted(rng.sample(range(config.intermediate_size), config.intermediate_size - 8 * (layer + 1))))
@@ -102,7 +105,9 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
         if keep.channels:
             index = torch.tensor(channels)
             for name in ("gate", "up"):
-                weights[mlp + f"{name}_proj.weight"] = dense[mlp + f"{name}_proj.weight"][index]
+                for kind in ("weight", "bias"):
+                    if (full := mlp + f"{name}_proj.{kind}") in dense:
+                        weights[full] = dense[full][index]
             weights[mlp + "down_proj.weight"] = dense[mlp + "down_proj.weight"][:, index]
         # Biases in some layers only: the first and the last have none on o_proj, the first none on down_proj.
         if biased and keep.heads and 0 < layer < layers - 1:
@@ -114,7 +119,8 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
     return Case(model, pruned, keeps, biases)
 
 
-def masked_logits(case: Case, tokens: Tensor) -> Tensor:
+@contextmanager
+def masked_dense(case: Case) -> Iterator[None]:
     """The dense model with removed units silenced by hooks on its own modules: nothing of the exporter is used."""
     handles = []
     for index, (layer, keep) in enumerate(zip(case.dense.model.layers, case.keeps, strict=True)):
@@ -128,15 +134,22 @@ def masked_logits(case: Case, tokens: Tensor) -> Tensor:
             (layer.self_attn.o_proj, wide, f"model.layers.{index}.self_attn.o_proj.bias"),
             (layer.mlp.down_proj, narrow, f"model.layers.{index}.mlp.down_proj.bias"),
         ):
-            shift = case.biases.get(name, torch.zeros(()))
+            # The bias of a block that is dropped goes with it.
+            own = module.bias if module.bias is not None and not mask.any() else None
+            shift = case.biases.get(name, torch.zeros(())) if own is None else -own
             handles.append(module.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,)))
             handles.append(module.register_forward_hook(lambda _, __, out, shift=shift: out + shift))
     try:
-        with torch.inference_mode():
-            return case.dense(tokens, use_cache=False).logits
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def masked_logits(case: Case, tokens: Tensor) -> Tensor:
+    with torch.inference_mode(), masked_dense(case):
+        logits: Tensor = case.dense(tokens, use_cache=False).logits
+    return logits
 
 
 def tokens_of(batch: int, length: int, seed: int = 1) -> Tensor:
