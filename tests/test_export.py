@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,8 @@ def cut(model: PreTrainedModel, layer: int, keep: Keep, groups: list[int]) -> di
     return found
 
 
-def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) -> Case:
-    """Cut random units, different in every layer, out of ``model``."""
+def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0, group_step: int = 1) -> Case:
+    """Cut random units, different in every layer, out of ``model``: each has ``group_step`` KV groups less than the one before."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     layout = layout_of(model.config)
@@ -111,7 +112,8 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0) ->
     layers = model.config.num_hidden_layers
     shapes, keeps, weights, biases = [], [], {}, {}
     for layer in range(layers):
-        groups = sorted(rng.sample(range(widths.kv_heads), max(1, widths.kv_heads - layer)))
+        left = max(group_step, widths.kv_heads - layer * group_step)
+        groups = sorted(rng.sample(range(widths.kv_heads), left))
         inside = max(1, per_group - (layer + 1) % 2)
         heads = tuple(h for g in groups for h in sorted(rng.sample(range(g * per_group, (g + 1) * per_group), inside)))
         channels = tuple(sorted(rng.sample(range(widths.channels), widths.channels - 8 * (layer + 1))))
@@ -137,7 +139,8 @@ def units_of(case: Case) -> KeptUnits:
     return KeptUnits(base, [(list(keep.heads or ()), list(keep.channels or ())) for keep in case.keeps])
 
 
-def masked_logits(case: Case, tokens: Tensor) -> Tensor:
+@contextmanager
+def masked_dense(case: Case) -> Iterator[None]:
     """The dense model with removed units silenced by hooks on its own modules: nothing of the exporter is used."""
     handles = []
     for index, keep in enumerate(case.keeps):
@@ -156,11 +159,16 @@ def masked_logits(case: Case, tokens: Tensor) -> Tensor:
             handles.append(module.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask,)))
             handles.append(module.register_forward_hook(lambda _, __, out, shift=shift: out + shift))
     try:
-        with torch.inference_mode():
-            return case.dense(tokens, use_cache=False).logits
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def masked_logits(case: Case, tokens: Tensor) -> Tensor:
+    with torch.inference_mode(), masked_dense(case):
+        logits: Tensor = case.dense(tokens, use_cache=False).logits
+    return logits
 
 
 def tokens_of(batch: int, length: int, seed: int = 1) -> Tensor:
