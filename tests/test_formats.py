@@ -20,7 +20,9 @@ from selfpruner.export.card import CardInfo, converted, with_terms
 from selfpruner.export.checkpoint import load, write
 from selfpruner.export.proof import reference_tokens, write_reference
 from selfpruner.export.transformers_format import Transformers
+from selfpruner.layouts import Widths, layout_of
 from selfpruner.tensor_files import TensorFile
+from tests.pruned import rows_of
 from tests.test_export import CARD, Case, Keep, folder, prune, tokens_of, units_of
 
 
@@ -53,32 +55,27 @@ def test_masked_weights_stand_where_they_stood(tmp_path: Path, family: str, drop
     assert (masked(tokens, use_cache=False).logits - expected).abs().max() <= 1e-5 * float(expected.abs().max())
 
     # Every weight is the base model's where it was kept, and zero where it was not; norms of a gone block are anybody's.
-    dense = model.state_dict()
-    size = model.model.layers[0].self_attn.head_dim
-    per_group = model.config.num_attention_heads // model.config.num_key_value_heads
+    dense, layout = model.state_dict(), layout_of(model.config)
+    widths = Widths.of(layout, model.config.to_dict())
+    size, per_group = widths.head_dim, widths.heads // widths.kv_heads
     for layer, keep in enumerate(case.keeps):
         heads = [head * size + i for head in keep.heads or () for i in range(size)]
         groups = [g * size + i for g in sorted({head // per_group for head in keep.heads or ()}) for i in range(size)]
-        for name, kept, axis in (
-            ("self_attn.q_proj", heads, 0),
-            ("self_attn.k_proj", groups, 0),
-            ("self_attn.v_proj", groups, 0),
-            ("self_attn.o_proj", heads, 1),
-            ("mlp.gate_proj", list(keep.channels or ()), 0),
-            ("mlp.up_proj", list(keep.channels or ()), 0),
-            ("mlp.down_proj", list(keep.channels or ()), 1),
-        ):
-            full = f"model.layers.{layer}.{name}.weight"
-            wanted = torch.zeros_like(dense[full]).index_copy(
-                axis, torch.tensor(kept, dtype=torch.long), dense[full].index_select(axis, torch.tensor(kept, dtype=torch.long))
-            )
-            assert torch.equal(masked.state_dict()[full], wanted), full
+        channels = list(keep.channels or ())
+        for part in (*layout.attention, *layout.ffn):
+            kept = torch.tensor(channels if part in layout.ffn else groups if part in ("k", "v") else heads, dtype=torch.long)
+            place, rows = rows_of(model, part)
+            full, axis = f"{layout.layer(layer)}.{place}.weight", 1 if part in ("o", "down") else 0
+            whole = dense[full][rows]
+            wanted = torch.zeros_like(whole).index_copy(axis, kept, whole.index_select(axis, kept))
+            assert torch.equal(masked.state_dict()[full][rows], wanted), (full, part)
 
 
 BIASED = {
     "llama": "llama",
     "mistral": "llama",  # has no biases at all, and is a Llama without its window
     "qwen2": "llama",  # has biases on q, k and v, which a Llama has as well
+    "opt": "opt",  # has them everywhere
 }
 
 
@@ -90,9 +87,8 @@ def test_a_repairs_biases_are_written_where_a_model_can_have_them(tmp_path: Path
     case = prune(model, drop=True, biased=True)
     checkpoint = written(tmp_path, case, source)
     if family not in BIASED:
-        with pytest.raises(
-            FormatError, match=r"An ordinary qwen3 model has no place for .*down_proj\.bias .*compensation none"
-        ) as error:
+        refusal = rf"An ordinary {family} model has no place for .*down_proj\.bias .*compensation none"
+        with pytest.raises(FormatError, match=refusal) as error:
             formats.convert(checkpoint, tmp_path / "masked", "masked")
         assert error.value.param == "compensation"
         assert not (tmp_path / "masked").exists()

@@ -163,7 +163,7 @@ def test_golden_headers(tmp_path: Path, name: str) -> None:
     assert made.verify()["problems"] == []
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", gguf.FAMILIES)
 @torch.inference_mode()
 def test_transformers_reads_a_uniform_plan(tmp_path: Path, family: str) -> None:
     """Another reader, for the architectures that it knows; and selfpruner can go on from its own file."""
@@ -172,6 +172,13 @@ def test_transformers_reads_a_uniform_plan(tmp_path: Path, family: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_gguf.convert(made.file, tmp_path / "models"))
     tokens = tokens_of(2, 20)
     assert (model(tokens).logits - made.case.pruned(tokens).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in gguf.FAMILIES])
+def test_other_families_are_refused(tmp_path: Path, family: str) -> None:
+    source, model = folder(tmp_path / "base", family)
+    with pytest.raises(FormatError, match=f"of the family {family} cannot be written. GGUF is written for llama"):
+        export(tmp_path, prune(model, drop=False, biased=False), source)
 
 
 def test_blocks_that_are_gone(tmp_path: Path) -> None:
