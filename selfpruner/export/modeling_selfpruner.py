@@ -15,6 +15,7 @@ family's, with ``per_layer_config`` naming what a layer has less of: ``num_atten
 # The classes below take the place of the family's own, which are annotated with the family's own config.
 # mypy: disable-error-code="arg-type,assignment,no-any-return,no-untyped-call,operator"
 
+import copy
 from typing import Any
 
 import torch
@@ -51,6 +52,16 @@ class SelfPrunerConfig(LlamaConfig):
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    def validate_rope(self) -> None:
+        """As many factors as the rotary table has columns. Llama's own check divides the hidden size by the heads, which differ."""
+        rope: Any = self.rope_parameters or {}
+        if rope.get("rope_type") != "longrope":
+            super().validate_rope()
+        half = int(self.head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):
+            if rope.get(name) is not None and len(rope[name]) != half:
+                raise ValueError(f"rope_parameters: {name} must have {half} numbers, not {len(rope[name])}")
 
     def validate_architecture(self) -> None:
         """head_dim is explicit, so hidden_size need not divide by the heads; query heads must divide by the KV heads."""
@@ -152,7 +163,10 @@ class SelfPrunerModel(SelfPrunerPreTrainedModel, Qwen2Model):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([SelfPrunerDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(config=config)
+        # Some tables (yarn, longrope) are computed with a look at the number of heads, though not with it: so one that has one.
+        single = copy.deepcopy(config.per_layer_config[0])
+        single.num_attention_heads = 1
+        self.rotary_emb = Qwen2RotaryEmbedding(config=single)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.post_init()
