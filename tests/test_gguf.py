@@ -306,7 +306,7 @@ def test_what_llama_cpp_computes_otherwise(tmp_path: Path, options: dict[str, An
 def test_the_quantiser_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = pruned(tmp_path, "llama").checkpoint
     monkeypatch.setattr(gguf_runtime, "installed", lambda: False)
-    assert "pip install 'selfpruner[llamacpp]'" in refusal(made, "q4_k_m")
+    assert "pip install 'llama-cpp-python>=0.3.36'" in refusal(made, "q4_k_m")
     Gguf().check(made, "q8_0")
 
 

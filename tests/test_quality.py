@@ -309,7 +309,7 @@ def test_a_bad_task_file_is_named(tmp_path: Path, text: str, why: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the harness is installed here")
 def test_without_the_harness_it_says_how_to_get_it(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["evaluate", str(models[0]), "--tasks", "boolq", "-o", str(tmp_path / "q.json")]) == 2
-    assert "pip install 'selfpruner[evaluate]'" in capsys.readouterr().err
+    assert "pip install 'lm_eval>=0.4.13'" in capsys.readouterr().err
     assert not (tmp_path / "q.json").exists()
 
 

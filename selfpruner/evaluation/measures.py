@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 Tell = Callable[[str], None]
 
-INSTALL = "pip install 'selfpruner[evaluate]'"
+INSTALL = "pip install 'lm_eval>=0.4.13'"
 NEW_TOKENS = 64
 DISTINCT = (1, 2, 3)
 _VERSION = 1  # of how outcomes are computed: another one is another setting

@@ -111,7 +111,7 @@ class Gguf(Format):
         if quantize in _QUANTISER and not gguf_runtime.installed():
             raise FormatError(
                 f"{quantize} is made by llama.cpp's own quantiser. Install it (it compiles for some minutes): pip install "
-                f"'selfpruner[llamacpp]'; or choose one of {', '.join(_OWN)}.",
+                f"'llama-cpp-python>=0.3.36'; or choose one of {', '.join(_OWN)}.",
                 param="quantize",
             )
 
