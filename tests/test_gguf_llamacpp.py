@@ -13,12 +13,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoTokenizer
 
-import tests.tiny_models as tiny
 from selfpruner.export import formats, gguf_runtime, gguf_tokenizer
 from selfpruner.export.base import Checkpoint
 from selfpruner.export.build import build
 from selfpruner.export.checkpoint import load
-from selfpruner.export.gguf import Gguf
+from selfpruner.export.gguf import FAMILIES, Gguf
 from selfpruner.export.shape import LayerShape
 from tests.test_export import Case, folder, tokens_of
 from tests.test_gguf import PIECES, ROPES, VARYING, export, pruned, sentencepiece, uniform, with_pre_tokenizer
@@ -86,7 +85,7 @@ def test_varying_plans(tmp_path: Path, variant: str, flash: bool) -> None:
         assert found["llama_cpp_max_difference"] <= BOUND
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_uniform_plans(tmp_path: Path, family: str) -> None:
     for name, shape in (("square", LayerShape(2, 2, 48)), ("narrow", LayerShape(1, 2, 48))):
         made = uniform(tmp_path / name, family, shape)
