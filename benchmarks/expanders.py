@@ -28,7 +28,7 @@ from selfpruner.config import TextConfig
 from selfpruner.criteria.eggs import expander_mask
 from selfpruner.criteria.masks import Sparsity, keep_n
 from selfpruner.criteria.ria import Ria, RiaPermuted
-from selfpruner.patterns.masked import matrices_of
+from selfpruner.patterns.masked import LayerMatrices
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     for layer, statistics in enumerate(cached_statistics(arch, batches.tokens, cache / "statistics", fingerprint, SITES)):
         if layer % options.every:
             continue
-        for matrix in matrices_of(arch, layer, statistics, None).values():
+        for matrix in LayerMatrices(arch, layer, statistics).values():
             scores = Ria().score(matrix)
             masks = {"ria": keep_n(scores, options.kept, options.group)}
             masks["ria_permuted"] = next(RiaPermuted().masks(matrix, [level]))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfpruner.criteria.base import Evidence, Heads
+from selfpruner.calibration.statistics import BlockStatistics
+from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.signals import (
@@ -84,8 +85,14 @@ def test_outlier_ratio_counts_over_all_matrices() -> None:
         abs(float(w[i, j])) * float(norm[j]) for w, norm in zip(W, norms, strict=True) for i in range(6) for j in range(len(norm))
     ]
     mean = sum(scores) / len(scores)
-    assert outlier_ratio(W, norms) == sum(score > 5 * mean for score in scores) / len(scores) > 0
-    assert outlier_ratio(W, norms, m=1000) == 0.0
+    matrices = [Matrix("down", w, measured(norm)) for w, norm in zip(W, norms, strict=True)]
+    assert outlier_ratio(matrices) == sum(score > 5 * mean for score in scores) / len(scores) > 0
+    assert outlier_ratio(matrices, m=1000) == 0.0
+
+
+def measured(norm: torch.Tensor) -> BlockStatistics:
+    """Statistics of one sequence whose inputs have these norms."""
+    return BlockStatistics(1, 1, norm, norm, norm.square(), torch.diag(norm))
 
 
 def test_a_level_is_reached_where_that_many_units_lie_above_the_threshold() -> None:

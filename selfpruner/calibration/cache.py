@@ -121,8 +121,7 @@ def _write(file: Path, found: Mapping[Site, BlockStatistics]) -> None:
         for part in _FIELDS:
             value: Tensor = getattr(stats, part)
             tensors[f"{name}.{part}"] = value.cpu().contiguous()
-        scatter = stats.gram.addr_(stats.mean, stats.mean, alpha=-stats.tokens)  # in place: nobody else has these statistics
-        tensors[f"{name}.scatter"] = scatter.float().cpu().contiguous()
+        tensors[f"{name}.scatter"] = stats.scatter.float().cpu().contiguous()
         if stats.judge is not None:
             tensors[f"{name}.judge.mean"] = stats.judge.mean.cpu().contiguous()
             tensors[f"{name}.judge.scatter"] = stats.judge.scatter.cpu().contiguous()
@@ -150,14 +149,12 @@ def _read(file: Path, sites: Collection[Site], device: torch.device) -> dict[Sit
         tokens = int(counts["tokens"])
 
         def block(name: str) -> BlockStatistics:
-            mean, variance, energy, scatter = (
-                opened.get_tensor(f"{name}.{part}").to(device, dtype) for part in (*_FIELDS, "scatter")
-            )
-            gram = scatter.addr_(mean, mean, alpha=tokens)
+            mean, variance, energy = (opened.get_tensor(f"{name}.{part}").to(device, dtype) for part in _FIELDS)
+            scatter = opened.get_tensor(f"{name}.scatter").to(device)
             judge = None
             if int(counts["judge"]):
                 own = (opened.get_tensor(f"{name}.judge.{part}").to(device) for part in ("mean", "scatter"))
                 judge = Moments(int(counts["judge"]), *own)
-            return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, gram, judge)
+            return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, scatter, judge)
 
         return {site: block(site) for site in sites}

@@ -49,10 +49,10 @@ class Moments:
 class BlockStatistics:
     """Moments of the inputs x (tokens, n) of one output matrix.
 
-    ``mean`` (n,), ``variance`` (n,) unbiased over tokens, ``energy`` (n,) = sum of x^2 over tokens, ``gram`` (n, n) = X^T X;
-    ``tokens`` and ``sequences`` counted. float64 where the device has it. ``judge`` are the moments, in float32, of every
-    ``JUDGES``-th sequence, which all the others count as well; None where there are too few sequences, and at places that are
-    no output matrix's.
+    ``mean`` (n,), ``variance`` (n,) unbiased over tokens, ``energy`` (n,) = sum of x^2 over tokens, ``scatter`` (n, n) = the sum
+    of (x - mean)(x - mean)^T; ``tokens`` and ``sequences`` counted. float64 where the device has it; a scatter read from disk is
+    float32 and a view of the file, so it is never written to. ``judge`` are the moments, in float32, of every ``JUDGES``-th
+    sequence, which all the others count as well; None where there are too few sequences, and at places that are no output matrix's.
     """
 
     tokens: int
@@ -60,7 +60,7 @@ class BlockStatistics:
     mean: Tensor
     variance: Tensor
     energy: Tensor
-    gram: Tensor
+    scatter: Tensor
     judge: Moments | None = None
 
     @property
@@ -68,28 +68,33 @@ class BlockStatistics:
         """sqrt(q) of criteria.md: input norm over sqrt(number of sequences), (n,)."""
         return (self.energy / self.sequences).sqrt()
 
+    @property
+    def gram(self) -> Tensor:
+        """X^T X (n, n), made anew whenever it is asked for."""
+        return self.scatter.to(self.mean.dtype, copy=True).addr_(self.mean, self.mean, alpha=self.tokens)
+
     def without_judge(self) -> Moments:
-        """The moments of the sequences that do not judge; of all of them where none does."""
-        scatter = torch.addr(self.gram, self.mean, self.mean, alpha=-self.tokens)
+        """The moments of the sequences that do not judge; of all of them where none does. In the scatter's dtype."""
         if self.judge is None:
-            return Moments(self.tokens, self.mean, scatter)
+            return Moments(self.tokens, self.mean, self.scatter)
         count = self.tokens - self.judge.tokens
         theirs = self.judge.mean.to(self.mean)
         mean = (self.mean * self.tokens - theirs * self.judge.tokens) / count
-        scatter -= self.judge.scatter
-        scatter.addr_(theirs - mean, theirs - mean, alpha=-self.judge.tokens * count / self.tokens)
+        scatter, between = self.scatter - self.judge.scatter, (theirs - mean).to(self.scatter)
+        scatter.addr_(between, between, alpha=-self.judge.tokens * count / self.tokens)
         return Moments(count, mean, scatter)
 
 
 class Accumulator:
-    """Builds :class:`BlockStatistics` from batches of rows."""
+    """Builds :class:`BlockStatistics` from batches of rows. ``scatter`` is the dtype in which products are added up, by default
+    float64 where the device has it."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, scatter: torch.dtype | None = None) -> None:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.tokens = 0
         self.sequences = 0
         self.mean = torch.zeros(width, dtype=self.dtype, device=device)
-        self.scatter = torch.zeros(width, width, dtype=self.dtype, device=device)  # sum of (x - mean)(x - mean)^T
+        self.scatter = torch.zeros(width, width, dtype=scatter or self.dtype, device=device)  # sum of (x - mean)(x - mean)^T
 
     def add(self, x: Tensor) -> None:
         """Add inputs (sequences, length, n)."""
@@ -101,18 +106,19 @@ class Accumulator:
         del rows
         total = self.tokens + count
         delta = mean - self.mean
+        between = delta.to(self.scatter)
         for start in range(0, x.shape[-1], STRIP):  # the products never exist whole
             strip = slice(start, start + STRIP)
             self.scatter[strip] += centred[:, strip].T @ centred
-            self.scatter[strip].addr_(delta[strip], delta, alpha=self.tokens * count / total)
+            self.scatter[strip].addr_(between[strip], between, alpha=self.tokens * count / total)
         self.mean += delta * (count / total)
         self.tokens, self.sequences = total, self.sequences + x.shape[0]
 
     def finish(self, judge: Moments | None = None) -> BlockStatistics:
-        """The statistics of what was added. To be called once: the scatter becomes the Gram matrix in place."""
-        variance = self.scatter.diagonal() / max(self.tokens - 1, 1)
-        gram = self.scatter.addr_(self.mean, self.mean, alpha=self.tokens)
-        return BlockStatistics(self.tokens, self.sequences, self.mean, variance, gram.diagonal().clone(), gram, judge)
+        """The statistics of what was added. To be called once: the scatter is theirs."""
+        own = self.scatter.diagonal().to(self.dtype)
+        variance, energy = own / max(self.tokens - 1, 1), own + self.tokens * self.mean.square()
+        return BlockStatistics(self.tokens, self.sequences, self.mean, variance, energy, self.scatter, judge)
 
 
 class _Site:
@@ -120,7 +126,8 @@ class _Site:
 
     def __init__(self, width: int, device: torch.device, *, judged: bool) -> None:
         self.all = Accumulator(width, device)
-        self.judge = Accumulator(width, device) if judged else None
+        # What judges is kept in float32, so it is added up in float32.
+        self.judge = Accumulator(width, device, torch.float32) if judged else None
 
     def add(self, z: Tensor, judging: list[int]) -> None:
         """Inputs (sequences, length, n) and which of the sequences judge."""
@@ -130,7 +137,7 @@ class _Site:
 
     def finish(self) -> BlockStatistics:
         own = self.judge
-        return self.all.finish(None if own is None else Moments(own.tokens, own.mean.float(), own.scatter.float()))
+        return self.all.finish(None if own is None else Moments(own.tokens, own.mean.float(), own.scatter))
 
 
 def layer_statistics(

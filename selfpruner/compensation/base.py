@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
@@ -74,23 +75,43 @@ class Compensation(Protocol):
 
 
 def energy(W: Tensor, moment: Tensor) -> float:
-    """tr(W moment W^T): the squared size of the block's output for a second moment (n, n) of its inputs."""
-    return float(((W @ moment) * W).sum())
+    """tr(W moment W^T): the squared size of W's (d, n) output for a symmetric second moment (n, n) of its inputs. Strip by strip,
+    in W's dtype."""
+    total = 0.0
+    for start in range(0, W.shape[1], STRIP):
+        columns = slice(start, start + STRIP)
+        total += float(((W @ moment[columns].T.to(W.dtype)) * W[:, columns]).sum())
+    return total
 
 
-def suffix_energies(W: Tensor, moment: Tensor, order: Tensor, mean: Tensor | None = None, tokens: int = 0) -> Tensor:
-    """(n + 1,): tr(W_R moment_RR W_R^T) for R = the columns of W (d, n) from place k of ``order`` (n,) on, for every k at once.
+def output_energy(W: Tensor, stats: BlockStatistics) -> float:
+    """||X W^T||_F^2, the squared size of the output that W (d, n) makes of the inputs."""
+    return energy(W, stats.scatter) + stats.tokens * float((W @ stats.mean.to(W)).square().sum())
 
-    With ``mean`` (n,) the moment is taken about it: moment - tokens * mean mean^T. Strip by strip, so that no second matrix of the
-    moment's size exists.
+
+def factored(C: Tensor) -> Tensor:
+    """The lower Cholesky factor of the symmetric C (n, n), in C's memory. Raises torch.linalg.LinAlgError.
+
+    A symmetric matrix is its own transpose, and LAPACK wants columns: given so, nothing of its size is made besides.
+    """
+    L = C.T
+    torch.linalg.cholesky(L, out=L)
+    return L
+
+
+def suffix_energies(W: Tensor, scatter: Tensor, order: Tensor, mean: Tensor | None = None, tokens: int = 0) -> Tensor:
+    """(n + 1,): tr(W_R scatter_RR W_R^T) for R = the columns of W (d, n) from place k of ``order`` (n,) on, for every k at once.
+
+    With ``mean`` (n,) of the second moment that is not taken about it: scatter + tokens * mean mean^T. Strip by strip, in W's
+    dtype, so that no second matrix of the scatter's size exists.
     """
     n = len(order)
-    ordered, own = W[:, order], moment.new_zeros(n + 1)
+    ordered, own = W[:, order], W.new_zeros(n + 1)
     for start in range(0, n, STRIP):
         stop = min(start + STRIP, n)
-        part = moment[order[start:stop]][:, order[start:]]
+        part = scatter[order[start:stop]][:, order[start:]].to(W.dtype)
         if mean is not None:
-            part.addr_(mean[order[start:stop]], mean[order[start:]], alpha=-tokens)
+            part.addr_(mean[order[start:stop]], mean[order[start:]], alpha=tokens)
         # What column k has to do with itself, and twice with those after it.
         part *= ordered[:, start:stop].T @ ordered[:, start:]
         own[start:stop] = 2 * part.triu(1).sum(1) + part.diagonal()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
@@ -21,20 +20,14 @@ class Bias:
     adds_bias: ClassVar[bool] = True
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
-        mean = stats.mean.to(W)
-        left = suffix_energies(W, stats.gram.to(W), order, mean, stats.tokens)
-        return Slice(HeldParts(left=left, mean=mean[order].float()), biased=True)
+        left = suffix_energies(W, stats.scatter, order)
+        return Slice(HeldParts(left=left, mean=stats.mean[order].float()), biased=True)
 
     def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SliceSubset:  # noqa: ARG002
-        return SliceSubset(HeldParts(moment=_scatter(stats).float(), mean=stats.mean.float()), biased=True)
+        return SliceSubset(HeldParts(moment=stats.scatter.float(), mean=stats.mean.float()), biased=True)
 
     def nested_of(self, parts: Parts) -> Slice:
         return Slice(parts, biased=True)
 
     def subset_of(self, parts: Parts) -> SliceSubset:
         return SliceSubset(parts, biased=True)
-
-
-def _scatter(stats: BlockStatistics) -> Tensor:
-    """Sum over tokens of (x - mean)(x - mean)^T, (n, n)."""
-    return torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)

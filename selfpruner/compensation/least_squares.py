@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.compensation.base import STRIP, TYPICAL, energy
+from selfpruner.compensation.base import STRIP, TYPICAL, energy, factored
 from selfpruner.compensation.none import complement
 from selfpruner.tensor_files import HeldParts, Parts
 
@@ -55,31 +55,29 @@ def covariance(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
 def precision(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
     """C^-1 for :func:`covariance`'s C, (n, n), float32.
 
-    The correlation matrix is what is inverted, in float32: what exists beside the Gram matrix are two matrices of half its size.
+    The correlation matrix is what is inverted, in float32 and in place.
     """
-    n, mean = len(stats.mean), stats.mean
-    diagonal = (stats.energy - stats.tokens * mean.square()).clamp_min(0)
+    n, diagonal = len(stats.mean), stats.scatter.diagonal().to(stats.mean)
     level = diagonal.mean()
     dead = diagonal <= 1e-10 * level
     damped = diagonal.masked_fill(dead, 0.0) * (1 + ridge) + (FLOOR * level if level > 0 else 1.0)
     scale = damped.rsqrt()
-    S = torch.empty(n, n, device=mean.device)
+    S = torch.empty(n, n, device=scale.device)
     for start in range(0, n, STRIP):
         rows = slice(start, start + STRIP)
-        part = torch.addr(stats.gram[rows], mean[rows], mean, alpha=-stats.tokens)
-        S[rows] = part.mul_(scale).mul_(scale[rows, None])
+        S[rows] = stats.scatter[rows].to(scale.dtype, copy=True).mul_(scale).mul_(scale[rows, None])
     S[dead, :] = 0
     S[:, dead] = 0
     S.diagonal().fill_(1.0)
-    S = torch.linalg.cholesky(S)
-    S = torch.cholesky_inverse(S)
+    L = factored(S)
+    torch.cholesky_inverse(L, out=L)
     scale = scale.float()
     return S.mul_(scale).mul_(scale[:, None])
 
 
 def _damped(stats: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor]:
     """The covariance, and what is on its diagonal beyond the inputs' scatter, (n,)."""
-    C = torch.addr(stats.gram, stats.mean, stats.mean, alpha=-stats.tokens)
+    C = stats.scatter.to(stats.mean.dtype, copy=True)
     damping = _damping(C, ridge)
     C.diagonal().add_(damping)
     return C, damping
@@ -225,15 +223,16 @@ class LeastSquares:
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedLeastSquares:
         n, mean = len(order), stats.mean.to(W)[order]
-        C, damping = _damped(stats, held_out_ridge(W, stats, order[: max(1, round(TYPICAL * n))]))
+        ridge = held_out_ridge(W, stats, order[: max(1, round(TYPICAL * n))])
         W = W[:, order]
-        # Step by step: what was there before is gone when the next comes.
-        C = C.to(W)[order]
-        C = C[:, order]
-        C = torch.linalg.cholesky(C)
-        fit = NestedFit.of_factor(W, C)
+        C = W.new_empty(n, n)  # in the order, strip by strip: of its size there is only the inverse besides
+        for start in range(0, n, STRIP):
+            C[start : start + STRIP] = stats.scatter[order[start : start + STRIP]][:, order]
+        damping = _damping(C, ridge)
+        C.diagonal().add_(damping)
+        fit = NestedFit.of_factor(W, factored(C))
         # What the ridge takes for the removed columns themselves is no error of anybody's.
-        own = (W.square().sum(0) * damping.to(W)[order]).flip(0).cumsum(0).flip(0)
+        own = (W.square().sum(0) * damping).flip(0).cumsum(0).flip(0)
         left = (fit.errors() - torch.cat((own, own.new_zeros(1)))).clamp_min(0)
         parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), left=left)
         rows = _strip(n)
@@ -244,7 +243,8 @@ class LeastSquares:
 
     def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SubsetLeastSquares:
         C, damping = _damped(stats, held_out_ridge(W, stats, kept))
-        P = torch.cholesky_inverse(torch.linalg.cholesky(C))
+        L = factored(C)
+        P = torch.cholesky_inverse(L, out=L)
         return SubsetLeastSquares(HeldParts(P=P.float(), mean=stats.mean.to(P), damping=damping.float()))
 
     def nested_of(self, parts: Parts) -> NestedLeastSquares:

@@ -58,7 +58,7 @@ class Nothing:
     adds_bias: ClassVar[bool] = False
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
-        return Slice(HeldParts(left=suffix_energies(W, stats.gram.to(W), order)))
+        return Slice(HeldParts(left=suffix_energies(W, stats.scatter, order, stats.mean.to(W), stats.tokens)))
 
     def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SliceSubset:  # noqa: ARG002
         return SliceSubset(HeldParts(moment=stats.gram.float()))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
+from selfpruner.compensation.base import factored
 
 # Ridge, as a share of the mean diagonal of H; and columns whose changes reach the columns after them together.
 DAMPING, COLUMNS = 0.01, 128
@@ -26,12 +27,13 @@ Choose = Callable[[int, int, Tensor], Tensor]
 
 def factor(stats: BlockStatistics, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """U (in, in) upper triangular with H^-1 = U^T U, float32, and which inputs never say anything, bool (in,)."""
-    H = stats.gram.clone()
+    H = stats.gram
     dead = H.diagonal() <= 0
     H.diagonal()[dead] = 1.0
     H.diagonal().add_(damping * H.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    return torch.linalg.cholesky(inverse, upper=True).float(), dead
+    H = factored(H)
+    torch.cholesky_inverse(H, out=H)
+    return torch.linalg.cholesky(H, upper=True, out=H).float(), dead
 
 
 def sweep(W: Tensor, U: Tensor, dead: Tensor, choose: Choose, *, every: int = COLUMNS) -> tuple[Tensor, Tensor, Tensor]:

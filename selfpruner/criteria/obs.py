@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfpruner.compensation.base import STRIP
 from selfpruner.compensation.least_squares import precision
 from selfpruner.criteria.base import Heads, Need, UnitBlock
 
@@ -115,14 +116,14 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
     ``batch`` removals, so the work is matrix products instead of n rank-one updates. While costs do not fall as others
     leave, which the pool's margin covers, the order is the exact greedy one.
     """
-    W = W.float()
+    W = W.to(torch.float32, copy=True)
     batch = min(max(W.shape[1] // 64, BATCH[0]), BATCH[1])
     names = torch.arange(W.shape[1], device=W.device)
     gone = torch.zeros_like(names, dtype=torch.bool)
     removed: list[Tensor] = []
     left = names.numel()
     while left:
-        cost = (W.pow(2).sum(0) / P.diagonal()).masked_fill_(gone, torch.inf)
+        cost = torch.linalg.vector_norm(W, dim=0).square().div_(P.diagonal()).masked_fill_(gone, torch.inf)
         pool = torch.topk(cost, min(3 * batch, left), largest=False).indices
         W_pool, P_pool = W[:, pool], P[pool][:, pool]
         picks = _greedy(W_pool.T @ W_pool, P_pool, min(batch, left))
@@ -132,12 +133,16 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
         left -= out.numel()
         factor = torch.linalg.cholesky(P_pool[picks][:, picks])
         rows = torch.cholesky_solve(P[out], factor)  # (P_SS)^-1 P_S,:
-        W = W.addmm_(W[:, out], rows, alpha=-1) if removed[:-1] else torch.addmm(W, W[:, out], rows, alpha=-1)
+        W.addmm_(W[:, out], rows, alpha=-1)
         P.addmm_(P[:, out], rows, alpha=-1)
         P.diagonal()[out] = 1.0  # zero up to rounding now, and never looked at again
         if left < 0.8 * names.numel():
             alive = (~gone).nonzero().flatten()
-            names, W, P = names[alive], W[:, alive], P[alive][:, alive]
+            count = len(alive)
+            for start in range(0, count, STRIP):  # in place: what moves up has been read before it is written over
+                P[start : min(start + STRIP, count), :count] = P[alive[start : start + STRIP]][:, alive]
+            W[:, :count] = W[:, alive]
+            names, W, P = names[alive], W[:, :count], P[:count, :count]
             gone = torch.zeros_like(names, dtype=torch.bool)
     return torch.cat(removed).flip(0)
 
@@ -169,7 +174,9 @@ def _greedy(inner: Tensor, P: Tensor, count: int) -> Tensor:
 def _downdate(W: Tensor, P: Tensor, gone: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     factor = torch.linalg.cholesky(P[gone][:, gone])
     rows = torch.cholesky_solve(P[gone][:, keep], factor)  # (P_SS)^-1 P_S,:
-    return W[:, keep] - W[:, gone] @ rows, P[keep][:, keep] - P[keep][:, gone] @ rows
+    fewer = P[keep]
+    others, fewer = fewer[:, gone], fewer[:, keep]
+    return W[:, keep].addmm_(W[:, gone], rows, alpha=-1), fewer.addmm_(others, rows, alpha=-1)
 
 
 def _columns(heads: list[int], width: int) -> list[int]:

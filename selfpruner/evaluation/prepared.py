@@ -236,7 +236,7 @@ def _masked_blocks(
                 raise CancelledTaskError("Cancelled while making levels.")
             release()
             if files[layer] in missing:
-                matrices = masked.matrices_of(arch, layer, found, gradients(layer))
+                matrices = masked.LayerMatrices(arch, layer, found, gradients(layer))
                 facts = weight_facts(matrices, levels)
                 masked.write_levels(files[layer], matrices, criterion, levels, arch.dtype, facts, repair=repair)
                 del matrices
@@ -265,8 +265,8 @@ def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
     """Where the covariances of a layer are factored: on the model's device, or on the CPU when a GPU's share is too small. Raises
     ConfigError when it is the CPU's memory that is bounded."""
     width = max(arch.channels, arch.heads * arch.head_dim)
-    # Seven matrices of the inputs' size and some of the weights', float64, at the fullest moment (measured).
-    needed = 56 * width**2 + 32 * width * arch.hidden + held_bytes(arch, loaded) + (8 << 20)
+    # Four matrices of the inputs' size and some of the weights', float64, at the fullest moment: 30 % more than was measured.
+    needed = 32 * width**2 + 32 * width * arch.hidden + held_bytes(arch, loaded) + (8 << 20)
     if loaded.memory is None or needed <= loaded.memory:
         return arch.device
     if arch.device.type == "cpu":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -33,9 +33,10 @@ OUTLIER_M = 5.0
 def layer_facts(arch: Architecture, layer: int, statistics: tuple[BlockStatistics, BlockStatistics]) -> dict[str, Any]:
     """What the signals of one layer are made of, whatever its levels; ``statistics`` are those of (attention, ffn)."""
     W = [matrix.float() for matrix in (arch.attention(layer).o, arch.checkpoint_ffn(layer).down)]
+    outputs = [Matrix(name, w, stats) for name, w, stats in zip(("o", "down"), W, statistics, strict=True)]
     heads = Heads(arch.kv_groups, arch.heads_per_group, arch.head_dim)
     return {
-        "outlier_ratio": outlier_ratio(W, [stats.norm.to(W[0]) for stats in statistics]),
+        "outlier_ratio": outlier_ratio(outputs),
         "head_scores": head_scores(W[0], statistics[0], heads).tolist(),
         "channel_scores": channel_scores(W[1], statistics[1]).tolist(),
     }
@@ -62,18 +63,28 @@ def weight_facts(matrices: Mapping[str, Matrix], levels: Sequence[Sparsity]) -> 
     OWL's outliers are counted in all matrices, as published. FLAP's threshold has no form for single weights; taken here is its
     metric of a weight, var(X_j) W_ij^2, standardised over the block.
     """
-    blocks = [[m for name, m in matrices.items() if (name in ("gate", "up", "down")) == ffn] for ffn in (False, True)]
     thresholds = []
-    for block in blocks:
-        scores = torch.cat([(m.W.pow(2) * m.inputs.variance.to(m.W)).flatten() for m in block if m.inputs is not None])
+    for ffn in (False, True):
+        names = [name for name in matrices if (name in ("gate", "up", "down")) == ffn]
+        scores = torch.empty(sum(matrices[name].W.numel() for name in names))
+        start = 0
+        for name in names:
+            found = _varying(matrices[name]).flatten()
+            scores[start : start + len(found)] = found
+            start += len(found)
+            del found
         mean, deviation = float(scores.mean()), max(float(scores.std()), 1e-12)
-        ordered = scores.cpu().numpy()
+        ordered = scores.numpy()
         ordered.sort()  # in place: torch's sort also makes the places, eight bytes each
         places = [min(int(level.share * len(ordered)), len(ordered)) - 1 for level in levels]
         standard = ((float(ordered[max(place, 0)]) - mean) / deviation - (place < 0) for place in places)
         thresholds.append([round(value, 6) for value in accumulate(standard, max)])
-    norms = [m.norm for m in matrices.values()]
-    return {"outlier_ratio": outlier_ratio([m.W for m in matrices.values()], norms), "flap_thresholds": thresholds}
+    return {"outlier_ratio": outlier_ratio(matrices.values()), "flap_thresholds": thresholds}
+
+
+def _varying(matrix: Matrix) -> Tensor:
+    assert matrix.inputs is not None
+    return matrix.W.square().mul_(matrix.inputs.variance.to(matrix.W))
 
 
 def gather(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,11 +135,12 @@ def hill_exponent(W: Tensor) -> float:
     return 1.0 + k / max(float((logs[:k] - logs[k]).sum()), 1e-9)
 
 
-def outlier_ratio(matrices: Sequence[Tensor], norms: Sequence[Tensor], m: float = OUTLIER_M) -> float:
-    """Share of |W_ij| * ||X_j|| above ``m`` times their mean, over matrices W (d, n) with input norms (n,) together."""
-    count = sum(W.numel() for W in matrices)
-    total = torch.stack([(W.abs() * norm).sum() for W, norm in zip(matrices, norms, strict=True)]).sum()
-    outliers = [(W.abs() * norm > m * total / count).sum() for W, norm in zip(matrices, norms, strict=True)]
+def outlier_ratio(matrices: Collection[Matrix], m: float = OUTLIER_M) -> float:
+    """Share of |W_ij| * ||X_j|| above ``m`` times their mean, over ``matrices`` together, which are gone through twice."""
+    sums = [(matrix.W.numel(), (matrix.W.abs() * matrix.norm).sum()) for matrix in matrices]
+    count = sum(numel for numel, _ in sums)
+    total = torch.stack([found for _, found in sums]).sum()
+    outliers = [(matrix.W.abs() * matrix.norm > m * total / count).sum() for matrix in matrices]
     return float(torch.stack(outliers).sum()) / count
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
-from selfpruner.calibration.statistics import Site
+from selfpruner.calibration.gradients import Gradients
+from selfpruner.calibration.statistics import BlockStatistics, Site
+from selfpruner.compensation.base import output_energy
 from selfpruner.compensation.sweep import factor, sweep
 from selfpruner.criteria import Matrix, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
@@ -131,7 +133,7 @@ def write_levels(
     errors: dict[str, list[float]] = {name: [0.0] for name in matrices}
     counts = {name: [matrix.W.numel()] for name, matrix in matrices.items()}
     ready: dict[str, Tensor] = {}
-    waiting = {name: _made(matrix, criterion, levels[1:], repair) for name, matrix in matrices.items()}
+    waiting = {name: _made(matrices, name, criterion, levels[1:], repair) for name in matrices}
 
     def tensor(key: str) -> Tensor:
         name = key.split(".")[0]
@@ -141,7 +143,7 @@ def write_levels(
             errors[name].append(error)
             counts[name].append(int(kept.sum()))
             if len(errors[name]) == len(levels):
-                waiting[name].close()  # its scores and products are not needed again
+                waiting.pop(name).close()  # its scores and products are not needed again
         return ready.pop(key)
 
     aside = file.with_suffix(f".{os.getpid()}.tmp")
@@ -175,16 +177,16 @@ def read_facts(file: Path) -> tuple[tuple[tuple[Option, ...], ...], dict[str, An
 
 
 def _made(
-    matrix: Matrix, criterion: WeightCriterion, levels: Sequence[Sparsity], repair: bool
+    matrices: Mapping[str, Matrix], name: str, criterion: WeightCriterion, levels: Sequence[Sparsity], repair: bool
 ) -> Generator[tuple[Tensor, Tensor, float], None, None]:
-    """Weights, mask and error of every level, in order."""
+    """Weights (with a repair), mask and error of every level, in order."""
+    matrix = matrices[name]
     assert matrix.inputs is not None
-    moment = matrix.inputs.gram.float()
-    whole = max(_energy(matrix.W, moment), torch.finfo(torch.float32).tiny)
+    whole = max(output_energy(matrix.W, matrix.inputs), torch.finfo(torch.float32).tiny)
     masks = criterion.masks(matrix, levels)
     if not repair:
         for kept in masks:
-            yield matrix.W * kept, kept, _energy(matrix.W * ~kept, moment) / whole
+            yield matrix.W, kept, output_energy(matrix.W.masked_fill(kept, 0.0), matrix.inputs) / whole
         return
     U, dead = factor(matrix.inputs)
     together = max(1, SWEEP_BYTES // matrix.W.nbytes)
@@ -198,12 +200,7 @@ def _made(
 
         repaired, _, _ = sweep(matrix.W.repeat(len(field) // rows, 1), U, dead, choose)
         for made, kept in zip(repaired.split(rows), field.split(rows), strict=True):
-            yield made, kept, _energy(matrix.W - made, moment) / whole
-
-
-def _energy(W: Tensor, moment: Tensor) -> float:
-    """tr(W moment W^T)."""
-    return max(float(((W @ moment) * W).sum(dtype=torch.float64)), 0.0)
+            yield made, kept, output_energy(matrix.W - made, matrix.inputs) / whole
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -216,17 +213,25 @@ def unpacked(bits: Tensor, width: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=width)).bool()
 
 
-def matrices_of(
-    arch: Architecture, layer: int, statistics: Mapping[Site, Any], gradients: Mapping[str, Any] | None
-) -> dict[str, Matrix]:
-    """The matrices of a layer in float32, in the checkpoint's order, with what was measured at them."""
-    found = {}
-    for block in (0, 1):
-        weights = _block(arch, layer, block)
-        for name in weights.matrices:
-            own = None if gradients is None else gradients[name]
-            found[name] = Matrix(name, getattr(weights, name).float(), statistics[SITE_OF[name]], own)
-    return found
+@dataclass(frozen=True, slots=True)
+class LayerMatrices(Mapping[str, Matrix]):
+    """The matrices of a layer in float32, in the checkpoint's order, with what was measured at them. Each is made when it is asked
+    for: of a model in half precision all together are as large as the statistics."""
+
+    arch: Architecture
+    layer: int
+    statistics: Mapping[Site, BlockStatistics]
+    gradients: Mapping[str, Gradients] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for block in (0, 1) for name in _block(self.arch, self.layer, block).matrices])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, name: str) -> Matrix:
+        W = getattr(_block(self.arch, self.layer, int(name in BLOCKS[1])), name).float()
+        return Matrix(name, W, self.statistics[SITE_OF[name]], None if self.gradients is None else self.gradients[name])
 
 
 def sparsities(pattern: str, group: int, step: float, *, drop: bool) -> list[Sparsity]:

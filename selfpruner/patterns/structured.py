@@ -19,7 +19,7 @@ from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation import Compensation, NestedRepair, SubsetRepair
-from selfpruner.compensation.base import TYPICAL, energy
+from selfpruner.compensation.base import TYPICAL, output_energy
 from selfpruner.criteria import Evidence, Heads, Matrix, UnitCriterion
 from selfpruner.space import Option, without_dominated
 from selfpruner.workers.memory import release
@@ -141,8 +141,8 @@ def measure_ffn(
 ) -> FfnFactors:
     """Order the channels and make the repair. ``gradients`` by matrix name, for criteria that need them."""
     base = arch.checkpoint_ffn(layer)
-    W = base.down.to(stats.gram)
-    whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
+    W = base.down.to(stats.mean)
+    whole = max(output_energy(W, stats), torch.finfo(torch.float32).tiny)
     order = criterion.order_channels(Evidence(W, stats, _coupled(base, stats, gradients)))
     release()  # large matrices come and go here; what the last ones left must not add to the next ones
     repair = compensation.nested(W, stats, order)
@@ -161,8 +161,8 @@ def measure_attention(
 ) -> AttentionFactors:
     """Choose the heads of every shape and make the repair. ``gradients`` by matrix name, for criteria that need them."""
     base = arch.attention(layer)
-    W = base.o.to(stats.gram)
-    whole = max(energy(W, stats.gram), torch.finfo(torch.float32).tiny)
+    W = base.o.to(stats.mean)
+    whole = max(output_energy(W, stats), torch.finfo(torch.float32).tiny)
     evidence = Evidence(W, stats, _coupled(base, stats, gradients))
     heads = criterion.choose_heads(evidence, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
     dense = (base.kv_groups, base.heads_per_group)

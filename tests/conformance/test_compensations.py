@@ -90,10 +90,10 @@ class CompensationSuite:
 
     def test_statistics_stay_as_they_are(self) -> None:
         block = sample(12)
-        before = [t.clone() for t in (block.W, block.stats.gram, block.stats.mean)]
+        before = [t.clone() for t in (block.W, block.stats.scatter, block.stats.mean)]
         self.compensation().nested(block.W, block.stats, order_of(12)).weights(5, block.W[:, order_of(12)])
         self.compensation().subset(block.W, block.stats, torch.arange(8)).weights(torch.tensor([1, 4]), block.W)
-        assert all(torch.equal(a, b) for a, b in zip(before, (block.W, block.stats.gram, block.stats.mean), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, (block.W, block.stats.scatter, block.stats.mean), strict=True))
 
 
 class TestNothing(CompensationSuite):
@@ -257,10 +257,10 @@ def test_suffix_energies() -> None:
     W, moment, mean, tokens = block.W[:, order], block.stats.gram, block.stats.mean, block.stats.tokens
     centred = (moment - tokens * torch.outer(mean, mean))[order][:, order]
     expected = [energy(W[:, k:], moment[order][:, order][k:, k:]) for k in range(301)]
-    found = suffix_energies(block.W, moment, order)
+    found = suffix_energies(block.W, block.stats.scatter, order, mean, tokens)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     expected = [energy(W[:, k:], centred[k:, k:]) for k in range(301)]
-    found = suffix_energies(block.W, moment, order, mean, tokens)
+    found = suffix_energies(block.W, block.stats.scatter, order)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 

@@ -49,11 +49,11 @@ class CriterionSuite:
 
     def test_is_deterministic_and_changes_nothing(self) -> None:
         block = sample(40)
-        before = [t.clone() for t in (block.W, block.stats.gram, block.stats.mean, block.stats.variance)]
+        before = [t.clone() for t in (block.W, block.stats.scatter, block.stats.mean, block.stats.variance)]
         assert self.order(block) == self.order(block)
         heads = Heads(2, 2, 10)
         assert self.heads(block, heads) == self.heads(block, heads)
-        after = (block.W, block.stats.gram, block.stats.mean, block.stats.variance)
+        after = (block.W, block.stats.scatter, block.stats.mean, block.stats.variance)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     @pytest.mark.parametrize(("groups", "per_group"), [(1, 1), (1, 4), (4, 1), (3, 3), (2, 7)])

@@ -74,9 +74,9 @@ class WeightSuite:
     def test_is_deterministic_and_changes_nothing(self) -> None:
         m = matrix()
         assert m.inputs is not None
-        before = [t.clone() for t in (m.W, m.inputs.gram, m.inputs.mean, m.gradient.absolute)]
+        before = [t.clone() for t in (m.W, m.inputs.scatter, m.inputs.mean, m.gradient.absolute)]
         assert all(torch.equal(a, b) for a, b in zip(self.masks(m), self.masks(m), strict=True))
-        after = (m.W, m.inputs.gram, m.inputs.mean, m.gradient.absolute)
+        after = (m.W, m.inputs.scatter, m.inputs.mean, m.gradient.absolute)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     def test_the_formula(self) -> None:
@@ -237,9 +237,8 @@ class TestSparseGpt(WeightSuite):
 
     def test_uncorrelated_inputs_of_equal_size_leave_magnitude(self) -> None:
         block = sample(32, 24, kind="white", seed=1)
-        stats = block.stats
-        stats.gram.copy_(torch.eye(32) * 100)
-        stats.energy.fill_(100)
+        zero, hundred = torch.zeros(32).double(), torch.full((32,), 100.0).double()
+        stats = replace(block.stats, mean=zero, energy=hundred, scatter=hundred.diag())
         m = Matrix("up", block.W.float(), stats)
         for level, mask in zip(self.levels(), self.masks(m), strict=True):
             (expected,) = Magnitude().masks(m, [level])
