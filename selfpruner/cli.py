@@ -18,6 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from selfpruner import commands, options
+from selfpruner.commands.show import front as show_front
 from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from selfpruner.client import Client
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ def serve(
     devices: Annotated[str | None, typer.Option(help="One worker each: cpu or cuda:0,cuda:1.", show_default="auto")] = None,
     model_root: Annotated[Path | None, typer.Option(help="Folder whose models requests may name.")] = None,
     text_root: Annotated[Path | None, typer.Option(help="Folder whose text files requests may name.")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> int:
     """Serve the HTTP API until SIGTERM or Ctrl-C. Every setting can be given as SELFPRUNER_NAME, too."""
     from server import logs
@@ -99,7 +99,7 @@ def submit(
     metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Kept with the job; repeatable.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key twice is one job.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job and exit by its result.")] = True,
-    as_json: Json = False,
+    as_json: options.Json = False,
     url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Send a search to a server and follow it.
@@ -137,7 +137,7 @@ def submit(
 def jobs(
     status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed or cancelled.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
-    as_json: Json = False,
+    as_json: options.Json = False,
     url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """List jobs, newest first."""
@@ -162,7 +162,7 @@ def jobs(
 def show(
     job_id: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it ends; exit by its result.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
     url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Show a job: state, best plans, checkpoint."""
@@ -178,19 +178,19 @@ def show(
 
 
 @app.command()
-def cancel(job_id: JobId, as_json: Json = False, url: options.Url = options.DEFAULT_URL) -> int:
+def cancel(job_id: JobId, as_json: options.Json = False, url: options.Url = options.DEFAULT_URL) -> int:
     """Stop a job for good."""
     return _act(url, as_json, lambda client: client.cancel(job_id))
 
 
 @app.command()
-def pause(job_id: JobId, as_json: Json = False, url: options.Url = options.DEFAULT_URL) -> int:
+def pause(job_id: JobId, as_json: options.Json = False, url: options.Url = options.DEFAULT_URL) -> int:
     """Stop a running job and keep what it found."""
     return _act(url, as_json, lambda client: client.pause(job_id))
 
 
 @app.command()
-def resume(job_id: JobId, as_json: Json = False, url: options.Url = options.DEFAULT_URL) -> int:
+def resume(job_id: JobId, as_json: options.Json = False, url: options.Url = options.DEFAULT_URL) -> int:
     """Queue a paused job again."""
     return _act(url, as_json, lambda client: client.resume(job_id))
 
@@ -200,7 +200,7 @@ def events(
     job_id: JobId,
     after: Annotated[int, typer.Option(min=0, help="Only those after this number.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the job ends.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
     url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Print the events of a job; with --json one object per line."""
@@ -219,7 +219,7 @@ def events(
 def download(
     job_id: JobId,
     folder: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
-    as_json: Json = False,
+    as_json: options.Json = False,
     url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Fetch the checkpoint of a job.
@@ -303,7 +303,7 @@ def _report(client: Client, job: Mapping[str, Any]) -> None:
             table.add_row(row["id"], str(row["generation"]), row["operator"], fitness, relative)
         console.print(table)
     if members := (job["result"] or {}).get("front"):
-        console.print(commands.front(members))
+        console.print(show_front(members))
     made = (job["result"] or {}).get("operators", {})
     final = {
         "data": {

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfpruner.client import Client
-from selfpruner.commands import comparison
+from selfpruner.commands.show import comparison
 from selfpruner.errors import SelfprunerError
 from selfpruner.live import LiveView, account
 

@@ -26,6 +26,11 @@ def _known(table: Mapping[str, object]) -> str:
     return ", ".join(table)
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+Cache = Annotated[
+    Path | None, typer.Option(envvar="SELFPRUNER_CACHE", help="Models, texts, statistics.", show_default="~/.cache/selfpruner")
+]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder or GGUF file.", show_default="smollm2-135m")
 ]

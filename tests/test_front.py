@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from benchmarks.front import Subject, compare, table
-from selfpruner import api, cli, commands, options
+from selfpruner import api, cli, options
+from selfpruner.commands.show import front
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError
 from selfpruner.evaluation.latency import time_blocks
@@ -384,7 +385,7 @@ def test_the_table_and_the_picture(done: Done, timed: bool) -> None:
     hidden = () if timed else ("latency_us", "prefill_tps", "speedup")
     rows = [{key: value for key, value in row.items() if key not in hidden} for row in done.result.report["front"]]
     console = Console(width=160, record=True, file=StringIO())
-    console.print(commands.front(rows))
+    console.print(front(rows))
     text = console.export_text()
     assert all(row["plan"] in text for row in rows)
     assert ("speedup" in text) == timed

@@ -1,0 +1,89 @@
+"""What commands show: progress on stderr, results and tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfpruner.api import Pruned
+
+
+def tell(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def print_pruned(result: Pruned, as_json: bool) -> int:
+    tell("")
+    if as_json:
+        rates = [round(rate, 6) for rate in result.layer_rates]
+        print(
+            json.dumps(
+                {
+                    "path": str(result.path),
+                    "parameters": result.parameters,
+                    "plan": result.plan.hash,
+                    "levels": list(result.plan.levels),
+                    "layer_rates": rates,
+                    "verification": dict(result.verification),
+                }
+            )
+        )
+    else:
+        print(f"{result.path}  {result.parameters:,} parameters  plan {result.plan.hash}, verified in a fresh process")
+    return 0
+
+
+ROWS = {
+    "dense": "dense",
+    "uniform_flap_bias": "uniform, flap + bias",
+    "uniform_magnitude": "uniform, magnitude",
+    "uniform": "uniform",
+    "ramp": "best ramp",
+    "best": "best found",
+}
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    console.print(comparison(report))
+    if report.get("front"):
+        console.print(front(report["front"]))
+
+
+def comparison(report: Mapping[str, Any]) -> Any:
+    """The figures of a job's report side by side, as a rich table."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in ("parameters", "KL", "perplexity", "prefill tok/s", "decode tok/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, title in ROWS.items():
+        if row := report.get(key):
+            speeds = [f"{row[name]:,.0f}" if name in row else "" for name in ("prefill_tps", "decode_tps")]
+            table.add_row(title, f"{row['parameters']:,}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}", *speeds)
+    return table
+
+
+def front(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The members of a front side by side, best quality first, as a rich table."""
+    from rich.table import Table
+
+    timed = "latency_us" in rows[0]
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("front", no_wrap=True)
+    for name in ("rate", "parameters", "KL", "perplexity", *(("block times", "prefill", "speedup") if timed else ()), "made by"):
+        table.add_column(name, justify="left" if name == "made by" else "right", no_wrap=True)
+    for row in rows:
+        speeds = [f"{row['latency_us'] / 1000:,.1f} ms"] if timed else []
+        if timed:
+            speeds += [f"{row['prefill_tps']:,.0f} tok/s", f"{row['speedup']:.2f}x"] if "speedup" in row else ["", ""]
+        figures = [f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}"]
+        table.add_row(row["plan"], *figures, *speeds, row["operator"] + (" (best)" if row["best"] else ""))
+    return table
