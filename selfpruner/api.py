@@ -211,7 +211,10 @@ def _made(source: Path | str, directory: Path, job: str | None, plan: str | None
     """The checkpoint of a plan in a database, made now."""
     database = Path(source) / "selfpruner.db" if Path(source).is_dir() else Path(source)
     if not database.is_file():
-        raise NotFoundError(f"No database at {database}. Name the folder of a search, or the database of a server.", param="source")
+        raise NotFoundError(
+            f"{source} is no checkpoint (a folder with {MANIFEST}), and there is no database of a search at {database}.",
+            param="source",
+        )
     with Store(database, read_only=True) as store:
         newest = store.jobs(limit=1).data
         if job is None and not newest:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 import tests.tiny_models as tiny
 from selfpruner import api, cli, manifest
 from selfpruner.errors import ConfigError, CorruptCheckpointError, ExportError, FormatError, NotFoundError
 from selfpruner.export import formats, modeling_selfpruner, proof
+from selfpruner.export import verify as verify_script
 from selfpruner.export.card import CardInfo, converted, with_terms
 from selfpruner.export.checkpoint import load, write
 from selfpruner.export.proof import reference_tokens, write_reference
@@ -157,40 +159,43 @@ def test_masked_refuses_what_it_cannot_place(tmp_path: Path) -> None:
 
 # -- proofs ------------------------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("unproven")
-def test_exports_of_16_bit_checkpoints_are_compared_in_float32(tmp_path: Path) -> None:
-    """What rounds otherwise in other shapes would hide what is wrong."""
+def test_16_bit_checkpoints_are_compared_in_float32(tmp_path: Path) -> None:
+    """What rounds otherwise in other shapes, or on another processor, would hide what is wrong, or feign it."""
     source, model = folder(tmp_path / "base", "llama", dtype="bfloat16")
     case = prune(model, drop=True, biased=True)
     made = written(tmp_path, case, source)
     kept = TensorFile(made / proof.REFERENCE)
-    assert kept.metadata["dtype"] == "bfloat16"
+    tokens = kept.read("tokens")
+    with torch.inference_mode():
+        expected = load(made, dtype=torch.float32)(tokens).logits
+        rounded = load(made)(tokens).logits.float()
+        with verify_script.exact(same := load(made)):
+            assert (same(tokens).logits - expected).abs().max() <= 1e-5
+        assert same.dtype == torch.bfloat16
+        assert torch.equal(same(tokens).logits.float(), rounded), "it computes as before"
+    assert (kept.read("logits") - expected).abs().max() <= 1e-5 < (rounded - expected).abs().max()
     copied = formats.convert(made, tmp_path / "copy", "transformers").path
     assert (copied / proof.REFERENCE).read_bytes() == (made / proof.REFERENCE).read_bytes()
     masked = formats.convert(made, tmp_path / "masked", "masked").path
     assert json.loads((masked / "config.json").read_text())["dtype"] == "bfloat16"
-    exact = TensorFile(masked / proof.REFERENCE)
-    assert exact.metadata["dtype"] == "float32"
-    tokens = exact.read("tokens")
+    assert torch.equal(TensorFile(masked / proof.REFERENCE).read("logits"), kept.read("logits"))
     with torch.inference_mode():
-        expected = load(made, dtype=torch.float32)(tokens).logits
-        assert (exact.read("logits") - expected).abs().max() <= 1e-4
         assert (load(masked, dtype=torch.float32)(tokens).logits - expected).abs().max() <= 1e-4
-    assert 0 < (kept.read("logits") - expected).std() / expected.std() < proof.NEAR
 
-    # A checkpoint that does not compute what its reference says is no start for anything.
-    body = manifest.read(made)
-    write_reference(
-        made,
-        tokens,
-        expected.flip(0),
-        dtype="bfloat16",
-        parameters=body["parameters"],
-        tokenizer=AutoTokenizer.from_pretrained(made),
-    )
+
+@pytest.mark.usefixtures("unproven")
+def test_a_reference_in_16_bits_is_no_proof(tmp_path: Path) -> None:
+    source, model = folder(tmp_path / "base", "llama", dtype="bfloat16")
+    made = written(tmp_path, prune(model, drop=False, biased=True), source)
+    body, file = manifest.read(made), TensorFile(made / proof.REFERENCE)
+    tensors = {name: file.read(name).clone() for name in file.shapes}
+    save_file(tensors, made / proof.REFERENCE, metadata={**file.metadata, "dtype": "bfloat16"})
     (made / manifest.NAME).unlink()
     manifest.write(made, plan=body["plan"], parameters=body["parameters"], verification={})
-    with pytest.raises(ExportError, match="of the logits' spread away from what it computed in bfloat16"):
+    with pytest.raises(ExportError, match="an older version wrote it. Export it again"):
         formats.convert(made, tmp_path / "other", "masked")
+    with pytest.raises(ExportError, match="an older version wrote it. Export it again"):
+        formats.verify(made)
     assert not (tmp_path / "other").exists()
 
 
@@ -201,7 +206,7 @@ def test_a_reference_is_bounded_and_reproducible(tmp_path: Path, monkeypatch: py
     logits = torch.randn(2, 48, 128)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_reference(tmp_path / name, tokens, logits, dtype="float32", parameters=7, tokenizer=tokenizer)
+        write_reference(tmp_path / name, tokens, logits, parameters=7, tokenizer=tokenizer)
     one, two = (tmp_path / name / proof.REFERENCE for name in ("a", "b"))
     assert one.read_bytes() == two.read_bytes()
     file = TensorFile(one)
@@ -374,7 +379,7 @@ def test_a_jobs_checkpoint_is_masked_and_proven_from_the_command_line(
         ("export {checkpoint} --format onnx -o {out}", 2, "Known: "),
         ("export {checkpoint} --format masked --quantize q8_0 -o {out}", 2, "no quantization 'q8_0'"),
         ("export {checkpoint} --plan 0123 -o {out}", 2, "one checkpoint"),
-        ("export {out}/none -o {out}", 2, "No database at"),
+        ("export {out}/none -o {out}", 2, "is no checkpoint"),
         ("export job_0 -o {out} --url http://127.0.0.1:9", 1, "selfpruner serve"),
         ("verify {out}", 1, "incomplete"),
         ("verify {checkpoint} --memory lots", 2, "bytes"),

@@ -514,7 +514,7 @@ def test_llama_cpp_needs_its_package_and_a_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_llama_cpp_runs_a_file(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", exc_type=ImportError)
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-llamacpp", exc_type=ImportError)
     found = selfpruner.benchmark(
         ["smollm2-135m"], backend="llamacpp", prompt_tokens=16, new_tokens=4, repetitions=1, cache=tmp_path
     )

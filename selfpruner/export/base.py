@@ -15,9 +15,9 @@ another folder. Everything around that is the same for all formats and done by :
 
 ``selfpruner verify FOLDER`` repeats steps 1 and 4 with the format that the manifest names, so a verifier can use nothing but the
 folder and the reference. That is a safetensors file: ``tokens`` (B, S) int64 and ``logits`` (B, P, V) float32 of the last P
-positions, with the metadata ``parameters`` (what ``write`` returned), ``dtype`` (in which the logits were computed: bfloat16, say),
+positions, with the metadata ``parameters`` (what ``write`` returned), ``dtype`` (in which the logits were computed: float32),
 ``text`` and ``ids`` (the text's tokens, JSON). A checkpoint's logits are those of the pruned model in memory, before anything was
-written; those of an export of a 16-bit checkpoint are computed again in float32, where another shape or order rounds alike. A
+written; in float32 also where its weights have 16 bits, because in 16 bits single tokens' logits depend on processor and shapes. A
 verifier computes in ``dtype``.
 
 A new format: its own file with a subclass of :class:`Format`, its class in ``formats.FORMATS``, a line in ``names.FORMATS``, a

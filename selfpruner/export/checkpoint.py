@@ -40,7 +40,8 @@ LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 class TensorSource:
     """Where the weights of a model that is nowhere whole come from.
 
-    ``tensor`` gives one by name, as runs of its rows; ``logits`` what the pruned model computes for token ids (B, S), on the CPU;
+    ``tensor`` gives one by name, as runs of its rows; ``logits`` what the pruned model computes in float32 for token ids (B, S), on
+    the CPU;
     ``memory`` bytes may be used on ``device`` to look at the result.
     """
 
@@ -91,8 +92,7 @@ def write(
         write_shards(stored(model), folder, parameters, shard_bytes, None if source is None else source.tensor, go_on)
         tokens = proof.reference_tokens(model.config.vocab_size, int(model.config.max_position_embeddings))
         logits = source.logits(tokens) if source is not None else _logits(model, tokens)
-        computed = dtype if source is None else "float32"
-        proof.write_reference(folder, tokens, logits, dtype=computed, parameters=parameters, tokenizer=tokenizer)
+        proof.write_reference(folder, tokens, logits, parameters=parameters, tokenizer=tokenizer)
         return parameters
 
     def prove(folder: Path) -> dict[str, Any]:
@@ -224,8 +224,9 @@ def copy_terms(source: Path | None, folder: Path) -> None:
 
 @torch.inference_mode()
 def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
-    return logits.float().cpu()
+    with verify_script.exact(model):
+        logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
+    return logits.cpu()
 
 
 __all__ = ["CardInfo", "ExportResult", "LayerShape", "build", "count_parameters", "load", "write"]

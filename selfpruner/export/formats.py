@@ -110,11 +110,7 @@ def verify(
     folder, go_on = Path(directory), stopper(cancelled)
     body = manifest.check(folder, go_on)
     form = create(body["export"]["format"])
-    if proof.REFERENCE not in body["files"]:
-        raise ExportError(
-            f"Every file of {folder} matches its sha256, but there is no {proof.REFERENCE} to compare with: an older version wrote "
-            "it. Export it again."
-        )
+    proof.check_reference(folder)
     if memory is not None and not isinstance(form, Transformers):
         raise FormatError(f"An export in the format {form.name} cannot be streamed; leave out memory.", param="memory")
 

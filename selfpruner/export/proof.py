@@ -19,20 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto import AutoConfig
 
 from selfpruner.errors import ExportError
-from selfpruner.model_checks import weight_files
-from selfpruner.streaming import stream
 from selfpruner.tensor_files import TensorFile, held_shapes, write_tensors
 
 REFERENCE = "proof/reference.safetensors"
 # With 49,152 words 21 positions of two sequences, with 256,000 words four; the last ones have all others before them.
 REFERENCE_BYTES = 8 << 20
 SEQUENCES, LENGTH = 2, 48
-# The error of 16-bit logits over their standard deviation; of unrelated models it is 1.4.
-NEAR = 0.2
-STREAM_BYTES = 8 << 30
 VERIFY_SECONDS = 3600.0
 _TEXT = "The quick brown fox jumps over the lazy dog.\n\n1234567890"
 
@@ -43,15 +37,13 @@ def reference_tokens(vocabulary: int, longest: int) -> Tensor:
     return torch.randint(vocabulary, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
 
 
-def write_reference(
-    folder: Path, tokens: Tensor, logits: Tensor, *, dtype: str, parameters: int, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Keep ``logits`` (B, S, V) for ``tokens`` (B, S), computed in ``dtype``, of as many of the last positions as REFERENCE_BYTES
+def write_reference(folder: Path, tokens: Tensor, logits: Tensor, *, parameters: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep ``logits`` (B, S, V) for ``tokens`` (B, S), computed in float32, of as many of the last positions as REFERENCE_BYTES
     allow."""
     rows = max(1, min(tokens.shape[1], REFERENCE_BYTES // (4 * logits.shape[0] * logits.shape[-1])))
     facts = {
         "parameters": str(parameters),
-        "dtype": dtype,
+        "dtype": "float32",
         "text": _TEXT,
         "ids": json.dumps(tokenizer(_TEXT)["input_ids"]),
     }
@@ -59,34 +51,20 @@ def write_reference(
 
 
 def copy_reference(source: Path, folder: Path, parameters: int) -> None:
-    """Give ``folder``, which has so many ``parameters``, the reference of the checkpoint in ``source``.
-
-    In 16 bits matrices of another shape or order round otherwise (measured on 30 layers in bfloat16: 2.2e-2 of the largest logit),
-    so what is to be compared with another format is computed again in float32, from the checkpoint's files, which are streamed.
-    Raises ExportError where that is not near what was computed in memory.
-    """
+    """Give ``folder``, which has so many ``parameters``, the reference of the checkpoint in ``source``. Raises ExportError where it
+    has none to go by."""
+    check_reference(source)
     file = TensorFile(source / REFERENCE)
-    tensors, facts = {name: file.read(name) for name in file.shapes}, {**file.metadata, "parameters": str(parameters)}
-    if facts["dtype"] != "float32":
-        exact = _exact(source, tensors["tokens"])[:, -tensors["logits"].shape[1] :].contiguous()
-        error = float((exact - tensors["logits"]).std() / exact.std())
-        if not error <= NEAR:  # also when it is NaN
-            raise ExportError(
-                f"{source} computes in float32 what is {error:.2g} of the logits' spread away from what it computed in "
-                f"{facts['dtype']} when it was made; at most {NEAR:g} is rounding. See `selfpruner verify`."
-            )
-        tensors["logits"], facts["dtype"] = exact, "float32"
-    _write(folder, tensors, facts)
+    _write(folder, {name: file.read(name) for name in file.shapes}, {**file.metadata, "parameters": str(parameters)})
 
 
-@torch.inference_mode()
-def _exact(folder: Path, tokens: Tensor) -> Tensor:
-    """What a checkpoint's weights compute in float32, on the CPU, no more than a layer of it in memory at a time."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.inference_mode(False):
-        model: Any = stream(config, weight_files(folder), torch.device("cpu"), torch.float32, STREAM_BYTES)
-    logits: Tensor = model(tokens, use_cache=False).logits
-    return logits
+def check_reference(folder: Path) -> None:
+    """Raises ExportError for a folder of an older version, which kept no reference, or one that rounding makes useless."""
+    path = folder / REFERENCE
+    if not path.is_file() or TensorFile(path).metadata["dtype"] != "float32":
+        raise ExportError(
+            f"There is no {REFERENCE} in {folder} to compare with, or one in 16 bits: an older version wrote it. Export it again."
+        )
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
