@@ -192,9 +192,9 @@ def test_a_reference_in_16_bits_is_no_proof(tmp_path: Path) -> None:
     save_file(tensors, made / proof.REFERENCE, metadata={**file.metadata, "dtype": "bfloat16"})
     (made / manifest.NAME).unlink()
     manifest.write(made, plan=body["plan"], parameters=body["parameters"], verification={})
-    with pytest.raises(ExportError, match="an older version wrote it. Export it again"):
+    with pytest.raises(ExportError, match=r"an older version wrote it\. Export it again"):
         formats.convert(made, tmp_path / "other", "masked")
-    with pytest.raises(ExportError, match="an older version wrote it. Export it again"):
+    with pytest.raises(ExportError, match=r"an older version wrote it\. Export it again"):
         formats.verify(made)
     assert not (tmp_path / "other").exists()
 

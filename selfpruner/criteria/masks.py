@@ -50,13 +50,33 @@ def keep_n(scores: Tensor, kept: int, group: int) -> Tensor:
 
 
 def masks_of(scores: Tensor, levels: Sequence[Sparsity], *, by_row: bool) -> Iterator[Tensor]:
-    """The mask (out, in) of every level, from one sort."""
-    ranks: dict[int, Tensor] = {}  # by group; the place of every weight from the lowest score on, where it competes
+    """The mask (out, in) of every level, from one sort. Of equal scores the first ones go."""
+    ordered: dict[int, tuple[Tensor, Tensor]] = {}  # by group: the scores where they compete, and in order
     for level in levels:
-        if level.group not in ranks:
+        if level.group not in ordered:
             field = grouped(scores, level.group) if level.group else scores if by_row else scores.flatten()
-            order = torch.argsort(field, dim=-1, stable=True)
-            places = torch.arange(field.shape[-1], device=scores.device, dtype=torch.int32).expand(field.shape)
-            ranks = {level.group: torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, places)}
-        rank = ranks[level.group]
-        yield (rank >= level.pruned(rank.shape[-1])).view(scores.shape)
+            ordered = {level.group: (field, _sorted(field))}
+        field, values = ordered[level.group]
+        yield _without_lowest(field, values, level.pruned(field.shape[-1])).view(scores.shape)
+
+
+def _sorted(field: Tensor) -> Tensor:
+    """The values in order along the last axis. torch's sort also makes their places, eight bytes each."""
+    if field.device.type != "cpu" or field.dtype not in (torch.float32, torch.float64):
+        return torch.sort(field, dim=-1).values
+    values = field.detach().clone()
+    values.numpy().sort(axis=-1)
+    return values
+
+
+def _without_lowest(field: Tensor, ordered: Tensor, count: int) -> Tensor:
+    """False at the ``count`` lowest of ``field`` (..., n) along its last axis, of equal ones at the first."""
+    if count == 0:
+        return torch.ones(field.shape, dtype=torch.bool, device=field.device)
+    threshold = ordered[..., count - 1 : count]
+    kept, equal = field > threshold, field == threshold
+    spare = field.shape[-1] - count - kept.sum(-1, keepdim=True)  # as many of the equal ones stay, the last of them
+    if bool(spare.any()):
+        equal_after = equal.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+        kept |= equal & (equal_after <= spare)
+    return kept
