@@ -5,8 +5,8 @@
 
 Each criterion is a process of its own with an empty cache. Peaks are anonymous resident memory, looked at every millisecond, beyond
 what the process held when the model was loaded; pages of files are none, the system takes them back. ``statistics`` is the largest
-layer's: a float64 Gram matrix per place that the criterion looks at, and for gradients three float32 sums per weight. Asked is at
-most 1.5 times that. ``--random-shape`` writes a model of random weights in that shape into ``--folder`` first.
+layer's: a float64 matrix of second moments per place that the criterion looks at, and for gradients three float32 sums per weight.
+Asked is at most 1.5 times that. ``--random-shape`` writes a model of random weights in that shape into ``--folder`` first.
 """
 
 from __future__ import annotations

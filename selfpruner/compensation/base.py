@@ -86,7 +86,7 @@ def energy(W: Tensor, moment: Tensor) -> float:
 
 def output_energy(W: Tensor, stats: BlockStatistics) -> float:
     """||X W^T||_F^2, the squared size of the output that W (d, n) makes of the inputs."""
-    return energy(W, stats.scatter) + stats.tokens * float((W @ stats.mean.to(W)).square().sum())
+    return max(energy(W, stats.scatter), 0.0) + stats.tokens * float((W @ stats.mean.to(W)).square().sum())
 
 
 def factored(C: Tensor) -> Tensor:
