@@ -50,8 +50,10 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append({"criterion": criterion, "pattern": pattern, **json.loads(done.stdout.splitlines()[-1])})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    known = json.loads(options.output.read_text("utf-8")) if options.output.exists() else {}
+    known.setdefault(options.random_shape or options.model, {})[options.compensation] = rows
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"compensation": options.compensation, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     print("| criterion | pattern | statistics | while collecting | while deciding | over statistics |\n|" + "---|" * 6)
     for row in rows:
         cells = " | ".join(f"{row[key]:.1f}" for key in ("statistics", "collecting", "deciding"))
