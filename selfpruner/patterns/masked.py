@@ -29,6 +29,7 @@ from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import disk_errors
 from selfpruner.space import Option
 from selfpruner.tensor_files import TensorFile, write_tensors
+from selfpruner.workers.memory import release
 
 # The matrices of a block, by its place in the layer; an FFN may have no gate.
 BLOCKS = (("q", "k", "v", "o"), ("gate", "up", "down"))
@@ -144,6 +145,7 @@ def write_levels(
             counts[name].append(int(kept.sum()))
             if len(errors[name]) == len(levels):
                 waiting.pop(name).close()  # its scores and products are not needed again
+                release()
         return ready.pop(key)
 
     aside = file.with_suffix(f".{os.getpid()}.tmp")

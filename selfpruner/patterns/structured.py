@@ -140,11 +140,12 @@ def measure_ffn(
     gradients: Mapping[str, Gradients] | None = None,
 ) -> FfnFactors:
     """Order the channels and make the repair. ``gradients`` by matrix name, for criteria that need them."""
+    release()  # large matrices come and go here and before; what the last ones left must not add to the next ones
     base = arch.checkpoint_ffn(layer)
     W = base.down.to(stats.mean)
     whole = max(output_energy(W, stats), torch.finfo(torch.float32).tiny)
     order = criterion.order_channels(Evidence(W, stats, _coupled(base, stats, gradients)))
-    release()  # large matrices come and go here; what the last ones left must not add to the next ones
+    release()
     repair = compensation.nested(W, stats, order)
     errors = repair.errors() / whole
     errors[0], errors[-1] = 1.0, 0.0
