@@ -10,8 +10,8 @@ computed in float32, with the metadata ``parameters``, ``dtype`` (float32), ``te
 one JSON object: the numbers and ``problems``, empty when the checkpoint is good.
 
 What is compared, computed in float32 from the weights as they are stored (see :func:`exact`): in 16 bits single tokens come out
-otherwise on another kind of processor or in another batch (measured in bfloat16: by 10 to 23 in logits of at most 34, at a token with
-hidden states eight times as large as the others'), which would hide or feign a fault.
+otherwise on another kind of processor or in another batch (measured in bfloat16: by 10 to 23 in logits of at most 34, at a token
+with hidden states eight times as large as the others'), which would hide or feign a fault.
 - Logits: the largest absolute difference may be TOLERANCE of the largest logit. Loading wrong tensors costs far more.
 - The last tokens fed one by one through the KV cache against all at once: five times that bound, because other shapes take other
   kernels and round otherwise. A wrong cache costs far more.
