@@ -88,11 +88,20 @@ def uniform(path: Path, family: str, shape: LayerShape, quantize: str | None = N
     """All layers keep the first channels and KV groups."""
     source, model = folder(path / "base", family, **options)
     dense: dict[str, torch.Tensor] = model.state_dict()
-    size = model.get_parameter("model.layers.0.self_attn.q_proj.weight").shape[0] // model.config.num_attention_heads
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     weights = {}
     for name in dense:
         kind = name.split(".")[-2]
-        if kind in ("q_proj", "k_proj", "v_proj"):
+        if kind in ("qkv_proj", "gate_up_proj"):  # Phi-3's matrices of several parts
+            queries, keys = size * config.num_attention_heads, size * config.num_key_value_heads
+            ffn = config.intermediate_size
+            parts = dense[name].split([queries, keys, keys] if kind == "qkv_proj" else [ffn, ffn])
+            rows = [size * n for n in (shape.heads, shape.kv_groups, shape.kv_groups)]
+            weights[name] = torch.cat(
+                [part[:n] for part, n in zip(parts, rows if kind == "qkv_proj" else [shape.channels] * 2, strict=True)]
+            )
+        elif kind in ("q_proj", "k_proj", "v_proj"):
             weights[name] = dense[name][: size * (shape.heads if kind == "q_proj" else shape.kv_groups)]
         elif kind in ("gate_proj", "up_proj"):
             weights[name] = dense[name][: shape.channels]
@@ -110,6 +119,10 @@ VARYING: dict[str, dict[str, Any]] = {
     "llama-qkv-bias-wide-head": {"family": "llama", "attention_bias": True, "head_dim": 16},
     "mistral-window": {"family": "mistral", "sliding_window": 64, "biased": True},
     "qwen2-dropped-biased": {"family": "qwen2", "drop": True, "biased": True},
+    "phi3": {"family": "phi3"},
+    "qwen3": {"family": "qwen3"},
+    "qwen3-dropped-wide-head": {"family": "qwen3", "drop": True, "head_dim": 16},
+    "phi3-dropped-biased-wide-head": {"family": "phi3", "drop": True, "biased": True, "head_dim": 16},
 }
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -140,21 +153,23 @@ def test_a_varying_plan_is_read_back_equal(tmp_path: Path, variant: str) -> None
     made = pruned(tmp_path, **VARYING[variant])
     found = made.verify()
     assert found["problems"] == []
-    assert found["architecture"] == "deci"
+    assert found["architecture"] == ("openelm" if variant.startswith("qwen3") else "deci")
     assert found["max_difference"] <= 1e-5 * found["max_logit"]
     assert {kind for kind, _ in made.tensors.values()} == {"F32"}
     assert ("output.weight" in made.tensors) == (not made.checkpoint.config.get("tie_word_embeddings", False))
     assert made.file.name == "tiny-pruned-F32.gguf"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "llama-uniform", "qwen2-uniform", "qwen2-narrow", "qwen3-uniform"])
+@pytest.mark.parametrize(
+    "name", [*("llama", "mistral", "qwen2", "qwen3", "phi3"), *("llama-uniform", "qwen2-uniform", "qwen2-narrow", "qwen3-uniform")]
+)
 def test_golden_headers(tmp_path: Path, name: str) -> None:
     """To renew a golden file, delete it and run this test: it writes the file and fails."""
     family, _, kind = name.partition("-")
     if kind:
         made = uniform(tmp_path, family, LayerShape(1 if kind == "narrow" else 2, 2, 48))
     else:
-        made = pruned(tmp_path, family, biased=True)
+        made = pruned(tmp_path, family, biased=family != "qwen3")
     golden = GOLDEN / f"gguf_{name}.txt"
     if not golden.exists():
         golden.write_text(described(made))
@@ -168,7 +183,7 @@ def test_golden_headers(tmp_path: Path, name: str) -> None:
 def test_transformers_reads_a_uniform_plan(tmp_path: Path, family: str) -> None:
     """Another reader, for the architectures that it knows; and selfpruner can go on from its own file."""
     made = uniform(tmp_path, family, LayerShape(2, 2, 48))
-    assert made.keys["general.architecture"] == {"mistral": "llama"}.get(family, family)
+    assert made.keys["general.architecture"] == {"mistral": "llama", "phi3": "llama"}.get(family, family)
     model = AutoModelForCausalLM.from_pretrained(model_gguf.convert(made.file, tmp_path / "models"))
     tokens = tokens_of(2, 20)
     assert (model(tokens).logits - made.case.pruned(tokens).logits).abs().max() <= 1e-4
@@ -276,14 +291,17 @@ def refusal(made: Checkpoint, quantize: str | None = None) -> str:
     return caught.value.message
 
 
-def test_qwen3_is_written_when_it_is_uniform_and_without_biases(tmp_path: Path) -> None:
+def test_what_llama_cpp_lacks_beside_norms_on_q_and_k(tmp_path: Path) -> None:
     source, model = folder(tmp_path / "base", "qwen3")
-    message = refusal(checkpoint_of(tmp_path / "varying", prune(model, drop=False, biased=False), source))
-    assert "norms on q and k and layers that differ" in message
-    assert "initial: uniform" in message
     bias = {"model.layers.1.mlp.down_proj.bias": torch.ones(32)}
     case = Case(model, build(model, [LayerShape(2, 2, 64)] * 3, bias), [], {})
     assert "biases on its matrices" in refusal(checkpoint_of(tmp_path / "biased", case, source))
+    source, model = folder(tmp_path / "untied", "qwen3", tied=False)
+    message = refusal(checkpoint_of(tmp_path / "varying", prune(model, drop=False, biased=False), source))
+    assert "layers that differ and an lm_head of its own" in message
+    assert "initial: uniform" in message
+    source, model = folder(tmp_path / "scaled", "qwen3", rope_parameters={"rope_theta": 1e4, **ROPES["llama3"]})
+    assert "this rotary scaling" in refusal(checkpoint_of(tmp_path / "s", prune(model, drop=False, biased=False), source))
 
 
 @pytest.mark.parametrize(

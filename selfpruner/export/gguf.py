@@ -7,10 +7,13 @@ llama-cpp-python:
 
 - ``deci`` and ``llama`` rotate neighbouring pairs of a head's dimensions where transformers rotates the halves, so the rows of q
   and k, and their biases, are put into that order, head by head; ``qwen2`` and ``qwen3`` rotate the halves.
-- ``deci`` knows no norms on q and k, ``qwen3`` no biases and no layers that differ: a Qwen3 plan is written if it is uniform and
-  its compensation left no bias.
+- Neither knows matrices of several parts, so Phi-3's are taken apart.
+- ``deci`` knows no norms on q and k. ``openelm`` knows them in layers that differ; it has q, k and v in one matrix, rotates halves,
+  and knows no biases and no head but the embeddings. A Qwen3 plan whose layers differ is written as ``openelm``, a uniform one as
+  ``qwen3``, and one with biases, or with layers that differ and a head of its own, not at all.
 - A layer of ``deci`` may have no heads, but not the first, from which the size of a head is taken, and one without FFN forgets what
-  its attention computed. There a head, or an FFN, of zeros stands in, which changes nothing. A layer that lost both is left out.
+  its attention computed; one of ``openelm`` has both. There a head, or an FFN, of zeros stands in, which changes nothing. A layer
+  that lost both is left out.
 - A sliding window is not known to ``deci`` and ``llama``. Up to the window's length it makes no difference, and no longer context
   is promised by the file.
 """
@@ -36,8 +39,9 @@ from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
 from selfpruner.export.base import Checkpoint, Format
 from selfpruner.export.shape import LayerShape
+from selfpruner.layouts import LAYOUTS
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # Written here; the others are llama.cpp's own quantiser's.
 _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _OWN = (*_PLAIN, "q8_0")
@@ -59,6 +63,7 @@ _ATTENTION = {
     "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
 }
+_QKV = ("attn_q", "attn_k", "attn_v")
 _FFN = {
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -69,12 +74,12 @@ _FFN = {
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the file: ``source`` of the checkpoint, or ``values`` (one number for all of them). ``head_dim`` where its rows
-    are heads to be reordered, else 0."""
+    """A tensor of the file: rows of the checkpoint, as (tensor, first row, rows) one after another, or ``values`` (one number for
+    all of them). ``head_dim`` where its rows are heads to be reordered, else 0."""
 
     name: str
     shape: tuple[int, ...]
-    source: str | None = None
+    sources: tuple[tuple[str, int, int], ...] = ()
     values: Tensor | float = 0.0
     head_dim: int = 0
 
@@ -82,11 +87,13 @@ class _Tensor:
         """The tensor in runs of whole heads, or rows, of about ``_PIECE`` numbers."""
         unit = self.head_dim or 1
         step = max(_PIECE // prod(self.shape[1:]) // unit, 1) * unit
-        for start in range(0, self.shape[0], step):
+        for source, first, rows in self.sources:
+            for start in range(first, first + rows, step):
+                stop = min(start + step, first + rows)
+                yield _neighbours(checkpoint.tensors[source].read(source, start=start, stop=stop), self.head_dim)
+        for start in range(0, 0 if self.sources else self.shape[0], step):
             stop = min(start + step, self.shape[0])
-            if self.source is not None:
-                yield _neighbours(checkpoint.tensors[self.source].read(self.source, start=start, stop=stop), self.head_dim)
-            elif isinstance(self.values, Tensor):
+            if isinstance(self.values, Tensor):
                 yield self.values[start:stop]
             else:
                 yield torch.full((stop - start, *self.shape[1:]), self.values)
@@ -178,22 +185,22 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     head_dim = _head_dim(config)
     rope, factors = _rope(config, head_dim)
     architecture = _architecture(checkpoint, config, family, shapes, factors is not None)
-    paired = architecture in ("deci", "llama")
-    tensors = _tensors(checkpoint, config, kept, head_dim if paired else 0, head_dim)
+    tensors = _tensors(checkpoint, config, kept, architecture)
     if factors is not None:
         tensors.insert(1, _Tensor("rope_freqs.weight", tuple(factors.shape), values=factors))
     # Zeros stand in, see the module's docstring; elsewhere a uniform plan has one shape.
+    least = [int(index == 0 or architecture == "openelm") for index in range(len(shapes))]
     widths = {
         "feed_forward_length": [shape.channels or _STAND_IN for shape in shapes],
-        "attention.head_count": [shape.heads or int(not index) for index, shape in enumerate(shapes)],
-        "attention.head_count_kv": [shape.kv_groups or int(not index) for index, shape in enumerate(shapes)],
+        "attention.head_count": [max(shape.heads, one) for shape, one in zip(shapes, least, strict=True)],
+        "attention.head_count_kv": [max(shape.kv_groups, one) for shape, one in zip(shapes, least, strict=True)],
     }
     own = {
         "vocab_size": config.vocab_size,
         "block_count": len(kept),
         "context_length": _context(config),
         "embedding_length": config.hidden_size,
-        **(widths if architecture == "deci" else {key: values[0] for key, values in widths.items()}),
+        **(widths if architecture in ("deci", "openelm") else {key: values[0] for key, values in widths.items()}),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
@@ -210,8 +217,8 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     return _Outline(architecture, keys, tensors)
 
 
-def _refusal(what: str) -> FormatError:
-    return FormatError(f"As GGUF a model {what}", param="format")
+def _refusal(what: str, param: str = "format") -> FormatError:
+    return FormatError(f"As GGUF a model {what}", param=param)
 
 
 def _architecture(checkpoint: Checkpoint, config: Any, family: str, shapes: list[LayerShape], scaled: bool) -> str:
@@ -219,14 +226,21 @@ def _architecture(checkpoint: Checkpoint, config: Any, family: str, shapes: list
     uniform = len(set(shapes)) == 1 and shapes[0].heads > 0 and shapes[0].channels > 0
     biased = any(name.endswith(("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")) for name in checkpoint.tensors)
     if any(name.endswith("q_norm.weight") for name in checkpoint.tensors):
-        if not uniform or biased or scaled:
-            problem = "layers that differ" if not uniform else "biases on its matrices" if biased else "this rotary scaling"
+        if biased:
             raise _refusal(
-                f"with norms on q and k and {problem} cannot be written: llama.cpp has such norms only where all layers are alike "
-                "and without biases. A uniform plan with compensation none can be (initial: uniform, generations: 0); the formats "
-                "transformers and masked take every plan."
+                "with norms on q and k and biases on its matrices cannot be written: llama.cpp has no such architecture. The "
+                "biases are the repair's, and compensation none leaves none; the format transformers takes every plan.",
+                "compensation",
             )
-        return "qwen3"
+        if scaled:
+            raise _refusal("with norms on q and k and this rotary scaling cannot be written: llama.cpp has no such architecture.")
+        if not uniform and "lm_head.weight" in checkpoint.tensors:
+            raise _refusal(
+                "with norms on q and k, layers that differ and an lm_head of its own cannot be written: llama.cpp has such layers "
+                "only where the head is tied to the embeddings. A uniform plan can be (initial: uniform, generations: 0); the "
+                "formats transformers and masked take every plan."
+            )
+        return "qwen3" if uniform else "openelm"
     if not uniform:
         return "deci"
     # llama.cpp's qwen2 has q as wide as the model, and biases on q, k and v alone.
@@ -238,18 +252,20 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerShape]], paired: int, head_dim: int) -> list[_Tensor]:
-    """The file's tensors in order. ``paired``: the head size where q and k are reordered, else 0."""
+def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerShape]], architecture: str) -> list[_Tensor]:
+    """The file's tensors in order."""
+    paired, fused, head_dim = architecture in ("deci", "llama"), architecture == "openelm", _head_dim(config)
     tensors: list[_Tensor] = []
-    used: set[str] = set()
+    places = _places(checkpoint, head_dim)
     hidden = int(config.hidden_size)
 
-    def copy(name: str, source: str, heads: int = 0) -> None:
+    def copy(name: str, *sources: str, heads: int = 0) -> None:
         for kind in ("weight", "bias"):
-            full = f"{source}.{kind}"
-            if full in checkpoint.tensors:
-                tensors.append(_Tensor(f"{name}.{kind}", checkpoint.tensors[full].shapes[full][1], full, head_dim=heads))
-                used.add(full)
+            found = tuple(places.pop(full) for source in sources if (full := f"{source}.{kind}") in places)
+            if found:
+                full = found[0][0]
+                shape = (sum(rows for _, _, rows in found), *checkpoint.tensors[full].shapes[full][1][1:])
+                tensors.append(_Tensor(f"{name}.{kind}", shape, found, head_dim=heads))
 
     def zeros(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
@@ -258,12 +274,16 @@ def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerSha
     copy("token_embd", "model.embed_tokens")
     for place, (index, shape) in enumerate(kept):
         block, layer = f"blk.{place}.", f"model.layers.{index}."
+        if shape.heads and fused:
+            copy(f"{block}attn_qkv", *(layer + _ATTENTION[name] for name in _QKV))
         for name, source in _ATTENTION.items() if shape.heads else ():
-            copy(block + name, layer + source, paired if name in ("attn_q", "attn_k") else 0)
-        if not shape.heads and place == 0:
-            square = (head_dim, hidden)
-            matrices = {"attn_q": square, "attn_k": square, "attn_v": square, "attn_output": (hidden, head_dim)}
-            zeros(block, {"attn_norm": (hidden,), **matrices})
+            copy(block + name, layer + source, heads=head_dim if paired and name in ("attn_q", "attn_k") else 0)
+        if not shape.heads and fused:
+            norms = dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head_dim,))
+            zeros(block, {"attn_norm": (hidden,), "attn_qkv": (3 * head_dim, hidden), **norms, "attn_output": (hidden, head_dim)})
+        elif not shape.heads and place == 0:
+            square = dict.fromkeys(_QKV, (head_dim, hidden))
+            zeros(block, {"attn_norm": (hidden,), **square, "attn_output": (hidden, head_dim)})
         for name, source in _FFN.items() if shape.channels else ():
             copy(block + name, layer + source)
         if not shape.channels:
@@ -271,9 +291,31 @@ def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerSha
             zeros(block, {"ffn_norm": (hidden,), "ffn_gate": wide, "ffn_up": wide, "ffn_down": (hidden, _STAND_IN)})
     copy("output_norm", "model.norm")
     copy("output", "lm_head")
-    if left := sorted(checkpoint.tensors.keys() - used):
+    if left := sorted(full for full, _, _ in places.values()):
         raise _refusal(f"with the tensor {left[0]} cannot be written; llama.cpp has no place for it.")
     return tensors
+
+
+def _places(checkpoint: Checkpoint, head_dim: int) -> dict[str, tuple[str, int, int]]:
+    """Where the checkpoint has each tensor, by Llama's name for it: (tensor, first row, rows). A matrix of several parts is several
+    of Llama's."""
+    layout, llama = LAYOUTS[checkpoint.plan["family"]], LAYOUTS["llama"]
+    found = {name: (name, 0, file.shapes[name][1][0]) for name, file in checkpoint.tensors.items()}
+    for index, shape in enumerate(checkpoint.shapes):
+        queries, keys = shape.heads * head_dim, shape.kv_groups * head_dim
+        rows = {"q": queries, "k": keys, "v": keys, "gate": shape.channels, "up": shape.channels}
+        for block, names in enumerate((llama.attention, llama.ffn)):
+            for place, parts in layout.places(block).items():
+                for kind in ("weight", "bias"):
+                    whole = f"{layout.layer(index)}.{place}.{kind}"
+                    if len(parts) == 1 or whole not in checkpoint.tensors:
+                        continue
+                    first = 0
+                    del found[whole]
+                    for part in parts:
+                        found[f"{llama.layer(index)}.{names[part]}.{kind}"] = (whole, first, rows[part])
+                        first += rows[part]
+    return found
 
 
 def _rope(config: Any, head_dim: int) -> tuple[dict[str, Any], Tensor | None]:

@@ -145,6 +145,12 @@ def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> 
             factors = values
             continue
         *block, name, kind = stored.name.split(".")
+        if name == "attn_qkv":
+            layer = int(block[1])
+            sizes = [count * head_dim for count in (heads[layer], groups[layer], groups[layer])]
+            for part, rows in zip("qkv", values.split(sizes), strict=True):
+                tensors[f"model.layers.{layer}.{_NAMES[f'attn_{part}']}.{kind}"] = rows
+            continue
         if architecture in ("deci", "llama") and name in ("attn_q", "attn_k"):
             values = values.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         prefix = f"model.layers.{block[1]}." if block else ""
