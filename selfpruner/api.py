@@ -191,10 +191,17 @@ def export(
         return _convert(Path(source), Path(directory), format, how, progress)
     if format == "transformers" and quantize is None and tensor_parallel == 1:
         return _made(source, Path(directory), job, plan, cache, progress)
+    from selfpruner.export import formats
+    from selfpruner.export.base import Origin
     from selfpruner.export.folder import aside
 
+    form = formats.asked(format, quantize, tensor_parallel)
+
+    def foresee(config: SearchConfig, family: str) -> None:
+        form.foresee(Origin(family, config.pattern, config.compensation), quantize)
+
     with aside(Path(directory).absolute()) as scratch:
-        made = _made(source, scratch / "checkpoint", job, plan, cache, progress)
+        made = _made(source, scratch / "checkpoint", job, plan, cache, progress, foresee)
         return _convert(made.path, Path(directory), format, how, progress)
 
 
@@ -207,8 +214,17 @@ def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any],
     return Pruned(result.path, result.parameters, Plan(tuple(made["levels"])), made["layer_rates"], result.verification)
 
 
-def _made(source: Path | str, directory: Path, job: str | None, plan: str | None, cache: Path | None, progress: Watch) -> Pruned:
-    """The checkpoint of a plan in a database, made now."""
+def _made(
+    source: Path | str,
+    directory: Path,
+    job: str | None,
+    plan: str | None,
+    cache: Path | None,
+    progress: Watch,
+    foresee: Callable[[SearchConfig, str], None] = lambda _config, _family: None,
+) -> Pruned:
+    """The checkpoint of a plan in a database, made now. Before that takes its time, ``foresee`` is called with the config and the
+    model's family of a search that has finished."""
     database = Path(source) / "selfpruner.db" if Path(source).is_dir() else Path(source)
     if not database.is_file():
         raise NotFoundError(
@@ -228,6 +244,8 @@ def _made(source: Path | str, directory: Path, job: str | None, plan: str | None
             chosen = ranked[0].plan_hash
         levels = store.candidate(row.id, chosen).levels
     config = config_of(row.config)
+    if row.result is not None:
+        foresee(config, row.result["model"]["family"])
 
     async def run(pool: WorkerPool) -> Pruned:
         session = session_of(config, cache or default_cache())

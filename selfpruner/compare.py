@@ -73,7 +73,7 @@ def methods_of(
             if pattern not in names.CRITERION_PATTERNS.get(criterion, names.PATTERNS):
                 continue
             for compensation in compensations or names.COMPENSATIONS:
-                if compensation != "bias" or pattern == "structured":
+                if pattern == "structured" or compensation in names.MASK_COMPENSATIONS:
                     found.append(Method(pattern, criterion, compensation))
     return found
 
@@ -191,7 +191,7 @@ async def _rows(
 
 
 # -- showing ---------------------------------------------------------------------------------------------------------------
-DASHES = {"none": [1, 3], "bias": [5, 3], "least_squares": [1, 0]}
+DASHES = {"none": [1, 3], "bias": [5, 3], "least_squares": [1, 0], "least_squares_weights": [8, 2]}
 COLUMNS = ("criterion", "compensation", "parameters", "KL", "perplexity", "seconds", "peak MiB")
 
 

@@ -213,8 +213,11 @@ class SearchConfig(Strict):
 
     def _fits_masks(self) -> None:
         """Refuse what makes no sense where shapes stay as they are."""
-        if self.compensation == "bias":
-            raise ValueError(f"the compensation bias is for whole units; with {self.pattern} use none or least_squares")
+        if self.compensation not in names.MASK_COMPENSATIONS:
+            raise ValueError(
+                f"the compensation {self.compensation} is for whole units; with {self.pattern} use none or least_squares, which "
+                "adds no bias there"
+            )
         if "latency" in self.objective:
             raise ValueError(f"latency does not change with {self.pattern}: shapes stay; leave it out of the objective")
         if self.tensor_parallel > 1:

@@ -61,8 +61,11 @@ CRITERION_PLUGINS = "selfpruner.criteria"
 COMPENSATIONS: Mapping[str, str] = {
     "none": "the kept weights stay as they are",
     "bias": "the mean output of what was removed becomes a bias (FLAP)",
-    "least_squares": "kept output weights are refitted to the dense block's output (default)",
+    "least_squares": "kept output weights are refitted to the dense block's output, with a bias (default)",
+    "least_squares_weights": "the same without a bias, which not every family and runtime has a place for",
 }
+# Where weights are zeroed; the others are for whole units.
+MASK_COMPENSATIONS = ("none", "least_squares")
 
 # What a benchmark runs models with.
 BACKENDS: Mapping[str, str] = {

@@ -156,7 +156,9 @@ def repaired(W: Tensor, X: Tensor, kept: Sequence[int], method: str) -> tuple[Te
     new[:, kept] = W[:, kept]
     if not gone or method == "none":
         return new, W.new_zeros(W.shape[0])
-    if method == "least_squares":
+    if method == "least_squares_weights":
+        mean = torch.zeros_like(mean)  # nothing takes it
+    if method.startswith("least_squares"):
         centred = X - mean
         scatter = centred.pow(2).sum(0)
         ridge = (RIDGE * scatter + FLOOR * scatter.mean())[kept]

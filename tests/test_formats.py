@@ -89,7 +89,7 @@ def test_a_repairs_biases_are_written_where_a_model_can_have_them(tmp_path: Path
     case = prune(model, drop=True, biased=True)
     checkpoint = written(tmp_path, case, source)
     if family not in BIASED:
-        refusal = rf"An ordinary {family} model has no place for .*down_proj\.bias .*compensation none"
+        refusal = rf"An ordinary {family} model has no place for .*down_proj\.bias .*compensation least_squares_weights"
         with pytest.raises(FormatError, match=refusal) as error:
             formats.convert(checkpoint, tmp_path / "masked", "masked")
         assert error.value.param == "compensation"
@@ -150,7 +150,7 @@ def test_masked_refuses_what_it_cannot_place(tmp_path: Path) -> None:
         formats.convert(unknown, tmp_path / "masked", "masked")
     zeros = CardInfo(base_model="example/tiny", rate=0.5, pattern="n_m", criterion="sparsegpt", compensation="none")
     thin = write(case.pruned, tokenizer, None, tmp_path / "thin", zeros).path
-    with pytest.raises(FormatError, match="pattern n_m: its zeros are in the original shapes"):
+    with pytest.raises(FormatError, match="pattern n_m has its zeros in the original shapes"):
         formats.convert(thin, tmp_path / "masked", "masked")
     made = formats.convert(written(tmp_path, case, source), tmp_path / "masked", "masked").path
     with pytest.raises(FormatError, match="is in the format masked; formats are made from a checkpoint"):
@@ -449,3 +449,29 @@ def test_any_plan_of_a_search_in_any_format(tmp_path: Path, pruned: tuple[Path, 
         api.export(run, tmp_path / "other", format="masked", plan="0" * 16, cache=cache)
     with pytest.raises(ConfigError):
         api.export(tmp_path / "masked", tmp_path / "other", plan="0" * 16)
+
+
+def test_what_a_format_cannot_take_of_a_search_is_said_before_work_begins(tmp_path: Path, unproven: Callable[..., Any]) -> None:  # noqa: ARG001
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Sentence {i} about the number {i * 7}." for i in range(900)))
+    text = {"sources": [{"source": str(tmp_path / "text.txt")}], "sequences": 8, "length": 48}
+    quick = {"preset": "evolution", "generations": 0, "initial": ["uniform"], "surveys": 0, "generation_probe": False}
+    tokens = {"probe_tokens": 48, "stages": [{"tokens": 48, "keep": 1}], "final_tokens": 96, "population": 1}
+    texts = {"calibration": text, "fitness_text": text, "report_text": text}
+    said: list[str] = []
+
+    def refused(family: str, **how: Any) -> FormatError:
+        run = tmp_path / family
+        if not run.exists():
+            model = str(tiny.tiny_model(tmp_path / f"{family}-model", family))
+            api.search(0.2, run, cache=tmp_path / "cache", model=model, device="cpu", **texts, **quick, **tokens)
+        with pytest.raises(FormatError) as caught:
+            api.export(run, tmp_path / "out", cache=tmp_path / "cache", progress=said.append, **how)
+        return caught.value
+
+    assert "of the family opt cannot be written" in refused("opt", format="gguf").message
+    assert "no quantization 'q99'" in refused("opt", format="gguf", quantize="q99").message
+    assert refused("opt", format="masked", tensor_parallel=2).param == "tensor_parallel"
+    biased = refused("qwen3", format="gguf")
+    assert (biased.param, "least_squares_weights leaves none" in biased.message) == ("compensation", True)
+    assert said == []
+    assert not (tmp_path / "out").exists()

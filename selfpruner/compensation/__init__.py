@@ -5,10 +5,10 @@ from __future__ import annotations
 from selfpruner import names
 from selfpruner.compensation.base import Compensation, NestedRepair, SubsetRepair
 from selfpruner.compensation.bias import Bias
-from selfpruner.compensation.least_squares import LeastSquares
+from selfpruner.compensation.least_squares import LeastSquares, LeastSquaresWeights
 from selfpruner.compensation.none import Nothing
 
-COMPENSATIONS: dict[str, type[Compensation]] = {cls.name: cls for cls in (Nothing, Bias, LeastSquares)}
+COMPENSATIONS: dict[str, type[Compensation]] = {cls.name: cls for cls in (Nothing, Bias, LeastSquares, LeastSquaresWeights)}
 
 
 def create(name: str) -> Compensation:

@@ -22,6 +22,8 @@ is never removed, so the fit can never do worse than FLAP's bias; the bias costs
 D is a share of every input's own scatter: a fit to inputs each of which varies by that share more, on its own. The share is chosen
 per block on sequences that the fit has not seen (:func:`held_out_ridge`).
 
+Without a bias all is the same with the moments about zero: C = X^T X + D, and m = 0.
+
 Source: architecture note "Nested least squares"; Hassibi & Stork 1993 and Frantar et al. 2022 (arXiv 2208.11580) for the step
 that removes one group at a time.
 """
@@ -29,7 +31,7 @@ that removes one group at a time.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -157,9 +159,10 @@ class NestedFit:
 class NestedLeastSquares:
     """Parts: ``Yt`` (n, d), the transposed Y; ``inverse.0``, ``inverse.1``, ... the rows of L^-1 in order, ``_strip(n)`` at a
     time and only up to the diagonal; ``mean`` (n,) in keep-first order: all float32, to halve what a layer keeps.
-    ``left`` (n + 1,), the errors."""
+    ``left`` (n + 1,), the errors. Without ``biased`` the mean is zero."""
 
     parts: Parts
+    biased: bool = True
 
     def weights(self, k: int, W: Tensor) -> tuple[Tensor, Tensor | None]:
         mean = self.parts["mean"]
@@ -174,7 +177,7 @@ class NestedLeastSquares:
                 continue
             inverse = self.parts.rows(f"inverse.{index}", start - first, stop - first)[:, : min(k, stop)]
             repaired[:, : inverse.shape[1]].addmm_(self.parts.rows("Yt", start, stop).T, inverse, alpha=-1 if few else 1)
-        return repaired, whole @ mean - repaired @ mean[:k]
+        return repaired, whole @ mean - repaired @ mean[:k] if self.biased else None
 
     def errors(self) -> Tensor:
         return self.parts["left"]
@@ -188,9 +191,11 @@ def _strip(n: int) -> int:
 @dataclass(frozen=True, slots=True)
 class SubsetLeastSquares:
     """Parts: ``P`` = C^-1 (n, n) in float32, which the damping makes precise enough, ``mean`` (n,) in float64 where the device
-    has it, and ``damping`` (n,), what the ridge added to the diagonal of C; solved in the precision of the mean."""
+    has it, and ``damping`` (n,), what the ridge added to the diagonal of C; solved in the precision of the mean. Without ``biased``
+    the mean is zero."""
 
     parts: Parts
+    biased: bool = True
 
     def weights(self, kept: Tensor, W: Tensor) -> tuple[Tensor, Tensor | None]:
         mean = self.parts["mean"]
@@ -198,7 +203,7 @@ class SubsetLeastSquares:
         P = self.parts["P"].to(mean)
         removed = complement(kept, len(mean))
         repaired = dense[:, kept] - self._spread(dense, P, removed) @ P[removed][:, kept]
-        return repaired.float(), (dense @ mean - repaired @ mean[kept]).float()
+        return repaired.float(), (dense @ mean - repaired @ mean[kept]).float() if self.biased else None
 
     def error(self, kept: Tensor, W: Tensor) -> float:
         mean = self.parts["mean"]
@@ -222,6 +227,7 @@ class LeastSquares:
     adds_bias: ClassVar[bool] = True
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedLeastSquares:
+        stats = self._moments(stats)
         n, mean = len(order), stats.mean.to(W)[order]
         ridge = held_out_ridge(W, stats, order[: max(1, round(TYPICAL * n))])
         W = W[:, order]
@@ -239,16 +245,36 @@ class LeastSquares:
         for index, start in enumerate(range(0, n, rows)):
             stop = min(start + rows, n)
             parts[f"inverse.{index}"] = fit.inverse[start:stop, :stop].float().contiguous()
-        return NestedLeastSquares(parts)
+        return self.nested_of(parts)
 
     def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SubsetLeastSquares:
+        stats = self._moments(stats)
         C, damping = _damped(stats, held_out_ridge(W, stats, kept))
         L = factored(C)
         P = torch.cholesky_inverse(L, out=L)
-        return SubsetLeastSquares(HeldParts(P=P.float(), mean=stats.mean.to(P), damping=damping.float()))
+        return self.subset_of(HeldParts(P=P.float(), mean=stats.mean.to(P), damping=damping.float()))
 
     def nested_of(self, parts: Parts) -> NestedLeastSquares:
-        return NestedLeastSquares(parts)
+        return NestedLeastSquares(parts, self.adds_bias)
 
     def subset_of(self, parts: Parts) -> SubsetLeastSquares:
-        return SubsetLeastSquares(parts)
+        return SubsetLeastSquares(parts, self.adds_bias)
+
+    def _moments(self, stats: BlockStatistics) -> BlockStatistics:
+        """What is fitted to: the inputs about their mean, which a bias takes."""
+        return stats
+
+
+class LeastSquaresWeights(LeastSquares):
+    """The kept weights alone refitted, for families and runtimes that have no place for a bias: the inputs about zero."""
+
+    name: ClassVar[str] = "least_squares_weights"
+    source: ClassVar[str] = "normal equations; nested by Cholesky; no bias"
+    adds_bias: ClassVar[bool] = False
+
+    def _moments(self, stats: BlockStatistics) -> BlockStatistics:
+        judge = stats.judge
+        if judge is not None:
+            raw = torch.addr(judge.scatter, judge.mean, judge.mean, alpha=judge.tokens)
+            judge = replace(judge, mean=torch.zeros_like(judge.mean), scatter=raw)
+        return replace(stats, mean=torch.zeros_like(stats.mean), scatter=stats.gram, judge=judge)

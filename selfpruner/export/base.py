@@ -80,12 +80,24 @@ class Checkpoint:
         return self.tensors[name].read(name)
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a checkpoint will be of, by the names that its plan.json will have."""
+
+    family: str
+    pattern: str
+    compensation: str
+
+
 class Format(ABC):
     """One way to write a checkpoint. ``quantizations`` are what ``--quantize`` may name; ``library`` is the hub's library_name."""
 
     name: ClassVar[str]
     library: ClassVar[str] = "transformers"
     quantizations: ClassVar[tuple[str, ...]] = ()
+
+    def foresee(self, origin: Origin, quantize: str | None) -> None:  # noqa: B027
+        """Raise FormatError, as :meth:`check` would, for what is known before the checkpoint of a search is made."""
 
     @abstractmethod
     def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:

@@ -32,6 +32,19 @@ def create(name: str) -> Format:
     return FORMATS[name]()
 
 
+def asked(name: str, quantize: str | None, tensor_parallel: int) -> Format:
+    """The format of that name, if it knows these options. Raises UnknownNameError and FormatError."""
+    form = create(name)
+    if quantize is not None and quantize not in form.quantizations:
+        known = f"It knows {', '.join(form.quantizations)}." if form.quantizations else "It knows none."
+        raise FormatError(f"The format {name} has no quantization {quantize!r}. {known}", param="quantize")
+    if tensor_parallel > 1 and name != Transformers.name:
+        raise FormatError(
+            f"tensor_parallel is a matter of the format transformers; leave it out with {name}.", param="tensor_parallel"
+        )
+    return form
+
+
 def convert(
     source: Path | str,
     directory: Path | str,
@@ -50,16 +63,13 @@ def convert(
     take, before anything is written; CorruptCheckpointError naming a file of ``source``; ExportError, DiskFullError and
     CancelledTaskError, which leave nothing behind.
     """
-    form, folder, go_on = create(name), Path(source), stopper(cancelled)
-    if quantize is not None and quantize not in form.quantizations:
-        known = f"It knows {', '.join(form.quantizations)}." if form.quantizations else "It knows none."
-        raise FormatError(f"The format {name} has no quantization {quantize!r}. {known}", param="quantize")
+    form, folder, go_on = asked(name, quantize, tensor_parallel), Path(source), stopper(cancelled)
     if Path(directory).resolve() == folder.resolve():
         raise ExportError(f"{folder} is the checkpoint itself; choose another folder for the export.")
     checkpoint = Checkpoint.open(folder, go_on)
     form.check(checkpoint, quantize)
     if tensor_parallel > 1:
-        _check_ranks(form, checkpoint, tensor_parallel)
+        _check_ranks(checkpoint, tensor_parallel)
     export = {"format": name, "checkpoint": manifest.sha256(folder / manifest.NAME)}
     if quantize is not None:
         export["quantize"] = quantize
@@ -81,11 +91,7 @@ def convert(
     return write_folder(Path(directory), plan=checkpoint.plan, export=export, fill=fill, prove=prove, go_on=go_on)
 
 
-def _check_ranks(form: Format, checkpoint: Checkpoint, ranks: int) -> None:
-    if form.name != Transformers.name:
-        raise FormatError(
-            f"tensor_parallel is a matter of the format transformers; leave it out with {form.name}.", param="tensor_parallel"
-        )
+def _check_ranks(checkpoint: Checkpoint, ranks: int) -> None:
     for layer, shape in enumerate(checkpoint.shapes):
         # Where there are fewer KV heads than ranks, runtimes give every rank a copy.
         whole = shape.kv_groups == 0 or shape.kv_groups % ranks == 0 or ranks % shape.kv_groups == 0

@@ -35,9 +35,10 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import AutoConfig, AutoTokenizer
 
+from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
-from selfpruner.export.base import Checkpoint, Format
+from selfpruner.export.base import Checkpoint, Format, Origin
 from selfpruner.export.shape import LayerShape
 from selfpruner.layouts import LAYOUTS
 
@@ -113,8 +114,17 @@ class Gguf(Format):
     library: ClassVar[str] = "gguf"
     quantizations: ClassVar[tuple[str, ...]] = (*_OWN, *_QUANTISER)
 
+    def foresee(self, origin: Origin, quantize: str | None) -> None:
+        _check_family(origin.family)
+        if LAYOUTS[origin.family].qk_norm and origin.pattern == "structured" and COMPENSATIONS[origin.compensation].adds_bias:
+            raise _biased()
+        self._check_quantiser(quantize)
+
     def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:
         _outline(checkpoint)
+        self._check_quantiser(quantize)
+
+    def _check_quantiser(self, quantize: str | None) -> None:
         if quantize in _QUANTISER and not gguf_runtime.installed():
             raise FormatError(
                 f"{quantize} is made by llama.cpp's own quantiser. Install it (it compiles for some minutes): pip install "
@@ -174,8 +184,7 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     """Raises FormatError for what llama.cpp cannot run."""
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     family = str(checkpoint.plan["family"])
-    if family not in FAMILIES:
-        raise _refusal(f"of the family {family} cannot be written. GGUF is written for {', '.join(FAMILIES)}.")
+    _check_family(family)
     if config.hidden_act != "silu":
         raise _refusal(f"with the activation {config.hidden_act} cannot be written; llama.cpp has silu there.")
     kept = [(index, shape) for index, shape in enumerate(checkpoint.shapes) if shape.heads or shape.channels]
@@ -217,6 +226,19 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     return _Outline(architecture, keys, tensors)
 
 
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        raise _refusal(f"of the family {family} cannot be written. GGUF is written for {', '.join(FAMILIES)}.")
+
+
+def _biased() -> FormatError:
+    return _refusal(
+        "with norms on q and k and biases on its matrices cannot be written: llama.cpp has no such architecture. The biases are "
+        "the repair's; compensation least_squares_weights leaves none. The format transformers takes every plan.",
+        "compensation",
+    )
+
+
 def _refusal(what: str, param: str = "format") -> FormatError:
     return FormatError(f"As GGUF a model {what}", param=param)
 
@@ -227,11 +249,7 @@ def _architecture(checkpoint: Checkpoint, config: Any, family: str, shapes: list
     biased = any(name.endswith(("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")) for name in checkpoint.tensors)
     if any(name.endswith("q_norm.weight") for name in checkpoint.tensors):
         if biased:
-            raise _refusal(
-                "with norms on q and k and biases on its matrices cannot be written: llama.cpp has no such architecture. The "
-                "biases are the repair's, and compensation none leaves none; the format transformers takes every plan.",
-                "compensation",
-            )
+            raise _biased()
         if scaled:
             raise _refusal("with norms on q and k and this rotary scaling cannot be written: llama.cpp has no such architecture.")
         if not uniform and "lm_head.weight" in checkpoint.tensors:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig
 
 from selfpruner.errors import FormatError
-from selfpruner.export.base import Checkpoint
+from selfpruner.export.base import Checkpoint, Origin
 from selfpruner.export.build import count_parameters, ordinary
 from selfpruner.export.card import loading
 from selfpruner.export.checkpoint import SHARD_BYTES, stored, write_json, write_shards
@@ -34,13 +34,11 @@ from selfpruner.layouts import LAYOUTS, Layout
 class Masked(Transformers):
     name: ClassVar[str] = "masked"
 
+    def foresee(self, origin: Origin, quantize: str | None) -> None:  # noqa: ARG002
+        _check_pattern(origin.pattern)
+
     def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:  # noqa: ARG002
-        if checkpoint.plan["pattern"] != "structured":
-            raise FormatError(
-                f"{checkpoint.folder} has the pattern {checkpoint.plan['pattern']}: its zeros are in the original shapes already, "
-                "and it loads everywhere as it is. Use the format transformers.",
-                param="format",
-            )
+        _check_pattern(checkpoint.plan["pattern"])
         if not (checkpoint.folder / "units.json").is_file():
             raise FormatError(
                 f"{checkpoint.folder} has no units.json, which says where the kept units were. Export it again from its search.",
@@ -98,12 +96,21 @@ class Masked(Transformers):
             missing = missing or left
         raise FormatError(
             f"An ordinary {family} model has no place for {min(missing)} and {len(missing) - 1} more tensors. Biases come from the "
-            "repair: a search with compensation none has none of its own.",
+            "repair: a search with compensation least_squares_weights has none of its own.",
             param="compensation",
         )
 
 
 _TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+
+
+def _check_pattern(pattern: str) -> None:
+    if pattern != "structured":
+        raise FormatError(
+            f"A plan of the pattern {pattern} has its zeros in the original shapes already, and its checkpoint loads everywhere as "
+            "it is. Use the format transformers.",
+            param="format",
+        )
 
 
 def _units(checkpoint: Checkpoint) -> KeptUnits:

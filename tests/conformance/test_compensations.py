@@ -18,6 +18,7 @@ from selfpruner.compensation.least_squares import (
     RIDGE,
     RIDGES,
     LeastSquares,
+    LeastSquaresWeights,
     NestedFit,
     covariance,
     held_out_ridge,
@@ -39,8 +40,9 @@ class CompensationSuite:
 
     def ridge(self, block: Sample) -> Tensor:
         """What the compensation adds to the diagonal of its moments, (n,)."""
-        scatter = block.stats.variance * (block.stats.tokens - 1)
-        return (RIDGE * scatter + FLOOR * scatter.mean()) * (self.compensation is LeastSquares)
+        weights_alone = self.compensation is LeastSquaresWeights
+        scatter = block.stats.energy if weights_alone else block.stats.variance * (block.stats.tokens - 1)
+        return (RIDGE * scatter + FLOOR * scatter.mean()) * (self.compensation is LeastSquares or weights_alone)
 
     def test_is_registered(self) -> None:
         assert isinstance(compensation.create(self.compensation.name), self.compensation)
@@ -235,6 +237,61 @@ class TestLeastSquares(CompensationSuite):
         assert output_error(block, W, order_of(6)[:2], bias) <= 1e-8
 
 
+class TestLeastSquaresWeights(CompensationSuite):
+    compensation = LeastSquaresWeights
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_level_is_the_damped_fit_through_the_origin(self, kind: str) -> None:
+        block = sample(30, kind=kind)
+        order = order_of(30)
+        W, rows = block.W[:, order], block.rows[:, order]
+        C = rows.T @ rows
+        C.diagonal().add_(RIDGE * C.diagonal() + FLOOR * C.diagonal().mean())
+        nested = LeastSquaresWeights().nested(block.W, block.stats, order)
+        for k in (1, 7, 15, 26):
+            direct = torch.linalg.solve(C[:k, :k], C[:k] @ W.T).T
+            torch.testing.assert_close(
+                nested.weights(k, W)[0].double(), direct, rtol=0, atol=1e-4 * max(1.0, float(direct.abs().max()))
+            )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_error_is_between_nothing_and_a_fit_with_a_bias(self, kind: str) -> None:
+        block = sample(24, kind=kind)
+        order = order_of(24)
+        for k in range(1, 24):
+            measured = []
+            for method in (LeastSquares(), LeastSquaresWeights(), Nothing()):
+                W, bias = method.nested(block.W, block.stats, order).weights(k, block.W[:, order])
+                measured.append(output_error(block, W, order[:k], bias))
+            # The ridge is a share of other moments, so not of the same size.
+            assert measured[0] <= measured[1] * 1.05
+            assert measured[1] <= measured[2] * (1 + 1e-5)
+
+    def test_the_ridge_is_judged_without_a_bias(self) -> None:
+        g = torch.Generator().manual_seed(3)
+        X = torch.randn(8, 64, 24, generator=g) + 2 * torch.randn(24, generator=g)
+        judging = torch.arange(8) % JUDGES == JUDGES - 1
+        all_, own = Accumulator(24, X.device), Accumulator(24, X.device)
+        all_.add(X)
+        own.add(X[judging])
+        stats = all_.finish(Moments(own.tokens, own.mean.float(), own.scatter.float()))
+        W, kept = torch.randn(10, 24, generator=g).double(), torch.arange(0, 24, 2)
+        seen, unseen = X[~judging].flatten(0, 1).double(), X[judging].flatten(0, 1).double()
+        gram = seen.T @ seen
+        errors = {}
+        for ridge in RIDGES:
+            C = gram + torch.diag(ridge * gram.diagonal() + FLOOR * gram.diagonal().mean())
+            found = torch.linalg.solve(C[kept][:, kept], C[kept] @ W.T).T
+            errors[ridge] = float((unseen @ W.T - unseen[:, kept] @ found.T).pow(2).sum())
+        chosen = min(errors, key=errors.__getitem__)
+        whole = X.flatten(0, 1).double()
+        C = whole.T @ whole
+        C.diagonal().add_(chosen * C.diagonal() + FLOOR * C.diagonal().mean())
+        fit, bias = LeastSquaresWeights().subset(W, stats, kept).weights(kept, W)
+        assert bias is None
+        torch.testing.assert_close(fit.double(), torch.linalg.solve(C[kept][:, kept], C[kept] @ W.T).T, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_precision_is_the_inverse_of_the_covariance(kind: str) -> None:
     block = sample(150, kind=kind, tokens=512)  # more columns than are looked at together
@@ -271,5 +328,5 @@ def test_the_registry_and_the_table_of_names_agree() -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UnknownNameError, match="bias, least_squares, none"):
+    with pytest.raises(UnknownNameError, match="bias, least_squares, least_squares_weights, none"):
         compensation.create("lsq")
