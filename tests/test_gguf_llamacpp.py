@@ -46,7 +46,7 @@ def greedy(model: PreTrainedModel, tokens: list[int]) -> list[int]:
 def compare(
     model: PreTrainedModel, path: Path, prompts: list[list[int]], *, flash: bool = False, exact: PreTrainedModel | None = None
 ) -> float:
-    """The largest difference of two logits; greedy tokens have to be equal.
+    """The largest difference of two logits; greedy tokens have to be equal, with flash attention up to a choice that was a tie.
 
     With ``exact``, the model in float64, llama.cpp is compared with that, and may be as far away as float32 is in transformers.
     """
@@ -63,7 +63,14 @@ def compare(
                 expected = truth
             difference = float((torch.from_numpy(runtime.logits(prompt)) - expected).abs().max())
             assert difference <= bound
-            assert runtime.greedy(prompt, GENERATED) == greedy(model, prompt)
+            found, wanted = runtime.greedy(prompt, GENERATED), greedy(model, prompt)
+            if flash and found != wanted:
+                # What rounding may change is a choice between two tokens that were nearly as likely.
+                same = next(index for index, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+                logits = model(torch.tensor([prompt + wanted[:same]])).logits[0, -1]
+                assert float(logits[wanted[same]] - logits[found[same]]) <= 2 * FLASH_BOUND
+            else:
+                assert found == wanted
             largest = max(largest, difference)
     finally:
         runtime.close()

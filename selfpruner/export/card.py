@@ -131,18 +131,17 @@ def loading(code: str | None) -> str:
         else "All layers have the same shape: this is an ordinary model of its family."
     )
     trust = ", trust_remote_code=True" if code else ""
-    serve = {
-        None: "`vllm serve path/to/this/folder` serves it.\n\n",
-        NATIVE_IN_VLLM: (
-            "`vllm serve path/to/this/folder` serves it where selfpruner is installed beside vLLM; elsewhere, without dropped\n"
-            "attention, `vllm serve path/to/this/folder --model-impl transformers --trust-remote-code` does.\n\n"
-        ),
-    }.get(code, "")
+    serve = (
+        "`vllm serve path/to/this/folder` serves it where selfpruner is installed beside vLLM; elsewhere, without dropped\n"
+        "attention, `vllm serve path/to/this/folder --model-impl transformers --trust-remote-code` does."
+        if code
+        else "`vllm serve path/to/this/folder` serves it."
+    )
     return (
         f"{shapes}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})\n```\n\n{serve}{_PROOF}'
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})\n```\n\n{serve}\n\n{_PROOF}'
     )
 
 
@@ -152,8 +151,6 @@ def converted(card: str, library: str, use: str) -> str:
     return f"{_LIBRARY.sub(f'library_name: {json.dumps(library)}', before, count=1)}{_USE}\n\n{use}\n"
 
 
-# The form that the plugin's class computes.
-NATIVE_IN_VLLM = "modeling_selfpruner.py"
 _USE = "## Use"
 _LIBRARY = re.compile(r"^library_name: .*$", re.MULTILINE)
 _PROOF = (

@@ -97,7 +97,7 @@ class SelfPrunerPhi3Attention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         window = self.config.sliding_window
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, sliding_window=window, **kwargs)
-        return self.o_proj(out.flatten(2)), weights
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class SelfPrunerPhi3MLP(nn.Module):
