@@ -164,8 +164,8 @@ class FakeOpenAI:
             self._send(
                 http, 400, {"error": {"message": "temperature does not support 0.8 with this model", "param": "temperature"}}
             )
-        elif step == "400":
-            self._send(http, 400, {"error": {"message": "context length exceeded"}})
+        elif step.startswith("400"):
+            self._send(http, 400, {"error": {"message": step.partition(":")[2] or "context length exceeded"}})
         elif step == "html":
             self._send(http, 200, "<html>a proxy's page</html>")
         else:

@@ -203,6 +203,29 @@ def test_the_key_is_nowhere_but_in_the_header(fake_openai: FakeOpenAI, caplog: p
     assert not any(KEY in text for text in everything)
 
 
+@pytest.mark.parametrize("key", ["token", "max", "response_format", "max_completion_tokens", "temperature"])
+@pytest.mark.parametrize("step", ["no_json_schema", "no_max_tokens", "no_temperature"])
+def test_a_key_that_occurs_in_a_refusal_changes_nothing(fake_openai: FakeOpenAI, step: str, key: str) -> None:
+    fake_openai.script(then=step)
+    assert ask(fake_openai, api_key=key).text
+    assert len(fake_openai.requests) == 2
+
+
+def test_a_refusal_is_judged_as_a_whole_and_told_in_part(fake_openai: FakeOpenAI) -> None:
+    fake_openai.script(f"400:{'the request was ' * 40}refused: seed is unknown")
+    assert ask(fake_openai).text
+    fake_openai.script(then=f"400:{'x' * 470}{KEY}")
+    error = outcome(fake_openai)
+    assert len(error.message) < 600
+    assert KEY[:4] not in error.message, "half a key, left by the cut"
+
+
+@pytest.mark.parametrize(("key", "told"), [("none", "none of them"), ("sk-no-key-required", "*** none")])
+def test_a_placeholder_takes_no_ordinary_word_with_it(fake_openai: FakeOpenAI, key: str, told: str) -> None:
+    fake_openai.script(then=f"400:{key} none of them fits")
+    assert told in outcome(fake_openai, api_key=key).message
+
+
 def test_the_environments_key_is_not_sent(fake_openai: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
     ask(fake_openai, api_key=None)

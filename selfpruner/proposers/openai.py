@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_BODY = 2 * 2**20  # bytes; a long chain of thought fits, a flood does not
 MAX_TEXT = 100_000  # characters of the answer itself
+# A shorter key is a placeholder that a local server wants ("none", "token", "x"): blanked, it would take ordinary words with it.
+SHORTEST_SECRET = 8
 _CONNECT_SECONDS = 10.0
 
 
@@ -85,7 +87,7 @@ class OpenAIProposer:
             try:
                 body = await self._post(client, _arguments(self.model, request, dialect), call)
             except CallError as error:
-                following = dialect.after(error.message) if call.status in (400, 422) else None
+                following = dialect.after(call.refusal) if call.status in (400, 422) else None
                 if following is None:
                     raise
                 dialect = following
@@ -140,16 +142,21 @@ class OpenAIProposer:
 
 
 class _Call:
-    """One call: its clock, the last HTTP status, and the errors that carry its costs."""
+    """One call: its clock, the last HTTP status, and the errors that carry its costs.
+
+    ``refusal`` is what the server said last, word for word: to decide by, never to show. Messages of errors are shown and stored;
+    the key is blanked in them.
+    """
 
     def __init__(self, settings: ProposerSettings, request: Request) -> None:
         self.status = 0
+        self.refusal = ""
         self._settings = settings
         self._request = request
         self._began = time.monotonic()
 
     def error(self, code: str, message: str, reply: Reply | None = None) -> CallError:
-        return CallError(message, code=code, reply=reply or self._reply("", 0, 0))
+        return CallError(self._without_key(message), code=code, reply=reply or self._reply("", 0, 0))
 
     def out_of_time(self) -> CallError:
         # The server may bill what it read, so a cap on tokens counts the prompt of a call that was given up.
@@ -162,9 +169,8 @@ class _Call:
         return self.error("timeout", f"No answer within {seconds}; raise the proposer's timeout or use a faster model.", lost)
 
     def status_error(self, status: int, body: object) -> CallError:
-        said = json.dumps(body, default=str)[:500]
-        if self._settings.api_key is not None:
-            said = said.replace(self._settings.api_key.get_secret_value(), "***")
+        self.refusal = json.dumps(body, default=str, ensure_ascii=False)
+        said = self._without_key(self.refusal)[:500]  # blanked before it is cut: half a key is told as little as a whole one
         if status == 429:
             return self.error("rate_limited", f"Rate limited (429) after {self._settings.max_retries} retries: {said}")
         if status >= 500:
@@ -172,6 +178,14 @@ class _Call:
         if status == 408:
             return self.out_of_time()
         return self.error("rejected", f"The proposer refused the request with HTTP {status}; check key, model and base_url: {said}")
+
+    def _without_key(self, text: str) -> str:
+        key = self._settings.api_key.get_secret_value() if self._settings.api_key else ""
+        if len(key) < SHORTEST_SECRET:
+            return text
+        for form in (key, json.dumps(key)[1:-1], json.dumps(key, ensure_ascii=False)[1:-1]):
+            text = text.replace(form, "***")
+        return text
 
     def reply(self, body: bytes) -> Reply:
         """Read a chat completion. Raises CallError unless it holds a whole, non-empty answer."""
@@ -185,7 +199,7 @@ class _Call:
         text = content if isinstance(content, str) else _joined(content)
         reply = self._usage(completion, text)
         if refusal or reason == "content_filter":
-            raise self.error("refused", f"The model declined: {json.dumps(str(refusal or reason))[:300]}", reply)
+            raise self.error("refused", f"The model declined: {self._without_key(json.dumps(str(refusal or reason)))[:300]}", reply)
         if len(text) > MAX_TEXT:
             clipped = replace(reply, text=text[:2000])
             raise self.error("too_large", f"The reply has {len(text):,} characters; {MAX_TEXT:,} are allowed.", clipped)
