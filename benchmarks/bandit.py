@@ -26,14 +26,14 @@ import numpy as np
 from benchmarks.judge import Bench, Settings, TraceRecorder
 from selfpruner.api import default_cache
 from selfpruner.config import SearchConfig
+from selfpruner.evolution.evaluator import FIRST, SLOPE_PASSES, Evaluator
+from selfpruner.evolution.loop import Search
+from selfpruner.evolution.records import LlmCall
+from selfpruner.evolution.survey import FORESIGHT, probe_level
+from selfpruner.evolution.windows import Windows
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.search.evaluator import FIRST, SLOPE_PASSES, Evaluator
-from selfpruner.search.loop import Search
-from selfpruner.search.records import LlmCall
-from selfpruner.search.survey import FORESIGHT, probe_level
-from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.base import Json, OnProgress, Session
 

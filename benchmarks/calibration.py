@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.data import FILES, text
 from selfpruner.api import config_of, default_cache
-from selfpruner.search.job import session_of
+from selfpruner.evolution.job import session_of
 from selfpruner.space import SearchSpace
 from selfpruner.workers.runtime import Runtime
 

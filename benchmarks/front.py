@@ -21,15 +21,15 @@ from rich.table import Table
 from benchmarks.judge import Settings
 from selfpruner.api import default_cache
 from selfpruner.config import SearchConfig
+from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.front import Front, Member
+from selfpruner.evolution.front_report import front_rows, latencies_of
+from selfpruner.evolution.job import session_of
+from selfpruner.evolution.landscape import spearman
+from selfpruner.evolution.loop import Outcome, Search
+from selfpruner.evolution.records import Window
+from selfpruner.evolution.windows import Windows, report_windows
 from selfpruner.operators.closed_form import cheapest, predicted_losses
-from selfpruner.search.evaluator import Evaluator
-from selfpruner.search.front import Front, Member
-from selfpruner.search.front_report import front_rows, latencies_of
-from selfpruner.search.job import session_of
-from selfpruner.search.landscape import spearman
-from selfpruner.search.loop import Outcome, Search
-from selfpruner.search.records import Window
-from selfpruner.search.windows import Windows, report_windows
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, Session, WorkerPool

@@ -24,9 +24,9 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, TextError
 from selfpruner.evaluation.corpora import joined_rows
 from selfpruner.evaluation.engine import Score
-from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator
-from selfpruner.search.job import session_of
-from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
+from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
+from selfpruner.evolution.job import session_of
+from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.base import Json, OnProgress, Session, WorkerPool
 from selfpruner.workers.inprocess import InProcessPool

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from benchmarks.judge import Run, Settings
 from selfpruner.config import SearchConfig
+from selfpruner.evolution.loop import Search
+from selfpruner.evolution.windows import Windows
 from selfpruner.operators import CLASSICAL, Context
 from selfpruner.operators.closed_form import Ramp, Random
 from selfpruner.operators.evolution import switch
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.search.loop import Search
-from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
 
 Method = Callable[[Run], Awaitable[Plan]]

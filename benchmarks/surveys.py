@@ -38,11 +38,11 @@ def _run(options: argparse.Namespace) -> None:
     from selfpruner.evaluation import prepared
     from selfpruner.evaluation.engine import Engine
     from selfpruner.evaluation.slopes import slopes
+    from selfpruner.evolution.evaluator import FIRST, OWN
+    from selfpruner.evolution.landscape import Landscape
+    from selfpruner.evolution.survey import FORESIGHT, probe_level, steps, weighed
+    from selfpruner.evolution.windows import PIECE
     from selfpruner.operators.closed_form import cheapest
-    from selfpruner.search.evaluator import FIRST, OWN
-    from selfpruner.search.landscape import Landscape
-    from selfpruner.search.survey import FORESIGHT, probe_level, steps, weighed
-    from selfpruner.search.windows import PIECE
     from selfpruner.space import Plan
 
     cache = default_cache()

@@ -9,22 +9,36 @@ Names are imported when they are first used, so that the API process, which impo
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selfpruner.api import benchmark, evaluate, prune, quality, search
+    from selfpruner.api import benchmark, evaluate, export, prune, quality, search
     from selfpruner.config import SearchConfig
     from selfpruner.export.checkpoint import load
     from selfpruner.export.formats import verify
 
-__all__ = ["SearchConfig", "benchmark", "evaluate", "load", "prune", "quality", "search", "verify"]
+__all__ = ["SearchConfig", "benchmark", "evaluate", "export", "load", "prune", "quality", "search", "verify"]
 
 _HOMES = {
-    **dict.fromkeys(("benchmark", "evaluate", "prune", "quality", "search"), "selfpruner.api"),
+    **dict.fromkeys(("benchmark", "evaluate", "export", "prune", "quality", "search"), "selfpruner.api"),
     "SearchConfig": "selfpruner.config",
     "load": "selfpruner.export.checkpoint",
     "verify": "selfpruner.export.formats",
 }
+
+
+class _Package(ModuleType):
+    """A package whose public names no submodule of the same name replaces.
+
+    Python sets a submodule as an attribute of its package when it is first imported. ``selfpruner.export`` is the function all the
+    same; the files of the folder ``export/`` are had by ``from selfpruner.export.checkpoint import load``.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
@@ -37,3 +51,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from selfpruner import names
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
+from selfpruner.evolution.job import JobResult, run_job, session_of
+from selfpruner.evolution.records import Recorder
 from selfpruner.manifest import NAME as MANIFEST
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.search.job import JobResult, run_job, session_of
-from selfpruner.search.records import Recorder
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
 from selfpruner.timing.report import Report, Settings

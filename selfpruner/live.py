@@ -1,6 +1,6 @@
 """A job as a person watches it: progress, best plan so far, what each operator contributed, and the events above it.
 
-Fed with progress data (see :class:`selfpruner.search.records.Progress`) and events, whoever sends them: an event stream, or a
+Fed with progress data (see :class:`selfpruner.evolution.records.Progress`) and events, whoever sends them: an event stream, or a
 search in this process. Without a terminal it prints one line per event and nothing that moves.
 """
 

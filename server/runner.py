@@ -25,8 +25,8 @@ from typing import Any, Literal, Protocol
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
+from selfpruner.evolution.records import Recorder
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.search.records import Recorder
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Job, JobStatus
 from selfpruner.workers.base import WorkerPool
@@ -45,7 +45,7 @@ Left = Literal["cancelled", "paused", "queued"]
 
 
 class JobResult(Protocol):
-    """What a search returns; see :class:`selfpruner.search.job.JobResult`."""
+    """What a search returns; see :class:`selfpruner.evolution.job.JobResult`."""
 
     @property
     def report(self) -> dict[str, Any]: ...
@@ -54,7 +54,7 @@ class JobResult(Protocol):
 
 
 class RunJob(Protocol):
-    """The search as the runner sees it; see :func:`selfpruner.search.job.run_job`."""
+    """The search as the runner sees it; see :func:`selfpruner.evolution.job.run_job`."""
 
     async def __call__(
         self,
@@ -277,7 +277,7 @@ def default_run_job() -> RunJob:
     """The real search, imported by the first job and in a thread: meanwhile the server answers."""
 
     async def run(*args: Any, **kwargs: Any) -> JobResult:
-        job = await asyncio.to_thread(import_module, "selfpruner.search.job")
+        job = await asyncio.to_thread(import_module, "selfpruner.evolution.job")
         result: JobResult = await job.run_job(*args, **kwargs)
         return result
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from selfpruner.config import LlmLimits, SearchConfig
 from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.evolution.evaluator import FIRST, SLOPE_PASSES, Evaluator
+from selfpruner.evolution.loop import Outcome, Search
+from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
+from selfpruner.evolution.windows import Windows
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import CallError, Reply, Request
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.search.evaluator import FIRST, SLOPE_PASSES, Evaluator
-from selfpruner.search.loop import Outcome, Search
-from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
-from selfpruner.search.windows import Windows
 from selfpruner.space import Block, Plan, SearchSpace
 from selfpruner.workers.base import Json, OnProgress, Session
 

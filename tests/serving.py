@@ -19,7 +19,7 @@ import uvicorn
 from selfpruner import manifest
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, DiskFullError
-from selfpruner.search.records import Candidate, Evaluation, Progress, Recorder
+from selfpruner.evolution.records import Candidate, Evaluation, Progress, Recorder
 from selfpruner.store.store import Store
 from server.app import create_app
 from server.settings import ServerSettings

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from selfpruner.search.bandit import FLOOR_EVERY, Bandit
+from selfpruner.evolution.bandit import FLOOR_EVERY, Bandit
 
 NAMES = ("reallocate", "level_switch", "recombine", "mutate")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from selfpruner import cli, names
-from selfpruner.compare import Method, methods_of
+from selfpruner.comparison import Method, methods_of
 from selfpruner.errors import ConfigError, UnknownNameError
 from tests.tiny_models import sample_text, tiny_model
 

@@ -14,11 +14,11 @@ from transformers.models.auto import AutoConfig
 from selfpruner import model_checks, streaming
 from selfpruner.config import SearchConfig
 from selfpruner.evaluation.prepared import Prepared, prepare, pruned_tensors, streamed_export
+from selfpruner.evolution.job import run_job
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.models import LoadedModel, load, resolve
-from selfpruner.search.job import run_job
 from selfpruner.space import Plan
 from selfpruner.store.store import Store
 from selfpruner.workers.inprocess import InProcessPool

@@ -23,12 +23,12 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError
 from selfpruner.evaluation.latency import time_blocks
 from selfpruner.evaluation.prepared import prepare
+from selfpruner.evolution.front import ALIKE, NAME, Front, Latencies, Member, front_tokens
+from selfpruner.evolution.front_report import latencies_of
+from selfpruner.evolution.job import JobResult, session_of
+from selfpruner.evolution.loop import Outcome
 from selfpruner.models import load, resolve
 from selfpruner.plots import front_chart, result_chart
-from selfpruner.search.front import ALIKE, NAME, Front, Latencies, Member, front_tokens
-from selfpruner.search.front_report import latencies_of
-from selfpruner.search.job import JobResult, session_of
-from selfpruner.search.loop import Outcome
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, OnProgress, Session

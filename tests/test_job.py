@@ -17,11 +17,11 @@ from selfpruner.architectures import describe
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError, SelfprunerError, TextError, UnknownNameError
 from selfpruner.evaluation.prepared import Prepared, prepare, pruned_tensors
+from selfpruner.evolution.job import JobResult, run_job, session_of
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
 from selfpruner.models import load, resolve
 from selfpruner.proposers import ProposerSettings
-from selfpruner.search.job import JobResult, run_job, session_of
 from selfpruner.space import Plan
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, OnProgress, Session

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from selfpruner.evolution.landscape import Landscape
 from selfpruner.operators.closed_form import FORBIDDEN, cheapest, predicted_losses
-from selfpruner.search.landscape import Landscape
 from selfpruner.space import Plan, SearchSpace
 from tests.spaces import space_of
 

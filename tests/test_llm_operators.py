@@ -13,6 +13,7 @@ import pytest
 
 from selfpruner.config import LlmLimits
 from selfpruner.errors import ConflictError, ProposerError
+from selfpruner.evolution.records import Candidate, LlmCall
 from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators.base import Context
 from selfpruner.operators.llm import OPERATORS, Crossover, Initialize
@@ -22,7 +23,6 @@ from selfpruner.proposers.base import OUTCOMES
 from selfpruner.proposers.channel import FAILURES_IN_A_ROW, MAX_TEMPERATURE, LlmChannel
 from selfpruner.proposers.openai import OpenAIProposer
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.search.records import Candidate, LlmCall
 from selfpruner.space import Block, Option, Plan, SearchSpace, ffn_widths
 from tests.fake_openai import FakeOpenAI
 

@@ -18,11 +18,11 @@ from selfpruner.config import SearchConfig
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import ConfigError
 from selfpruner.evaluation.prepared import Prepared, prepare, pruned_tensors, zeros
+from selfpruner.evolution.job import run_job
 from selfpruner.export.build import build
 from selfpruner.models import load, resolve
 from selfpruner.patterns import PrunableMasked
 from selfpruner.patterns.masked import database_bytes, packed, sparsities, unpacked
-from selfpruner.search.job import run_job
 from selfpruner.store.store import Store
 from selfpruner.workers.inprocess import InProcessPool
 from selfpruner.workers.runtime import Runtime
@@ -196,7 +196,7 @@ def test_a_database_beyond_its_limit_is_refused_before_it_is_made(tmp_path: Path
 
 
 def test_equal_requests_share_a_session_and_others_do_not() -> None:
-    from selfpruner.search.job import session_of
+    from selfpruner.evolution.job import session_of
 
     def key(**changes: Any) -> str:
         return session_of(SearchConfig(rate=0.5, pattern="n_m", **changes), Path("cache")).key

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from selfpruner.errors import ProposerError
+from selfpruner.evolution.records import Candidate
 from selfpruner.operators.base import Context, Hint
 from selfpruner.operators.plan_format import MOST_CHANGES, PlanFormat
 from selfpruner.operators.prompt_facts import NEAR, hints, known_plans, moved
-from selfpruner.search.records import Candidate
 from selfpruner.space import Plan, SearchSpace
 from tests.fake_openai import FakeOpenAI
 from tests.spaces import shape, space_of

@@ -13,8 +13,8 @@ import pytest
 
 from selfpruner.api import config_of
 from selfpruner.config import SearchConfig
-from selfpruner.search.job import run_job
-from selfpruner.search.records import Progress
+from selfpruner.evolution.job import run_job
+from selfpruner.evolution.records import Progress
 from selfpruner.store.store import Store
 from selfpruner.workers.inprocess import InProcessPool
 from selfpruner.workers.runtime import Runtime

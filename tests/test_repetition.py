@@ -14,11 +14,11 @@ import torch
 from selfpruner.config import SearchConfig
 from selfpruner.errors import CancelledTaskError, ConfigError, OutOfMemoryError, SelfprunerError, WorkerError
 from selfpruner.evaluation.repetition import continuations, repeated, repetition
+from selfpruner.evolution.generation import choose
+from selfpruner.evolution.job import session_of
+from selfpruner.evolution.loop import Outcome
+from selfpruner.evolution.records import Candidate
 from selfpruner.export.build import build
-from selfpruner.search.generation import choose
-from selfpruner.search.job import session_of
-from selfpruner.search.loop import Outcome
-from selfpruner.search.records import Candidate
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.runtime import Runtime
 from tests.pruned import load_tiny, tokens_of

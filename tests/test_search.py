@@ -17,11 +17,11 @@ import torch
 from selfpruner.config import LlmLimits, SearchConfig
 from selfpruner.errors import ConfigError, OutOfMemoryError, SelfprunerError
 from selfpruner.evaluation.prepared import Prepared
-from selfpruner.search.evaluator import Evaluator
-from selfpruner.search.loop import Outcome
-from selfpruner.search.records import Evaluation
-from selfpruner.search.survey import weighed
-from selfpruner.search.windows import PIECE, Windows, report_windows
+from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.loop import Outcome
+from selfpruner.evolution.records import Evaluation
+from selfpruner.evolution.survey import weighed
+from selfpruner.evolution.windows import PIECE, Windows, report_windows
 from selfpruner.space import Plan, SearchSpace
 from tests.searching import (
     SESSION,

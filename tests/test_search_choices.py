@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from selfpruner.evolution.loop import Outcome
 from selfpruner.proposers.base import Reply, Request
-from selfpruner.search.loop import Outcome
 from selfpruner.space import Plan
 from selfpruner.workers.base import Json, OnProgress, Session
 from tests.searching import AnalyticPool, MemoryRecorder, Run, ScriptedProposer, config_of

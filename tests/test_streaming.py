@@ -25,10 +25,10 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, ModelError, ProposerError
 from selfpruner.evaluation.pieces import divergences_in_pieces
 from selfpruner.evaluation.prepared import held_bytes, make_engine
+from selfpruner.evolution.job import session_of
 from selfpruner.export import checkpoint
 from selfpruner.export.verify_streamed import verify
 from selfpruner.models import LoadedModel
-from selfpruner.search.job import session_of
 from selfpruner.space import Plan
 from selfpruner.tensor_files import TensorFile, held_shapes, write_tensors
 from selfpruner.workers.inprocess import InProcessPool

@@ -237,7 +237,7 @@ def compare(
     from rich.table import Table
 
     from selfpruner import api, plots
-    from selfpruner import compare as side_by_side
+    from selfpruner import comparison as side_by_side
 
     wanted = _numbers([*rates.split(","), *(more or [])])
     methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)

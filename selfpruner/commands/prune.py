@@ -14,8 +14,8 @@ from selfpruner.commands.show import print_pruned, print_report, tell
 from selfpruner.errors import ConfigError
 
 if TYPE_CHECKING:
+    from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
     from selfpruner.live import LiveView
-    from selfpruner.search.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
 
 
 def search(

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
-from selfpruner.search.records import Candidate
+from selfpruner.evolution.records import Candidate
 from selfpruner.space import Plan, SearchSpace
 
 if TYPE_CHECKING:
-    from selfpruner.search.landscape import Landscape
+    from selfpruner.evolution.landscape import Landscape
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from selfpruner.evolution.records import Candidate
 from selfpruner.operators.base import Context
 from selfpruner.operators.plan_format import PlanFormat
-from selfpruner.search.records import Candidate
 from selfpruner.space import Plan, SearchSpace
 
 # Plans that have less than this share of what is removed in other places count as one: the parameters of a single FFN step are

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfpruner.errors import ConflictError, ProposerError
+from selfpruner.evolution.records import Candidate
 from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Reflections
 from selfpruner.operators.llm import LlmOperator
 from selfpruner.operators.plan_format import Answer, closed
-from selfpruner.search.records import Candidate
 from selfpruner.space import Plan
 
 SHORT, LONG = 300, 600  # characters

@@ -17,7 +17,7 @@ from typing import Any
 from selfpruner import names
 from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, disk_errors
-from selfpruner.search.job import session_of
+from selfpruner.evolution.job import session_of
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.process import ProcessPool
 

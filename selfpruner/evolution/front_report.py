@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from selfpruner.search.evaluator import Evaluator
-from selfpruner.search.front import Latencies, Member
-from selfpruner.search.records import Window
+from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.front import Latencies, Member
+from selfpruner.evolution.records import Window
 from selfpruner.space import SearchSpace
 from selfpruner.workers.base import Json, Session, WorkerPool
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError
+from selfpruner.evolution.evaluator import Evaluator, Fitness
+from selfpruner.evolution.records import Candidate, Recorder, Window
+from selfpruner.evolution.state import State
+from selfpruner.evolution.windows import Windows
 from selfpruner.operators.closed_form import cheapest, predicted_losses
-from selfpruner.search.evaluator import Evaluator, Fitness
-from selfpruner.search.records import Candidate, Recorder, Window
-from selfpruner.search.state import State
-from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
 
 if TYPE_CHECKING:
-    from selfpruner.search.loop import Outcome
+    from selfpruner.evolution.loop import Outcome
 
 T = TypeVar("T")
 

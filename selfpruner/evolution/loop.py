@@ -19,19 +19,19 @@ from typing import Any
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, SelfprunerError
+from selfpruner.evolution.breeding import Breeder
+from selfpruner.evolution.evaluator import Evaluator, Fitness
+from selfpruner.evolution.front import front_tokens
+from selfpruner.evolution.generation import probe
+from selfpruner.evolution.landscape import Landscape, spearman
+from selfpruner.evolution.records import Candidate, Progress, Recorder, Window
+from selfpruner.evolution.state import Mark, State, standing
+from selfpruner.evolution.survey import Surveyor
+from selfpruner.evolution.windows import Windows
 from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators import Offspring
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
-from selfpruner.search.breeding import Breeder
-from selfpruner.search.evaluator import Evaluator, Fitness
-from selfpruner.search.front import front_tokens
-from selfpruner.search.generation import probe
-from selfpruner.search.landscape import Landscape, spearman
-from selfpruner.search.records import Candidate, Progress, Recorder, Window
-from selfpruner.search.state import Mark, State, standing
-from selfpruner.search.survey import Surveyor
-from selfpruner.search.windows import Windows
 from selfpruner.space import Plan, SearchSpace
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from selfpruner import names
 from selfpruner.config import SearchConfig
+from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.front import Front, Latencies, Member
+from selfpruner.evolution.front_report import front_rows, latencies_of
+from selfpruner.evolution.loop import Outcome, Search
+from selfpruner.evolution.records import Progress, Recorder
+from selfpruner.evolution.windows import Windows, report_windows
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.search.evaluator import Evaluator
-from selfpruner.search.front import Front, Latencies, Member
-from selfpruner.search.front_report import front_rows, latencies_of
-from selfpruner.search.loop import Outcome, Search
-from selfpruner.search.records import Progress, Recorder
-from selfpruner.search.windows import Windows, report_windows
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.base import Json, Session, WorkerPool
 

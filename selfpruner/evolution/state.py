@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfpruner.config import SearchConfig
+from selfpruner.evolution.evaluator import Fitness
+from selfpruner.evolution.landscape import Landscape
+from selfpruner.evolution.records import Candidate, Window
 from selfpruner.operators.base import Context, Hint, Reflections, Rejected
-from selfpruner.search.evaluator import Fitness
-from selfpruner.search.landscape import Landscape
-from selfpruner.search.records import Candidate, Window
 from selfpruner.space import Plan, SearchSpace
 
 NOTES_SHOWN = 8

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from selfpruner.errors import CancelledTaskError, ConfigError, WorkerError
-from selfpruner.search.evaluator import Evaluator, Fitness
-from selfpruner.search.records import Candidate, Recorder, Window
+from selfpruner.evolution.evaluator import Evaluator, Fitness
+from selfpruner.evolution.records import Candidate, Recorder, Window
 from selfpruner.space import Plan
 
 # The task is small beside the final: eight prompts for each of at most three plans and the dense model.

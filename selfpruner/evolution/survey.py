@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
+from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
+from selfpruner.evolution.landscape import Landscape
+from selfpruner.evolution.records import Recorder
+from selfpruner.evolution.windows import Windows
 from selfpruner.operators.closed_form import cheapest
-from selfpruner.search.evaluator import SLOPE_PASSES, Evaluator
-from selfpruner.search.landscape import Landscape
-from selfpruner.search.records import Recorder
-from selfpruner.search.windows import Windows
 from selfpruner.space import Block, Plan, SearchSpace
 
 # How many times more than others a block must cost on starts to be taken for one that ruins sequences.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfpruner.errors import ConfigError, OutOfMemoryError
-from selfpruner.search.records import Evaluation, Recorder, Window
+from selfpruner.evolution.records import Evaluation, Recorder, Window
 from selfpruner.space import Plan
 from selfpruner.workers.base import Session, WorkerPool
 
