@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner import names
-from selfpruner.config import SearchConfig
+from selfpruner.config import Part, SearchConfig
 from selfpruner.errors import SelfprunerError, disk_errors
 from selfpruner.evolution.job import session_of
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.process import ProcessPool
 
 PlainRow = dict[str, Any]
-# Fields of a config that figures depend on beside method and rate.
-SETTINGS = {"model", "calibration", "report_text", "dtype", "device", "seed", "group", "sparsity_step"}
+# Fields of a config that the figures of a method at a rate depend on: what is prepared, but for the method, the rate, the text that
+# only a search uses and a bound that changes no figure.
+_VARIED = {"pattern", "criterion", "compensation", "rate", "fitness_text", "level_bytes"}
+SETTINGS = set(SearchConfig.fields_of(Part.PREPARATION, Part.REPORT)) - _VARIED
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from selfpruner import names
 
@@ -39,6 +41,24 @@ def _listed(value: Any) -> Any:
     """``a,b`` as a list, as a command line has it."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
+
+Kind = TypeVar("Kind")
+
+
+class Part(Enum):
+    """What a field of a search belongs to: to what a worker makes ready and holds for it, to how plans are looked for, or to what
+    is said of them in the end."""
+
+    PREPARATION = "preparation"
+    SEARCH = "search"
+    REPORT = "report"
+
+
+# Every field is declared as one of these, so that nothing else has to list fields. Jobs that differ only in search fields share a
+# worker's prepared state.
+Preparation = Annotated[Kind, Part.PREPARATION]
+Search = Annotated[Kind, Part.SEARCH]
+Report = Annotated[Kind, Part.REPORT]
 
 Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[Objective, ...])]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -95,80 +115,86 @@ class LlmLimits(Strict):
 class SearchConfig(Strict):
     """A whole job: which model, how much to remove, with what, judged how."""
 
-    model: str = Field(default="smollm2-135m", min_length=1, max_length=1024)
-    rate: float = Field(gt=0, lt=1, description="removed / original parameters")
-    of: Literal["decoder", "model"] = "decoder"
-    preset: Literal["default", "evolution", "self-pruner"] = "default"
+    model: Preparation[str] = Field(default="smollm2-135m", min_length=1, max_length=1024)
+    rate: Preparation[float] = Field(gt=0, lt=1, description="removed / original parameters")
+    of: Preparation[Literal["decoder", "model"]] = "decoder"
+    preset: Search[Literal["default", "evolution", "self-pruner"]] = "default"
 
-    pattern: str = "structured"
-    criterion: str = "obs"
-    compensation: str = "least_squares"
-    granularity: Literal["layer", "block"] = "block"
-    attention: Literal["all", "q_head", "kv_group", "none"] = "all"
-    ffn_step: int | None = Field(
+    pattern: Preparation[str] = "structured"
+    criterion: Preparation[str] = "obs"
+    compensation: Preparation[str] = "least_squares"
+    granularity: Preparation[Literal["layer", "block"]] = "block"
+    attention: Preparation[Literal["all", "q_head", "kv_group", "none"]] = "all"
+    ffn_step: Preparation[int | None] = Field(
         default=None,
         ge=8,
         le=65_536,
         multiple_of=8,
         description="channels an FFN gives up at once; 32 or 256 for what quantizes rows",
     )
-    tensor_parallel: int = Field(
+    tensor_parallel: Preparation[int] = Field(
         default=1, ge=1, le=64, description="ranks that heads and channels of every layer are to divide among"
     )
-    drop_blocks: bool = False
-    group: int = Field(default=4, ge=2, le=64, description="M of the pattern n_m; how many of M stay is searched")
-    sparsity_step: float = Field(default=0.05, ge=0.01, le=0.5, description="between two levels of the pattern unstructured")
-    level_bytes: Bytes | None = Field(
+    drop_blocks: Preparation[bool] = False
+    group: Preparation[int] = Field(default=4, ge=2, le=64, description="M of the pattern n_m; how many of M stay is searched")
+    sparsity_step: Preparation[float] = Field(
+        default=0.05, ge=0.01, le=0.5, description="between two levels of the pattern unstructured"
+    )
+    level_bytes: Preparation[Bytes | None] = Field(
         default=None, description="most that the level database of n_m or unstructured may take on disk, in bytes or as 20GiB"
     )
 
-    calibration: TextConfig = TextConfig(sequences=64, length=512)
-    fitness_text: TextConfig = TextConfig(sequences=84, length=256)
-    report_text: TextConfig = TextConfig(sequences=32, length=512)
+    calibration: Preparation[TextConfig] = TextConfig(sequences=64, length=512)
+    fitness_text: Preparation[TextConfig] = TextConfig(sequences=84, length=256)
+    report_text: Report[TextConfig] = TextConfig(sequences=32, length=512)
 
-    objective: Objectives = Field(
+    objective: Search[Objectives] = Field(
         default=("quality",),
         min_length=1,
         max_length=3,
         description="quality first; with latency or parameters the job also keeps a Pareto front of plans",
     )
-    rates: Rates = Field(
+    rates: Search[Rates] = Field(
         default=(),
         max_length=32,
         description="rates of a front over parameters, beside `rate`; when empty, four more from half of `rate` up to it",
     )
 
-    fitness: Metric = "kl"
-    probe_tokens: Tokens = 1024
-    population: int = Field(default=4, ge=1, le=1000)
-    crossover_offspring: int = Field(default=2, ge=0, le=1000)
-    mutation_offspring: int = Field(default=4, ge=0, le=1000)
-    generations: int = Field(default=8, ge=0, le=10_000)
-    stages: tuple[Stage, ...] = Field(default=(Stage(tokens=1024, keep=4),), min_length=1, max_length=6)
-    surveys: int = Field(default=2, ge=0, le=100, description="most surveys of what every block's next levels would do")
-    survey_tokens: Tokens = 8192
-    survey_step: float = Field(default=0.08, gt=0, lt=1, description="how far a survey turns a block: a share of its parameters")
-    final_tokens: Tokens = 4096
-    generation_probe: bool = Field(
+    fitness: Search[Metric] = "kl"
+    probe_tokens: Search[Tokens] = 1024
+    population: Search[int] = Field(default=4, ge=1, le=1000)
+    crossover_offspring: Search[int] = Field(default=2, ge=0, le=1000)
+    mutation_offspring: Search[int] = Field(default=4, ge=0, le=1000)
+    generations: Search[int] = Field(default=8, ge=0, le=10_000)
+    stages: Search[tuple[Stage, ...]] = Field(default=(Stage(tokens=1024, keep=4),), min_length=1, max_length=6)
+    surveys: Search[int] = Field(default=2, ge=0, le=100, description="most surveys of what every block's next levels would do")
+    survey_tokens: Search[Tokens] = 8192
+    survey_step: Search[float] = Field(
+        default=0.08, gt=0, lt=1, description="how far a survey turns a block: a share of its parameters"
+    )
+    final_tokens: Search[Tokens] = 4096
+    generation_probe: Search[bool] = Field(
         default=True, description="whether the final also looks at how much the best plans repeat themselves when they write"
     )
-    early_rejection: bool = True
-    bandit: bool = True
-    oversample: int = Field(default=4, ge=1, le=64, description="proposals per child that the landscape's model picks from")
-    budget_tokens: int | None = Field(
+    early_rejection: Search[bool] = True
+    bandit: Search[bool] = True
+    oversample: Search[int] = Field(default=4, ge=1, le=64, description="proposals per child that the landscape's model picks from")
+    budget_tokens: Search[int | None] = Field(
         default=None, ge=0, description="plan-tokens for probes, generations, the final and the front"
     )
-    patience: int = Field(default=4, ge=0, description="generations without progress after which the search stops; 0: never")
-    least_gain: float = Field(default=0.001, ge=0, lt=1, description="mean relative gain per generation that is progress")
-    initial: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "initialize")
-    operators: tuple[str, ...] = ("select", "crossover", "mutate", "reallocate", "level_switch", "recombine")
+    patience: Search[int] = Field(
+        default=4, ge=0, description="generations without progress after which the search stops; 0: never"
+    )
+    least_gain: Search[float] = Field(default=0.001, ge=0, lt=1, description="mean relative gain per generation that is progress")
+    initial: Search[tuple[str, ...]] = ("uniform", "ramp", "sensitivity", "initialize")
+    operators: Search[tuple[str, ...]] = ("select", "crossover", "mutate", "reallocate", "level_switch", "recombine")
 
-    proposer: str = Field(default="local", min_length=1, max_length=64)
-    limits: LlmLimits = LlmLimits()
-    seed: int = Field(default=0, ge=0, le=2**31 - 1)
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    memory: Bytes | None = Field(
+    proposer: Search[str] = Field(default="local", min_length=1, max_length=64)
+    limits: Search[LlmLimits] = LlmLimits()
+    seed: Preparation[int] = Field(default=0, ge=0, le=2**31 - 1)
+    device: Preparation[str] = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
+    dtype: Preparation[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
+    memory: Preparation[Bytes | None] = Field(
         default=None,
         description="most that the model and the work with it may take on the device, in bytes or as 2GiB; a model that does not "
         "fit is streamed from its files. What libraries take comes on top",
@@ -242,10 +268,28 @@ class SearchConfig(Strict):
         asked = self.rates or tuple(round(self.rate * share, 6) for share in (0.5, 0.625, 0.75, 0.875))
         return tuple(sorted({*asked, self.rate}))
 
-    def fingerprint(self, *fields: str) -> str:
-        """Sixteen hex digits over the given fields (all when none is given): equal configs, equal fingerprints."""
-        body = self.model_dump(mode="json", include=set(fields) or None)
+    @classmethod
+    def fields_of(cls, *parts: Part) -> frozenset[str]:
+        """The fields declared as belonging to ``parts``."""
+        return frozenset(name for name, field in cls.model_fields.items() if _part(name, field) in parts)
+
+    @property
+    def prepared_key(self) -> str:
+        """Sixteen hex digits of everything that what a worker holds depends on: every field but those of the search, and what those
+        ask of the preparation."""
+        held = self.model_dump(mode="json", include=set(self.fields_of(Part.PREPARATION, Part.REPORT)))
+        body = {**held, "spectra": self.uses_spectra}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _part(name: str, field: FieldInfo) -> Part:
+    found = [mark for mark in field.metadata if isinstance(mark, Part)]
+    if len(found) != 1:
+        raise TypeError(f"{name} must be declared as one of Preparation[...], Search[...] and Report[...]")
+    return found[0]
+
+
+SearchConfig.fields_of()  # a field without its part is found at once
 
 
 # What chooses weights where the request does not say.

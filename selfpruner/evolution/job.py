@@ -46,20 +46,7 @@ class JobResult:
 
 def session_of(config: SearchConfig, cache: Path) -> Session:
     """The session of a config: jobs that differ only in how they search share a worker's prepared state."""
-    fields = ("model", "device", "dtype", "rate", "of", "pattern", "criterion", "compensation", "granularity", "attention", "group")
-    texts = (
-        "sparsity_step",
-        "level_bytes",
-        "ffn_step",
-        "drop_blocks",
-        "calibration",
-        "fitness_text",
-        "report_text",
-        "seed",
-        "memory",
-    )
-    spectra = "-spectra" if config.uses_spectra else ""
-    return Session(config.fingerprint(*fields, *texts) + spectra, config.model_dump(mode="json"), str(cache))
+    return Session(config.prepared_key, config.model_dump(mode="json"), str(cache))
 
 
 async def run_job(
