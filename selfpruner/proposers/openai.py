@@ -86,7 +86,7 @@ class OpenAIProposer:
         while True:
             try:
                 body = await self._post(client, _arguments(self.model, request, dialect), call)
-            except CallError as error:
+            except CallError:
                 following = dialect.after(call.refusal) if call.status in (400, 422) else None
                 if following is None:
                     raise
