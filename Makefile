@@ -26,6 +26,9 @@ endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# What runs long ends when make does, also when make is killed.
+TIED := exec $(BIN)/python -P selfpruner/workers/lifeline.py $$PPID
+
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -48,14 +51,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## search a real model over HTTP and verify the checkpoint
-	$(BIN)/python -m selfpruner.demo
+	$(TIED) -m selfpruner.demo
 
 test: install lint types ## lint, types and all tests but the slow ones
 	@# Two processes with one torch thread each: many tests wait for servers and workers, and small tensors gain nothing from threads.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(TIED) -m pytest -q -n 2 --dist loadfile
 
 test-slow: install ## the heavy tests
-	$(BIN)/pytest -q -m slow --timeout 1800
+	$(TIED) -m pytest -q -m slow --timeout 1800
 
 test-llamacpp: install $(LLAMACPP)/installed ## exports in llama.cpp, which is compiled first (minutes)
 	OMP_NUM_THREADS=1 $(LLAMACPP)/bin/python -m pytest -q --timeout 1800 tests/test_gguf_llamacpp.py

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.streaming import SHAPES, write_random
 from selfpruner import names
+from selfpruner.workers.lifeline import tied
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     rows = []
     for criterion in options.criteria:
         for pattern in names.CRITERION_PATTERNS[criterion]:
-            command = [sys.executable, "-m", "benchmarks.criteria_memory", *sys.argv[1:], "--one", pattern, criterion]
+            command = tied("-m", "benchmarks.criteria_memory", *sys.argv[1:], "--one", pattern, criterion)
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append({"criterion": criterion, "pattern": pattern, **json.loads(done.stdout.splitlines()[-1])})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.streaming import SHAPES
+from selfpruner.workers.lifeline import tied
 
 METHODS = ("naive", "masked", "engine", "race")
 SECTIONS = ("time", "survivors", "memory")
@@ -239,7 +240,7 @@ def _survivors(case: Case, options: argparse.Namespace, children: int) -> dict[s
 def _child(method: str, children: int) -> dict[str, float]:
     from selfpruner.workers.memory import ENVIRONMENT
 
-    command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:], "--one", method, "--children", str(children)]
+    command = tied("-m", "benchmarks.engine", *sys.argv[1:], "--one", method, "--children", str(children))
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **ENVIRONMENT})
     if done.returncode:
         raise SystemExit(f"the {method} process failed with code {done.returncode}")

@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from selfpruner.workers.lifeline import tied
+
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 32, "vocab_size": 32000},
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 def _child(mode: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.streaming", *sys.argv[1:], "--one", mode]
+    command = tied("-m", "benchmarks.streaming", *sys.argv[1:], "--one", mode)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the {mode} process failed with code {done.returncode}")

@@ -25,6 +25,7 @@ from selfpruner.client import Client
 from selfpruner.commands.show import comparison
 from selfpruner.errors import SelfprunerError
 from selfpruner.live import LiveView, account
+from selfpruner.workers.lifeline import tied
 
 REQUEST = {"model": "smollm2-135m", "rate": 0.2, "preset": "default", "proposer": "local"}
 ROWS = ("dense", "uniform_flap_bias", "uniform", "ramp", "best")
@@ -32,9 +33,9 @@ ROWS = ("dense", "uniform_flap_bias", "uniform", "ramp", "best")
 
 @contextmanager
 def server(home: Path) -> Iterator[str]:
-    """A server of its own on a free port of 127.0.0.1, stopped at the end. Yields its URL."""
+    """A server of its own on a free port of 127.0.0.1, stopped at the end, also when this process is killed. Yields its URL."""
     log = (home / "server.log").open("wb")
-    command = [sys.executable, "-m", "selfpruner.cli", "serve", "--home", str(home), "--port", "0", "--json"]
+    command = tied("-m", "selfpruner.cli", "serve", "--home", str(home), "--port", "0", "--json")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None

@@ -14,7 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from selfpruner.workers import lifeline
 from tests.fake_openai import FakeOpenAI
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    lifeline.hold(os.getppid())  # a run of the tests that is killed takes its processes along
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ import pytest
 from selfpruner import manifest
 from selfpruner.client import Client
 from selfpruner.errors import ConfigError, ModelError
+from selfpruner.workers.lifeline import tied
 from tests.fake_openai import FakeOpenAI
 
 KEY = "sk-a-secret-that-must-not-leak"
@@ -41,7 +42,7 @@ class Service:
         self.home = home
         with (home.parent / f"{home.name}.stderr").open("a") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "selfpruner.cli", "serve", "--port", "0", "--json"],
+                tied("-m", "selfpruner.cli", "serve", "--port", "0", "--json"),
                 env={**clean, "SELFPRUNER_HOME": str(home), "SELFPRUNER_DEVICES": "cpu", **environment},
                 stdout=subprocess.PIPE,
                 stderr=errors,

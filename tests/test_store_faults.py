@@ -29,6 +29,7 @@ from selfpruner.evolution.records import Candidate, Evaluation, LlmCall
 from selfpruner.store import database
 from selfpruner.store.store import Store
 from selfpruner.store.tables import TERMINAL, TRANSITIONS
+from selfpruner.workers.lifeline import tied
 
 CONFIG = SearchConfig(rate=0.2)
 REPOSITORY = Path(__file__).parent.parent
@@ -62,8 +63,9 @@ def writer(path: Path, acknowledged: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The writer program, at work; it is dead when the block ends."""
     with acknowledged.open("ab") as log:
         size = log.tell()
-        command = [sys.executable, "-m", "tests.test_store_faults", str(path)]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.PIPE, cwd=REPOSITORY)
+        process = subprocess.Popen(
+            tied("-m", "tests.test_store_faults", str(path)), stdout=log, stderr=subprocess.PIPE, cwd=REPOSITORY
+        )
     try:
         deadline = time.monotonic() + 60
         while acknowledged.stat().st_size == size:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfpruner.errors import ExportError
 from selfpruner.tensor_files import TensorFile, held_shapes, write_tensors
+from selfpruner.workers.lifeline import tied
 
 REFERENCE = "proof/reference.safetensors"
 # With 49,152 words 21 positions of two sequences, with 256,000 words four; the last ones have all others before them.
@@ -90,7 +90,6 @@ def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[]
 
 
 def _run(arguments: list[str], scratch: Path, go_on: Callable[[], None]) -> dict[str, Any]:
-    command = [sys.executable, *arguments]
     environment = {
         **os.environ,
         # By which the child finds this package as this process did.
@@ -104,7 +103,7 @@ def _run(arguments: list[str], scratch: Path, go_on: Callable[[], None]) -> dict
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     with (scratch / "stdout").open("w+") as out, (scratch / "stderr").open("w+") as err:
-        child = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)
+        child = subprocess.Popen(tied(*arguments), stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)
         try:
             deadline = time.monotonic() + VERIFY_SECONDS
             while child.poll() is None:

@@ -7,19 +7,19 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from selfpruner.workers.base import Json
+from selfpruner.workers.lifeline import tied
 from selfpruner.workers.memory import ENVIRONMENT
 
 # The longest line a worker may send. A result holds numbers and texts; what is larger belongs in a file.
 LIMIT = 256 * 2**20
 _BEATS = 4  # signs of life a worker sends per heartbeat timeout
 _CHECKS = 8  # and how often the parent looks in that time
-_TAIL_BYTES = 4096
-_TAIL_LINES = 30
+_TAIL_BYTES = 8192
+_TAIL_LINES = 50
 
 
 class Link:
@@ -47,13 +47,14 @@ class Link:
         with log.open("ab") as sink:
             start = sink.tell()
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # a file in the current folder must not stand in for a library
-                "-m",
-                "selfpruner.workers.child",
-                f"--runtime={runtime}",
-                f"--device={device}",
-                f"--heartbeat={heartbeat_timeout / _BEATS}",
+                *tied(
+                    "-P",  # a file in the current folder must not stand in for a library
+                    "-m",
+                    "selfpruner.workers.child",
+                    f"--runtime={runtime}",
+                    f"--device={device}",
+                    f"--heartbeat={heartbeat_timeout / _BEATS}",
+                ),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=sink,
