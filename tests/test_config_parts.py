@@ -97,7 +97,17 @@ def test_a_field_belongs_to_one_part_by_its_declaration() -> None:
 
 
 def test_a_comparison_keeps_no_figure_of_other_settings() -> None:
-    assert {"model", "attention", "of", "ffn_step", "granularity", "tensor_parallel", "drop_blocks", "seed", "report_text"} <= SETTINGS
+    assert {
+        "model",
+        "attention",
+        "of",
+        "ffn_step",
+        "granularity",
+        "tensor_parallel",
+        "drop_blocks",
+        "seed",
+        "report_text",
+    } <= SETTINGS
     assert not SETTINGS & {"rate", "criterion", "compensation", "pattern", "generations"}
 
 
