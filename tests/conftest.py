@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 # Child processes of the tests inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,3 +48,23 @@ def fake_openai() -> Iterator[FakeOpenAI]:
     server = FakeOpenAI()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_verifier() -> Iterator[None]:
+    """Verifications that this process starts are forks of one that has torch loaded."""
+    from selfpruner.export import proof
+    from tests.warm_verifier import WarmProcess
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "subprocess", SimpleNamespace(Popen=WarmProcess, DEVNULL=subprocess.DEVNULL))
+        yield
+    WarmProcess.stop()
+
+
+@pytest.fixture
+def fresh_verifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are processes that start from nothing, as a user's are."""
+    from selfpruner.export import proof
+
+    monkeypatch.setattr(proof, "subprocess", subprocess)

@@ -552,9 +552,9 @@ def test_shapes_vary_as_a_plan_does_and_remove_what_is_asked() -> None:
 def test_the_script_runs_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out" / "speed.json"
     sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--repetitions", "1", "--device", "cpu", "--dtype", "float32"]
-    benchmark.main(["--random-shape", "tiny", "--rates", "0.5", "--multiples", "8", "64", *sizes, "--output", str(output)])
+    benchmark.main(["--random-shape", "tiny", "--rates", "0.5", "--multiples", "8", *sizes, "--output", str(output)])
     body = json.loads(output.read_text())
-    assert [row["multiple"] for row in body["rows"]] == [8, 64]
+    assert [row["multiple"] for row in body["rows"]] == [8]
     for row in body["rows"]:
         dense, pruned = row["models"]
         # Norms and embeddings stay.
@@ -562,6 +562,6 @@ def test_the_script_runs_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureF
         assert dense["work"]["parameters"] - pruned["work"]["parameters"] == pytest.approx(row["removed"] * matrices)
         assert row["removed"] == pytest.approx(0.5, abs=0.02)
         assert all(ratio["ratio"] > 0 and ratio["bound"] > 1 for ratio in row["ratios"])
-    assert capsys.readouterr().out.count("| 1.70 |") == 6
+    assert capsys.readouterr().out.count("| 1.70 |") == 3
     with pytest.raises(SystemExit):
         benchmark.main(["--random-shape", "tiny", "--multiples", "1024"])
