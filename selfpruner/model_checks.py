@@ -36,6 +36,8 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
 }
+# How a file begins that `git clone` left to be fetched by Git LFS.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FLOAT_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))
 _IN_LAYER = re.compile(r"[\w.]*?\blayers\.(\d+)\.")
 # Upper bounds far above any published model: they stop a hostile config before it allocates anything.
@@ -58,12 +60,23 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > _JSON_LIMIT:
             raise ModelError(f"{what} {path} is larger than {_JSON_LIMIT >> 20} MiB; it is not a usable file.", param="model")
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_text("utf-8"))  # from bytes json would take encodings that transformers does not
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{what} {path} cannot be read as JSON ({error}). Download the model again.", param="model") from error
     if not isinstance(value, dict):
         raise ModelError(f"{what} {path} must hold a JSON object. Download the model again.", param="model")
     return value
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises :class:`ModelError` for a file whose content Git LFS has yet to fetch."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelError(
+                f"{path} is a pointer of Git LFS, not the file itself. Run `git lfs install` and `git lfs pull` in {path.parent}, "
+                "or download the model from the hub.",
+                param="model",
+            )
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -73,6 +86,12 @@ def check_config(folder: Path) -> dict[str, Any]:
     (another architecture, a checkpoint pruned by selfpruner, quantised weights) or :class:`ModelError` (numbers out of bounds).
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise ModelNotFoundError(
+            f"{folder} is a PEFT adapter, not a model (adapter_config.json, no config.json). Merge it into its base model "
+            "(merge_and_unload) and give the folder of the result.",
+            param="model",
+        )
     if not path.is_file():
         raise ModelNotFoundError(
             f"{folder} has no config.json. Give a Hugging Face model folder (config.json, tokenizer, safetensors), a .gguf file "
@@ -118,6 +137,13 @@ def check_config(folder: Path) -> dict[str, Any]:
                 "The file is damaged or hostile: download the model again.",
                 param="model",
             )
+    pad, vocabulary = config.get("pad_token_id"), config["vocab_size"]
+    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocabulary <= pad < vocabulary):
+        raise ModelError(
+            f"config.json of {folder} says pad_token_id = {pad!r}, and the model has the tokens 0 to {vocabulary - 1}. "
+            "Set it to one of them, or to null.",
+            param="model",
+        )
     heads = config["num_attention_heads"]
     kv_heads = layout.value(config, "num_key_value_heads") or heads
     if heads % kv_heads:
@@ -139,6 +165,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
                 "Remove that entry if the tokenizer is a plain one.",
                 param="model",
             )
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            refuse_pointer(folder / name)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}). Copy the model's tokenizer files into the folder.",
@@ -185,7 +214,12 @@ def weight_files(folder: Path) -> list[Path]:
             "Use a safetensors copy of the model (model.safetensors).",
             param="model",
         )
-    raise ModelError(f"{folder} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there.", param="model")
+    others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".safetensors"))
+    raise ModelError(
+        f"{folder} has no weights: neither {SINGLE_NAME} nor {INDEX_NAME} is there"
+        + (f", and {others} is not read. Save the model with save_pretrained." if others else "."),
+        param="model",
+    )
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -199,6 +233,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         return UnsafeModelError(f"{path} is not a valid safetensors file: {what}. Download the model again.", param="model")
 
     size = path.stat().st_size
+    refuse_pointer(path)
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
@@ -280,6 +315,12 @@ def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
         )
     for name, shape in wanted.items():
         if name not in shapes:
+            if other := next((o for o in shapes if o.endswith(f".{name}") or name.endswith(f".{o}")), None):
+                raise ModelError(
+                    f"{folder} has a tensor {other} where its model type has {name}: it was saved from inside another module "
+                    "(torch.compile, DDP, PEFT), or without its head. Save the CausalLM itself with save_pretrained.",
+                    param="model",
+                )
             raise ModelError(
                 f"{folder} has no tensor {name}, which its config.json calls for. Download the model again; "
                 "LoRA adapters and other partial checkpoints have to be merged first.",

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from selfpruner.errors import ModelError, UnsupportedModelError, disk_errors
-from selfpruner.model_checks import sampled_digest
+from selfpruner.model_checks import refuse_pointer, sampled_digest
 
 # Part of the folder's name: raise it when the conversion changes.
 _RECIPE = 1
@@ -39,6 +39,7 @@ def convert(gguf: Path, models: Path) -> Path:
 
     Raises :class:`UnsupportedModelError` or :class:`ModelError` for a file that cannot be converted, :class:`DiskFullError`.
     """
+    refuse_pointer(gguf)
     if not _has_magic(gguf):
         raise ModelError(f"{gguf} is not a GGUF file (it does not start with GGUF). Download it again.", param="model")
     target = models / f"gguf-{sampled_digest(gguf)[:24]}-{_RECIPE}"

@@ -219,7 +219,6 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     weights or tokenizer do not fit together, :class:`OutOfMemoryError`, :class:`ConfigError` for a ceiling too low to stream.
     """
     import torch
-    from safetensors import SafetensorError
 
     auto: Any = importlib.import_module("transformers")  # Any: its annotations do not cover these calls
     target = choose_device(device)
@@ -228,16 +227,22 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     room = memory if memory is not None else _free_memory(target)
     weights, layer = model_checks.weight_bytes(source.folder, chosen.itemsize)
     streamed = room is not None and weights * RESIDENT_FACTOR > room
+    # In the order of what they cost: a file that is wrong is found before the weights are read.
+    with _reading(f"config.json of {source.folder}", "Compare it with the one the model was published with."):
+        config = auto.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        # How a model is run is the runner's to choose. Its last training may have left notes of that in the file.
+        config._attn_implementation = None
+        config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    advice = "Copy the model's own tokenizer files into the folder, tokenizer.json among them."
+    with _reading(f"The tokenizer of {source.folder}", advice):
+        tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     try:
-        with quiet():
-            model = _model(source, target, chosen, room if streamed else None, layer)
-            tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        with _reading(str(source.folder), "Download the model again."):
+            model = _model(source, config, target, chosen, room if streamed else None, layer)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"{source.name} in {chosen} does not fit the memory of {target}. Use another device or a smaller model."
         ) from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{source.folder} cannot be loaded ({error}). Download the model again.", param="model") from error
     if len(tokenizer) > model.config.vocab_size:
         raise ModelError(
             f"The tokenizer of {source.folder} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}. "
@@ -247,12 +252,39 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed)
 
 
-def _model(source: ModelSource, target: torch.device, dtype: torch.dtype, memory: int | None, layer_bytes: int) -> PreTrainedModel:
+@contextmanager
+def _reading(what: str, advice: str) -> Iterator[None]:
+    """Silence, and a :class:`ModelError` for whatever transformers or safetensors raise of the files being read."""
+    import torch
+    from safetensors import SafetensorError
+
+    damage = (
+        SafetensorError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        ImportError,
+        AssertionError,
+    )
+    try:
+        with quiet():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except damage as error:
+        raise ModelError(f"{what} cannot be loaded ({error}). {advice}", param="model") from error
+
+
+def _model(
+    source: ModelSource, config: Any, target: torch.device, dtype: torch.dtype, memory: int | None, layer_bytes: int
+) -> PreTrainedModel:
     """The model whole, or streamed within ``memory``."""
     from selfpruner import streaming
 
     auto: Any = importlib.import_module("transformers")
-    config = auto.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     paths = model_checks.weight_files(source.folder)
     if memory is None:
         model = streaming.whole(config, paths, target, dtype)

@@ -1,0 +1,136 @@
+"""What users of this field's tools report in public, tried here: every situation names its report in README.md beside this file.
+
+Situations that other tests hold already are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from selfpruner import models
+from selfpruner.errors import ModelError, ModelNotFoundError, SelfprunerError
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may change."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes))
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[Path], None]:
+    """Every tensor under another name."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({change(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    return apply
+
+
+def pointer(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(POINTER)
+
+
+def only_an_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def with_a_byte_order_mark(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+
+
+# -- what is refused, before weights are read --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (config(pad_token_id=128), ModelError, "pad_token_id = 128, and the model has the tokens 0 to 127"),
+        (config(pad_token_id=[0]), ModelError, r"pad_token_id = \[0\].*or to null"),
+        (pointer("model.safetensors"), ModelError, "pointer of Git LFS.*git lfs pull"),
+        (pointer("tokenizer.json"), ModelError, r"tokenizer\.json is a pointer of Git LFS"),
+        (renamed(lambda name: f"_orig_mod.{name}"), ModelError, r"_orig_mod\.model\.embed_tokens.*save_pretrained"),
+        (renamed(lambda name: f"base_model.model.{name}"), ModelError, "PEFT.*save_pretrained"),
+        (renamed(lambda name: name.removeprefix("model.")), ModelError, "without its head"),
+        (only_an_adapter, ModelNotFoundError, "PEFT adapter.*merge_and_unload"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
+            ModelError,
+            r"consolidated\.safetensors is not read",
+        ),
+        (with_a_byte_order_mark, ModelError, "cannot be read as JSON.*BOM"),
+    ],
+)
+def test_refused_when_resolved(
+    damage: Callable[[Path], object], error: type[SelfprunerError], words: str, folder: Path, tmp_path: Path
+) -> None:
+    damage(folder)
+    with pytest.raises(error, match=words) as caught:
+        models.resolve(str(folder), tmp_path)
+    assert caught.value.param == "model"
+
+
+def test_a_pointer_instead_of_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(POINTER)
+    with pytest.raises(ModelError, match="pointer of Git LFS"):
+        models.resolve(str(tmp_path / "model.gguf"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "The tokenizer of .* Copy the model's own tokenizer files"),
+        # Without sentencepiece and tiktoken, transformers asks for tiktoken whatever the file is.
+        (
+            lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"),
+            "The tokenizer of .* tokenizer.json among them",
+        ),
+        (config(problem_type="single_label_classification", num_labels=1), r"config\.json of .* cannot be loaded"),
+    ],
+)
+def test_refused_before_the_weights_are_read(
+    damage: Callable[[Path], object], words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfpruner.streaming.whole", lambda *_: pytest.fail("the weights were read"))
+    damage(folder)
+    with pytest.raises(ModelError, match=words):
+        models.load(models.resolve(str(folder), tmp_path), "cpu", "float32")
+
+
+# -- what works --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"},
+        {"return_dict": False},
+        {"output_attentions": True, "output_hidden_states": True},
+    ],
+)
+def test_notes_of_how_a_model_was_run_change_nothing(notes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    tokens = torch.arange(3, 19)[None]
+    before = models.load(models.resolve(str(folder), tmp_path), "cpu", "float32").model(tokens)
+    edit(folder / "config.json", **notes)
+    after = models.load(models.resolve(str(folder), tmp_path), "cpu", "float32").model(tokens)
+    assert torch.equal(before.logits, after.logits)
+    assert before.keys() == after.keys()
