@@ -104,16 +104,17 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
     }
 
 
-def _latency(members: list[Member], rows: list[dict[str, Any]], dense: float) -> dict[str, float] | None:
+def _latency(members: list[Member], rows: list[dict[str, Any]], dense: float) -> dict[str, float | None] | None:
     """How predicted speedups over the dense model and measured ones agree."""
     timed = [(dense / row["latency_us"], row["speedup"]) for row in rows if "speedup" in row]
     if len(timed) < 3:
         return None
     predicted, measured = zip(*timed, strict=True)
+    ranks = spearman(predicted, measured)
     return {
         "members": len(members),
         "pearson": round(statistics.correlation(predicted, measured), 3),
-        "spearman": round(spearman(predicted, measured), 3),
+        "spearman": None if ranks is None else round(ranks, 3),
         "mean_error": round(statistics.fmean(abs(p / m - 1) for p, m in timed), 3),
     }
 

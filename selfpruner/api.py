@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfpruner import names
+from selfpruner import manifest, names
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
 from selfpruner.evolution.job import JobResult, run_job, session_of
@@ -211,7 +211,7 @@ def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any],
     progress(f"writing the format {format}")
     result = formats.convert(source, directory, format, **how)
     made = json.loads((result.path / "plan.json").read_text("utf-8"))
-    return Pruned(result.path, result.parameters, Plan(tuple(made["levels"])), made["layer_rates"], result.verification)
+    return Pruned(result.path, manifest.kept(made), Plan(tuple(made["levels"])), made["layer_rates"], result.verification)
 
 
 def _made(
@@ -268,7 +268,7 @@ def evaluate(
     progress: Watch = lambda _: None,
 ) -> Evaluation:
     """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``."""
-    from selfpruner import manifest, models
+    from selfpruner import models
     from selfpruner.calibration.texts import token_batches
     from selfpruner.evaluation import perplexity
     from selfpruner.export import checkpoint
@@ -289,7 +289,7 @@ def evaluate(
     return Evaluation(
         str(model),
         [share.source for share in batches.sources],
-        count_parameters(subject),
+        manifest.kept(manifest.read(folder)["plan"]) if own else count_parameters(subject),
         found.tokens,
         found.perplexity,
         None if math.isnan(found.kl) else found.kl,

@@ -63,6 +63,11 @@ def write(
     return sha256(target)
 
 
+def kept(plan: Mapping[str, Any]) -> int:
+    """Parameters of the pruned model by its plan.json, without those that a pattern made zero: what reports and tables count."""
+    return int(plan.get("nonzeros") or plan["parameters"])
+
+
 def read(directory: Path) -> dict[str, Any]:
     """Raises ExportError when there is no manifest, CorruptCheckpointError when it is not one of ours."""
     path = directory / NAME

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from selfpruner.evolution.landscape import Landscape
+from selfpruner.evolution.landscape import Landscape, spearman
 from selfpruner.operators.closed_form import FORBIDDEN, cheapest, predicted_losses
 from selfpruner.space import Plan, SearchSpace
 from tests.spaces import space_of
@@ -237,3 +238,17 @@ def test_exchanges_point_at_what_is_sensitive() -> None:
     after = dict(landscape.exchanges(here))
     assert exchanges[3] > 0
     assert after[3] < 0
+
+
+@pytest.mark.parametrize("levels", [2, 3, 5, 1000])
+def test_the_rank_correlation_is_scipys_with_ties_too(levels: int) -> None:
+    rng = random.Random(levels)
+    for count in (2, 3, 8, 50):
+        first, second = ([0, 1, *(rng.randrange(levels) for _ in range(count - 2))] for _ in range(2))
+        rng.shuffle(second)
+        assert spearman(first, second) == pytest.approx(float(stats.spearmanr(first, second).statistic), abs=1e-12)
+
+
+@pytest.mark.parametrize(("first", "second"), [([1.0], [2.0]), ([1.0, 1.0], [1.0, 2.0]), ([1.0, float("nan")], [1.0, 2.0])])
+def test_without_an_order_there_is_no_rank_correlation(first: list[float], second: list[float]) -> None:
+    assert spearman(first, second) is None

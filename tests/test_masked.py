@@ -135,7 +135,7 @@ def test_a_whole_job(pattern: str, tmp_path: Path, text: Path) -> None:
             with Store(tmp_path / "db") as store:
                 job, _ = store.create_job(config)
                 store.transition(job.id, "running")
-                return await run_job(
+                result = await run_job(
                     config,
                     job_id=job.id,
                     pool=pool,
@@ -144,16 +144,23 @@ def test_a_whole_job(pattern: str, tmp_path: Path, text: Path) -> None:
                     cache=tmp_path / "cache",
                     checkpoint_dir=tmp_path / "checkpoint",
                 )
+                return result, {event.type: event.message for event in store.events(job.id).data}
         finally:
             await pool.close()
 
-    report = asyncio.run(run()).report
+    result, told = asyncio.run(run())
+    report = result.report
     assert report["best"]["kl"] <= report["uniform_magnitude"]["kl"]
     assert report["best"]["parameters"] == report["dense"]["parameters"] - report["plan"]["removed"]
     assert report["plan"]["removed"] >= report["target"]["parameters_to_remove"]
     plan = json.loads((tmp_path / "checkpoint" / "plan.json").read_text())
     assert plan["pattern"] == pattern
     assert plan["nonzeros"] == report["best"]["parameters"]
+    # One count everywhere, without the zeros.
+    assert result.checkpoint["parameters"] == report["best"]["parameters"]
+    assert f"{report['best']['parameters']:,} parameters" in told["checkpoint.exported"]
+    scored = api.evaluate(tmp_path / "checkpoint", text=[str(text)], sequences=2, length=16, device="cpu", cache=tmp_path / "cache")
+    assert scored.parameters == report["best"]["parameters"]
     tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
     matrices: list[Tensor] = [tensor for name, tensor in tensors.items() if name.endswith(tuple(MATRICES))]
     gone = sum(int((tensor == 0).sum()) for tensor in matrices)

@@ -83,6 +83,12 @@ class Place:
         stored = json.loads((Path(self.name) / "config.json").read_text("utf-8")) if self.own else self.source.config
         return models.choose_dtype(self.dtype, self.device, stored=stored.get("dtype") or stored.get("torch_dtype"))
 
+    def parameters(self, subject: Subject) -> int:
+        """Of the model; of a checkpoint without the zeros of its pattern."""
+        if self.own:
+            return manifest.kept(manifest.read(Path(self.name))["plan"])
+        return sum(parameter.numel() for parameter in subject.model.parameters())
+
     def load(self) -> Subject:
         """Raises the errors of loading, and OutOfMemoryError where the model does not fit the device whole."""
         if self.own:

@@ -113,7 +113,7 @@ def measure(
                 record = {
                     "model": place.name,
                     "fingerprint": fingerprint,
-                    "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+                    "parameters": place.parameters(subject),
                     "measure": each.name,
                     "setting": setting,
                     "seconds": round(time.perf_counter() - started, 1),

@@ -224,7 +224,8 @@ class Search:
         known = [c for c in scored if c.predicted is not None]
         if first and len(known) >= 4:
             foreseen = spearman([c.predicted or 0.0 for c in known], [scores[c.plan_hash].kl for c in known])
-            self._correlations[self.generation] = round(foreseen, 3)
+            if foreseen is not None:
+                self._correlations[self.generation] = round(foreseen, 3)
         name = "+".join(window.name for window in used)
         for candidate in scored:
             change = scores[candidate.plan_hash].kl - base.kl

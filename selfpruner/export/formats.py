@@ -136,7 +136,7 @@ def verify(
     return {
         "path": str(folder),
         "format": form.name,
-        "parameters": body["parameters"],
+        "parameters": manifest.kept(body["plan"]),
         "files": len(body["files"]),
         "bytes": sum(entry["bytes"] for entry in body["files"].values()),
         "plan": body["plan"],

@@ -261,7 +261,8 @@ class Runtime:
             source=source,
             cancelled=cancelled,
         )
-        return {**asdict(result), "path": str(result.path)}
+        # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
+        return {**asdict(result), "path": str(result.path), "parameters": wanted}
 
 
 def _fit(prepared: Prepared, count: int) -> bool:
