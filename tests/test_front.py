@@ -308,6 +308,7 @@ def test_plans_of_other_rates_do_not_rank_among_the_jobs_own(done: Done) -> None
     compared = [index for index, row in enumerate(ranked) if row.relative is not None and row.reason is None]
     assert places
     assert min(places) > max(compared)
+    assert ranked[0].plan_hash == done.result.report["best_plan"]
 
 
 def test_any_member_can_be_exported(done: Done) -> None:

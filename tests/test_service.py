@@ -250,7 +250,7 @@ def test_a_whole_job(running: Service, undisturbed: dict[str, Any]) -> None:
     body = manifest.check(Path(checkpoint["path"]))
     assert body["parameters"] == checkpoint["parameters"]
     best = next(iter(running.client.candidates(job_id, "fitness")))
-    assert best["status"] == "evaluated"
+    assert (best["status"], best["id"]) == ("evaluated", report["best_plan"])
     assert running.sql("SELECT count(*) FROM evaluation WHERE job_id = ?", job_id)[0][0] >= report["evaluations"] > 0
     assert report["operators"]["uniform"]["made"] == 1
     assert undisturbed["progress"]["generations"] == 12

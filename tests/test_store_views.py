@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from selfpruner.config import SearchConfig
-from selfpruner.evolution.records import Candidate, Evaluation, LlmCall
+from selfpruner.evolution.records import Candidate, Evaluation, LlmCall, Progress
 from selfpruner.store.store import Store
 
 # What is the best plan of job X? Who were its parents? What did the LLM cost? What did each operator contribute?
@@ -172,6 +172,64 @@ def test_the_result_decides_which_plan_is_best(store: Store, job: str) -> None:
     assert [row[1] for row in ask(store, QUESTIONS["parents"], job)] == ["M", "R"]
     store.set_result(job, {"best_plan": "not a candidate"})
     assert ask(store, "SELECT plan FROM best WHERE job_id = :job", job) == [("C",)]
+
+
+FINAL = [
+    # Low figures on the few tokens of a generation; the final saw none of these plans.
+    replace(plan("A", "mutate", 1, 0.60), window="g1.0"),
+    replace(plan("B", "mutate", 2, 0.65), window="g2.0"),
+    replace(plan("O", "front", 2, None, status="evaluated"), window="final", fitness=0.01),  # a front's plan of another rate
+    replace(plan("K", "crossover", 2, 0.70), window="final", survived=True),
+    replace(plan("W", "mutate", 1, 0.72), window="final", survived=True),  # decided: K writes badly
+    replace(plan("U", "uniform", 0, 1.0), window="final"),
+    replace(plan("E", "mutate", 2, 0.5), window="g2.0", reason="rejected early after 64 tokens"),
+]
+
+
+def orders(store: Store, job_id: str) -> set[str]:
+    """The plans, best first, as every place that has an order gives them."""
+    listed = "".join(row.plan_hash for row in store.candidates(job_id, order="fitness").data)
+    paged, after = "", None
+    while True:
+        page = store.candidates(job_id, after, 2, order="fitness")
+        paged += "".join(row.plan_hash for row in page.data)
+        if not page.has_more:
+            break
+        after = page.data[-1].plan_hash
+    ranked = "".join(plan for (plan,) in ask(store, "SELECT plan FROM population WHERE job_id = :job ORDER BY rank", job_id))
+    plain = "".join(plan for (plan,) in ask(store, "SELECT plan FROM population WHERE job_id = :job", job_id))
+    ((best,),) = ask(store, "SELECT plan FROM best WHERE job_id = :job", job_id)
+    assert best == listed[0]
+    return {listed, paged, ranked, plain}
+
+
+def test_one_order_everywhere(store: Store) -> None:
+    job_id = store.create_job(SearchConfig(rate=0.2))[0].id
+    recorder = store.recorder(job_id)
+    recorder.save_candidates(FINAL)
+    assert orders(store, job_id) == {"KWUABOE"}, "the same tokens before other tokens"
+    recorder.progress(Progress("searching", best_plan="B"))
+    assert orders(store, job_id) == {"BKWUAOE"}, "a search that runs says who leads"
+    recorder.event("final", "search.finished", "Best plan W", data={"best": "W"})
+    assert orders(store, job_id) == {"WKUABOE"}, "the final decides"
+    store.set_result(job_id, {"best_plan": "K"})
+    assert orders(store, job_id) == {"KWUABOE"}, "a front may have decided again"
+
+
+def test_the_population_comes_before_what_it_left_out(store: Store) -> None:
+    job_id = store.create_job(SearchConfig(rate=0.2))[0].id
+    rows = [replace(plan(name, "mutate", 1, relative), window="g1.0") for name, relative in (("A", 0.6), ("B", 0.7))]
+    store.recorder(job_id).save_candidates([*rows, replace(plan("P", "mutate", 0, 0.8), window="g1.0", survived=True)])
+    assert orders(store, job_id) == {"PAB"}
+
+
+def test_a_file_with_older_views_gives_the_same_order(store: Store) -> None:
+    job_id = store.create_job(SearchConfig(rate=0.2))[0].id
+    store.recorder(job_id).save_candidates(FINAL)
+    with closing(sqlite3.connect(store.path)) as shell:
+        shell.executescript("DROP VIEW best; DROP VIEW population; DROP VIEW ranking")
+    with Store(store.path, read_only=True) as reader:
+        assert "".join(row.plan_hash for row in reader.candidates(job_id, order="fitness").data) == "KWUABOE"
 
 
 def test_without_relative_fitness_decides(store: Store) -> None:

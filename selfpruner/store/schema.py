@@ -8,10 +8,11 @@ differs. Everything runs inside the caller's one transaction, so a migration tha
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Integer, String, Subquery, column, text
 
 from selfpruner.errors import StoreError
 from selfpruner.store.tables import REVISION, Table
@@ -63,8 +64,16 @@ def bring_up_to_date(connection: Connection, found: str | None) -> None:
 
 def views() -> dict[str, str]:
     """Name and CREATE statement of every view, in the order of ``views.sql``."""
-    text = files("selfpruner.store").joinpath("views.sql").read_text(encoding="utf-8")
-    return {match[2]: match[1] for match in re.finditer(r"^(CREATE VIEW (\w+) AS\n.*?);$", text, re.MULTILINE | re.DOTALL)}
+    source = files("selfpruner.store").joinpath("views.sql").read_text(encoding="utf-8")
+    return {match[2]: match[1] for match in re.finditer(r"^(CREATE VIEW (\w+) AS\n.*?);$", source, re.MULTILINE | re.DOTALL)}
+
+
+@cache
+def ranking() -> Subquery:
+    """The view of that name for queries, ``(job_id, plan, place)``: its text, so that a file with older views, opened to be read
+    only, gives the same order."""
+    query = views()["ranking"].partition(" AS\n")[2]
+    return text(query).columns(column("job_id", String), column("plan", String), column("place", Integer)).subquery("ranking")
 
 
 def _present_views(connection: Connection) -> dict[str, str]:

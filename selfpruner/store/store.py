@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
-from sqlalchemy import ColumnElement, SQLColumnExpression, case, func, literal, literal_column, tuple_
+from sqlalchemy import ColumnElement, SQLColumnExpression, func, literal, literal_column, tuple_
 from sqlmodel import col, delete, select
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, ConflictError, NotFoundError
+from selfpruner.store import schema
 from selfpruner.store.database import Database
 from selfpruner.store.recorder import JobRecorder
 from selfpruner.store.tables import (
@@ -210,13 +211,17 @@ class Store:
     def candidates(
         self, job_id: str, after: str | None = None, limit: int = 100, *, order: Literal["generation", "fitness"] = "generation"
     ) -> Page[CandidateRow]:
-        """Candidates in order of generation, or best first with those rejected early and those without fitness last; those after
-        plan ``after``."""
-        keys = _candidate_order(order)
-        query = select(CandidateRow).where(CandidateRow.job_id == job_id).order_by(*keys)
+        """Candidates in order of generation, or best first as the view ``ranking`` has them; those after plan ``after``."""
+        query = select(CandidateRow).where(CandidateRow.job_id == job_id)
+        keys: list[SQLColumnExpression[Any]] = [col(CandidateRow.generation), col(CandidateRow.sequence)]
+        if order == "fitness":
+            ranks = schema.ranking()
+            keys = [ranks.c.place]
+            query = query.join(ranks, (ranks.c.job_id == job_id) & (ranks.c.plan == col(CandidateRow.plan_hash)))
+        query = query.order_by(*keys)
         with self._database.reading() as session:
             if after is not None:
-                here = select(*keys).where(CandidateRow.job_id == job_id, CandidateRow.plan_hash == after)
+                here = query.with_only_columns(*keys).where(col(CandidateRow.plan_hash) == after)
                 cursor = session.execute(here).first()
                 if cursor is None:
                     raise NotFoundError(
@@ -326,14 +331,3 @@ def _bound(limit: int) -> int:
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}.", param="limit")
     return limit
-
-
-def _candidate_order(order: Literal["generation", "fitness"]) -> list[SQLColumnExpression[Any]]:
-    """Sort keys without NULL, so that a cursor can be compared with them; the last one is unique in its job."""
-    sequence = col(CandidateRow.sequence)
-    if order == "generation":
-        return [col(CandidateRow.generation), sequence]
-    unknown = literal(1e308)
-    # The fitness of an evaluated plan with a reason, one that was rejected early, is an estimate.
-    status = case((col(CandidateRow.status) != "evaluated", 2), (col(CandidateRow.reason).is_not(None), 1), else_=0)
-    return [status, func.coalesce(CandidateRow.relative, unknown), func.coalesce(CandidateRow.fitness, unknown), sequence]

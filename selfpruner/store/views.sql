@@ -2,32 +2,60 @@
 -- In every view: rates are removed / original parameters, lower fitness is better, relative is fitness over that of the uniform
 -- plan on the same tokens (1 = as good as uniform).
 
--- One row per candidate. rank 1 is the best evaluated plan of its job; plans without fitness have none. predicted: the relative
--- fitness expected before it was scored. An evaluated plan with a reason was rejected early: its fitness is an estimate.
+-- The one order of a job's plans, best first; lists, ranks and "best" everywhere are this. First what the job itself holds to be its
+-- best: what its result names, else what the final decided, else the leader of a search that runs. Then plans scored to the end
+-- before those that a race rejected early, and those of the job's own rate before a front's other ones. Then what can be trusted
+-- most: the final's plans, which were all scored on the same unseen tokens, then the population, then what it left out; among equals
+-- by relative. Plans without fitness come last. place counts from 1.
+CREATE VIEW ranking AS
+SELECT
+    candidate.job_id,
+    candidate.plan_hash AS plan,
+    row_number() OVER (
+        PARTITION BY candidate.job_id
+        ORDER BY
+            candidate.plan_hash IS NOT coalesce(
+                json_extract(job.result, '$.best_plan'),
+                (SELECT json_extract(event.data, '$.best') FROM event WHERE event.job_id = job.id AND event.key = 'final'),
+                json_extract(job.progress, '$.best_plan')
+            ),
+            candidate.status <> 'evaluated',
+            candidate.reason IS NOT NULL,
+            candidate.relative IS NULL,
+            candidate.window IS NOT 'final',
+            NOT candidate.survived,
+            candidate.relative,
+            candidate.fitness,
+            candidate.sequence
+    ) AS place
+FROM candidate
+JOIN job ON job.id = candidate.job_id;
+
+-- One row per candidate. rank 1 is the best plan of its job (see ranking); plans without fitness have none. window: the tokens that
+-- fitness and relative are of, final or those of a generation. predicted: the relative fitness expected before it was scored. An
+-- evaluated plan with a reason was rejected early: its fitness is an estimate.
 CREATE VIEW population AS
 SELECT
-    job_id,
-    generation,
-    CASE WHEN status = 'evaluated' THEN
-        row_number() OVER (
-            PARTITION BY job_id ORDER BY status <> 'evaluated', reason IS NOT NULL, relative IS NULL, relative, fitness, sequence
-        )
-    END AS rank,
-    plan_hash AS plan,
+    candidate.job_id,
+    candidate.generation,
+    CASE WHEN candidate.status = 'evaluated' THEN ranking.place END AS rank,
+    candidate.plan_hash AS plan,
     operator,
     parents,
     (SELECT json_group_array(round(value, 4)) FROM json_each(candidate.rates)) AS rates,
     fitness,
     relative,
+    window,
     predicted,
     status,
     survived,
     reason,
     sequence
-FROM candidate;
+FROM candidate
+JOIN ranking ON ranking.job_id = candidate.job_id AND ranking.plan = candidate.plan_hash
+ORDER BY candidate.job_id, ranking.place;
 
--- One row per job that has an evaluated plan: the plan its result names, else the plan of rank 1.
--- CROSS JOIN: SQLite then goes through the jobs first, not through every candidate.
+-- One row per job that has an evaluated plan: the one of rank 1.
 CREATE VIEW best AS
 SELECT
     job.id AS job_id,
@@ -44,11 +72,8 @@ SELECT
     checkpoint.id AS checkpoint,
     checkpoint.path AS path
 FROM job
-CROSS JOIN candidate ON candidate.job_id = job.id AND candidate.plan_hash = coalesce(
-    (SELECT plan_hash FROM candidate WHERE job_id = job.id AND plan_hash = json_extract(job.result, '$.best_plan')),
-    (SELECT plan_hash FROM candidate WHERE job_id = job.id AND status = 'evaluated'
-     ORDER BY reason IS NOT NULL, relative IS NULL, relative, fitness, sequence LIMIT 1)
-)
+JOIN ranking ON ranking.job_id = job.id AND ranking.place = 1
+JOIN candidate ON candidate.job_id = job.id AND candidate.plan_hash = ranking.plan AND candidate.status = 'evaluated'
 LEFT JOIN checkpoint ON checkpoint.job_id = job.id AND checkpoint.plan_hash = candidate.plan_hash;
 
 -- The best plan of each job (depth 0), its parents (depth 1), their parents and so on, each plan once at its nearest depth.
