@@ -6,6 +6,7 @@ return their exit code.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -374,6 +375,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character costs no result
     sys.exit(run())
 
 

@@ -109,11 +109,12 @@ class Results:
 
     def save(self) -> None:
         body = {"settings": self.settings, "dense": self.dense, "rows": self.rows}
-        aside = self.file.with_suffix(f".{os.getpid()}.tmp")
+        place = self.file.resolve()  # a link stays one
+        aside = place.with_suffix(f".{os.getpid()}.tmp")
         with disk_errors(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text(json.dumps(body, indent=1) + "\n", "utf-8")
-            aside.replace(self.file)
+            aside.replace(place)
 
 
 async def measure(

@@ -5,6 +5,7 @@ Situations that other tests hold already are not repeated.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selfpruner import models
+from selfpruner import cli, manifest, models
+from selfpruner.api import Pruned
 from selfpruner.errors import ModelError, ModelNotFoundError, SelfprunerError
+from selfpruner.evaluation.quality import Results
+from selfpruner.export.folder import write_folder
+from selfpruner.space import Plan
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
 
@@ -134,3 +139,43 @@ def test_notes_of_how_a_model_was_run_change_nothing(notes: dict[str, Any], fold
     after = models.load(models.resolve(str(folder), tmp_path), "cpu", "float32").model(tokens)
     assert torch.equal(before.logits, after.logits)
     assert before.keys() == after.keys()
+
+
+def test_a_link_to_another_disk_stays_a_link(tmp_path: Path) -> None:
+    """Checkpoints and result files are made aside and moved into place; the place is where a link leads."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large")
+
+    def export(parameters: int) -> Path:
+        def fill(folder: Path) -> int:
+            (folder / "plan.json").write_text("{}")
+            return parameters
+
+        plan = {"parameters": parameters}
+        return write_folder(tmp_path / "out", plan=plan, export={}, fill=fill, prove=lambda _: {}, go_on=lambda: None).path
+
+    assert export(1) == tmp_path / "out"
+    assert (tmp_path / "out").is_symlink()
+    assert manifest.check(tmp_path / "large")["parameters"] == 1
+    assert export(1) == tmp_path / "out"  # complete and the same: kept
+    (tmp_path / "large" / "plan.json").write_text("damaged")
+    export(2)  # replaced
+    assert manifest.check(tmp_path / "large")["parameters"] == 2
+
+    (tmp_path / "quality.json").symlink_to(tmp_path / "large" / "quality.json")
+    Results(tmp_path / "quality.json").add({"fingerprint": "f", "setting": {}})
+    assert Results(tmp_path / "large" / "quality.json").find("f", {}) is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "out", "quality.json"]
+
+
+def test_a_terminal_without_a_character_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Pruned(tmp_path / "mod\N{LATIN SMALL LETTER E WITH GRAVE}le", 1, Plan((0,)), [0.0], {})
+    monkeypatch.setattr("selfpruner.api.prune", lambda *_, **__: made)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.argv", ["selfpruner", "prune", "--rate", "0.2", "-o", str(made.path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    screen.seek(0)
+    assert ended.value.code == 0
+    assert "mod\\xe8le" in screen.read()

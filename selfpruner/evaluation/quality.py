@@ -52,11 +52,12 @@ class Results:
         self.records.append(record)
         # A record is a line, so that differences between versions of the file can be read.
         lines = ",\n".join(json.dumps(record, allow_nan=False) for record in self.records)
-        aside = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
+        place = self.file.resolve()  # a link stays one
+        aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         with disk_errors(self.file):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
             aside.write_text(f'{{"format": {json.dumps(_FORMAT)}, "records": [\n{lines}\n]}}\n', "utf-8")
-            aside.replace(self.file)
+            aside.replace(place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,9 @@ def write_folder(
     directory = Path(os.path.abspath(directory))
     if kept := _existing(directory, plan, export, go_on):
         return kept
-    with aside(directory) as temporary:
+    # A link, say to a larger disk, stays one: what it leads to is made or replaced.
+    place = Path(os.path.realpath(directory))
+    with aside(place) as temporary:
         started = time.perf_counter()
         parameters = fill(temporary)
         for path in temporary.rglob("*"):
@@ -67,7 +69,7 @@ def write_folder(
         go_on()
         digest = manifest.write(temporary, plan=plan, parameters=parameters, verification=verification, export=export)
         size = _weight_bytes(manifest.read(temporary))
-        _into_place(temporary, directory)
+        _into_place(temporary, place)
     return ExportResult(
         directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2)
     )
