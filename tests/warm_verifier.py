@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any, ClassVar
 
+from selfpruner.workers import lifeline
+
 _SERVER = """
 import json, os, runpy, sys, traceback
 from pathlib import Path
@@ -80,7 +82,9 @@ class WarmProcess:
             cls._server = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         assert cls._server.stdin is not None
         assert cls._server.stdout is not None
-        request = {"arguments": list(command[1:]), "environment": env, "stdout": stdout.name, "stderr": stderr.name}
+        # The server ends with this process, so its forks need not be tied to it as the command wants it.
+        arguments = list(command)[len(lifeline.tied()) :]
+        request = {"arguments": arguments, "environment": env, "stdout": stdout.name, "stderr": stderr.name}
         cls._server.stdin.write(json.dumps(request) + "\n")
         cls._server.stdin.flush()
         self._answers = cls._server.stdout
