@@ -250,33 +250,6 @@ def test_a_sliding_window_stays_where_it_was(tmp_path: Path) -> None:
         assert greedy(case.pruned, tokens) == greedy(case.pruned, tokens, use_cache=False)
 
 
-ROPES: dict[str, dict[str, Any]] = {
-    "longrope": LONG_ROPE,
-    "yarn": {"rope_type": "yarn", "factor": 4.0},
-    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    "linear": {"rope_type": "linear", "factor": 4.0},
-}
-
-
-@pytest.mark.parametrize(("family", "rope"), [("phi3", "longrope"), *(("llama", rope) for rope in ROPES), ("qwen2", "yarn")])
-@torch.inference_mode()
-def test_a_rope_that_stretches_still_does(tmp_path: Path, family: str, rope: str) -> None:
-    """Short texts and long ones, and one that grows from the one to the other while it is written."""
-    options: dict[str, Any] = {"rope_parameters": {"rope_theta": 10000.0, **ROPES[rope]}}
-    if family == "phi3":
-        options |= {"original_max_position_embeddings": 24}
-    elif rope in ("longrope", "yarn", "llama3"):
-        options["rope_parameters"] |= {"original_max_position_embeddings": 24}
-    case = prune(folder(tmp_path, family, **options)[1], drop=True, biased=True)
-    for length in (20, 40):
-        tokens = tokens_of(2, length)
-        assert (case.pruned(tokens).logits - masked_logits(case, tokens)).abs().max() <= 1e-4
-        # A Llama, pruned or not, keeps what is in its cache when a text grows long; Phi-3 reads it anew.
-        if (family, rope, length) != ("llama", "longrope", 20):
-            assert greedy(case.pruned, tokens) == greedy(case.pruned, tokens, use_cache=False)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "opt"])
 def test_fewer_heads_everywhere_make_an_ordinary_model_where_the_family_has_such(tmp_path: Path, family: str) -> None:
     _, model = folder(tmp_path, family)

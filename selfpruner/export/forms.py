@@ -10,17 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM, SelfPrunerModel
-from selfpruner.export.modeling_selfpruner_gemma import (
-    SelfPrunerGemma2Config,
-    SelfPrunerGemma2ForCausalLM,
-    SelfPrunerGemma2Model,
-    SelfPrunerGemma3Config,
-    SelfPrunerGemma3ForCausalLM,
-    SelfPrunerGemma3Model,
-)
-from selfpruner.export.modeling_selfpruner_opt import SelfPrunerOPTConfig, SelfPrunerOPTForCausalLM, SelfPrunerOPTModel
-from selfpruner.export.modeling_selfpruner_phi3 import SelfPrunerPhi3Config, SelfPrunerPhi3ForCausalLM, SelfPrunerPhi3Model
+from selfpruner.export import modeling_selfpruner as llama
+from selfpruner.export import modeling_selfpruner_gemma as gemma
+from selfpruner.export import modeling_selfpruner_opt as opt
+from selfpruner.export import modeling_selfpruner_phi3 as phi3
 from selfpruner.layouts import family_of
 
 
@@ -33,6 +26,8 @@ class Form:
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
+    sequence_classification: type[PreTrainedModel]
+    token_classification: type[PreTrainedModel]
     switches: Callable[[Any, Collection[str]], dict[str, Any]] = lambda _config, _names: {}
 
     @property
@@ -42,7 +37,13 @@ class Form:
 
     @property
     def auto_map(self) -> dict[str, str]:
-        classes = {"AutoConfig": self.config, "AutoModel": self.model, "AutoModelForCausalLM": self.causal_lm}
+        classes = {
+            "AutoConfig": self.config,
+            "AutoModel": self.model,
+            "AutoModelForCausalLM": self.causal_lm,
+            "AutoModelForSequenceClassification": self.sequence_classification,
+            "AutoModelForTokenClassification": self.token_classification,
+        }
         return {auto: f"{self.code.stem}.{cls.__name__}" for auto, cls in classes.items()}
 
     @property
@@ -67,13 +68,44 @@ def _llama_switches(config: Any, names: Collection[str]) -> dict[str, Any]:
     }
 
 
-_LLAMA = Form(SelfPrunerConfig, SelfPrunerModel, SelfPrunerForCausalLM, _llama_switches)
+_LLAMA = Form(
+    llama.SelfPrunerConfig,
+    llama.SelfPrunerModel,
+    llama.SelfPrunerForCausalLM,
+    llama.SelfPrunerForSequenceClassification,
+    llama.SelfPrunerForTokenClassification,
+    _llama_switches,
+)
 FORMS: Mapping[str, Form] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    "gemma2": Form(SelfPrunerGemma2Config, SelfPrunerGemma2Model, SelfPrunerGemma2ForCausalLM),
-    "gemma3_text": Form(SelfPrunerGemma3Config, SelfPrunerGemma3Model, SelfPrunerGemma3ForCausalLM),
-    "phi3": Form(SelfPrunerPhi3Config, SelfPrunerPhi3Model, SelfPrunerPhi3ForCausalLM),
-    "opt": Form(SelfPrunerOPTConfig, SelfPrunerOPTModel, SelfPrunerOPTForCausalLM),
+    "gemma2": Form(
+        gemma.SelfPrunerGemma2Config,
+        gemma.SelfPrunerGemma2Model,
+        gemma.SelfPrunerGemma2ForCausalLM,
+        gemma.SelfPrunerGemma2ForSequenceClassification,
+        gemma.SelfPrunerGemma2ForTokenClassification,
+    ),
+    "gemma3_text": Form(
+        gemma.SelfPrunerGemma3Config,
+        gemma.SelfPrunerGemma3Model,
+        gemma.SelfPrunerGemma3ForCausalLM,
+        gemma.SelfPrunerGemma3ForSequenceClassification,
+        gemma.SelfPrunerGemma3ForTokenClassification,
+    ),
+    "phi3": Form(
+        phi3.SelfPrunerPhi3Config,
+        phi3.SelfPrunerPhi3Model,
+        phi3.SelfPrunerPhi3ForCausalLM,
+        phi3.SelfPrunerPhi3ForSequenceClassification,
+        phi3.SelfPrunerPhi3ForTokenClassification,
+    ),
+    "opt": Form(
+        opt.SelfPrunerOPTConfig,
+        opt.SelfPrunerOPTModel,
+        opt.SelfPrunerOPTForCausalLM,
+        opt.SelfPrunerOPTForSequenceClassification,
+        opt.SelfPrunerOPTForTokenClassification,
+    ),
 }
 
 

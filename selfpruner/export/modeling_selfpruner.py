@@ -15,6 +15,14 @@ family's, with ``per_layer_config`` naming what a layer has less of: ``num_atten
 # The classes below take the place of the family's own, which are annotated with the family's own config.
 # mypy: disable-error-code="arg-type,assignment,no-any-return,no-untyped-call,operator"
 
+import transformers
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 14):
+    raise ImportError(
+        "The layers of this checkpoint differ in width, which takes transformers 5.14 or later; this is "
+        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.14'"
+    )
+
 import copy
 from typing import Any
 
@@ -22,7 +30,11 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2ForCausalLM,
@@ -71,6 +83,50 @@ class SelfPrunerConfig(LlamaConfig):
                 raise ValueError(f"layer {index}: {heads} query heads do not divide into {kv_heads} KV heads")
 
 
+def _foreign_cache(index: int) -> ValueError:
+    return ValueError(
+        f"The cache was not filled by this model: for layer {index} it has another number of KV heads. They differ by layer, see "
+        "config.per_layer_config. Prefix tuning, whose prefixes are alike in all layers, does not fit; use LoRA or prompt tuning."
+    )
+
+
+def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
+    layers = past_key_values.layers
+    held = layers[index].keys if index < len(layers) else None
+    # A quantized cache has a form of its own. Several processes have a part of the heads each.
+    if held is None or held.ndim < 4 or held.shape[1] == heads:
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise _foreign_cache(index)
+
+
+class SelfPrunerNoAttention(nn.Module):
+    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None) -> tuple[None, None] | None:
+        if past_key_values is not None:
+            # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it, or
+            # as many as a quantized cache takes at once. A static cache has sized its layers already, this one for zero heads.
+            layers = past_key_values.layers
+            layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            held: Any = getattr(layer, "keys", None)
+            heads, width = 1, getattr(layer, "q_group_size", 1)
+            if held is not None and held.ndim == 4:
+                heads, width = held.shape[1], held.shape[-1]
+                if heads == 0 and not layer.is_compileable:
+                    raise _foreign_cache(self.layer_idx)
+            batch, length, _ = hidden_states.shape
+            mark = hidden_states.new_zeros(batch, heads, length, width)
+            past_key_values.update(mark, mark, self.layer_idx)
+        # Outputs are collected from modules: other than eager attentions give no weights, so none is missing here.
+        return None if self.config._attn_implementation == "eager" else (None, None)
+
+
 class SelfPrunerAttention(Qwen3Attention):
     """Attention with the head counts, norms and biases of ``layer``, its own config; ``config`` is the model's."""
 
@@ -104,10 +160,13 @@ class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.hidden_size = layer.hidden_size
         self.has_attention = layer.num_attention_heads > 0
+        self.kv_heads = layer.num_key_value_heads
         self.has_mlp = layer.intermediate_size > 0
         if self.has_attention:
             self.self_attn = SelfPrunerAttention(config, layer, layer_idx)
             self.input_layernorm = Qwen2RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
+        else:
+            self.no_attn = SelfPrunerNoAttention(config, layer_idx)
         if self.has_mlp:
             self.mlp = SelfPrunerMLP(layer)
             self.post_attention_layernorm = Qwen2RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
@@ -123,6 +182,8 @@ class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         if self.has_attention:
+            if past_key_values is not None:
+                _check_cache(past_key_values, self.layer_idx, self.kv_heads)
             attended, _ = self.self_attn(
                 hidden_states=self.input_layernorm(hidden_states),
                 attention_mask=attention_mask,
@@ -133,15 +194,8 @@ class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
             hidden_states = hidden_states + attended
-        elif past_key_values is not None:
-            # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it.
-            # A static cache has sized its layers already, this one for zero heads.
-            layers = past_key_values.layers
-            held = layers[self.layer_idx].keys if self.layer_idx < len(layers) else None
-            heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])
-            batch, length, _ = hidden_states.shape
-            mark = hidden_states.new_zeros(batch, heads, length, width)
-            past_key_values.update(mark, mark, self.layer_idx)
+        else:
+            self.no_attn(hidden_states, past_key_values)
         if self.has_mlp:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
@@ -151,7 +205,10 @@ class SelfPrunerPreTrainedModel(Qwen2PreTrainedModel):
     config: SelfPrunerConfig
     config_class = SelfPrunerConfig
     _no_split_modules = ["SelfPrunerDecoderLayer"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": SelfPrunerDecoderLayer, "attentions": SelfPrunerAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": SelfPrunerDecoderLayer,
+        "attentions": [SelfPrunerAttention, SelfPrunerNoAttention],
+    }
 
 
 class SelfPrunerModel(SelfPrunerPreTrainedModel, Qwen2Model):
@@ -181,4 +238,30 @@ class SelfPrunerForCausalLM(SelfPrunerPreTrainedModel, Qwen2ForCausalLM):
         self.post_init()
 
 
-__all__ = ["SelfPrunerConfig", "SelfPrunerForCausalLM", "SelfPrunerModel"]
+class SelfPrunerForSequenceClassification(GenericForSequenceClassification, SelfPrunerPreTrainedModel):
+    def __init__(self, config: SelfPrunerConfig) -> None:
+        # Past the generic constructor, which asks AutoModel, for the model of this file.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SelfPrunerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class SelfPrunerForTokenClassification(GenericForTokenClassification, SelfPrunerPreTrainedModel):
+    def __init__(self, config: SelfPrunerConfig) -> None:
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SelfPrunerModel(config)
+        self.dropout = nn.Dropout(0.1 if (rate := getattr(config, "classifier_dropout", None)) is None else rate)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "SelfPrunerConfig",
+    "SelfPrunerForCausalLM",
+    "SelfPrunerForSequenceClassification",
+    "SelfPrunerForTokenClassification",
+    "SelfPrunerModel",
+]

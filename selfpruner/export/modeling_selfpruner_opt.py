@@ -1,4 +1,4 @@
-"""OPT whose layers differ in width, after structured pruning, for transformers >= 5.23.
+"""OPT whose layers differ in width, after structured pruning, for transformers >= 5.14.
 
 This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The config is OPT's, with
 ``per_layer_config`` naming what a layer has less of: ``num_attention_heads``, ``ffn_dim``; 0 means that the layer has no attention,
@@ -14,13 +14,25 @@ or no FFN, and no norm before it. Tensor names are OPT's.
 # The classes below take the place of the family's own, which are annotated with the family's own config.
 # mypy: disable-error-code="arg-type,assignment,no-any-return,no-untyped-call,operator"
 
+import transformers
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 14):
+    raise ImportError(
+        "The layers of this checkpoint differ in width, which takes transformers 5.14 or later; this is "
+        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.14'"
+    )
+
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import (
     OPTAttention,
@@ -42,6 +54,50 @@ class SelfPrunerOPTConfig(OPTConfig):
     head_dim: int = 64
     o_proj_bias: bool = True
     down_proj_bias: bool = True
+
+
+def _foreign_cache(index: int) -> ValueError:
+    return ValueError(
+        f"The cache was not filled by this model: for layer {index} it has another number of KV heads. They differ by layer, see "
+        "config.per_layer_config. Prefix tuning, whose prefixes are alike in all layers, does not fit; use LoRA or prompt tuning."
+    )
+
+
+def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
+    layers = past_key_values.layers
+    held = layers[index].keys if index < len(layers) else None
+    # A quantized cache has a form of its own. Several processes have a part of the heads each.
+    if held is None or held.ndim < 4 or held.shape[1] == heads:
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise _foreign_cache(index)
+
+
+class SelfPrunerOPTNoAttention(nn.Module):
+    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None) -> tuple[None, None] | None:
+        if past_key_values is not None:
+            # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it, or
+            # as many as a quantized cache takes at once. A static cache has sized its layers already, this one for zero heads.
+            layers = past_key_values.layers
+            layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            held: Any = getattr(layer, "keys", None)
+            heads, width = 1, getattr(layer, "q_group_size", 1)
+            if held is not None and held.ndim == 4:
+                heads, width = held.shape[1], held.shape[-1]
+                if heads == 0 and not layer.is_compileable:
+                    raise _foreign_cache(self.layer_idx)
+            batch, length, _ = hidden_states.shape
+            mark = hidden_states.new_zeros(batch, heads, length, width)
+            past_key_values.update(mark, mark, self.layer_idx)
+        # Outputs are collected from modules: other than eager attentions give no weights, so none is missing here.
+        return None if self.config._attn_implementation == "eager" else (None, None)
 
 
 class SelfPrunerOPTAttention(OPTAttention):
@@ -72,10 +128,13 @@ class SelfPrunerOPTDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.dropout = nn.Dropout(layer.dropout)
         self.has_attention = layer.num_attention_heads > 0
+        self.kv_heads = layer.num_attention_heads
         self.has_ffn = layer.ffn_dim > 0
         if self.has_attention:
             self.self_attn = SelfPrunerOPTAttention(config, layer, layer_idx)
             self.self_attn_layer_norm = nn.LayerNorm(layer.hidden_size)
+        else:
+            self.no_attn = SelfPrunerOPTNoAttention(config, layer_idx)
         if self.has_ffn:
             self.fc1 = nn.Linear(layer.hidden_size, layer.ffn_dim, bias=layer.enable_bias)
             self.fc2 = nn.Linear(layer.ffn_dim, layer.hidden_size, bias=layer.down_proj_bias)
@@ -86,6 +145,8 @@ class SelfPrunerOPTDecoderLayer(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, past_key_values: Any = None, **kwargs: Any
     ) -> torch.Tensor:
         if self.has_attention:
+            if past_key_values is not None:
+                _check_cache(past_key_values, self.layer_idx, self.kv_heads)
             attended, _ = self.self_attn(
                 hidden_states=self.self_attn_layer_norm(hidden_states),
                 attention_mask=attention_mask,
@@ -93,15 +154,8 @@ class SelfPrunerOPTDecoderLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
             hidden_states = hidden_states + self.dropout(attended)
-        elif past_key_values is not None:
-            # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it.
-            # A static cache has sized its layers already, this one for zero heads.
-            layers = past_key_values.layers
-            held = layers[self.layer_idx].keys if self.layer_idx < len(layers) else None
-            heads, width = (1, 1) if held is None else (held.shape[1], held.shape[-1])
-            batch, length, _ = hidden_states.shape
-            mark = hidden_states.new_zeros(batch, heads, length, width)
-            past_key_values.update(mark, mark, self.layer_idx)
+        else:
+            self.no_attn(hidden_states, past_key_values)
         if self.has_ffn:
             channels = self.activation_fn(self.fc1(self.final_layer_norm(hidden_states)))
             hidden_states = hidden_states + self.dropout(self.fc2(channels))
@@ -112,7 +166,10 @@ class SelfPrunerOPTPreTrainedModel(OPTPreTrainedModel):
     config: SelfPrunerOPTConfig
     config_class = SelfPrunerOPTConfig
     _no_split_modules = ["SelfPrunerOPTDecoderLayer"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": SelfPrunerOPTDecoderLayer, "attentions": SelfPrunerOPTAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": SelfPrunerOPTDecoderLayer,
+        "attentions": [SelfPrunerOPTAttention, SelfPrunerOPTNoAttention],
+    }
 
 
 class SelfPrunerOPTDecoder(SelfPrunerOPTPreTrainedModel, OPTDecoder):
@@ -145,4 +202,30 @@ class SelfPrunerOPTForCausalLM(SelfPrunerOPTPreTrainedModel, OPTForCausalLM):
         self.post_init()
 
 
-__all__ = ["SelfPrunerOPTConfig", "SelfPrunerOPTForCausalLM", "SelfPrunerOPTModel"]
+class SelfPrunerOPTForSequenceClassification(GenericForSequenceClassification, SelfPrunerOPTPreTrainedModel):
+    def __init__(self, config: SelfPrunerOPTConfig) -> None:
+        # Past the generic constructor, which asks AutoModel, for the model of this file.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SelfPrunerOPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class SelfPrunerOPTForTokenClassification(GenericForTokenClassification, SelfPrunerOPTPreTrainedModel):
+    def __init__(self, config: SelfPrunerOPTConfig) -> None:
+        super(GenericForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SelfPrunerOPTModel(config)
+        self.dropout = nn.Dropout(0.1 if (rate := getattr(config, "classifier_dropout", None)) is None else rate)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "SelfPrunerOPTConfig",
+    "SelfPrunerOPTForCausalLM",
+    "SelfPrunerOPTForSequenceClassification",
+    "SelfPrunerOPTForTokenClassification",
+    "SelfPrunerOPTModel",
+]
