@@ -30,7 +30,7 @@ from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, spectral_exponents, weight_facts
-from selfpruner.export.build import outline
+from selfpruner.export.build import check_buildable, outline
 from selfpruner.export.checkpoint import TensorSource
 from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.models import LoadedModel
@@ -100,6 +100,7 @@ def prepare(
     """The texts of ``roles``, statistics, importance, space. Raises typed errors for texts and budgets that cannot work."""
     started = time.perf_counter()
     arch = describe(loaded.model)
+    check_buildable(loaded.model)
     arch.restore_order()  # what an earlier session left; a text that the model writes does not depend on it
     # A budget that cannot be met, or a text that is too short, is found before minutes are spent on statistics.
     _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])

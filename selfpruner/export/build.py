@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, AutoModelForCausalLM
@@ -60,7 +62,7 @@ def outline(base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable
         raise ExportError(f"The model has {base.config.num_hidden_layers} layers, but {len(shapes)} layer shapes were given.")
     try:
         config = _config(base, shapes, {*base.state_dict(), *names})
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise ExportError(f"These layer shapes make no model: {error}") from error
     with torch.device("meta"):
         cls: Any = form_of(base.config).causal_lm
@@ -68,6 +70,21 @@ def outline(base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable
     model.generation_config = base.generation_config
     model.train(False)
     return model
+
+
+def check_buildable(base: PreTrainedModel) -> None:
+    """Try the outline of a pruned ``base`` whose layers differ, which costs nothing: a config from which none can be made is known
+    before the work and not after it. Raises ExportError."""
+    dense = shapes_of(base.config)
+    shapes = [replace(shape, channels=max(1, shape.channels // (1 + index % 2))) for index, shape in enumerate(dense)]
+    shapes[-1] = LayerShape(1, 1, 0)
+    try:
+        outline(base, shapes, [], dtype=base.dtype)
+    except Exception as error:  # whatever transformers makes of a config it accepts for the dense model
+        raise ExportError(
+            f"No pruned model can be made from the config.json of this one: {error} Compare it with the one that was published.",
+            param="model",
+        ) from error
 
 
 def shapes_of(config: PreTrainedConfig) -> list[LayerShape]:
@@ -140,7 +157,7 @@ def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, **biases:
         plain = classes(**body)
         with torch.device("meta"):
             twin: PreTrainedModel = AutoModelForCausalLM.from_config(plain)
-    except ValueError:
+    except (ValueError, StrictDataclassError):
         # For instance heads that do not divide the hidden size.
         return None
     plain.architectures = [type(twin).__name__]

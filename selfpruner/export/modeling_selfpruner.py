@@ -100,8 +100,9 @@ def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
         raise _foreign_cache(index)
 
 
-class SelfPrunerNoAttention(nn.Module):
-    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights."""
+class SelfPrunerDropped(nn.Module):
+    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights. (transformers
+    looks for classes of this kind with "Attention" in their name, and would then let nobody choose how attention is computed.)"""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
             self.self_attn = SelfPrunerAttention(config, layer, layer_idx)
             self.input_layernorm = Qwen2RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
         else:
-            self.no_attn = SelfPrunerNoAttention(config, layer_idx)
+            self.no_attn = SelfPrunerDropped(config, layer_idx)
         if self.has_mlp:
             self.mlp = SelfPrunerMLP(layer)
             self.post_attention_layernorm = Qwen2RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
@@ -207,7 +208,7 @@ class SelfPrunerPreTrainedModel(Qwen2PreTrainedModel):
     _no_split_modules = ["SelfPrunerDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": SelfPrunerDecoderLayer,
-        "attentions": [SelfPrunerAttention, SelfPrunerNoAttention],
+        "attentions": [SelfPrunerAttention, SelfPrunerDropped],
     }
 
 

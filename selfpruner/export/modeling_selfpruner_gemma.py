@@ -129,8 +129,9 @@ def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
         raise _foreign_cache(index)
 
 
-class SelfPrunerGemmaNoAttention(nn.Module):
-    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights."""
+class SelfPrunerGemmaDropped(nn.Module):
+    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights. (transformers
+    looks for classes of this kind with "Attention" in their name, and would then let nobody choose how attention is computed.)"""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ class _DecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm = self.norm_class(size, eps=eps)
             self.post_attention_layernorm = self.norm_class(size, eps=eps)
         else:
-            self.no_attn = SelfPrunerGemmaNoAttention(config, layer_idx)
+            self.no_attn = SelfPrunerGemmaDropped(config, layer_idx)
         if self.has_mlp:
             self.mlp = SelfPrunerGemmaMLP(layer)
             self.pre_feedforward_layernorm = self.norm_class(size, eps=eps)
@@ -261,7 +262,7 @@ class SelfPrunerGemma2PreTrainedModel(Gemma2PreTrainedModel):
     _no_split_modules = ["SelfPrunerGemma2DecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": SelfPrunerGemma2DecoderLayer,
-        "attentions": [SelfPrunerGemma2Attention, SelfPrunerGemmaNoAttention],
+        "attentions": [SelfPrunerGemma2Attention, SelfPrunerGemmaDropped],
     }
 
 
@@ -316,7 +317,7 @@ class SelfPrunerGemma3PreTrainedModel(Gemma3PreTrainedModel):
     _no_split_modules = ["SelfPrunerGemma3DecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": SelfPrunerGemma3DecoderLayer,
-        "attentions": [SelfPrunerGemma3Attention, SelfPrunerGemmaNoAttention],
+        "attentions": [SelfPrunerGemma3Attention, SelfPrunerGemmaDropped],
     }
 
 

@@ -73,8 +73,9 @@ def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
         raise _foreign_cache(index)
 
 
-class SelfPrunerOPTNoAttention(nn.Module):
-    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights."""
+class SelfPrunerOPTDropped(nn.Module):
+    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights. (transformers
+    looks for classes of this kind with "Attention" in their name, and would then let nobody choose how attention is computed.)"""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class SelfPrunerOPTDecoderLayer(GradientCheckpointingLayer):
             self.self_attn = SelfPrunerOPTAttention(config, layer, layer_idx)
             self.self_attn_layer_norm = nn.LayerNorm(layer.hidden_size)
         else:
-            self.no_attn = SelfPrunerOPTNoAttention(config, layer_idx)
+            self.no_attn = SelfPrunerOPTDropped(config, layer_idx)
         if self.has_ffn:
             self.fc1 = nn.Linear(layer.hidden_size, layer.ffn_dim, bias=layer.enable_bias)
             self.fc2 = nn.Linear(layer.ffn_dim, layer.hidden_size, bias=layer.down_proj_bias)
@@ -168,7 +169,7 @@ class SelfPrunerOPTPreTrainedModel(OPTPreTrainedModel):
     _no_split_modules = ["SelfPrunerOPTDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": SelfPrunerOPTDecoderLayer,
-        "attentions": [SelfPrunerOPTAttention, SelfPrunerOPTNoAttention],
+        "attentions": [SelfPrunerOPTAttention, SelfPrunerOPTDropped],
     }
 
 

@@ -91,8 +91,9 @@ def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
         raise _foreign_cache(index)
 
 
-class SelfPrunerPhi3NoAttention(nn.Module):
-    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights."""
+class SelfPrunerPhi3Dropped(nn.Module):
+    """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights. (transformers
+    looks for classes of this kind with "Attention" in their name, and would then let nobody choose how attention is computed.)"""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
@@ -181,7 +182,7 @@ class SelfPrunerPhi3DecoderLayer(GradientCheckpointingLayer):
             self.self_attn = SelfPrunerPhi3Attention(config, layer, layer_idx)
             self.input_layernorm = Phi3RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
         else:
-            self.no_attn = SelfPrunerPhi3NoAttention(config, layer_idx)
+            self.no_attn = SelfPrunerPhi3Dropped(config, layer_idx)
         if self.has_mlp:
             self.mlp = SelfPrunerPhi3MLP(layer)
             self.post_attention_layernorm = Phi3RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
@@ -218,7 +219,7 @@ class SelfPrunerPhi3PreTrainedModel(Phi3PreTrainedModel):
     _no_split_modules = ["SelfPrunerPhi3DecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": SelfPrunerPhi3DecoderLayer,
-        "attentions": [SelfPrunerPhi3Attention, SelfPrunerPhi3NoAttention],
+        "attentions": [SelfPrunerPhi3Attention, SelfPrunerPhi3Dropped],
     }
 
 
