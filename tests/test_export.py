@@ -242,7 +242,7 @@ def test_a_sliding_window_stays_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "opt"])
 def test_fewer_heads_everywhere_make_an_ordinary_model_where_the_family_has_such(tmp_path: Path, family: str) -> None:
-    _, model = folder(tmp_path, family)
+    _, model = folder(tmp_path / "two", family)
     groups = [0] if family != "opt" else [0, 1]
     weights: dict[str, Tensor] = {}
     for layer in range(3):
@@ -257,6 +257,14 @@ def test_fewer_heads_everywhere_make_an_ordinary_model_where_the_family_has_such
     twin.load_state_dict(pruned.state_dict())
     with torch.inference_mode():
         assert twin(tokens_of(1, 12)).logits.equal(pruned(tokens_of(1, 12)).logits)
+
+    # Heads that do not divide the hidden size are none of an ordinary Llama or Gemma.
+    _, model = folder(tmp_path / "three", family, kv_heads=4)
+    weights = {}
+    for layer in range(3):
+        weights |= cut(model, layer, Keep((0, 1, 3), None), [0, 1, 3])
+    plain = plain_config(build(model, [LayerShape(3, 1, 64)] * 3, weights))
+    assert (None if plain is None else type(plain)) is (type(model.config) if family == "phi3" else None)
 
 
 def test_building_copies_nothing_it_need_not(tmp_path: Path) -> None:
@@ -279,6 +287,8 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
         build(model, [dense] * 3, {"model.layers.9.mlp.down_proj.bias": torch.zeros(32)})
     with pytest.raises(ExportError, match="3 layers, but 2 layer shapes"):
         build(model, [dense] * 2, {})
+    with pytest.raises(ExportError, match="0 query heads do not divide into 2 KV heads"):
+        build(model, [LayerShape(2, 0, 64)] * 3, {})
 
 
 def test_a_uniform_plan_is_an_ordinary_model_of_its_family(tmp_path: Path) -> None:
@@ -410,6 +420,30 @@ def test_every_form_is_verified_with_its_own_code(tmp_path: Path, family: str) -
     verify(tmp_path / "checkpoint")
     with torch.inference_mode():
         assert load(tmp_path / "checkpoint")(tokens_of(1, 12)).logits.equal(case.pruned(tokens_of(1, 12)).logits)
+
+
+CLASSIFIERS = """
+import sys
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+# Told no, it needs no code of the folder and asks nobody.
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+print(tokenizer("to be or not")["input_ids"])
+for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    model = auto.from_pretrained(sys.argv[1], num_labels=3, trust_remote_code=True)
+    print(type(model).__module__.split(".")[0], type(model).__name__, model.score.out_features)
+"""
+
+
+def test_a_stranger_classifies_and_reads_the_tokenizer_without_code(written: Written) -> None:
+    command = [sys.executable, "-P", "-c", CLASSIFIERS, str(written.path)]
+    ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [
+        str(written.tokenizer("to be or not")["input_ids"]),
+        "transformers_modules SelfPrunerForSequenceClassification 3",
+        "transformers_modules SelfPrunerForTokenClassification 3",
+    ]
+    assert "custom code" not in ran.stderr
 
 
 def test_exporting_again_keeps_what_is_there(written: Written) -> None:

@@ -12,7 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import tests.tiny_models as tiny
 from selfpruner import models
-from selfpruner.errors import ModelError
+from selfpruner.config import SearchConfig
+from selfpruner.errors import ExportError, ModelError
+from selfpruner.evaluation.prepared import prepare
 from tests.test_export import folder, greedy, masked_logits, prune, tokens_of
 
 SHORT = 24  # the length that a table which stretches starts from
@@ -71,3 +73,14 @@ def test_what_phi_3_has_no_table_for_is_refused_when_it_is_loaded(tmp_path: Path
     (source / "config.json").write_text(json.dumps(body | options_of("phi3", rope)))
     with pytest.raises(ModelError, match="rope_parameters"):
         models.load(models.resolve(str(source), tmp_path), "cpu", "float32")
+
+
+def test_a_config_that_no_pruned_model_can_have_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = tiny.tiny_model(tmp_path / "model", "llama", **options_of("llama", "longrope"))
+    loaded = models.load(models.resolve(str(source), tmp_path), "cpu", "float32")
+    loaded.model.config.rope_parameters["long_factor"] = [1.0, 2.0, 3.0]
+    told: list[str] = []
+    with pytest.raises(ExportError, match="long_factor must have 4 numbers, not 3"):
+        prepare(SearchConfig(rate=0.2), loaded, tmp_path / "cache", ["fitness"], told.append, lambda: False)
+    assert told == []
+    assert not (tmp_path / "cache").exists()
