@@ -256,10 +256,12 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
 def _reading(what: str, advice: str) -> Iterator[None]:
     """Silence, and a :class:`ModelError` for whatever transformers or safetensors raise of the files being read."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     damage = (
         SafetensorError,
+        StrictDataclassError,
         OSError,
         ValueError,
         LookupError,
