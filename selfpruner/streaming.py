@@ -355,10 +355,14 @@ class StreamedEmbedding(nn.Module):
         self._files, self._name, self._scale = files, name, scale
         self.weight = weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The rows as they are in the files, without the scale."""
         wanted, place = torch.unique(tokens, return_inverse=True)
-        rows = self._files.gather(self._name, wanted.tolist())
-        return (rows if self._scale is None else rows * self._scale.to(rows.dtype))[place]
+        return self._files.gather(self._name, wanted.tolist())[place]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.rows(tokens)
+        return rows if self._scale is None else rows * self._scale.to(rows.dtype)
 
 
 class StreamedHead(nn.Module):

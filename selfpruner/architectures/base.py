@@ -202,6 +202,10 @@ class Architecture:
         """(B, S) token ids to the float32 residual stream (B, S, d)."""
         return self.decoder.embed_tokens(tokens).float()  # type: ignore[no-any-return]
 
+    def embed_exactly(self, tokens: Tensor) -> Tensor:
+        """What :meth:`embed` would be if the weights were float32 numbers: the same, where nothing is computed with the rows."""
+        return self.embed(tokens)
+
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (S, h) for positions 0..S-1, by the model's own rotary module (any scaling it has)."""
         positions = torch.arange(length, device=self.device)[None]

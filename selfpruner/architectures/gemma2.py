@@ -8,13 +8,16 @@ others is not taken from that but measured on the stream, by probes. A dropped b
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selfpruner.architectures.base import QUERIES, Architecture, rms_norm, soft_cap
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
+from selfpruner.streaming import StreamedEmbedding
 
 
 class Gemma2(Architecture):
@@ -22,6 +25,11 @@ class Gemma2(Architecture):
 
     def normalize(self, norm: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return rms_norm(x, 1 + norm.weight.detach().float(), self.eps, dtype)
+
+    def embed_exactly(self, tokens: Tensor) -> Tensor:
+        table = self.decoder.embed_tokens
+        rows = table.rows(tokens) if isinstance(table, StreamedEmbedding) else F.embedding(tokens, table.weight.detach())
+        return rows.float() * math.sqrt(self.hidden)  # 16 bits round the root, and then the product
 
     def attention_output(self, layer: int, z: Tensor, w: AttentionWeights) -> Tensor:
         after = self.decoder.layers[layer].get_submodule(self.layout.attention_norms[1])

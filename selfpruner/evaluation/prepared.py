@@ -395,7 +395,7 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
     @torch.no_grad()
     def logits(tokens: Tensor) -> Tensor:
         # In float32 like the verification, so that all that can differ is what was written.
-        x, rope = arch.embed(tokens.to(arch.device)), arch.rope(tokens.shape[1])
+        x, rope = arch.embed_exactly(tokens.to(arch.device)), arch.rope(tokens.shape[1])
         for block, level in enumerate(plan.levels):
             weights = engine.weights(block, level)
             if isinstance(weights, FfnWeights):

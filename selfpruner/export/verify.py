@@ -47,7 +47,8 @@ PROMPT, GENERATED = 8, 12
 @contextmanager
 def exact(model: torch.nn.Module) -> Iterator[None]:
     """Let ``model`` compute in float32 whatever its weights are stored in: a module's are converted while it runs, so that no more
-    than one module's are in memory twice."""
+    than one module's are in memory twice. What a module computed for itself when it was made is float32's too: loaded in 16 bits,
+    Gemma's embeddings are scaled by the root of the hidden size as those round it."""
     held: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
 
     def before(module: torch.nn.Module, _: Any) -> None:
@@ -63,9 +64,14 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
     for module in model.modules():
         if any(p.dtype.itemsize < 4 for p in module.parameters(recurse=False)):
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+    scaled = [(module, module.embed_scale) for module in model.modules() if hasattr(module, "scalar_embed_scale")]
+    for module, rounded in scaled:
+        module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float32, device=rounded.device)
     try:
         yield
     finally:
+        for module, rounded in scaled:
+            module.embed_scale = rounded
         for hook in hooks:
             hook.remove()
 
