@@ -3,8 +3,9 @@
     python -m benchmarks.bias --seeds 0 1 2 --rates 0.2 0.3
 
 For every seed the units are ordered by ``obs`` on its own calibration sequences, half WikiText-2 train and half C4. Two plans of
-each rate, uniform and a ramp from 0.4 to 1.6 of the rate over the depth, are made of the shapes that both spaces have. Judged one by one on the same sequences of WikiText-2 test and of C4's report part for all seeds, so that everything
-is paired. The interval is a bootstrap of seeds and of sequences, each drawn again with replacement.
+each rate, uniform and a ramp from 0.4 to 1.6 of the rate over the depth, are made of the shapes that both spaces have. Judged one
+by one on the same sequences of WikiText-2 test and of C4's report part for all seeds, so that everything is paired. The interval is
+a bootstrap of seeds and of sequences, each drawn again with replacement.
 
 Results are kept after every sequence, and the same command goes on where it stopped.
 """

@@ -130,8 +130,8 @@ def refused(result: dict[str, Any]) -> dict[str, Any]:
     """``result`` of a new export's proof, or ExportError with its problems."""
     if result["problems"]:
         raise ExportError(
-            f"The written checkpoint does not verify: {'; '.join(result['problems'])}. It was removed; the plans of a search stay in "
-            "its database, and `selfpruner export` writes any of them. Where a disk or memory was at fault, another try is all it "
-            "takes; where the same figures come again, it is selfpruner: please report them, with the model and its dtype."
+            f"The written checkpoint does not verify: {'; '.join(result['problems'])}. It was removed; the plans of a search stay "
+            "in its database, and `selfpruner export` writes any of them. Where a disk or memory was at fault, another try is "
+            "all it takes; where the same figures come again, it is selfpruner: please report them, with the model and its dtype."
         )
     return result

@@ -64,7 +64,8 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
     for module in model.modules():
         if any(p.dtype.itemsize < 4 for p in module.parameters(recurse=False)):
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
-    scaled = [(module, module.embed_scale) for module in model.modules() if hasattr(module, "scalar_embed_scale")]
+    scales: list[Any] = [module for module in model.modules() if hasattr(module, "scalar_embed_scale")]
+    scaled = [(module, module.embed_scale) for module in scales]
     for module, rounded in scaled:
         module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float32, device=rounded.device)
     try:
