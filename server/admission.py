@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from selfpruner import models
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, ModelNotFoundError, UnknownNameError
 from selfpruner.names import EMBEDDED_MODELS
@@ -23,13 +24,16 @@ TEXT_WORDS = ("auto", "self", "c4", "pydoc")
 
 
 def admit(config: SearchConfig, settings: ServerSettings) -> SearchConfig:
-    """The config with local paths made absolute; raises a ConfigError or ModelNotFoundError that names what is allowed."""
+    """The config with local paths made absolute; raises a ConfigError or ModelNotFoundError that names what is allowed, and
+    what :func:`selfpruner.models.foresee` does: a model that is none, or of an unknown family, is refused before it is queued."""
     if config.proposer not in settings.all_proposers:
         raise UnknownNameError("proposer", config.proposer, settings.all_proposers)
     _check_device(config.device, settings.devices)
+    model = _model(config.model, settings)
+    models.foresee(model)
     return config.model_copy(
         update={
-            "model": _model(config.model, settings),
+            "model": model,
             **{field: _text(getattr(config, field), field, settings) for field in ("calibration", "fitness_text", "report_text")},
         }
     )
