@@ -75,7 +75,7 @@ class Source(Strict):
     """One source of text.
 
     ``source`` is ``auto``, ``self`` (the dense model writes), ``c4`` (hub), ``pydoc`` (the documentation that ships with
-    Python), ``hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]``, or a path of a ``.txt`` or ``.jsonl`` file.
+    Python), ``hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]``, or a path: plain text or JSON lines, see ``calibration.files``.
     """
 
     source: str = Field(default="auto", min_length=1, max_length=1024)

@@ -6,34 +6,30 @@ ids match the operator's list, proposers and devices are the configured ones. Er
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from selfpruner import models
+from selfpruner.calibration import files
 from selfpruner.config import SearchConfig, Source, TextConfig
-from selfpruner.errors import ConfigError, ModelNotFoundError, UnknownNameError
+from selfpruner.errors import ConfigError, ModelNotFoundError, TextError, UnknownNameError
 from selfpruner.names import EMBEDDED_MODELS
 from server.settings import ServerSettings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 HUB_TEXT = re.compile(r"hub:[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:[\w.-]*){0,3}")
-# What these words mean is documented in selfpruner.config.Source.
-TEXT_WORDS = ("auto", "self", "c4", "pydoc")
 
 
 def admit(config: SearchConfig, settings: ServerSettings) -> SearchConfig:
-    """The config with local paths made absolute; raises a ConfigError or ModelNotFoundError that names what is allowed, and
-    what :func:`selfpruner.models.foresee` does: a model that is none, or of an unknown family, is refused before it is queued."""
+    """The config with local paths made absolute; raises a ConfigError or ModelNotFoundError that names what is allowed."""
     if config.proposer not in settings.all_proposers:
         raise UnknownNameError("proposer", config.proposer, settings.all_proposers)
     _check_device(config.device, settings.devices)
-    model = _model(config.model, settings)
-    models.foresee(model)
     return config.model_copy(
         update={
-            "model": model,
+            "model": _model(config.model, settings),
             **{field: _text(getattr(config, field), field, settings) for field in ("calibration", "fitness_text", "report_text")},
         }
     )
@@ -84,16 +80,21 @@ def _text(text: TextConfig, field: str, settings: ServerSettings) -> TextConfig:
 
 
 def _source(name: str, param: str, settings: ServerSettings) -> str:
-    if name in TEXT_WORDS or (HUB_TEXT.fullmatch(name) and ".." not in name):
+    if name in files.WORDS or (HUB_TEXT.fullmatch(name) and ".." not in name):
         return name
     root = settings.text_root
-    if root is not None and _printable(name) and "://" not in name and name.endswith((".txt", ".jsonl")):
-        path = _below(root, name)
-        if path is not None and path.is_file():
-            return str(path)
-    where = f"a .txt or .jsonl file below {root}" if root is not None else "a file, once the operator sets SELFPRUNER_TEXT_ROOT"
+    if root is not None and files.is_file_name(name) and _printable(name) and "://" not in name:
+        with contextlib.suppress(files.NoFileError):
+            file = files.find(name, root)
+            try:
+                file.check()
+            except TextError as error:
+                error.param = param
+                raise
+            return file.name
+    where = f"a text file or JSON lines below {root}" if root is not None else "a file, once the operator sets SELFPRUNER_TEXT_ROOT"
     raise ConfigError(
-        f"No text source {name!r} here. Use one of {', '.join(TEXT_WORDS)}, 'hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]', or {where}.",
+        f"No text source {name!r} here. Use one of {', '.join(files.WORDS)}, 'hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]', or {where}.",
         code="unknown_name",
         param=param,
     )

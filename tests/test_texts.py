@@ -271,7 +271,7 @@ def make(name: str, content: bytes) -> Callable[[Path], str]:
         (make("deep.jsonl", b"[" * 100_000), "Line 1"),
         (lambda _: "/no/such/file.txt", "There is no text file"),
         (lambda folder: str(folder / ("x" * 300)) + ".txt", "There is no text file"),
-        (lambda folder: str(folder), "Unknown source of text"),
+        (lambda folder: str(folder), "There is no text file"),
         (lambda _: "wikipedia", "Use auto, self, c4, pydoc"),
         (lambda _: "c4", "no network, or offline mode is on. Use source self"),
         (lambda _: "hub:owner/set", "cannot be reached"),

@@ -38,7 +38,7 @@ def documents() -> tuple[str, ...]:
     if not result:
         raise TextError(
             "This Python came without its documentation (pydoc_data and the standard library's sources). "
-            "Install the full Python package, or give a .txt or .jsonl file."
+            "Install the full Python package, or give a text file."
         )
     return tuple(result)
 

@@ -5,6 +5,9 @@ WikiText) is one stream of tokens, cut into stretches of at most 200,000, and ea
 fitness, 20 % report. A text that is streamed from the hub gives its documents to the roles by their position, in the same
 proportion. What the model writes itself is drawn from a stream of random numbers per role.
 
+A large file (``files.WHOLE``) is neither read nor tokenized as a whole, but as far as is asked for: its stretches are of bytes, and
+a role takes a few sequences from its part of each of many that are spread over the file. A WikiText beyond that size is streamed.
+
 Documents are packed: joined by the token that ends a document, cut into sequences, nothing padded. A sequence begins with BOS only
 if the tokenizer puts it there by itself. Batches are kept on disk under what was *asked for*, so that ``auto`` means the same text
 when a job goes on after the network has come or gone.
@@ -17,6 +20,7 @@ import itertools
 import json
 import os
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfpruner.calibration import pydoc, selftext
+from selfpruner.calibration import files, pydoc, selftext
+from selfpruner.calibration.encoding import encode
+from selfpruner.calibration.files import TextFile
 from selfpruner.config import TextConfig
 from selfpruner.errors import CancelledTaskError, TextError, disk_errors
 from selfpruner.model_checks import sampled_digest
@@ -39,7 +45,9 @@ if TYPE_CHECKING:
 Role = Literal["calibration", "fitness", "report"]
 
 _VERSION = 1
-_STRETCH = 200_000
+_READING = 2  # how files are read
+_STRETCH = 200_000  # tokens
+_STRETCH_BYTES = 1 << 20  # the same for a large file
 _PARTS: dict[str, tuple[int, int]] = {"calibration": (0, 5), "fitness": (5, 8), "report": (8, 10)}  # tenths
 _FIELDS = {"calibration": "calibration", "fitness": "fitness_text", "report": "report_text"}
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
@@ -102,9 +110,11 @@ def _token_batches(
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     if context is not None and config.length > context:
         raise TextError(f"Sequences of {config.length} tokens are longer than the model's context of {context}. Lower length.")
-    files = {s.source: _file(s.source, allowed_root) for s in config.sources if s.source.endswith((".txt", ".jsonl"))}
+    named = {s.source: files.find(s.source, allowed_root) for s in config.sources if files.is_file_name(s.source)}
+    for file in named.values():
+        file.check()
     asked = {
-        "sources": [(s.source, s.weight, sampled_digest(files[s.source]) if s.source in files else "") for s in config.sources],
+        "sources": [(s.source, s.weight, _identity(named[s.source]) if s.source in named else "") for s in config.sources],
         "rest": [_VERSION, selftext.RECIPE, role, config.sequences, config.length, seed, loaded.source.fingerprint],
     }
     kept = cache / "texts" / f"{role}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]}.safetensors"
@@ -118,7 +128,7 @@ def _token_batches(
         name = _resolve(source.source, role)
         weights[name] = weights.get(name, 0.0) + source.weight
     counts = apportion(list(weights.values()), config.sequences)
-    reader = _Reader(role, loaded, cache, seed, config.length, progress, cancelled, files)
+    reader = _Reader(role, loaded, cache, seed, config.length, progress, cancelled, named)
     parts = [reader.read(name, count) for name, count in zip(weights, counts, strict=True) if count]
     # Interleaved, so that any run of sequences holds the mixture.
     places = [((row + 0.5) / len(part), index, row) for index, part in enumerate(parts) for row in range(len(part))]
@@ -164,27 +174,11 @@ def _resolve(source: str, role: Role) -> str:
         if role == "report":
             return _WIKITEXT if hub_available() else "pydoc"
         return "c4" if hub_available() else "self"
-    if source in ("self", "c4", "pydoc") or source.startswith("hub:") or source.endswith((".txt", ".jsonl")):
-        return source
-    raise TextError(
-        f"Unknown source of text {source!r}. Use auto, self, c4, pydoc, hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], "
-        "or the path of a .txt or .jsonl file."
-    )
+    return source
 
 
-def _file(source: str, allowed_root: Path | None) -> Path:
-    absent = TextError(
-        f"There is no text file {source!r}. Check the path"
-        + (" (it must lie inside the folder this server allows)." if allowed_root else ".")
-    )
-    try:
-        path = (Path(source).expanduser() if allowed_root is None else allowed_root / source).resolve()
-        inside = allowed_root is None or path.is_relative_to(allowed_root.resolve())
-        if not inside or not path.is_file():
-            raise absent
-    except (OSError, ValueError, RuntimeError) as error:  # null bytes, over-long names, loops of links
-        raise absent from error
-    return path
+def _identity(file: TextFile) -> str:
+    return f"{sampled_digest(file.path)}:{file.field}:{_READING}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +192,7 @@ class _Reader:
     length: int
     progress: Callable[[str], None]
     cancelled: Callable[[], bool]
-    files: dict[str, Path]
+    files: dict[str, TextFile]
 
     def read(self, source: str, count: int) -> Tensor:
         """``count`` sequences of ``source`` for this role, int64 (count, length)."""
@@ -208,8 +202,9 @@ class _Reader:
         if source == "pydoc":
             return self._whole(source, pydoc.documents(), count)
         if source in self.files:
-            path = self.files[source]
-            return self._whole(source, read_text(path) if path.suffix == ".txt" else read_jsonl(path), count)
+            file = self.files[source]
+            documents = file.whole()
+            return self._sampled(source, file, count) if documents is None else self._whole(source, documents, count)
         if source == "c4":
             return self._streamed(source, hub_documents(_C4[0], data_files=_C4[1], split="train"), count)
         return self._from_hub(source, count)
@@ -235,18 +230,24 @@ class _Reader:
         documents = hub_documents(dataset, name=name, split=split or "train", field=field or "text")
         if dataset.rpartition("/")[2] == "wikitext":
             # Rows are lines. The customary perplexity text is the rows joined by a blank line.
-            return self._whole(source, ["\n\n".join(documents)], count)
+            rows, known, size = iter(documents), list[str](), 0
+            for row in rows:
+                known.append(row)
+                size += len(row) + 2
+                if size > files.WHOLE:
+                    return self._streamed(source, _grouped(itertools.chain(known, rows)), count)
+            return self._whole(source, ["\n\n".join(known)], count)
         return self._streamed(source, documents, count)
 
     def _whole(self, source: str, documents: Iterable[str], count: int) -> Tensor:
-        stream = list(itertools.chain.from_iterable(self._tokens(documents)))
+        stream = self._stream(documents)
         stretches = max(1, len(stream) // _STRETCH)
         first, last = _PARTS[self.role]
-        sequences: list[list[int]] = []
+        parts = []
         for stretch in range(stretches):
             begin, end = len(stream) * stretch // stretches, len(stream) * (stretch + 1) // stretches
-            part = stream[begin + (end - begin) * first // 10 : begin + (end - begin) * last // 10]
-            sequences += self._cut(part)
+            parts.append(self._cut(stream[begin + (end - begin) * first // 10 : begin + (end - begin) * last // 10]))
+        sequences = torch.cat(parts)
         if len(sequences) < count:
             have = len(stream) * (last - first) // 10
             raise TextError(
@@ -255,27 +256,62 @@ class _Reader:
                 "Give a longer text, or ask for fewer or shorter sequences."
             )
         if self.role == "report":  # the same for every seed, spread over the whole text
-            chosen = [len(sequences) * index // count for index in range(count)]
-        else:
-            chosen = random.Random(f"{self.seed}/{self.role}/{source}").sample(range(len(sequences)), count)
-        return torch.tensor([sequences[index] for index in chosen], dtype=torch.int64)
+            return sequences[[len(sequences) * index // count for index in range(count)]]
+        return sequences[self._chance(source).sample(range(len(sequences)), count)]
+
+    def _sampled(self, source: str, file: TextFile, count: int) -> Tensor:
+        """From a large file: a little from each of as many stretches as there are or sequences are wanted."""
+        size = file.size()
+        stretches = size // _STRETCH_BYTES
+        few = min(count, stretches)
+        chosen = [stretches * index // few for index in range(few)]
+        if self.role != "report":
+            chosen = sorted(self._chance(source).sample(range(stretches), few))
+        # What one stretch lacks the next ones give; where that is not enough, all is taken that there is.
+        goals = [-(-count * (index + 1) // few) for index in range(few)]
+        sequences = self._parts(file, size, chosen, goals)
+        if len(sequences) < count:
+            sequences = self._parts(file, size, range(stretches), [count] * stretches)
+        if len(sequences) < count:
+            raise TextError(
+                f"{source} has {len(sequences):,} sequences of {self.length} tokens for {self.role} (the three roles never share "
+                f"text), and {count:,} are asked for. Give a longer text, or ask for fewer or shorter sequences."
+            )
+        if self.role != "report":
+            sequences = sequences[self._chance(source).sample(range(count), count)]
+        return sequences[:count]
+
+    def _parts(self, file: TextFile, size: int, chosen: Sequence[int], goals: Sequence[int]) -> Tensor:
+        """Sequences of the role's parts of ``chosen`` stretches of a file of ``size`` bytes, up to so many after each of them."""
+        stretches = size // _STRETCH_BYTES
+
+        def places() -> Iterator[tuple[int, int]]:
+            for stretch in chosen:
+                begin, end = size * stretch // stretches, size * (stretch + 1) // stretches
+                first, last = (begin + (end - begin) * tenth // 10 for tenth in _PARTS[self.role])
+                yield first, last
+
+        found = torch.empty(0, self.length, dtype=torch.int64)
+        for part, goal in zip(file.parts(places()), goals, strict=True):
+            if len(found) < goal:
+                lacking = goal - len(found)
+                found = torch.cat([found, self._cut(self._stream(part, lacking))[:lacking]])
+                self.progress(f"{self.role} text: {len(found):,} of {goals[-1]:,} sequences")
+        return found
 
     def _streamed(self, source: str, documents: Iterable[str], count: int) -> Tensor:
         first, last = _PARTS[self.role]
-        mine = (text for index, text in enumerate(documents) if first <= index % 10 < last)
-        need = count * (self.length - len(self._start()))
-        stream: list[int] = []
-        for tokens in self._tokens(mine):
-            stream += tokens
-            if len(stream) >= need:
-                break
+        stream = self._stream((text for index, text in enumerate(documents) if first <= index % 10 < last), count)
         sequences = self._cut(stream)[:count]
         if len(sequences) < count:
             raise TextError(
                 f"{source} ended after {len(stream):,} tokens for {self.role}; {count} sequences of {self.length} need "
                 f"{count * self.length:,}. Ask for fewer or shorter sequences, or mix in another source."
             )
-        return torch.tensor(sequences, dtype=torch.int64)
+        return sequences
+
+    def _chance(self, source: str) -> random.Random:
+        return random.Random(f"{self.seed}/{self.role}/{source}")
 
     def _start(self) -> list[int]:
         """BOS, if the tokenizer puts it before a text by itself."""
@@ -283,54 +319,41 @@ class _Reader:
         bos = tokenizer.bos_token_id
         return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
-    def _tokens(self, documents: Iterable[str]) -> Iterator[list[int]]:
-        """Token ids of each document that has any, the separator after it."""
-        end = separator(self.loaded)
-        tokenizer: Any = self.loaded.tokenizer
+    def _stream(self, documents: Iterable[str], sequences: int | None = None) -> array[int]:
+        """Token ids of the documents, the separator after each that has text; of no more than ``sequences`` need."""
+        end, stream = separator(self.loaded), array("i")
+        most = None if sequences is None else sequences * (self.length - len(self._start()))
         for document in documents:
-            if self.cancelled():
-                raise CancelledTaskError(f"Cancelled while reading {self.role} text.")
-            if document.strip():
-                with quiet():  # a document longer than the context is no cause for a warning: it is cut
-                    yield [*tokenizer(document, add_special_tokens=False)["input_ids"], *end]
+            if not document.strip():
+                continue
+            for tokens in itertools.chain(encode(self.loaded.tokenizer, document), [end]):
+                if self.cancelled():
+                    raise CancelledTaskError(f"Cancelled while reading {self.role} text.")
+                stream.extend(tokens)
+                if most is not None and len(stream) >= most:
+                    return stream
+        return stream
 
-    def _cut(self, stream: list[int]) -> list[list[int]]:
-        start = self._start()
+    def _cut(self, stream: array[int]) -> Tensor:
+        """Sequences, int64 (count, length): what fills none is left out."""
+        start = torch.tensor(self._start(), dtype=torch.int64)
         step = self.length - len(start)
-        return [[*start, *stream[at : at + step]] for at in range(0, len(stream) - step + 1, step)]
+        count = len(stream) // step
+        rows = torch.tensor(stream[: count * step], dtype=torch.int64).view(count, step)
+        return torch.cat([start.expand(count, -1), rows], 1)
 
 
-def read_text(path: Path) -> list[str]:
-    """The one document of a text file. Raises :class:`TextError`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
-    if "\x00" in text:
-        raise TextError(f"{path} is a binary file (it holds null bytes). Give a plain text file.")
-    if not text.strip():
-        raise TextError(f"{path} is empty. Give a file with text in it.")
-    return [text]
-
-
-def read_jsonl(path: Path) -> list[str]:
-    """The field ``text`` of every line. Raises :class:`TextError`."""
-    documents = []
-    for number, line in enumerate(read_text(path)[0].split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise TextError(
-                f'Line {number} of {path} is not a JSON object with a field "text". Correct or remove the line.'
-            ) from error
-        if not isinstance(text, str):
-            raise TextError(f'Line {number} of {path}: "text" must be a string. Correct or remove the line.')
-        documents.append(text)
-    return documents
+def _grouped(rows: Iterable[str], size: int = 20_000) -> Iterator[str]:
+    """Rows joined by a blank line to documents of ``size`` characters or somewhat more."""
+    known, length = list[str](), 0
+    for row in rows:
+        known.append(row)
+        length += len(row) + 2
+        if length >= size:
+            yield "\n\n".join(known)
+            known, length = [], 0
+    if known:
+        yield "\n\n".join(known)
 
 
 def hub_documents(
@@ -339,7 +362,7 @@ def hub_documents(
     """Stream one field of a hub dataset. Nothing is run that comes with the dataset. Raises :class:`TextError`."""
     import datasets
 
-    offline = "Use source self (the model writes), pydoc, or a .txt or .jsonl file; or connect and try again."
+    offline = "Use source self (the model writes), pydoc, or a text file; or connect and try again."
     if not hub_available():
         raise TextError(f"The hub dataset {dataset} cannot be reached: there is no network, or offline mode is on. {offline}")
     try:

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from selfpruner.calibration.texts import hub_documents, read_jsonl, read_text
+from selfpruner.calibration.files import TextFile
+from selfpruner.calibration.texts import hub_documents
 from selfpruner.errors import TextError
 from selfpruner.models import quiet
 
@@ -58,11 +59,11 @@ def corpus(name: str, data: Path | None) -> Corpus:
     """The text ``name``, from the folder ``data`` where it has it. Raises TextError."""
     if name == "wikitext2":
         if data is not None and (data / WIKITEXT_FILE).is_file():
-            return Corpus(name, joined_rows(read_text(data / WIKITEXT_FILE)[0]), WIKITEXT_FILE)
+            return Corpus(name, joined_rows(TextFile(data / WIKITEXT_FILE).documents()[0]), WIKITEXT_FILE)
         rows = _from_hub(data, WIKITEXT_FILE, hub_documents(_WIKITEXT[0], name=_WIKITEXT[1], split="test"))
         return Corpus(name, "\n\n".join(rows), f"hub:{':'.join(_WIKITEXT)}:test")
     if data is not None and (data / C4_FILE).is_file():
-        documents = read_jsonl(data / C4_FILE)[C4_CALIBRATION:]
+        documents = TextFile(data / C4_FILE).documents()[C4_CALIBRATION:]
         return Corpus(name, " ".join(documents), f"{C4_FILE}, documents {C4_CALIBRATION + 1} and later")
     shard = hub_documents(_C4[0], data_files=_C4[1], split="train")
     documents = _from_hub(data, C4_FILE, itertools.islice(shard, _C4_DOCUMENTS))

@@ -1,0 +1,84 @@
+"""A long document as token ids, without being tokenized as a whole: that takes more than a hundred bytes for every character.
+
+Pieces that overlap are tokenized one after the other. Two that follow one another are joined inside a run of tokens on which they
+agree, with the places of each: what a tokenizer makes of a place depends on little around it, so what comes out is what the whole
+text would have given. Where there is no such run (a word of thousands of characters) the text is simply cut, which can split that
+word otherwise; so it is, at ends of lines, for a tokenizer that does not tell the places of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from selfpruner.models import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PIECE = 50_000  # characters
+OVERLAP = 2_000
+# Tokens on which both pieces must agree; they are joined in the middle of them.
+AGREED = 16
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
+    """Token ids of ``text``, without what is put around a text, in parts."""
+    encoder: Any = tokenizer
+    if len(text) <= PIECE:
+        with quiet():  # a document longer than the context is no cause for a warning: it is cut
+            yield encoder(text, add_special_tokens=False)["input_ids"]
+        return
+    if not encoder.is_fast:
+        yield from _by_lines(encoder, text)
+        return
+    first, given = 0, 0  # where the current piece begins, and how many of its tokens were given out
+    known = _tokens(encoder, text, first)
+    while first + PIECE < len(text):
+        following = first + PIECE - OVERLAP
+        tokens = _tokens(encoder, text, following)
+        joint = _joint(known, tokens, following + OVERLAP // 2)
+        if joint is None:
+            following += OVERLAP
+            tokens = _tokens(encoder, text, following)
+            joint = len(known), 0
+        yield [token for token, _, _ in known[given : joint[0]]]
+        first, known, given = following, tokens, joint[1]
+    yield [token for token, _, _ in known[given:]]
+
+
+def _tokens(encoder: Any, text: str, first: int) -> list[tuple[int, int, int]]:
+    with quiet():
+        found = encoder(text[first : first + PIECE], add_special_tokens=False, return_offsets_mapping=True)
+    places = found["offset_mapping"]
+    return [(token, first + begin, first + end) for token, (begin, end) in zip(found["input_ids"], places, strict=True)]
+
+
+def _joint(before: list[tuple[int, int, int]], after: list[tuple[int, int, int]], middle: int) -> tuple[int, int] | None:
+    """Where ``before`` may end and ``after`` go on: the place nearest to ``middle`` of the text with agreement around it."""
+    runs = {
+        tuple(after[index : index + AGREED]): index
+        for index in range(len(after) - AGREED + 1)
+        if after[index][1] < middle + OVERLAP
+    }
+    best = None
+    for index in range(len(before) - AGREED, -1, -1):
+        if before[index][1] < middle - OVERLAP:
+            break
+        found = runs.get(tuple(before[index : index + AGREED]))
+        if found is not None:
+            distance = abs(before[index + AGREED // 2][1] - middle)
+            if best is None or distance < best[0]:
+                best = distance, index + AGREED // 2, found + AGREED // 2
+    return None if best is None else best[1:]
+
+
+def _by_lines(encoder: Any, text: str) -> Iterator[list[int]]:
+    first = 0
+    while first < len(text):
+        end = first + PIECE
+        if end < len(text):
+            end = text.rfind("\n", first, end) + 1 or end
+        with quiet():
+            yield encoder(text[first:end], add_special_tokens=False)["input_ids"]
+        first = end
