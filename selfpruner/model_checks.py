@@ -36,6 +36,7 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
 }
+_READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 # How a file begins that `git clone` left to be fetched by Git LFS.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _FLOAT_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))
@@ -86,6 +87,13 @@ def check_config(folder: Path) -> dict[str, Any]:
     (another architecture, a checkpoint pruned by selfpruner, quantised weights) or :class:`ModelError` (numbers out of bounds).
     """
     path = folder / "config.json"
+    for entry in sorted(folder.iterdir()):
+        if entry.suffix in _READ_SUFFIXES and entry.is_symlink() and not entry.exists():
+            raise ModelError(
+                f"{entry} is a link to a file that is not there ({entry.readlink()}): the folder was copied out of a hub cache, or "
+                "half downloaded. Copy it with what its links lead to (cp -rL), or download the model again.",
+                param="model",
+            )
     if not path.is_file() and (folder / "adapter_config.json").is_file():
         raise ModelNotFoundError(
             f"{folder} is a PEFT adapter, not a model (adapter_config.json, no config.json). Merge it into its base model "

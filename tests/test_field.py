@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def with_a_byte_order_mark(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
 
 
+def leading_nowhere(name: str) -> Callable[[Path], None]:
+    """A snapshot of a hub cache, copied without its blobs."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(f"../../blobs/{name}")
+
+    return apply
+
+
 # -- what is refused, before weights are read --------------------------------------------------------------------------
 
 
@@ -82,6 +93,9 @@ def with_a_byte_order_mark(folder: Path) -> None:
             ModelError,
             r"consolidated\.safetensors is not read",
         ),
+        (leading_nowhere("config.json"), ModelError, r"config\.json is a link to a file that is not there .*cp -rL"),
+        (leading_nowhere("model.safetensors"), ModelError, r"model\.safetensors is a link to a file that is not there"),
+        (leading_nowhere("tokenizer.json"), ModelError, r"tokenizer\.json is a link to a file that is not there"),
         (with_a_byte_order_mark, ModelError, "cannot be read as JSON.*BOM"),
     ],
 )
@@ -139,6 +153,54 @@ def test_notes_of_how_a_model_was_run_change_nothing(notes: dict[str, Any], fold
     after = models.load(models.resolve(str(folder), tmp_path), "cpu", "float32").model(tokens)
     assert torch.equal(before.logits, after.logits)
     assert before.keys() == after.keys()
+
+
+def beside(**tensors: torch.Tensor) -> Callable[[Path], None]:
+    """Tensors the config does not call for."""
+    return lambda folder: save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors")
+
+
+def an_adapter(folder: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "owner/another", "r": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}, folder / "adapter_model.safetensors"
+    )
+
+
+def a_stale_index(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00030.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def a_second_copy(folder: Path) -> None:
+    save_file({"layers.0.attention.wk.weight": torch.ones(16, 32)}, folder / "consolidated.safetensors")
+
+
+def metadata_that_is_null(folder: Path) -> None:
+    raw = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.dumps(json.loads(raw[8 : 8 + length]) | {"__metadata__": None}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        beside(**{f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}),
+        beside(**{"model.layers.9.mlp.up_proj.weight": torch.ones(64, 32)}),
+        beside(**{"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+        an_adapter,
+        a_stale_index,
+        a_second_copy,
+        metadata_that_is_null,
+    ],
+)
+def test_what_is_not_of_the_model_changes_nothing(change: Callable[[Path], None], folder: Path, tmp_path: Path) -> None:
+    tokens = torch.arange(3, 19)[None]
+    before = models.load(models.resolve(str(folder), tmp_path), "cpu", "float32").model(tokens).logits
+    change(folder)
+    assert torch.equal(models.load(models.resolve(str(folder), tmp_path), "cpu", "float32").model(tokens).logits, before)
 
 
 def test_a_link_to_another_disk_stays_a_link(tmp_path: Path) -> None:
