@@ -82,6 +82,9 @@ class MemoryRecorder:
     def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
         self.events.setdefault(key, (type, message, dict(data or {})))
 
+    def find_event(self, key: str) -> Mapping[str, Any] | None:
+        return self.events[key][2] if key in self.events else None
+
     def progress(self, progress: Progress) -> None:
         self.reports.append(progress)
 

@@ -5,24 +5,33 @@ Situations that other tests hold already are not repeated.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selfpruner import cli, manifest, models
+from selfpruner import api, cli, manifest, models
 from selfpruner.api import Pruned
-from selfpruner.errors import ModelError, ModelNotFoundError, SelfprunerError
+from selfpruner.config import SearchConfig
+from selfpruner.errors import ConflictError, ModelError, ModelNotFoundError, SelfprunerError
 from selfpruner.evaluation.quality import Results
+from selfpruner.evolution.job import run_job, session_of
+from selfpruner.evolution.records import Recorder
 from selfpruner.export.folder import write_folder
 from selfpruner.space import Plan
+from selfpruner.workers.base import Session
+from selfpruner.workers.runtime import Runtime
+from tests.searching import MemoryRecorder
+from tests.tiny_models import sample_text
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
 
@@ -241,3 +250,110 @@ def test_a_terminal_without_a_character_costs_no_result(tmp_path: Path, monkeypa
     screen.seek(0)
     assert ended.value.code == 0
     assert "mod\\xe8le" in screen.read()
+
+
+# -- files that change while a job or a server lives -------------------------------------------------------------------
+
+
+def scale_ffn(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: 1.5 * t if "mlp" in name else t for name, t in tensors.items()}, folder / "model.safetensors")
+
+
+def rewrite(text: Path) -> None:
+    text.write_text(sample_text(4000, seed=2))
+
+
+def session_on(folder: Path, text: Path) -> Session:
+    words = {"sources": [{"source": str(text)}], "sequences": 4, "length": 32}
+    body = {"model": str(folder), "rate": 0.2, "device": "cpu", "dtype": "float32"}
+    texts = dict.fromkeys(("calibration", "fitness_text", "report_text"), words)
+    return session_of(SearchConfig.model_validate({**body, **texts}), folder.parent / "cache")
+
+
+def test_a_warm_worker_begins_a_job_with_the_files_of_now(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(4000, seed=1))
+    runtime, session = Runtime("cpu"), session_on(folder, text)
+
+    def fingerprints() -> tuple[str, list[str]]:
+        made = runtime.handle(session, "prepare", {}, lambda _: None, lambda: False)
+        return made["model"]["fingerprint"], [made["texts"][role]["fingerprint"] for role in ("calibration", "fitness", "report")]
+
+    first = fingerprints()
+    held = runtime._prepared
+    assert fingerprints() == first
+    assert runtime._prepared is held  # what did not change is not prepared again
+    scale_ffn(folder)
+    second = fingerprints()
+    assert second[0] == models.resolve(str(folder), tmp_path).fingerprint != first[0]
+    rewrite(text)
+    third = fingerprints()
+    assert third[0] == second[0]
+    assert all(now != then for now, then in zip(third[1], second[1], strict=True))
+    shutil.rmtree(folder)  # what is held will do
+    assert fingerprints() == third
+
+
+@pytest.mark.parametrize(
+    ("then", "words"),
+    [({"model": "m"}, "its model"), ({"fitness": "t"}, "its fitness text"), ({"model": "m", "fitness": "t"}, "and its")],
+)
+def test_a_job_does_not_go_on_with_other_files(then: dict[str, str], words: str) -> None:
+    """Scores of the old model and the new one would decide together."""
+    now = {
+        "model": {"name": "x", "fingerprint": then.get("model", "same")},
+        "texts": {"fitness": {"fingerprint": then.get("fitness", "same")}, "report": {"fingerprint": "same"}},
+    }
+
+    async def prepared(*_: Any) -> Any:
+        return {"model": {"fingerprint": "same"}, "texts": {"fitness": {"fingerprint": "same"}, "report": {}}}
+
+    recorder = MemoryRecorder()
+    recorder.event("prepared", "search.prepared", "", data=now)
+    asked: Any = SimpleNamespace(run=prepared)
+    with pytest.raises(ConflictError, match=f"began with other files: .*{words}"):
+        asyncio.run(
+            run_job(
+                SearchConfig(rate=0.2, preset="evolution"),
+                job_id="job",
+                pool=asked,
+                proposer_settings={},
+                recorder=recorder,
+                cache=Path("cache"),
+                checkpoint_dir=Path("checkpoint"),
+            )
+        )
+
+
+def test_an_interrupted_search_whose_model_was_replaced_is_refused(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(4000, seed=1))
+    fields = {name: value for name, value in session_on(folder, text).config.items() if name not in ("rate", "rates")}
+    small = {
+        "preset": "evolution",
+        "initial": ["uniform"],
+        "generations": 0,
+        "stages": [{"tokens": 32, "keep": 1}],
+        "final_tokens": 32,
+    }
+
+    class Interrupted:
+        def __init__(self, inner: Recorder) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def save_evaluations(self, rows: Any) -> None:
+            self.inner.save_evaluations(rows)
+            raise KeyboardInterrupt
+
+    def search(**more: Any) -> Any:
+        return api.search(0.2, tmp_path / "run", cache=tmp_path / "cache", **{**fields, **small, "probe_tokens": 32, **more})
+
+    with pytest.raises(KeyboardInterrupt):
+        search(watch=Interrupted)
+    scale_ffn(folder)
+    with pytest.raises(ConflictError, match="its model"):
+        search()

@@ -162,6 +162,9 @@ class _Watched:
         self._inner.event(key, type, message, level=level, data=data)
         self._view.event({"level": level, "message": message})
 
+    def find_event(self, key: str) -> Mapping[str, Any] | None:
+        return self._inner.find_event(key)
+
     def progress(self, progress: Progress) -> None:
         from dataclasses import asdict
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from selfpruner import names
 from selfpruner.config import SearchConfig
+from selfpruner.errors import ConflictError
 from selfpruner.evolution.evaluator import Evaluator
 from selfpruner.evolution.front import Front, Latencies, Member
 from selfpruner.evolution.front_report import front_rows, latencies_of
@@ -80,6 +81,7 @@ async def run_job(
 
     tell("waiting for a worker")
     prepared = await pool.run(session, "prepare", {}, tell)
+    _refuse_other_inputs(recorder.find_event("prepared"), prepared)
     space = SearchSpace.from_dict(prepared["space"])
     recorder.event(
         "prepared",
@@ -128,6 +130,21 @@ async def run_job(
     }
     _teller("done", config, outcome, evaluator, recorder)(f"checkpoint {checkpoint['path']}")
     return JobResult(report, checkpoint)
+
+
+def _refuse_other_inputs(before: Mapping[str, Any] | None, prepared: Json) -> None:
+    """Raise ConflictError where a job goes on with a model or texts that are not those it began with: scores of one model would
+    stand beside those of another, and decide."""
+    if before is None:
+        return
+    inputs = {"model": (before["model"], prepared["model"])}
+    inputs |= {f"{role} text": (text, prepared["texts"].get(role, {})) for role, text in before["texts"].items()}
+    changed = [name for name, (then, now) in inputs.items() if then.get("fingerprint") not in (None, now.get("fingerprint"))]
+    if changed:
+        raise ConflictError(
+            f"This job began with other files: its {' and its '.join(changed)} changed since. All its plans are judged with the "
+            "same; put the files back, or start a new search."
+        )
 
 
 async def _report(

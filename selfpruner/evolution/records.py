@@ -119,4 +119,7 @@ class Recorder(Protocol):
     def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
         """Append an event once: a second one with the same ``key`` is ignored."""
 
+    def find_event(self, key: str) -> Mapping[str, Any] | None:
+        """The data of the event with ``key``."""
+
     def progress(self, progress: Progress) -> None: ...

@@ -18,7 +18,7 @@ from sqlmodel import col, select
 from selfpruner.errors import StoreError
 from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress
 from selfpruner.store.database import Database
-from selfpruner.store.tables import CandidateRow, EvaluationRow, LlmCallRow
+from selfpruner.store.tables import CandidateRow, EvaluationRow, Event, LlmCallRow
 from selfpruner.store.transaction import Transaction, storable
 
 Transactions = Callable[[], AbstractContextManager[Transaction]]
@@ -97,6 +97,10 @@ class JobRecorder:
     def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
         with self._transactions() as write:
             write.event(self.job_id, key, type, message, level=level, data=data)
+
+    def find_event(self, key: str) -> Mapping[str, Any] | None:
+        with self._database.reading() as session:
+            return session.exec(select(Event.data).where(Event.job_id == self.job_id, Event.key == key)).first()
 
     def progress(self, progress: Progress) -> None:
         """Kept on the job; saying the same again writes nothing."""

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from selfpruner import models
 from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, OutOfMemoryError, ProposerError
+from selfpruner.errors import ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.latency import time_blocks
@@ -38,6 +39,7 @@ from selfpruner.evaluation.slopes import slopes
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import write
+from selfpruner.model_checks import sampled_digest
 from selfpruner.models import LoadedModel
 from selfpruner.space import Plan
 from selfpruner.workers.base import Json, Session
@@ -57,6 +59,7 @@ class Runtime:
         self.model_root = Path(root) if root else None
         self._loaded: tuple[tuple[str, str, str, int | None], LoadedModel] | None = None
         self._prepared: tuple[str, Prepared] | None = None
+        self._files: dict[str, str] = {}  # of its texts, as they were then
         self._tasks: dict[str, Callable[[Session, Mapping[str, Any], Progress, Cancelled], Json]] = {
             "prepare": self._prepare,
             "evaluate": self._evaluate,
@@ -98,12 +101,25 @@ class Runtime:
             config = SearchConfig.model_validate(dict(session.config))
             cache = Path(session.cache)
             loaded = self._model(config, cache, progress)
+            self._files = _digests(config)
             self._prepared = session.key, prepare(config, loaded, cache, roles, progress, cancelled)
         return self._prepared[1]
+
+    def _forget_what_changed(self, session: Session) -> None:
+        """A job begins with what its names stand for now, also where another one has left the worker warm."""
+        config = SearchConfig.model_validate(dict(session.config))
+        if self._loaded is not None and self._loaded[0][0] == config.model:
+            with suppress(ModelNotFoundError):  # gone, or its hub out of reach: what is held will do
+                source = models.resolve(config.model, Path(session.cache), allowed_root=self.model_root)
+                if source.fingerprint != self._loaded[1].source.fingerprint:
+                    self._loaded = self._prepared = None
+        if self._prepared is not None and self._prepared[0] == session.key and self._files != _digests(config):
+            self._prepared = None
 
     # -- tasks -------------------------------------------------------------------------------------------------------
     def _prepare(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         roles = payload.get("texts", ROLES)
+        self._forget_what_changed(session)
         prepared = self._session(session, progress, cancelled, roles)
         arch = prepared.arch
         texts = {role: prepared.text(role, progress, cancelled) for role in roles}
@@ -128,6 +144,7 @@ class Runtime:
                     "sources": [asdict(share) for share in text.sources],
                     "sequences": text.tokens.shape[0],
                     "length": text.tokens.shape[1],
+                    "fingerprint": text.fingerprint,
                 }
                 for role, text in texts.items()
             },
@@ -263,6 +280,13 @@ class Runtime:
         )
         # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
         return {**asdict(result), "path": str(result.path), "parameters": wanted}
+
+
+def _digests(config: SearchConfig) -> dict[str, str]:
+    """The digest of each text of ``config`` that is a file here."""
+    texts = (config.calibration, config.fitness_text, config.report_text)
+    places = {source.source: Path(os.path.expanduser(source.source)) for text in texts for source in text.sources}
+    return {name: sampled_digest(place) for name, place in places.items() if os.path.isfile(place)}
 
 
 def _fit(prepared: Prepared, count: int) -> bool:
