@@ -16,8 +16,10 @@ import io
 import json
 import os
 import shutil
+import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock
 
@@ -32,6 +34,10 @@ _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Pre-tokenizers (tokenizer.ggml.pre) that split numbers into digits before byte-level BPE.
 _DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+# The types of metadata: struct's letters of the numbers, and the two others.
+_GGUF_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_LONGEST_STRING = 1 << 24
 
 
 def convert(gguf: Path, models: Path) -> Path:
@@ -39,9 +45,7 @@ def convert(gguf: Path, models: Path) -> Path:
 
     Raises :class:`UnsupportedModelError` or :class:`ModelError` for a file that cannot be converted, :class:`DiskFullError`.
     """
-    refuse_pointer(gguf)
-    if not _has_magic(gguf):
-        raise ModelError(f"{gguf} is not a GGUF file (it does not start with GGUF). Download it again.", param="model")
+    check(gguf)
     target = models / f"gguf-{sampled_digest(gguf)[:24]}-{_RECIPE}"
     if target.is_dir():
         return target
@@ -62,9 +66,58 @@ def convert(gguf: Path, models: Path) -> Path:
     return target
 
 
-def _has_magic(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+def check(gguf: Path) -> None:
+    """Judge the file by its first bytes, in no time. Raises as :func:`convert` does."""
+    refuse_pointer(gguf)
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{gguf} is not a GGUF file (it does not start with GGUF). Download it again.", param="model")
+        try:
+            facts = _first_scalars(file)
+        except (struct.error, UnicodeDecodeError, KeyError) as error:
+            raise ModelError(f"{gguf} is a damaged GGUF file. Download it again.", param="model") from error
+    if "general.architecture" in facts:
+        _judge(gguf, facts)
+
+
+def _judge(gguf: Path, facts: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError for an architecture whose files are not read."""
+    architecture = facts.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{gguf.name} is of architecture {architecture!r}. GGUF files of {', '.join(_ARCHITECTURES)} can be read; for another "
+            "family use the model's safetensors.",
+            param="model",
+        )
+    if any(key.endswith(".expert_count") and value for key, value in facts.items()):
+        raise UnsupportedModelError(
+            f"{gguf.name} is a mixture of experts, which is not supported. Use a dense model.", param="model"
+        )
+
+
+def _first_scalars(file: BinaryIO) -> dict[str, Any]:
+    """The numbers and strings before the first array of the metadata: the vocabulary, which takes the library seconds to read,
+    comes after what says whose file it is. Source: the GGUF specification, "File structure"."""
+
+    def number(code: str) -> Any:
+        (value,) = struct.unpack(f"<{code}", file.read(struct.calcsize(code)))
+        return value
+
+    def string() -> str:
+        length = number("Q")
+        if length > _LONGEST_STRING:
+            raise KeyError(length)
+        return file.read(length).decode("utf-8")
+
+    number("I")  # the version
+    number("Q")  # of tensors
+    facts: dict[str, Any] = {}
+    for _ in range(number("Q")):
+        key, kind = string(), number("I")
+        if kind == _GGUF_ARRAY:
+            break
+        facts[key] = string() if kind == _GGUF_STRING else number(_GGUF_NUMBERS[kind])
+    return facts
 
 
 def _sync(folder: Path) -> None:
@@ -100,17 +153,8 @@ def _write(gguf: Path, folder: Path) -> None:
     AutoConfig, AutoTokenizer, AutoModelForCausalLM = auto.AutoConfig, auto.AutoTokenizer, auto.AutoModelForCausalLM
 
     metadata, rope_factors = _metadata(gguf)
-    architecture = metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{gguf.name} is of architecture {architecture!r}. GGUF files of {', '.join(_ARCHITECTURES)} can be read; for another "
-            "family use the model's safetensors.",
-            param="model",
-        )
-    if any(key.endswith(".expert_count") and value for key, value in metadata.items()):
-        raise UnsupportedModelError(
-            f"{gguf.name} is a mixture of experts, which is not supported. Use a dense model.", param="model"
-        )
+    _judge(gguf, metadata)
+    architecture = metadata["general.architecture"]
     source = {"gguf_file": gguf.name, "local_files_only": True}
     try:
         # transformers draws its progress bar here whatever its settings say.

@@ -7,6 +7,7 @@ never run and pickle is never read. torch and transformers are imported only whe
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import importlib.util
@@ -136,25 +137,62 @@ def _local(name: str, allowed_root: Path | None) -> Path | None:
     return resolved
 
 
+def foresee(name: str) -> None:
+    """Raise what :func:`resolve` would for the model called ``name``, as far as that can be known at once: from the headers of a
+    folder or file, from the configuration of a hub model that was fetched before or can be fetched now. Imports no torch."""
+    path = Path(name)
+    if name in EMBEDDED_MODELS:
+        embedded_file(name)
+    elif path.is_file():
+        model_gguf.check(path)
+    elif path.is_dir():
+        model_checks.check_folder(path)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            model_checks.check_config(Path(cached).parent)
+        elif hub_available():
+            _hub_config(name)
+
+
+def _hub_config(name: str) -> Path:
+    """The folder with the configuration of a hub model, which is judged: one that will be refused costs a few KB, not its
+    weights."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(name):
+        folder = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=hub_offline()))
+    model_checks.check_config(folder)
+    return folder
+
+
 def _from_hub(name: str, cache: Path) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     offline = hub_offline()
-    try:
-        with disk_errors(cache), quiet():
-            # The configuration first: a repository that will be refused costs a few KB, not its weights.
-            folder = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=offline))
-            model_checks.check_config(folder)
+    with disk_errors(cache), quiet():
+        _hub_config(name)
+        with _hub_errors(name):
             folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=offline))
-            if not offline and not any(folder.glob("*.safetensors")):
-                files = HfApi().list_repo_files(name)
-                if any(Path(file).suffix in model_checks.PICKLE_SUFFIXES for file in files):
-                    raise UnsafeModelError(
-                        f"The hub model {name} has pickle weights only, and a pickle can run code when it is opened. "
-                        "Use a repository with safetensors.",
-                        param="model",
-                    )
+            files = () if offline or any(folder.glob("*.safetensors")) else HfApi().list_repo_files(name)
+    if any(Path(file).suffix in model_checks.PICKLE_SUFFIXES for file in files):
+        raise UnsafeModelError(
+            f"The hub model {name} has pickle weights only, and a pickle can run code when it is opened. "
+            "Use a repository with safetensors.",
+            param="model",
+        )
+    return folder
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """What the hub answers, as a ModelNotFoundError that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        yield
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"The hub model {name} is gated. Accept its terms on the hub and set HF_TOKEN where the worker runs.", param="model"
@@ -165,15 +203,18 @@ def _from_hub(name: str, cache: Path) -> Path:
             param="model",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # the disk's matter
         reason = (
-            "offline mode is on (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)" if offline else f"the hub cannot be reached ({error})"
+            "offline mode is on (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
+            if hub_offline()
+            else f"the hub cannot be reached ({error})"
         )
         raise ModelNotFoundError(
             f"There is no model {name!r} here, and {reason}. Give a local folder, a .gguf file, or the embedded "
             f"{', '.join(EMBEDDED_MODELS)}; or connect and try again.",
             param="model",
         ) from error
-    return folder
 
 
 def hub_offline() -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,12 +259,11 @@ def test_openapi_describes_errors_as_they_are_sent(http: httpx.Client) -> None:
 
 
 # -- what the operator allows ------------------------------------------------------------------------------------------
-def test_admission_of_models_and_texts(tmp_path: Path) -> None:
+def test_admission_of_models_and_texts(tmp_path: Path, tiny_llama: Path) -> None:
     root, outside = tmp_path / "models", tmp_path / "outside"
     for folder in (root / "mine", root / "org" / "deep", outside):
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-    (root / "small.gguf").write_bytes(b"GGUF")
+        shutil.copytree(tiny_llama, folder)
+    write_gguf(root / "small.gguf", {"general.architecture": "llama"})
     (root / "text.txt").write_text("words")
     (root / "way-out").symlink_to(outside)
     allowed = ServerSettings(model_root=root, text_root=root, models="Qwen/*,one/model")
@@ -300,6 +301,66 @@ def test_admission_of_models_and_texts(tmp_path: Path) -> None:
     for name in ("lines.jsonl.gz:body", "text.txt"):
         found = admit(SearchConfig(rate=0.2, fitness_text={"sources": [{"source": name}]}), allowed).fitness_text.sources[0].source
         assert found == str(root / name)
+
+
+def write_gguf(path: Path, facts: dict[str, str | int]) -> None:
+    """The beginning of a GGUF file: strings and numbers, then an array as a vocabulary is."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    body = b"GGUF" + struct.pack("<IQQ", 3, 0, len(facts) + 1)
+    for key, value in facts.items():
+        body += text(key) + (struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value))
+    path.write_bytes(body + text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 1) + text("a"))
+
+
+def test_models_that_cannot_be_pruned_are_refused_before_they_are_queued(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, hub = tmp_path / "models", tmp_path / "hub"
+    wanted = {}
+
+    def folder(name: str, says: str, remove: str = "", **config: Any) -> None:
+        shutil.copytree(tiny_llama, root / name)
+        body = json.loads((root / name / "config.json").read_text())
+        (root / name / "config.json").write_text(json.dumps({**body, **config}))
+        if remove:
+            (root / name / remove).unlink()
+        wanted[name] = says
+
+    folder("gpt2", "'gpt2' is not supported. Supported: llama", model_type="gpt2")
+    folder("mixtral", "'mixtral' is not supported", model_type="mixtral")
+    folder("own-code", "its own Python code", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    folder("quantised", "quantised weights", quantization_config={"bits": 4})
+    folder("empty", "no weights", "model.safetensors")
+    folder("wordless", "no tokenizer", "tokenizer.json")
+    folder("other-shape", "not of the same model", hidden_size=48, head_dim=12)
+    for name, facts, says in (
+        ("falcon.gguf", {"general.architecture": "falcon"}, "of architecture 'falcon'"),
+        ("moe.gguf", {"general.architecture": "llama", "llama.expert_count": 8}, "a mixture of experts"),
+    ):
+        write_gguf(root / name, facts)
+        wanted[name] = says
+    (root / "text.gguf").write_text("no model")
+    (root / "torn.gguf").write_bytes(b"GGUF\x03\0\0\0\1")
+    wanted |= {"text.gguf": "not a GGUF file", "torn.gguf": "damaged"}
+
+    # As the hub's own client keeps what it fetched.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    kept = hub / "models--some--mixture"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("1234")
+    (kept / "snapshots" / "1234").mkdir(parents=True)
+    (kept / "snapshots" / "1234" / "config.json").write_text('{"model_type": "mixtral"}')
+    wanted["some/mixture"] = "'mixtral' is not supported"
+
+    for name, says in wanted.items():
+        with pytest.raises(SelfprunerError) as caught:
+            admit(SearchConfig(rate=0.2, model=name), ServerSettings(model_root=root))
+        assert says in caught.value.message, name
+        assert caught.value.param == "model"
+    assert admit(SearchConfig(rate=0.2, model="not/fetched"), ServerSettings(model_root=root)).model == "not/fetched"
 
 
 def test_admission_of_devices_and_proposers() -> None:
