@@ -22,6 +22,7 @@ from benchmarks.judge import Settings
 from selfpruner.api import default_cache
 from selfpruner.config import SearchConfig
 from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.extras import Extras
 from selfpruner.evolution.front import Front, Member
 from selfpruner.evolution.front_report import front_rows, latencies_of
 from selfpruner.evolution.job import session_of
@@ -78,6 +79,7 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
         pool=subject.pool,
         session=subject.session,
         tell=console.log,
+        extras=Extras(search.recorder),
     )
     losses = predicted_losses(search.space, search.state.sensitivities, search.state.probe_levels)
     rates: dict[str, dict[str, Any]] = {}

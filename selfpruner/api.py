@@ -357,7 +357,7 @@ def benchmark(
     backend: str = "transformers",
     urls: Sequence[str] = (),
     key: str | None = None,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     new_tokens: int = 64,
     repetitions: int = 7,
     compiled: bool = False,
@@ -369,18 +369,30 @@ def benchmark(
     """Speed of dense models and checkpoints, in turn in one run; the first is what the others are compared with.
 
     ``backend`` is one of ``names.BACKENDS``: ``vllm`` needs ``urls`` of running servers and perhaps a ``key``; the folders still
-    have to be here, for the bounds. ``compiled`` decodes by torch.compile with a cache of fixed size. ``Report.markdown()`` and
-    ``Report.to_dict()`` say what was found. Raises ConfigError, ModelError and BenchmarkError.
+    have to be here, for the bounds. ``prompt_tokens`` are 512 by default, or as many as all models have positions for.
+    ``compiled`` decodes by torch.compile with a cache of fixed size. ``Report.markdown()`` and ``Report.to_dict()`` say what was
+    found. Raises ConfigError, ModelError and BenchmarkError.
     """
     from selfpruner.timing import run as timing
 
     named = [str(model) for model in models]
     if len(set(named)) < len(named):
         raise ConfigError("Every model can be named once only.", param="models")
-    settings = Settings(backend, prompt_tokens, new_tokens, repetitions, compiled=compiled)
-    place = cache or default_cache()
+    settings = Settings(backend, 512 if prompt_tokens is None else prompt_tokens, new_tokens, repetitions, compiled=compiled)
     wanted = {name: name for name in named}
-    return asyncio.run(timing.run(wanted, settings, urls=urls, key=key, device=device, dtype=dtype, cache=place, progress=progress))
+    return asyncio.run(
+        timing.run(
+            wanted,
+            settings,
+            urls=urls,
+            key=key,
+            device=device,
+            dtype=dtype,
+            cache=cache or default_cache(),
+            shorten=prompt_tokens is None,
+            progress=progress,
+        )
+    )
 
 
 async def _write(

@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = job["result"]
     from selfpruner import plots
 
-    plots.save(plots.result_chart(report, events), home / "result.svg")
+    no_picture = plots.draw(lambda: plots.result_chart(report, events), home / "result.svg")
     result = {
         **{name: report[name] for name in ROWS if name in report},
         **{key: report[key] for key in ("evaluations", "plans", "peak_worker_mib", "operators", "checkpoint", "verification")},
@@ -127,20 +127,19 @@ def main(arguments: list[str] | None = None) -> int:
     (home / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     source = {role: " + ".join(s["source"] for s in text["sources"]) for role, text in report["texts"].items()}
     console.print(comparison(report))
-    console.print(
-        f"KL in nats per token and perplexity on {report['best']['tokens']:,} held-out tokens of {source['report']}; "
-        f"calibrated on {source['calibration']}, searched on {source['fitness']}."
-    )
-    kl, perplexity = (report["best"][name] / report["uniform"][name] - 1 for name in ("kl", "perplexity"))
-    console.print(
-        f"Found against uniform: KL {kl:+.1%}, perplexity {perplexity:+.1%}. "
-        f"{result['seconds']:.0f} s, worker memory {result['peak_worker_mib']:,} MiB."
-    )
+    if "scores" not in report.get("missing", {}):
+        console.print(
+            f"KL in nats per token and perplexity on {report['best']['tokens']:,} held-out tokens of {source['report']}; "
+            f"calibrated on {source['calibration']}, searched on {source['fitness']}."
+        )
+        kl, perplexity = (report["best"][name] / report["uniform"][name] - 1 for name in ("kl", "perplexity"))
+        console.print(f"Found against uniform: KL {kl:+.1%}, perplexity {perplexity:+.1%}.")
+    console.print(f"{result['seconds']:.0f} s, worker memory {result['peak_worker_mib']:,} MiB.")
     for line in account(report):
         console.print(line)
     console.print(contributions(report))
     console.print(f"Checkpoint, loaded again in a fresh process and verified: {report['checkpoint']}")
-    console.print(f"Figures: {home / 'result.json'}   picture: {home / 'result.svg'}")
+    console.print(f"Figures: {home / 'result.json'}   picture: {no_picture or home / 'result.svg'}")
     console.print(further(home, job["id"]), markup=False, soft_wrap=True)
     return 0
 

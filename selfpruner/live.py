@@ -107,6 +107,9 @@ def account(report: Mapping[str, Any]) -> list[str]:
     rates = [report.get(name, {}).get("repetition") for name in ("best", "dense")]
     if None not in rates:
         lines.append(f"Greedy text repeats {100 * rates[0]:.0f} % of itself, the dense model's {100 * rates[1]:.0f} %.")
+    named = {"scores": "figures", "timing": "speed", "generation_probe": "repetition"}
+    for name, reason in report.get("missing", {}).items():
+        lines.append(f"Missing: {named.get(name, name)}. {reason}")
     return lines
 
 

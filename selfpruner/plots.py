@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def draw(chart: Callable[[], Any], path: Path) -> str | None:
+    """Make a picture and save it. A picture is an extra: what stops it is returned, not raised."""
+    try:
+        save(chart(), path)
+    except Exception as error:  # altair and its renderer raise whatever they like
+        return f"{path.name} could not be drawn ({type(error).__name__}: {error})."
+    return None
 
 
 def result_chart(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Any:

@@ -168,6 +168,11 @@ class Architecture:
             return None
         return int(size)
 
+    @property
+    def positions(self) -> int:
+        """How many tokens the model was made to see at once; with learned positions there are no more."""
+        return int(self.config.max_position_embeddings)
+
     # -- counting ----------------------------------------------------------------------------------------------------
     def model_parameters(self) -> int:
         """All parameters, tied ones once."""

@@ -147,7 +147,7 @@ def benchmark(
         list[str] | None,
         typer.Option(help="Address of a running server up to /v1, for vllm; repeat for each model. A key comes from VLLM_API_KEY."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 512,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens to read.", show_default="512, or what fits all models")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to write after them.")] = 64,
     repetitions: Annotated[int, typer.Option(help="Rounds in which every model is timed.")] = 7,
     compiled: Annotated[
@@ -251,7 +251,7 @@ def compare(
     asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=tell))
     tell("")
     (output / "compare.md").write_text(side_by_side.markdown(results), "utf-8")
-    plots.save(side_by_side.chart(results), output / "compare.svg")
+    no_picture = plots.draw(lambda: side_by_side.chart(results), output / "compare.svg")
     if as_json:
         print(json.dumps({"settings": results.settings, "dense": results.dense, "rows": results.rows}))
     else:
@@ -263,7 +263,9 @@ def compare(
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-        console.print(f"Written: compare.json, compare.md and compare.svg in {output}")
+        console.print(
+            f"Written: compare.json, compare.md and compare.svg in {output}" + (f" - but {no_picture}" if no_picture else "")
+        )
     return 1 if any(row["error"] is not None for row in results.rows) else 0
 
 

@@ -67,8 +67,15 @@ def comparison(report: Mapping[str, Any]) -> Any:
     for key, title in ROWS.items():
         if row := report.get(key):
             speeds = [f"{row[name]:,.0f}" if name in row else "" for name in ("prefill_tps", "decode_tps")]
-            table.add_row(title, f"{row['parameters']:,}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}", *speeds)
+            table.add_row(
+                title, f"{row['parameters']:,}", _figure(row.get("kl"), ".4f"), _figure(row.get("perplexity"), ".2f"), *speeds
+            )
     return table
+
+
+def _figure(value: float | None, form: str) -> str:
+    """A figure, or nothing where it could not be had."""
+    return "" if value is None else format(value, form)
 
 
 def front(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -84,6 +91,6 @@ def front(rows: Sequence[Mapping[str, Any]]) -> Any:
         speeds = [f"{row['latency_us'] / 1000:,.1f} ms"] if timed else []
         if timed:
             speeds += [f"{row['prefill_tps']:,.0f} tok/s", f"{row['speedup']:.2f}x"] if "speedup" in row else ["", ""]
-        figures = [f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['kl']:.4f}", f"{row['perplexity']:.2f}"]
+        figures = [f"{row['rate']:g}", f"{row['parameters']:,}", _figure(row["kl"], ".4f"), _figure(row["perplexity"], ".2f")]
         table.add_row(row["plan"], *figures, *speeds, row["operator"] + (" (best)" if row["best"] else ""))
     return table

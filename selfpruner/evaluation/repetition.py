@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner.errors import CancelledTaskError
+from selfpruner.evaluation.speed import fitting
 
 RUN = 4
 # Openings of common kinds of text, for the probe of ``selfpruner evaluate``.
@@ -77,9 +78,12 @@ def after_prompts(
     new_tokens: int,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
-    """What the model writes after each prompt (:func:`continuations`). Prompts of one length are a batch; none is padded."""
+    """What the model writes after each prompt (:func:`continuations`), as much as it has positions for. Prompts of one length are a
+    batch; none is padded."""
     encode: Any = tokenizer
-    ids = [encode(prompt)["input_ids"] for prompt in prompts]
+    positions = int(model.config.max_position_embeddings)
+    longest, new_tokens = fitting(positions, new_tokens, positions)
+    ids = [encode(prompt)["input_ids"][:longest] for prompt in prompts]
     written: list[list[int]] = [[] for _ in prompts]
     for length in sorted({len(tokens) for tokens in ids}):
         same = [index for index, tokens in enumerate(ids) if len(tokens) == length]

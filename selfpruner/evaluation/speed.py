@@ -45,6 +45,12 @@ class Read:
     first_token: float
 
 
+def fitting(prompt: int, new_tokens: int, positions: int) -> tuple[int, int]:
+    """As many tokens to read and to write after them as a model of so many ``positions`` can, the writing first, up to half."""
+    new_tokens = min(new_tokens, positions // 2)
+    return max(min(prompt, positions - new_tokens), 1), new_tokens
+
+
 def measure(
     models: Mapping[str, PreTrainedModel],
     prompt: Tensor,

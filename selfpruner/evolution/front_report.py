@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.extras import Extras, finite
 from selfpruner.evolution.front import Latencies, Member
 from selfpruner.evolution.records import Window
 from selfpruner.space import SearchSpace
@@ -27,6 +29,7 @@ async def front_rows(
     pool: WorkerPool,
     session: Session,
     tell: Callable[[str], None],
+    extras: Extras,
 ) -> list[dict[str, Any]]:
     """One row per member, best quality first: ``plan``, ``operator``, ``levels``, ``layer_rates``, ``rate``, ``parameters``,
     ``fitness`` (where it was chosen), ``kl`` and ``perplexity`` (on ``windows``), ``best`` (whether it is the job's own plan).
@@ -48,8 +51,8 @@ async def front_rows(
                 "rate": member.rate,
                 "parameters": prepared["model"]["parameters"] - space.removed(member.plan),
                 "fitness": member.values(metric)[0],
-                "kl": score.kl,
-                "perplexity": score.perplexity,
+                "kl": finite(score.kl),
+                "perplexity": finite(score.perplexity),
                 "levels": list(candidate.levels),
                 "layer_rates": [round(rate, 4) for rate in space.layer_rates(member.plan)],
                 "best": candidate.plan_hash == best,
@@ -61,7 +64,10 @@ async def front_rows(
         tell(f"front: timing plans {start + 1} to {min(start + TOGETHER, len(timed))} of {len(timed)}")
         part = {member.candidate.plan_hash: list(member.candidate.levels) for member in timed[start : start + TOGETHER]}
         plans = {"dense": list(space.dense.levels), **part}
-        found = (await pool.run(session, "measure", {"plans": plans, "decode": False}, tell))["rows"]
+        asked = {"plans": plans, "decode": False}
+        nothing: Json = {}
+        tried = await extras.attempt("timing", "A front was not timed", partial(pool.run, session, "measure", asked, tell), nothing)
+        found = tried.get("rows", {})
         for row in rows:
             if "prefill_tps" in found.get(row["plan"], {}):
                 row["prefill_tps"] = found[row["plan"]]["prefill_tps"]

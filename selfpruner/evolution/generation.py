@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from selfpruner.errors import CancelledTaskError, ConfigError, WorkerError
 from selfpruner.evolution.evaluator import Evaluator, Fitness
+from selfpruner.evolution.extras import survived
 from selfpruner.evolution.records import Candidate, Recorder, Window
 from selfpruner.space import Plan
 
@@ -22,9 +22,9 @@ CLOSE, TOO_MUCH, LESS = 0.02, 0.1, 0.05
 
 async def probe(
     finalists: Sequence[Candidate], scores: Mapping[str, Fitness], evaluator: Evaluator, recorder: Recorder, window: Window
-) -> tuple[Candidate, dict[str, float]]:
-    """The plan to take of ``finalists`` (best first, at least one), and the repetition rates by plan hash and ``dense``: empty
-    where the worker cannot write, which an event then says. ``scores`` are theirs; ``window`` gives the prompts."""
+) -> tuple[Candidate, dict[str, float], str | None]:
+    """The plan to take of ``finalists`` (best first, at least one), and repetition rates by plan hash and ``dense``: empty where
+    the worker cannot write, and then why, which an event says too. ``scores`` are theirs; ``window`` gives the prompts."""
     best = finalists[0]
     near = scores[best.plan_hash].kl * (1 + CLOSE)
     entrants = [best, *(c for c in finalists[1:ENTRANTS] if scores[c.plan_hash].kl <= near)]
@@ -35,12 +35,11 @@ async def probe(
             prompt=PROMPT_TOKENS,
             new_tokens=NEW_TOKENS,
         )
-    except CancelledTaskError:
-        raise
-    except (ConfigError, WorkerError) as error:
-        message = f"The best plans were not made to write: {error.message}"
-        recorder.event("repetition", "search.generation_probe", message, level="warn", data={"reason": error.message})
-        return best, {}
+    except Exception as error:
+        reason = survived(error)
+        message = f"The best plans were not made to write: {reason}"
+        recorder.event("repetition", "search.generation_probe", message, level="warn", data={"reason": reason})
+        return best, {}, reason
     chosen = choose(entrants, rates)
     message = (
         f"Greedy text of {best.plan_hash} repeats {100 * rates[best.plan_hash]:.0f} % of itself, the dense model's "
@@ -49,7 +48,7 @@ async def probe(
     if chosen is not best:
         message += f" {chosen.plan_hash} is taken instead: {100 * rates[chosen.plan_hash]:.0f} %, and nearly as low in KL."
     recorder.event("repetition", "search.generation_probe", message, data={"repetition": rates, "chosen": chosen.plan_hash})
-    return chosen, rates
+    return chosen, rates, None
 
 
 def choose(entrants: Sequence[Candidate], rates: Mapping[str, float]) -> Candidate:

@@ -16,7 +16,8 @@ from typing import Any
 from selfpruner import names
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError
-from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.evaluator import Evaluator, Fitness
+from selfpruner.evolution.extras import Extras, finite
 from selfpruner.evolution.front import Front, Latencies, Member
 from selfpruner.evolution.front_report import front_rows, latencies_of
 from selfpruner.evolution.loop import Outcome, Search
@@ -67,8 +68,9 @@ async def run_job(
     and ``best`` where they were made to write), ``evaluations``, ``plans``, ``tokens`` (plan-tokens that the search was charged),
     ``stopped`` (why its generations ended), ``tokens_saved`` (at most, by ending early), ``rank_correlation`` (predicted against
     measured), ``seconds``, ``peak_worker_mib``, ``operators``, ``texts``, ``model``, ``plan`` and ``checkpoint``; with more than
-    one objective also ``front`` and, where it is one of them, ``latency``. Raises UnknownNameError for a proposer the settings do
-    not name and ConfigError for a fitness text too short for the stages, both before any work.
+    one objective also ``front`` and, where it is one of them, ``latency``. What could not be had is left out, and ``missing`` says
+    why, by what failed: ``scores``, ``timing``, ``baseline``, ``front``, ``latency``, ``generation_probe``. Raises UnknownNameError
+    for a proposer the settings do not name and ConfigError for a fitness text too short for the stages, both before any work.
     """
     started = time.monotonic()
     if config.uses_llm:
@@ -90,6 +92,7 @@ async def run_job(
         f"{_sources(prepared, 'calibration')}, judged on {_sources(prepared, 'fitness')}.",
         data={"model": prepared["model"], "texts": prepared["texts"], "dtype": prepared["dtype"], "device": prepared["device"]},
     )
+    extras = Extras(recorder)
     evaluator = Evaluator(pool, session, recorder)
     evaluator.peak_mib = float(prepared.get("peak_mib", 0.0))
     channel = None
@@ -100,21 +103,40 @@ async def run_job(
     front = Front(config, space, evaluator, recorder, windows)
     latencies = None
     if "latency" in config.objective:
-        latencies = await latencies_of(pool, session, int(prepared["texts"]["report"]["length"]), tell)
+        length = int(prepared["texts"]["report"]["length"])
+        latencies = await latencies_of(pool, session, length, tell)  # nothing has been searched yet: what fails here is refused
     search = Search(config, space, evaluator, recorder, windows, channel, prepared.get("signals", {}))
     outcome = await search.run()
+    if outcome.not_written is not None:
+        extras.missing["generation_probe"] = outcome.not_written
     members: list[Member] = []
     if len(config.objective) > 1:
-        told = _teller("searching", config, outcome, evaluator, recorder)
-        outcome, members = await front.make(search.state, outcome, latencies, told)
-    report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder)
+        found = outcome
+
+        async def make_front() -> tuple[Outcome, list[Member]]:
+            return await front.make(search.state, found, latencies, _teller("searching", config, found, evaluator, recorder))
+
+        outcome, members = await extras.attempt("front", "The front was not made", make_front, (outcome, members))
+    report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder, extras)
     if members:
-        report |= await _front(config, prepared, space, outcome, members, latencies, evaluator, pool, session, recorder)
+
+        async def front_report() -> dict[str, Any]:
+            return await _front(config, prepared, space, outcome, members, latencies, evaluator, pool, session, recorder, extras)
+
+        nothing: dict[str, Any] = {}
+        report |= await extras.attempt("front", "The report has no front", front_report, nothing)
     checkpoint = await _export(config, job_id, prepared, space, outcome, report, evaluator, pool, session, recorder, checkpoint_dir)
     name, changes = BASELINES[config.pattern]
     if {"criterion": config.criterion, "compensation": config.compensation} != changes:
         _teller("reporting", config, outcome, evaluator, recorder)("scoring the uniform baseline")
-        report[name] = await _baseline(changes, prepared, evaluator, pool, session)
+        baseline = await extras.attempt(
+            "baseline",
+            "The uniform baseline was not scored",
+            lambda: _baseline(changes, prepared, evaluator, pool, session),
+            None,
+        )
+        if baseline is not None:
+            report[name] = baseline
     report |= {
         "evaluations": evaluator.evaluations,
         "plans": len(search.state.candidates),
@@ -128,6 +150,8 @@ async def run_job(
         "checkpoint": checkpoint["path"],
         "verification": checkpoint["verification"],
     }
+    if extras.missing:
+        report["missing"] = dict(extras.missing)
     _teller("done", config, outcome, evaluator, recorder)(f"checkpoint {checkpoint['path']}")
     return JobResult(report, checkpoint)
 
@@ -156,6 +180,7 @@ async def _report(
     pool: WorkerPool,
     session: Session,
     recorder: Recorder,
+    extras: Extras,
 ) -> dict[str, Any]:
     """The figures on the held-out report text, for the dense model and the plans worth comparing."""
 
@@ -166,24 +191,28 @@ async def _report(
         plans["ramp"] = Plan(outcome.ramp.levels)
     windows = report_windows(prepared["texts"]["report"]["sequences"])
     counted = evaluator.evaluations
-    scores = await evaluator.score(list(plans.values()), windows)
+    scores: dict[str, Fitness] = await extras.attempt(
+        "scores", "The plans were not scored on the held-out text", lambda: evaluator.score(list(plans.values()), windows), {}
+    )
     evaluator.evaluations = counted  # the report's figures are no part of the search's cost
+    if reason := next((score.reason for score in scores.values() if score.reason is not None), None):
+        extras.note("scores", "Not all plans were scored on the held-out text", f"{reason}.")
     tell("timing")
-    timed = await pool.run(session, "measure", {"plans": {name: list(plan.levels) for name, plan in plans.items()}}, tell)
-    report: dict[str, Any] = {
-        name: {
-            "kl": scores[plan.hash].kl,
-            "perplexity": scores[plan.hash].perplexity,
-            "tokens": scores[plan.hash].tokens,
-            **timed["rows"][name],
-        }
-        for name, plan in plans.items()
-    }
+    asked = {"plans": {name: list(plan.levels) for name, plan in plans.items()}}
+    nothing: Json = {}
+    timed = await extras.attempt("timing", "The models were not timed", lambda: pool.run(session, "measure", asked, tell), nothing)
+    if reason := timed.get("not_timed"):
+        extras.note("timing", "The models were not timed", f"{reason}.")
+    dense = int(prepared["model"]["parameters"])
+    report: dict[str, Any] = {}
+    for name, plan in plans.items():
+        report[name] = {"parameters": dense - space.removed(plan), **timed.get("rows", {}).get(name, {})}
+        if plan.hash in scores:
+            score = scores[plan.hash]
+            report[name] |= {"kl": finite(score.kl), "perplexity": finite(score.perplexity), "tokens": score.tokens}
     for name, key in (("dense", "dense"), ("best", outcome.best.plan_hash)):
         if key in outcome.repetition:
             report[name]["repetition"] = round(outcome.repetition[key], 4)
-    if reason := timed.get("not_timed"):
-        report["not_timed"] = reason
     report |= {
         "texts": prepared["texts"],
         "model": prepared["model"],
@@ -219,6 +248,7 @@ async def _front(
     pool: WorkerPool,
     session: Session,
     recorder: Recorder,
+    extras: Extras,
 ) -> dict[str, Any]:
     """``front`` (see :func:`front_rows`), and ``latency`` where that is an objective: what its predictions are made of."""
     rows = await front_rows(
@@ -232,6 +262,7 @@ async def _front(
         pool=pool,
         session=session,
         tell=_teller("reporting", config, outcome, evaluator, recorder),
+        extras=extras,
     )
     found: dict[str, Any] = {"front": rows}
     if latencies is not None:
@@ -272,7 +303,9 @@ async def _export(
     tell("writing and verifying the checkpoint")
     metrics = {
         name: {
-            key: report[name][key] for key in ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps") if key in report[name]
+            key: report[name][key]
+            for key in ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")
+            if report[name].get(key) is not None
         }
         for name in ("dense", "uniform", "best")
     }

@@ -40,7 +40,7 @@ class Outcome:
     """What a search found. ``best`` won the final; ``finalists`` are sorted by their fitness there, best first. ``stopped`` says
     why the generations ended, ``tokens_saved`` what those that were not made would have cost at most; ``rank_correlation`` is the
     mean over generations of Spearman's, predicted against measured; ``repetition`` holds the rates of the generation probe, by plan
-    hash and ``dense``: empty without one."""
+    hash and ``dense``: empty without one, ``not_written`` says why where it failed."""
 
     best: Candidate
     uniform: Candidate
@@ -54,6 +54,7 @@ class Outcome:
     rank_correlation: float | None = None
     tokens_saved: int = 0
     repetition: Mapping[str, float] = field(default_factory=dict)
+    not_written: str | None = None
 
 
 class Search:
@@ -359,9 +360,9 @@ class Search:
         finalists = sorted((c for c in entrants.values() if c.status == "evaluated"), key=standing)
         if not finalists:
             raise SelfprunerError("No plan could be scored on the final tokens.", code="no_feasible_plan")
-        best, repetition = finalists[0], dict[str, float]()
+        best, repetition, not_written = finalists[0], dict[str, float](), None
         if self.config.generation_probe:
-            best, repetition = await probe(finalists, scores, self.evaluator, self.recorder, self.windows.final)
+            best, repetition, not_written = await probe(finalists, scores, self.evaluator, self.recorder, self.windows.final)
         foreseen = self._correlations.values()
         correlation = sum(foreseen) / len(foreseen) if foreseen else None
         self.recorder.event(
@@ -391,6 +392,7 @@ class Search:
             correlation,
             saved,
             repetition,
+            not_written,
         )
 
     # -- telling -------------------------------------------------------------------------------------------------------

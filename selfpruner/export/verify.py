@@ -154,7 +154,8 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
 
 def _greedy(model: Any, prompt: torch.Tensor, bound: float) -> str:
     """``equal``, ``tied`` (they part at two tokens of equal logit, up to ``bound``) or ``different``."""
-    how = {"max_new_tokens": GENERATED, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    room = int(model.config.max_position_embeddings) - prompt.shape[1]
+    how = {"max_new_tokens": max(min(GENERATED, room), 1), "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
     mask = torch.ones_like(prompt)
     one, two = (model.generate(prompt, attention_mask=mask, use_cache=use, **how)[0].tolist() for use in (True, False))
     if one == two:

@@ -7,6 +7,7 @@ runs already does (``vllm``). One round warms up; the others are paired repetiti
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,17 +88,22 @@ class Served:
         await self._server.close()
 
 
-async def measure(subjects: Mapping[str, Timed], settings: Settings, *, progress: Watch = lambda _: None) -> Report:
+async def measure(
+    subjects: Mapping[str, Timed], settings: Settings, *, shorten: bool = False, progress: Watch = lambda _: None
+) -> Report:
     """Time all ``subjects`` (by name, the first is what the others are compared with).
 
-    Raises what loading them raises; ConfigError when prompt and new tokens are more than a model has positions for.
+    Raises what loading them raises; ConfigError when prompt and new tokens are more than a model has positions for, unless
+    ``shorten`` allows a prompt that fits all of them.
     """
     facts: dict[str, Json] = {}
     for name, subject in subjects.items():
         progress(f"loading {name}")
         facts[name] = await subject.load()
-        wanted = settings.prompt_tokens + settings.new_tokens
-        if wanted > facts[name]["limit"]:
+        room = facts[name]["limit"] - settings.new_tokens
+        if shorten and 0 < room < settings.prompt_tokens:
+            settings = replace(settings, prompt_tokens=room)
+        elif room < settings.prompt_tokens:
             raise ConfigError(
                 f"{settings.prompt_tokens} and {settings.new_tokens} tokens are more than the {facts[name]['limit']} positions of "
                 f"{name}. Use a shorter prompt or fewer new tokens.",
@@ -156,6 +162,7 @@ async def run(
     device: str = "auto",
     dtype: str = "auto",
     cache: Path,
+    shorten: bool = False,
     progress: Watch = lambda _: None,
 ) -> Report:
     """Time models by name. ``urls``: of ``vllm``'s servers, one for each model or one for all; ``key`` is sent to them.
@@ -174,7 +181,7 @@ async def run(
             else:
                 config = {"model": model, "dtype": dtype, "compiled": settings.compiled}
                 subjects[name] = InProcess("transformers", device, config, cache, progress)
-        return await measure(subjects, settings, progress=progress)
+        return await measure(subjects, settings, shorten=shorten, progress=progress)
     finally:
         for subject in subjects.values():
             await subject.close()

@@ -76,5 +76,6 @@ class InProcessPool:
             return plain
         except Exception as error:
             if not is_expected(error):
-                _log.exception("task %s failed", kind)
+                # It is the cause of what is raised here: whoever lets that pass shows the traceback, whoever catches it need not.
+                _log.debug("task %s failed", kind, exc_info=True)
             raise classify(error) from error

@@ -216,8 +216,9 @@ class Runtime:
         for name, plan in plans.items():
             built[name] = build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
         prompt = prepared.tokens("report", [0])[0]
+        longest, new_tokens = speed.fitting(prompt.numel(), 32 if payload.get("decode", True) else 0, prepared.arch.positions)
         progress(f"timing {len(built)} models")
-        speeds = speed.measure(built, prompt, new_tokens=32 if payload.get("decode", True) else 0, cancelled=cancelled)
+        speeds = speed.measure(built, prompt[:longest], new_tokens=new_tokens, cancelled=cancelled)
         dense = prepared.arch.model_parameters()
         timed: Json = {
             name: {"parameters": dense - prepared.space.removed(plan)} | speeds[name].figures for name, plan in plans.items()
@@ -236,12 +237,13 @@ class Runtime:
             )
         if not _fit(prepared, 1):
             raise OutOfMemoryError("A pruned model does not fit beside the dense one in the memory there is.")
-        base, prompts = prepared.loaded.model, prepared.tokens(payload["text"], payload["sequences"])[:, : int(payload["prompt"])]
+        longest, new_tokens = speed.fitting(int(payload["prompt"]), int(payload["new_tokens"]), prepared.arch.positions)
+        base, prompts = prepared.loaded.model, prepared.tokens(payload["text"], payload["sequences"])[:, :longest]
         rates = {}
         for name, levels in payload["plans"].items():
             progress(f"writing with {name}")
             model = build(base, *pruned_tensors(prepared, Plan(tuple(levels)))) if any(levels) else base
-            rates[name] = repetition(model, prompts, new_tokens=int(payload["new_tokens"]), cancelled=cancelled)
+            rates[name] = repetition(model, prompts, new_tokens=new_tokens, cancelled=cancelled)
             del model  # before the next is built
         return {"repetition": rates, "seconds": time.perf_counter() - started}
 
