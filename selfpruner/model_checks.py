@@ -315,6 +315,8 @@ def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, 
         wanted |= {f"{layout.layer(layer)}.{name}": shape for name, shape in expected.items()}
     if "lm_head.weight" in shapes:
         wanted["lm_head.weight"] = (config["vocab_size"], widths.hidden)
+        if layout.value(config, "tie_word_embeddings") and (embeddings := f"{layout.decoder}.embed_tokens.weight") not in shapes:
+            del wanted[embeddings]  # of two tied matrices one is saved, whichever it is
     elif not layout.value(config, "tie_word_embeddings"):
         raise ModelError(
             f"{folder} has no lm_head.weight, and its config.json does not tie it to the embeddings. "

@@ -11,6 +11,7 @@ A matrix that was put into another order (see ``Architecture.order_channels``) g
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from selfpruner.errors import ModelError
 from selfpruner.layouts import layout_of
 from selfpruner.tensor_files import TensorFile
 
+HEAD = "lm_head.weight"
 # What is read at once: small on a CPU, where it only has to outweigh a system call; large enough for the bus of a GPU.
 _PIECE = {"cpu": 1 << 20, "cuda": 32 << 20}
 # The output head is kept where it takes at most this share of the memory; else pieces of it of at most that share are read.
@@ -58,9 +60,9 @@ class _Slot:
 class WeightFiles:
     """All tensors of a checkpoint by name, read in pieces onto ``device`` in ``dtype``. For one thread."""
 
-    def __init__(self, files: Mapping[str, TensorFile], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, files: Mapping[str, tuple[TensorFile, str]], device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._files = files
+        self._files = dict(files)  # with the name that the tensor has there
         self.piece_bytes = _PIECE["cuda" if device.type == "cuda" else "cpu"]
         pinned = device.type == "cuda"
         self._staging = [torch.empty(self.piece_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2 if pinned else 1)]
@@ -69,15 +71,52 @@ class WeightFiles:
 
     @classmethod
     def open(cls, paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> WeightFiles:
-        return cls({name: file for file in map(TensorFile, paths) for name in file.shapes}, device, dtype)
+        return cls({name: (file, name) for file in map(TensorFile, paths) for name in file.shapes}, device, dtype)
 
     def for_another_thread(self) -> WeightFiles:
         return WeightFiles(self._files, self.device, self.dtype)
 
+    def settle(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """``config`` as the files are: whether the output head is tied to the embeddings is not always as it says.
+
+        As transformers reads such files: a head that differs from the embeddings, as a merge leaves it after one of them was
+        trained, is a head of its own; where a tied model has the head alone, that is the embeddings as well.
+        """
+        embeddings = f"{layout_of(config).decoder}.embed_tokens.weight"
+        if config.tie_word_embeddings and HEAD in self._files:
+            if embeddings not in self._files:
+                self._files[embeddings] = self._files[HEAD]
+            elif not self._equal(embeddings, HEAD):
+                config = copy.deepcopy(config)
+                config.tie_word_embeddings = False
+        return config
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two matrices hold the same numbers, whatever types they are stored in."""
+        shape = self.shape(one)
+        if shape != self.shape(other):
+            return False
+        count = max(1, self.piece_bytes // (8 * shape[1]))
+        for start in range(0, shape[0], count):
+            pair = [self._read(name, start, min(start + count, shape[0])) for name in (one, other)]
+            wide = torch.promote_types(pair[0].dtype, pair[1].dtype)
+            if not torch.equal(pair[0].to(wide), pair[1].to(wide)):
+                return False
+        return True
+
+    def _read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        file, stored = self._files[name]
+        return file.read(stored, out, start=start, stop=stop)
+
+    def _shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """What is stored: dtype and shape."""
+        file, stored = self._files[name]
+        return file.shapes[stored]
+
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._files:
             raise ModelError(f"The model lacks weights, such as {name}. Download the model again.", param="model")
-        return self._files[name].shapes[name][1]
+        return self._shape(name)[1]
 
     def check(self, name: str, parameter: Tensor) -> None:
         """Raises ModelError unless the files hold ``name`` in the parameter's shape."""
@@ -88,9 +127,9 @@ class WeightFiles:
         """A tensor, its index ``axis`` in the given order (a permutation, on the device), into ``out`` or a new one."""
         shape = self.shape(name)
         target = torch.empty(shape, dtype=self.dtype, device=self.device) if out is None else out
-        direct = self._files[name].shapes[name][0] == self.dtype and self.device.type == "cpu" and order is None
+        direct = self._shape(name)[0] == self.dtype and self.device.type == "cpu" and order is None
         if direct:
-            return self._files[name].read(name, target)
+            return self._read(name, out=target)
         places = torch.argsort(order) if order is not None and axis == 0 else None
         for start, rows in self._pieces(name):
             if places is not None:
@@ -101,9 +140,8 @@ class WeightFiles:
 
     def rows(self, name: str, start: int, stop: int, out: Tensor) -> Tensor:
         """Rows ``start`` to ``stop`` into the first rows of ``out``."""
-        file = self._files[name]
-        if file.shapes[name][0] == self.dtype and self.device.type == "cpu":
-            return file.read(name, out[: stop - start], start=start, stop=stop)
+        if self._shape(name)[0] == self.dtype and self.device.type == "cpu":
+            return self._read(name, start, stop, out[: stop - start])
         for at, rows in self._pieces(name, start, stop):
             out[at - start : at - start + rows.shape[0]].copy_(rows)
         return out[: stop - start]
@@ -115,17 +153,15 @@ class WeightFiles:
 
     def gather(self, name: str, indices: Sequence[int]) -> Tensor:
         """The given rows, (len(indices), ...), on the device."""
-        file = self._files[name]
-        stored, shape = file.shapes[name]
+        stored, shape = self._shape(name)
         rows = torch.empty(len(indices), *shape[1:], dtype=stored)
         for at, index in enumerate(indices):
-            file.read(name, rows[at : at + 1], start=index, stop=index + 1)
+            self._read(name, index, index + 1, rows[at : at + 1])
         return rows.to(self.device, self.dtype)
 
     def _pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows on the device in the stored dtype); a piece is valid until the next but one is asked for."""
-        file = self._files[name]
-        stored, shape = file.shapes[name]
+        stored, shape = self._shape(name)
         stop = shape[0] if stop is None else stop
         row_bytes = max(1, stored.itemsize * int(torch.Size(shape[1:]).numel()))
         count = max(1, self.piece_bytes // row_bytes)
@@ -137,7 +173,7 @@ class WeightFiles:
             if rows * row_bytes > self._staging[self._turn].numel():
                 self._staging[self._turn] = torch.empty(row_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
             held = self._staging[self._turn][: rows * row_bytes].view(stored).view(rows, *shape[1:])
-            file.read(name, held, start=at, stop=at + rows)
+            self._read(name, at, at + rows, held)
             yield at, held.to(self.device, non_blocking=True)
             if self.device.type == "cuda":
                 self._sent[self._turn] = torch.cuda.Event()
@@ -259,9 +295,10 @@ def stream(
 ) -> PreTrainedModel:
     """The model of ``config`` over the safetensors files ``paths``, within ``memory`` bytes; its attribute ``layer_stream`` is the
     :class:`LayerStream`. Raises ModelError when files and config do not fit together."""
+    files = WeightFiles.open(paths, device, dtype)
+    config = files.settle(config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    files = WeightFiles.open(paths, device, dtype)
     layout = layout_of(config)
     apart = {f"{layout.decoder}.embed_tokens", "lm_head"}
     with torch.no_grad():
@@ -285,15 +322,16 @@ def stream(
 def whole(config: PreTrainedConfig, paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of ``config`` with all its weights on the device, read in pieces: nothing else takes memory on the way, whatever
     dtype the files have. Raises ModelError when files and config do not fit together."""
+    files = WeightFiles.open(paths, device, dtype)
+    config = files.settle(config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    files = WeightFiles.open(paths, device, dtype)
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():
         for module_name, module in model.named_modules():
             for attribute, parameter in list(module.named_parameters(recurse=False)):
                 name = f"{module_name}.{attribute}"
-                if not (tied and name == "lm_head.weight"):
+                if not (tied and name == HEAD):
                     files.check(name, parameter)
                     setattr(module, attribute, nn.Parameter(files.read(name), requires_grad=False))
     if tied:
@@ -325,7 +363,7 @@ def _place_vocabulary(model: Any, files: WeightFiles, memory: int) -> None:
     tied = bool(model.config.tie_word_embeddings)
     path = layout_of(model.config).decoder
     decoder = model.get_submodule(path)
-    embeddings, head = f"{path}.embed_tokens.weight", "lm_head.weight"
+    embeddings, head = f"{path}.embed_tokens.weight", HEAD
     for name, weight in ((embeddings, decoder.embed_tokens.weight), (embeddings if tied else head, model.lm_head.weight)):
         files.check(name, weight)
     head_name, head_weight = (embeddings, decoder.embed_tokens.weight) if tied else (head, model.lm_head.weight)

@@ -40,7 +40,7 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
     stored = {name for path in paths for name in read_header(path)}
     with torch.inference_mode(False):
         model: Any = stream(config, paths, torch.device(device), getattr(torch, facts["dtype"]), memory)
-    wanted = set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    wanted = set(model.state_dict()) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
     problems = [f"unexpected: {name}" for name in sorted(stored - wanted)[:3]]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != int(facts["parameters"]):

@@ -147,7 +147,9 @@ def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, An
         manifest.check(folder)
     else:
         folder = models.resolve(model, cache).folder
-    return folder, auto.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = auto.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    files = streaming.WeightFiles.open(model_checks.weight_files(folder), torch.device("cpu"), torch.float32)
+    return folder, files.settle(config)
 
 
 def _stored(config: Any) -> str | None:
