@@ -16,7 +16,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from selfpruner.errors import (
     ModelError,
     ModelNotFoundError,
     OutOfMemoryError,
+    TextError,
     UnsafeModelError,
     disk_errors,
 )
@@ -284,13 +285,24 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
         raise OutOfMemoryError(
             f"{source.name} in {chosen} does not fit the memory of {target}. Use another device or a smaller model."
         ) from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise ModelError(
-            f"The tokenizer of {source.folder} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}. "
-            "Copy the tokenizer files that belong to the model.",
-            param="model",
-        )
     return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed)
+
+
+def check_ids(ids: Iterable[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Raise TextError where ``what`` holds a token that the model has no row for.
+
+    A tokenizer may know more than its model: Gemma 3's has an image token, the first Llama 2's a padding token. Such tokens are in
+    no ordinary text.
+    """
+    rows = int(model.config.get_text_config().vocab_size)
+    beyond = max(ids, default=0)
+    if beyond >= rows:
+        names: Any = tokenizer
+        raise TextError(
+            f"{what} holds the token {names.convert_ids_to_tokens(beyond)!r} (id {beyond}), for which the model has no embedding "
+            f"(it has {rows:,}). Take the token out of the text; or, where ordinary text has such ids, copy the tokenizer files "
+            "that belong to the model."
+        )
 
 
 @contextmanager

@@ -17,17 +17,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto import AutoTokenizer
 
+import selfpruner
 from selfpruner import model_checks, model_gguf, models
+from selfpruner.calibration.texts import token_batches
+from selfpruner.config import Source, TextConfig
 from selfpruner.errors import (
     ConfigError,
     ModelError,
     ModelNotFoundError,
+    TextError,
     UnsafeModelError,
     UnsupportedModelError,
 )
 from selfpruner.models import LoadedModel, choose_device, choose_dtype, hub_available, load, resolve
-from tests.tiny_models import CHAT_TEMPLATE, FAMILIES, tiny_model, tiny_tokenizer
+from selfpruner.proposers import constrained
+from tests.tiny_models import CHAT_TEMPLATE, FAMILIES, sample_text, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -309,9 +315,41 @@ def test_files_that_are_not_models(tmp_path: Path) -> None:
 
 
 def test_tokenizer_larger_than_the_vocabulary(folder: Path, tmp_path: Path) -> None:
+    """Of another model: found out by the first text."""
     tiny_tokenizer(200).save_pretrained(folder)
-    with pytest.raises(ModelError, match="has 200 tokens, the model only 128"):
-        load(resolve(str(folder), tmp_path), "cpu", "float32")
+    loaded = load(resolve(str(folder), tmp_path), "cpu", "float32")
+    (tmp_path / "text.txt").write_text(sample_text(3000))
+    text = TextConfig(sources=(Source(source=str(tmp_path / "text.txt")),), sequences=2, length=32)
+    with pytest.raises(TextError, match=r"no embedding \(it has 128\).* copy the tokenizer files"):
+        token_batches(text, "calibration", loaded, tmp_path / "cache", 0)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "llama"])
+def test_a_token_that_the_model_has_no_row_for(family: str, tmp_path: Path) -> None:
+    """Gemma 3's image token, Llama 2's padding token: no ordinary text holds them, and the rest of the product does not mind."""
+    folder = tiny_model(tmp_path / "model", family)
+    tokenizer = tiny_tokenizer(128).__class__.from_pretrained(folder)
+    assert tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<nothing>"}) == 2
+    assert len(tokenizer) == 130
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(6000))
+    fields = {"model": str(folder), "compensation": "none", "cache": tmp_path / "cache", "device": "cpu"}
+    asked = {"sources": [{"source": str(text)}], "sequences": 4, "length": 64}
+    made = selfpruner.prune(tmp_path / "out", rate=0.3, calibration=asked, **fields)
+    assert made.verification["problems"] == []
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)) == 130
+
+    loaded = load(resolve(str(folder), tmp_path), "cpu", "float32")
+    message = [{"role": "user", "content": "Answer."}]
+    reply = constrained.complete(loaded.model, loaded.tokenizer, message, {"type": "integer"}, 0.8, 64, 0, lambda: False)
+    assert int(reply["text"]) is not None
+    if family == "llama":
+        written = selfpruner.export(tmp_path / "out", tmp_path / "gguf", format="gguf")
+        assert written.verification["problems"] == []
+    text.write_text(sample_text(3000) + " <image> " + sample_text(3000, 1))
+    with pytest.raises(TextError, match=r"'<image>' \(id 12[89]\).* Take the token out of the text"):
+        selfpruner.prune(tmp_path / "other", rate=0.3, calibration={**asked, "sequences": 16}, **fields)
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------------

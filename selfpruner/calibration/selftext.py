@@ -28,6 +28,7 @@ from transformers import AttentionInterface, StaticCache
 from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.openings import opening
 from selfpruner.errors import CancelledTaskError, disk_errors
+from selfpruner.models import check_ids
 
 if TYPE_CHECKING:
     from selfpruner.models import LoadedModel
@@ -237,6 +238,7 @@ def _end_tokens(loaded: LoadedModel) -> set[int]:
 def _new_document(row: _Row, loaded: LoadedModel, separator: list[int]) -> None:
     text = opening(row.chance)
     start = loaded.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    check_ids(start, loaded.model, loaded.tokenizer, "The beginning of a text")
     row.forced = [*separator, *start][::-1]
     row.style = styles(row.chance)
     row.written = 0

@@ -37,7 +37,7 @@ from selfpruner.calibration.files import TextFile
 from selfpruner.config import TextConfig
 from selfpruner.errors import CancelledTaskError, TextError, disk_errors
 from selfpruner.model_checks import sampled_digest
-from selfpruner.models import hub_available, quiet
+from selfpruner.models import check_ids, hub_available, quiet
 
 if TYPE_CHECKING:
     from selfpruner.models import LoadedModel
@@ -161,10 +161,12 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 def separator(loaded: LoadedModel) -> list[int]:
     """The token ids put between documents: the token that ended them in training, else eos, else a newline."""
     tokenizer: Any = loaded.tokenizer
+    rows = loaded.model.config.vocab_size  # the tokenizer may know more tokens
     for token in _DOCUMENT_ENDS:
-        if token in tokenizer.all_special_tokens or token in tokenizer.get_added_vocab():
+        known = token in tokenizer.all_special_tokens or token in tokenizer.get_added_vocab()
+        if known and tokenizer.convert_tokens_to_ids(token) < rows:
             return [int(tokenizer.convert_tokens_to_ids(token))]
-    if tokenizer.eos_token_id is not None:
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < rows:
         return [int(tokenizer.eos_token_id)]
     return [int(index) for index in tokenizer("\n", add_special_tokens=False)["input_ids"]]
 
@@ -329,6 +331,7 @@ class _Reader:
             for tokens in itertools.chain(encode(self.loaded.tokenizer, document), [end]):
                 if self.cancelled():
                     raise CancelledTaskError(f"Cancelled while reading {self.role} text.")
+                check_ids(tokens, self.loaded.model, self.loaded.tokenizer, f"The {self.role} text")
                 stream.extend(tokens)
                 if most is not None and len(stream) >= most:
                     return stream

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from selfpruner.errors import ConfigError, TextError
 from selfpruner.evaluation.likelihood import Question, likelihoods
 from selfpruner.evaluation.task_files import LocalTask
-from selfpruner.models import hub_available, quiet
+from selfpruner.models import check_ids, hub_available, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +66,9 @@ class SharedContextLM(HFLM):
         for index, (_, context, _) in enumerate(requests):
             places.setdefault(tuple(context), []).append(index)
         questions = [Question(context, [requests[index][2] for index in indexes]) for context, indexes in places.items()]
+        for question in questions:
+            ids = (*question.context, *(token for continuation in question.continuations for token in continuation))
+            check_ids(ids, self.model, self.tokenizer, "A question")
         scored = likelihoods(self.model, questions, max_length=self.max_length, progress=self._progress, cancelled=self._cancelled)
         found = [(0.0, False)] * len(requests)
         for indexes, scores in zip(places.values(), scored, strict=True):

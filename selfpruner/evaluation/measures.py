@@ -191,6 +191,7 @@ class Perplexity:
                 f"Windows of {self.seqlen:,} tokens are longer than the model's context of {subject.context:,}.", param="seqlen"
             )
         tokens = corpora.windows(self._corpus, subject.tokenizer, self.seqlen, self.windows)
+        models.check_ids([int(tokens.max())], subject.model, subject.tokenizer, f"The text {self._corpus.name}")
         losses = perplexity.losses(subject.model, tokens, progress=lambda text: tell(f"{self.name}: {text}"))
         if any(map(math.isnan, losses)):
             raise not_numbers()

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.speed import fitting
+from selfpruner.models import check_ids
 
 RUN = 4
 # Openings of common kinds of text, for the probe of ``selfpruner evaluate``.
@@ -84,6 +85,7 @@ def after_prompts(
     positions = int(model.config.max_position_embeddings)
     longest, new_tokens = fitting(positions, new_tokens, positions)
     ids = [encode(prompt)["input_ids"][:longest] for prompt in prompts]
+    check_ids([token for tokens in ids for token in tokens], model, tokenizer, "A prompt")
     written: list[list[int]] = [[] for _ in prompts]
     for length in sorted({len(tokens) for tokens in ids}):
         same = [index for index, tokens in enumerate(ids) if len(tokens) == length]

@@ -98,7 +98,7 @@ def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence
     special = {"bos": bos, "eos": eos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     # llama.cpp knows three ways to end, and stops at each.
     special |= dict(zip(("eot", "eom"), (end for end in dict.fromkeys(ends) if end != eos), strict=False))
-    found |= {f"{name}_token_id": int(index) for name, index in special.items() if index is not None}
+    found |= {f"{name}_token_id": int(index) for name, index in special.items() if index is not None and index < vocabulary}
     found |= {"add_bos_token": bos is not None and ids[:1] == [bos], "add_eos_token": eos is not None and ids[-1:] == [eos]}
     keys = {f"tokenizer.ggml.{name}": value for name, value in found.items()} | _templates(tokenizer)
     if encode(keys, PROBE) != tokenizer(PROBE, verbose=False)["input_ids"]:
@@ -133,15 +133,20 @@ def _refusal(what: str) -> FormatError:
 
 
 def _tokens(body: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    """Every id's token and type; ids that the tokenizer does not use get a name that no text has."""
+    """Every id's token and type; ids that the tokenizer does not use get a name that no text has. Tokens that the model has no row
+    for are left out: llama.cpp wants as many as there are rows."""
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [UNUSED] * vocabulary
     model = body["model"]
     for token, index in model["vocab"].items():
+        if index >= vocabulary:
+            raise _refusal(f"has {len(model['vocab']):,} tokens without its added ones, and the model {vocabulary:,}")
         tokens[index] = token
         is_byte = model["byte_fallback"] and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
         types[index] = BYTE if is_byte else UNKNOWN if token == model["unk_token"] else NORMAL
     for added in body["added_tokens"]:
+        if added["id"] >= vocabulary:
+            continue
         tokens[added["id"]] = added["content"]
         if types[added["id"]] != UNKNOWN:
             types[added["id"]] = CONTROL if added["special"] else USER_DEFINED

@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from transformers import DynamicCache
 
 from selfpruner.errors import CancelledTaskError, ProposerError
+from selfpruner.models import check_ids
 
 _MAX_GRAMMARS = 32
 
@@ -63,7 +64,9 @@ def complete(
     bitmask = xgrammar.allocate_token_bitmask(1, len(compiled.vocabulary))
     longest = longest_reply(schema)
     room = max_tokens if longest is None else min(max_tokens, longest)
-    prompt = _fit(_encode(tokenizer, messages), getattr(model.config, "max_position_embeddings", None), room)
+    asked = _encode(tokenizer, messages)
+    check_ids(asked, model, tokenizer, "The prompt")
+    prompt = _fit(asked, getattr(model.config, "max_position_embeddings", None), room)
     generator = torch.Generator().manual_seed(seed)
     cache = DynamicCache(config=model.config)
     pending, written = prompt, list[int]()
