@@ -103,6 +103,8 @@ def test_separator_prefers_the_document_end_of_training(loaded: LoadedModel) -> 
     assert separator(loaded) == [2]
     chat = load(loaded.source, "cpu", "float32")
     chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    assert separator(chat) == [2], "a token that the model has no row for ends nothing"
+    chat.model.config.vocab_size += 1
     assert separator(chat) == [chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     bare = load(loaded.source, "cpu", "float32")
     bare.tokenizer.eos_token = None
