@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from selfpruner import manifest, names
-from selfpruner.config import SearchConfig, Source, TextConfig
+from selfpruner.config import SearchConfig, Source, TextConfig, field_names
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
 from selfpruner.evolution.job import JobResult, run_job, session_of
 from selfpruner.evolution.records import Recorder
@@ -69,7 +69,7 @@ def config_of(body: Mapping[str, Any]) -> SearchConfig:
     try:
         return SearchConfig.model_validate(dict(body))
     except ValidationError as error:
-        raise from_problems(error.errors()) from None
+        raise from_problems(error.errors(), field_names()) from None
 
 
 def search(
@@ -89,7 +89,7 @@ def search(
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
     if config.uses_llm:
-        names.check("proposer", config.proposer, dict.fromkeys(named, ""))
+        names.check_proposer(config.proposer, named)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -242,7 +242,7 @@ def _made(
             if not ranked:
                 raise NotFoundError(f"Job {row.id} has no scored plan yet.", param="plan")
             chosen = ranked[0].plan_hash
-        levels = store.candidate(row.id, chosen).levels
+        levels = store.candidate(row.id, chosen, param="plan").levels
     config = config_of(row.config)
     if row.result is not None:
         foresee(config, row.result["model"]["family"])

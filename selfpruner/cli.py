@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from selfpruner import commands, options
 from selfpruner.commands.show import front as show_front
-from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems
+from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems, of_system
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -370,6 +370,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("SELFPRUNER_DEBUG"):
             raise
+        if isinstance(error, OSError) and (ours := of_system(error)) is not None:
+            _complain(ours.message)
+            return 1
         _complain(f"unexpected {type(error).__name__}: {error}. Set SELFPRUNER_DEBUG=1 to see where it comes from.")
         return 1
 

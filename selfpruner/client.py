@@ -129,6 +129,10 @@ class Client:
         """All candidates, page by page."""
         return self._pages(f"/v1/jobs/{_id(job_id)}/candidates", {"order": order})
 
+    def candidate(self, job_id: str, plan: str) -> Json:
+        """One candidate, by its hash or a beginning that only it has."""
+        return self._json("GET", f"/v1/jobs/{_id(job_id)}/candidates/{_id(plan)}")
+
     def checkpoints(self, job_id: str) -> Iterator[Json]:
         return self._pages(f"/v1/jobs/{_id(job_id)}/checkpoints", {})
 

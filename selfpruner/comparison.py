@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner import names
-from selfpruner.config import Part, SearchConfig
-from selfpruner.errors import SelfprunerError, disk_errors
+from selfpruner.config import Part, SearchConfig, differences
+from selfpruner.errors import ConfigError, SelfprunerError, disk_errors
 from selfpruner.evolution.job import session_of
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.process import ProcessPool
@@ -92,8 +92,13 @@ class Results:
             known = json.loads(self.file.read_text("utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return
-        if known.get("settings") == self.settings:
-            self.rows, self.dense = known["rows"], known["dense"]
+        if changed := differences(known.get("settings") or {}, self.settings):
+            raise ConfigError(
+                f"{self.file} holds a comparison with other settings: {'; '.join(changed)}. Name another folder, or give the same "
+                "settings to go on.",
+                param="output",
+            )
+        self.rows, self.dense = known["rows"], known["dense"]
 
     def find(self, method: Method, rate: float) -> PlainRow | None:
         """A figure that is there already; a failure is tried again."""

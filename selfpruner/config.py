@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -61,7 +62,26 @@ Search = Annotated[Kind, Part.SEARCH]
 Report = Annotated[Kind, Part.REPORT]
 
 Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[Objective, ...])]
-Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _share(value: Any) -> Any:
+    """``20%`` as 0.2. What is meant as percent without saying so is refused with what it would be."""
+    number = value
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            number = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            raise ValueError("write a share between 0 and 1, such as 0.2 or 20%") from None
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        if 1 < number < 100 and not (isinstance(value, str) and "%" in value):
+            raise ValueError(f"must lie between 0 and 1; did you mean {number / 100:g} ({number:g} %)?")
+        if not 0 < number < 1:
+            raise ValueError("must lie between 0 and 1, both excluded: 0.2 or 20%, say")
+    return number
+
+
+Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=float | str), Field(gt=0, lt=1)]
 Rates = Annotated[tuple[Share, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[Share, ...])]
 
 
@@ -116,7 +136,7 @@ class SearchConfig(Strict):
     """A whole job: which model, how much to remove, with what, judged how."""
 
     model: Preparation[str] = Field(default="smollm2-135m", min_length=1, max_length=1024)
-    rate: Preparation[float] = Field(gt=0, lt=1, description="removed / original parameters")
+    rate: Preparation[Share] = Field(description="removed / original parameters: 0.2 or 20%")
     of: Preparation[Literal["decoder", "model"]] = "decoder"
     preset: Search[Literal["default", "evolution", "self-pruner"]] = "default"
 
@@ -192,7 +212,7 @@ class SearchConfig(Strict):
     proposer: Search[str] = Field(default="local", min_length=1, max_length=64)
     limits: Search[LlmLimits] = LlmLimits()
     seed: Preparation[int] = Field(default=0, ge=0, le=2**31 - 1)
-    device: Preparation[str] = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")
+    device: Preparation[str] = Field(default="auto", description="auto, cpu, mps, cuda or cuda:N")
     dtype: Preparation[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
     memory: Preparation[Bytes | None] = Field(
         default=None,
@@ -214,6 +234,7 @@ class SearchConfig(Strict):
 
     @model_validator(mode="after")
     def _names_exist(self) -> SearchConfig:
+        names.check_device(self.device)
         names.check("pattern", self.pattern, names.PATTERNS)
         names.check_criterion(self.criterion, self.pattern)
         names.check("compensation", self.compensation, names.COMPENSATIONS)
@@ -290,6 +311,37 @@ def _part(name: str, field: FieldInfo) -> Part:
 
 
 SearchConfig.fields_of()  # a field without its part is found at once
+
+
+def field_names(model: type[BaseModel] = SearchConfig) -> list[str]:
+    """Every field of a search, in order, with dots for nested ones and without those of lists: ``limits.calls``."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += [f"{name}.{inner}" for inner in field_names(field.annotation)]
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which fields two configs in plain JSON data differ in, in words: ``rate 0.2 then, 0.3 now``. Empty for equal ones."""
+
+    def flat(body: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in body.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        return found
+
+    def shown(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    one, other = flat(before), flat(now)
+    return [
+        f"{key} {shown(one[key]) if key in one else 'not given'} then, {shown(other[key]) if key in other else 'not given'} now"
+        for key in dict.fromkeys((*one, *other))
+        if one.get(key) != other.get(key) or (key in one) != (key in other)
+    ]
 
 
 # What chooses weights where the request does not say.

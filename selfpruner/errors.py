@@ -3,6 +3,7 @@
     SelfprunerError                 anything below; carries message, code, param
       ConfigError                   a request that can never work (unknown name, rate outside (0, 1), ...)
         UnknownNameError            a name that is not registered; lists the known ones
+        AmbiguousNameError          the beginning of several names; lists them
         BudgetError                 no plan of the search space meets the target rate
       ModelError                    a model that cannot be used
         ModelNotFoundError          no folder, file, hub id or embedded name matches
@@ -22,6 +23,7 @@
         FormatError                 a plan or model that an export format's runtime cannot take
       BenchmarkError                a runtime to be timed that is not installed, does not answer, or does not do what it was asked
       DiskFullError                 no space left where something had to be written
+      NoPermissionError             a folder or file that this user may not read or write
 
 A message says what was wrong and what to do next. ``code`` is stable and meant for programs; ``param`` names the field of
 the request that caused it, when one did. Nothing here imports torch.
@@ -61,15 +63,30 @@ class ConfigError(SelfprunerError):
 
 
 class UnknownNameError(ConfigError):
-    """An unregistered name. ``what`` is the kind of thing ("criterion"), ``known`` the registered names."""
+    """An unregistered name. ``what`` is the kind of thing ("criterion"), ``known`` the registered names; ``more`` ends the message,
+    with how others are registered, say."""
 
     code = "unknown_name"
 
-    def __init__(self, what: str, name: str, known: Iterable[str], *, param: str | None = None) -> None:
+    def __init__(self, what: str, name: str, known: Iterable[str], *, param: str | None = None, more: str = "") -> None:
         names = sorted(known)
         close = get_close_matches(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        super().__init__(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}.", param=param or what)
+        more = f" {more}" if more else ""
+        super().__init__(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}.{more}", param=param or what)
+
+
+class AmbiguousNameError(ConfigError):
+    """The ``beginning`` of more than one name. ``found`` are some of them, ``more`` whether there are others."""
+
+    code = "ambiguous_name"
+
+    def __init__(self, what: str, beginning: str, found: Sequence[str], *, more: bool = False, param: str | None = None) -> None:
+        super().__init__(
+            f"{beginning!r} is the beginning of more than one {what}: {', '.join(found)}{' and others' if more else ''}. "
+            "Give more of it.",
+            param=param or what,
+        )
 
 
 class BudgetError(ConfigError):
@@ -159,14 +176,33 @@ class DiskFullError(SelfprunerError):
     code = "disk_full"
 
 
+class NoPermissionError(SelfprunerError):
+    code = "no_permission"
+
+
+def of_system(error: OSError, path: Path | str | None = None) -> SelfprunerError | None:
+    """What the operating system refused, as an error of ours that names the folder or file; None for what is no such refusal.
+    ``path`` is where it happened, where the system does not say."""
+    place = error.filename if isinstance(error.filename, str) and error.filename else path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"No space left while writing {place or 'a file'}. Free some space and resume the job.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and place is not None:
+        what = "is on a disk that can only be read" if error.errno == errno.EROFS else "is closed to this user (permission denied)"
+        return NoPermissionError(f"{place} {what}. Name another place, or change who may read and write there.")
+    return None
+
+
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turn "no space left" under this block into :class:`DiskFullError` naming ``path``; other errors pass through."""
+    """Turn "no space left" under this block into :class:`DiskFullError` naming ``path``, and what is not permitted into
+    :class:`NoPermissionError`; other errors pass through."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"No space left while writing {path}. Free some space and resume the job.") from error
+            error.filename = str(path)
+        if (ours := of_system(error, path)) is not None:
+            raise ours from error
         raise
     except Exception as error:
         # safetensors reports I/O errors as its own exception type, with the operating system's text in it.
@@ -195,15 +231,33 @@ def from_dict(body: dict[str, Any]) -> SelfprunerError:
     return error
 
 
-def from_problems(problems: Sequence[Mapping[str, Any]]) -> ConfigError:
+def nearest(name: str, fields: Sequence[str]) -> list[str]:
+    """At most three of ``fields`` (dots for nested ones) that are spelled like ``name``, or whose last part is."""
+    last: dict[str, list[str]] = {}
+    for field in fields:
+        last.setdefault(field.rpartition(".")[2], []).append(field)
+    close = get_close_matches(name, fields, n=2) + [
+        field for part in get_close_matches(name.rpartition(".")[2], list(last), n=2, cutoff=0.75) for field in last[part]
+    ]
+    return list(dict.fromkeys(close))[:3]
+
+
+def from_problems(problems: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) -> ConfigError:
     """pydantic's ``ValidationError.errors()`` as one error: the first problem by name, the others counted.
 
-    The input is never quoted: it may be huge, or a secret.
+    ``fields`` are the names there are, with dots for nested ones: an unknown one is told its nearest. The input is never quoted: it
+    may be huge, or a secret.
     """
     first = problems[0]
     param = ".".join(str(part) for part in first["loc"])[:200] or None
     code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
-    message = "unknown field" if code == "unknown_field" else str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if code == "unknown_field":
+        message = "unknown field"
+        if fields:
+            close = nearest(param or "", fields)
+            message += f". Did you mean {' or '.join(close)}?" if close else "."
+            message += " `selfpruner fields` lists all of them"
     others = len(problems) - 1
     more = f" ({others} more problem{'s' if others > 1 else ''})" if others else ""
     return ConfigError((f"{param}: {message}" if param else message) + more, code=code, param=param)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfpruner import model_checks, model_gguf
+from selfpruner import model_checks, model_gguf, names
 from selfpruner.errors import (
     ConfigError,
     ModelError,
@@ -392,11 +392,8 @@ def choose_device(device: str) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda:0" if cuda else "mps" if mps else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"Unknown device {device!r}. Use auto, cpu, mps or cuda:N.", param="device") from error
     here = ["cpu", *(["mps"] if mps else []), *(f"cuda:{n}" for n in range(torch.cuda.device_count() if cuda else 0))]
+    target = torch.device(names.check_device(device, here))
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda:0")
     if str(target) not in here:

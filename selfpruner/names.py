@@ -6,7 +6,8 @@ conformance test holds each table equal to the registry of its kind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -119,6 +120,31 @@ def check(what: str, name: str, known: Mapping[str, str], *, param: str | None =
     """Raise :class:`UnknownNameError` unless ``name`` is a key of ``known``."""
     if name not in known:
         raise UnknownNameError(what, name, known, param=param or what.replace(" ", "_"))
+
+
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+
+
+def check_device(name: str, here: Sequence[str] = (), *, param: str = "device") -> str:
+    """``name``; ConfigError unless it can be a device. ``here`` are those of this machine, where they are known."""
+    if DEVICE.fullmatch(name) is None:
+        meant = " Did you mean 'cuda'?" if name.lower().startswith(("gpu", "cuda", "nvidia", "rocm")) else ""
+        raise ConfigError(
+            f"Unknown device {name!r}.{meant} There are auto (the best that is here), cpu, mps, cuda and cuda:N."
+            + (f" This machine has: {', '.join(here)}." if here else ""),
+            param=param,
+        )
+    return name
+
+
+def check_proposer(name: str, known: Iterable[str]) -> None:
+    """Raise UnknownNameError, which says how a proposer is defined, unless ``name`` is one of ``known``."""
+    if name not in known:
+        more = (
+            """Others are defined where the search runs: SELFPRUNER_PROPOSERS='{"NAME": {"kind": "openai", "model": "...", """
+            """"api_key": "..."}}'; `base_url` names a server other than OpenAI's."""
+        )
+        raise UnknownNameError("proposer", name, known, more=more)
 
 
 @cache

@@ -34,7 +34,9 @@ Cache = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Embedded name, hub id, folder or GGUF file.", show_default="smollm2-135m")
 ]
-Rate = Annotated[float | None, typer.Option("--rate", "-r", help="Parameters to remove, over those of the decoder: 0.2 is 20 %.")]
+Rate = Annotated[
+    str | None, typer.Option("--rate", "-r", metavar="SHARE", help="Parameters to remove, over those of the decoder: 0.2 or 20%.")
+]
 Objective = Annotated[
     str | None,
     typer.Option(
@@ -72,7 +74,10 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="JSON fi
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Any other field, JSON or text, dots for nested ones: -s limits.calls=50."
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Any other field, JSON or text, dots for nested ones: -s limits.calls=50; see `selfpruner fields`.",
     ),
 ]
 

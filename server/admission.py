@@ -16,7 +16,7 @@ from selfpruner import models
 from selfpruner.calibration import files
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, ModelNotFoundError, TextError, UnknownNameError
-from selfpruner.names import EMBEDDED_MODELS
+from selfpruner.names import EMBEDDED_MODELS, check_proposer
 from server.settings import ServerSettings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -26,8 +26,7 @@ HUB_TEXT = re.compile(r"hub:[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:
 def admit(config: SearchConfig, settings: ServerSettings) -> SearchConfig:
     """The config with local paths made absolute; raises a ConfigError or ModelNotFoundError that names what is allowed, and
     what :func:`selfpruner.models.foresee` does: a model that is none, or of an unknown family, is refused before it is queued."""
-    if config.proposer not in settings.all_proposers:
-        raise UnknownNameError("proposer", config.proposer, settings.all_proposers)
+    check_proposer(config.proposer, settings.all_proposers)
     _check_device(config.device, settings.devices)
     model = _model(config.model, settings)
     models.foresee(model)

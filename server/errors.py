@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from selfpruner import errors
+from selfpruner.config import field_names
+from server.schemas import JobRequest
 from server.security import AuthenticationError
 
 
@@ -97,4 +99,5 @@ async def _validation(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     # Where the value came from (body, query, path, header) is the first part of its place; clients know it.
     problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
-    return error_reply(errors.from_problems(problems))
+    fields = field_names(JobRequest) if error.errors()[0]["loc"][:1] == ("body",) else ()
+    return error_reply(errors.from_problems(problems, fields))

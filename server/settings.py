@@ -14,16 +14,24 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from selfpruner import names
 from selfpruner.errors import ConfigError
 from selfpruner.proposers.settings import ProposerSettings
 
 Names = Annotated[tuple[str, ...], NoDecode]
+
+
+JSON_EXAMPLES = {
+    "tokens": """It is written as '{"ann": "a token", "bob": "another"}'.""",
+    "proposers": """It is written as '{"gpt": {"kind": "openai", "model": "gpt-4o", "api_key": "sk-..."}}'.""",
+}
 
 
 class ServerSettings(BaseSettings):
@@ -52,6 +60,16 @@ class ServerSettings(BaseSettings):
         if value.lstrip().startswith("["):
             return json.loads(value)
         return tuple(part.strip() for part in value.split(",") if part.strip())
+
+    @field_validator("devices")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for device in value:
+            try:
+                names.check_device(device)
+            except ConfigError as error:
+                raise ValueError(error.message) from None
+        return value
 
     @field_validator("home", "model_root", "text_root", mode="after")
     @classmethod
@@ -121,10 +139,12 @@ def load_settings(**overrides: Any) -> ServerSettings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = "_".join(str(part) for part in first["loc"][:1]).upper()
-        where = f"SELFPRUNER_{name}: " if name else ""
+        inner = ".".join(str(part) for part in first["loc"][1:])
+        where = f"SELFPRUNER_{name}: {inner}{': ' if inner else ''}" if name else ""
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}{message}", param=name.lower() or None) from None
-    except ValueError as error:  # pydantic-settings on JSON that does not parse; its text may hold a secret
-        raise ConfigError(
-            f"The server's settings cannot be read: {type(error).__name__}; JSON is expected in the variable."
-        ) from None
+    except ValueError as error:  # pydantic-settings on JSON that does not parse; the cause's text may hold a secret
+        field = re.search(r'field "(\w+)"', str(error))
+        name = field[1] if field else ""
+        where = f"SELFPRUNER_{name.upper()}" if name else "A variable SELFPRUNER_..."
+        raise ConfigError(f"{where} is not JSON. {JSON_EXAMPLES.get(name, '')}".rstrip(), param=name or None) from None

@@ -144,6 +144,9 @@ def test_candidates_by_generation_and_by_fitness(http: httpx.Client, client: Cli
     assert best[0]["rates"] == [0.1, 0.3]
     page = http.get(f"/v1/jobs/{job_id}/candidates", params={"limit": 1, "after": best[2]["id"]}).json()
     assert page["data"][0]["id"] == best[1]["id"]
+    assert client.candidate(job_id, best[1]["id"]) == best[1] == client.candidate(job_id, f"{1:016x}"[:16])
+    assert error_of(http.get(f"/v1/jobs/{job_id}/candidates/0000"), 422)["code"] == "ambiguous_name"
+    assert error_of(http.get(f"/v1/jobs/{job_id}/candidates/f"), 404)["code"] == "not_found"
 
 
 @pytest.mark.parametrize(

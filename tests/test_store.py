@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, ConflictError, NotFoundError, StoreError
+from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError, StoreError
 from selfpruner.evolution.records import Candidate, Evaluation, LlmCall, Progress
 from selfpruner.store.store import Store
 from selfpruner.store.tables import TERMINAL, TRANSITIONS, JobStatus
@@ -95,7 +95,7 @@ def test_another_owners_job_is_not_found(store: Store) -> None:
         lambda: store.job("job_x"),
         lambda: store.request_cancel(job.id, owner="bob"),
     ):
-        with pytest.raises(NotFoundError, match="List the jobs"):
+        with pytest.raises(NotFoundError, match="`selfpruner jobs` lists"):
             wrong()
     assert store.job(job.id).status == "queued"
 
@@ -490,6 +490,21 @@ def test_candidates_come_in_pages_of_either_order(store: Store) -> None:
     assert error.value.param == "after"
     with pytest.raises(NotFoundError):
         store.candidate(job_id, "unknown")
+
+
+def test_a_plan_may_be_given_by_the_beginning_of_its_hash(store: Store) -> None:
+    job_id = started(store)
+    plans = ("abc1", "abc", "b%d2", "bcd3", *(f"c{n}" for n in range(9)))
+    store.recorder(job_id).save_candidates([candidate(plan) for plan in plans])
+    assert [store.candidate(job_id, plan).plan_hash for plan in ("abc1", "abc", "b%", "bc")] == ["abc1", "abc", "b%d2", "bcd3"]
+    with pytest.raises(AmbiguousNameError, match=r"'b' is the beginning of more than one plan: b%d2, bcd3\. Give more") as error:
+        store.candidate(job_id, "b", param="plan")
+    assert (error.value.code, error.value.param) == ("ambiguous_name", "plan")
+    with pytest.raises(AmbiguousNameError, match="c0, c1, c2, c3, c4 and others"):
+        store.candidate(job_id, "c")
+    for nothing in ("", "%", "_bc", "abcd"):
+        with pytest.raises(NotFoundError, match="selfpruner show"):
+            store.candidate(job_id, nothing)
 
 
 # Results and checkpoints

@@ -10,9 +10,10 @@ import typer
 from selfpruner.commands.export import export, verify
 from selfpruner.commands.measure import benchmark, compare, criteria, evaluate
 from selfpruner.commands.prune import prune, search
+from selfpruner.commands.show import fields
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (search, prune, evaluate, benchmark, export, verify, criteria, compare):
+    for command in (search, prune, evaluate, benchmark, export, verify, criteria, compare, fields):
         app.command()(command)

@@ -25,7 +25,9 @@ def export(
     quantize: Annotated[str | None, typer.Option(help="For formats that quantize.", show_default="none")] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Refuse what does not divide among so many ranks.")] = 1,
     job: Annotated[str | None, typer.Option(help="Which job of a database.", show_default="the newest")] = None,
-    plan: Annotated[str | None, typer.Option(help="Hash of any candidate of it.", show_default="the best")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Any candidate of it by its hash, or the beginning.", show_default="the best")
+    ] = None,
     cache: options.Cache = None,
     as_json: options.Json = False,
     url: options.Url = options.DEFAULT_URL,

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
 from selfpruner import names, options
 from selfpruner.commands.show import tell
+from selfpruner.config import Share
 from selfpruner.errors import ConfigError, disk_errors
 
 Text = Annotated[
@@ -276,9 +278,9 @@ def _split(value: str | None) -> list[str]:
 def _numbers(values: Sequence[str]) -> list[float]:
     """Rates, ascending, each once. Raises ConfigError for what is none."""
     try:
-        found = sorted({float(value) for value in values if value.strip()})
-    except ValueError:
-        found = []
-    if not found or not all(0 < rate < 1 for rate in found):
-        raise ConfigError("rates must be numbers between 0 and 1, such as 0.2,0.3,0.5.", param="rates")
+        found = sorted({TypeAdapter(Share).validate_python(value) for value in values if value.strip()})
+    except ValidationError as error:
+        raise ConfigError(f"rates: {error.errors()[0]['msg'].removeprefix('Value error, ')}", param="rates") from None
+    if not found:
+        raise ConfigError("Give rates between 0 and 1, such as 0.2,0.3,0.5.", param="rates")
     return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from selfpruner import options
 
 if TYPE_CHECKING:
     from selfpruner.api import Pruned
@@ -34,6 +36,32 @@ def print_pruned(result: Pruned, as_json: bool) -> int:
         )
     else:
         print(f"{result.path}  {result.parameters:,} parameters  plan {result.plan.hash}, verified in a fresh process")
+    return 0
+
+
+def fields(as_json: options.Json = False) -> int:
+    """Every field of a search, for --set, --config, JSON requests and Python; with --json the JSON Schema."""
+    from pydantic import BaseModel
+    from pydantic_core import to_json
+
+    from selfpruner.config import SearchConfig, field_names
+
+    if as_json:
+        print(json.dumps(SearchConfig.model_json_schema()))
+        return 0
+    for name in field_names():
+        *path, last = name.split(".")
+        model, given = SearchConfig, None
+        for part in path:
+            given = model.model_fields[part].default  # may say other values than its own class
+            model = type(given)
+        field = model.model_fields[last]
+        default = field.default if given is None else getattr(given, last)
+        if not isinstance(default, BaseModel):  # else its own fields follow
+            choices = [str(choice) for choice in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
+            parts = [f"one of {', '.join(choices)}" if choices else "", field.description or ""]
+            shown = "required" if field.is_required() else to_json(default).decode()
+            print(f"{name}  ({shown})  {'; '.join(part for part in parts if part)}".rstrip())
     return 0
 
 

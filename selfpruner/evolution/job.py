@@ -74,7 +74,7 @@ async def run_job(
     """
     started = time.monotonic()
     if config.uses_llm:
-        names.check("proposer", config.proposer, dict.fromkeys(proposer_settings, ""))
+        names.check_proposer(config.proposer, proposer_settings)
     session = session_of(config, cache)
     windows = Windows.of(config)
 

@@ -25,7 +25,7 @@ from sqlalchemy import ColumnElement, SQLColumnExpression, func, literal, litera
 from sqlmodel import col, delete, select
 
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, ConflictError, NotFoundError
+from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError
 from selfpruner.store import schema
 from selfpruner.store.database import Database
 from selfpruner.store.recorder import JobRecorder
@@ -42,6 +42,8 @@ from selfpruner.store.tables import (
 from selfpruner.store.transaction import Transaction, find_job
 
 IDEMPOTENCY_SECONDS = 24 * 3600
+# Plans that a message about an ambiguous beginning names.
+SHOWN = 5
 ROWID: ColumnElement[int] = literal_column("rowid")
 Row = TypeVar("Row")
 
@@ -230,14 +232,23 @@ class Store:
                 query = query.where(tuple_(*keys) > tuple_(*(literal(value) for value in cursor)))
             return _page(session.exec(query.limit(_bound(limit) + 1)).all(), limit)
 
-    def candidate(self, job_id: str, plan_hash: str) -> CandidateRow:
+    def candidate(self, job_id: str, plan_hash: str, *, param: str | None = None) -> CandidateRow:
+        """The plan of that hash, or of the only hash that begins so. NotFoundError where there is none, AmbiguousNameError where
+        there are several."""
+        begins = func.substr(col(CandidateRow.plan_hash), 1, len(plan_hash)) == plan_hash
+        query = select(CandidateRow).where(CandidateRow.job_id == job_id, begins).order_by(col(CandidateRow.plan_hash))
         with self._database.reading() as session:
             row = session.get(CandidateRow, (job_id, plan_hash))
-        if row is None:
+            found = [row] if row is not None else session.exec(query.limit(SHOWN + 1)).all() if plan_hash else []
+        if not found:
             raise NotFoundError(
-                f"No candidate {plan_hash!r} in job {job_id}. List the candidates of the job to see the known plans."
+                f"No candidate {plan_hash!r} in job {job_id}. `selfpruner show` lists the best; the whole list is at "
+                f"/v1/jobs/{job_id}/candidates, and in the view population of {self.path}.",
+                param=param,
             )
-        return row
+        if len(found) > 1:
+            raise AmbiguousNameError("plan", plan_hash, [r.plan_hash for r in found[:SHOWN]], more=len(found) > SHOWN, param=param)
+        return found[0]
 
     def evaluations(self, job_id: str, plan_hash: str | None = None) -> list[EvaluationRow]:
         """All evaluations of a job, or of one plan, in order of creation."""

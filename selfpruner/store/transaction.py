@@ -87,7 +87,10 @@ def find_job(session: Session, job_id: str, owner: str | None = None, *, param: 
     """The job, also where only ``owner``'s count; NotFoundError with ``param`` otherwise."""
     job = session.exec(select(Job).where(Job.id == job_id)).first()
     if job is None or (owner is not None and job.owner != owner):
-        raise NotFoundError(f"No job {job_id!r}. List the jobs to see the known ids.", param=param)
+        query = select(Job.id).order_by(col(Job.number).desc()).limit(3)
+        newest = session.exec(query if owner is None else query.where(Job.owner == owner)).all()
+        known = f"The newest: {', '.join(newest)}. " if newest else "There is none yet. "
+        raise NotFoundError(f"No job {job_id!r} here. {known}`selfpruner jobs` lists those of a server.", param=param)
     return job
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 
 from server.errors import responses
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
 from server.schemas import CandidateObject, ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/candidates", tags=["candidates"])
+
+
+@router.get("/{candidate_id}", responses=responses(404))
+def get_candidate(
+    job: OwnJob, store: TheStore, candidate_id: Annotated[str, Path(description="a plan's hash, or a beginning that only it has")]
+) -> CandidateObject:
+    return CandidateObject.of(store.candidate(job.id, candidate_id))
 
 
 @router.get("", responses=responses(404))
