@@ -105,6 +105,7 @@ def leading_nowhere(name: str) -> Callable[[Path], None]:
         (leading_nowhere("config.json"), ModelError, r"config\.json is a link to a file that is not there .*cp -rL"),
         (leading_nowhere("model.safetensors"), ModelError, r"model\.safetensors is a link to a file that is not there"),
         (leading_nowhere("tokenizer.json"), ModelError, r"tokenizer\.json is a link to a file that is not there"),
+        (lambda folder: (folder / "config.json").write_bytes(b'{"a": "\xa5"}'), ModelError, "cannot be read as JSON"),
         (with_a_byte_order_mark, ModelError, "cannot be read as JSON.*BOM"),
     ],
 )
