@@ -69,6 +69,23 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def _check_numbers(path: Path, body: Mapping[str, Any]) -> None:
+    """Raise :class:`ModelError` where the parsed JSON holds NaN or infinity, in any of the ways in which it may."""
+    left: list[tuple[str, Any]] = list(body.items())
+    while left:
+        place, value = left.pop()
+        # transformers writes {"__float__": "Infinity"}.
+        said = value["__float__"] if isinstance(value, dict) and "__float__" in value else value
+        if said is not value or (isinstance(value, float) and not math.isfinite(value)):
+            raise ModelError(
+                f"{path} says {place} = {said}, which is no number to compute with. Compare it with the file the model was "
+                "published with.",
+                param="model",
+            )
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        left += [(f"{place}.{name}", item) for name, item in inner]
+
+
 def refuse_pointer(path: Path) -> None:
     """Raises :class:`ModelError` for a file whose content Git LFS has yet to fetch."""
     with path.open("rb") as file:
@@ -107,6 +124,7 @@ def check_config(folder: Path) -> dict[str, Any]:
             param="model",
         )
     config = read_json(path, "The model configuration")
+    _check_numbers(path, config)
     model_type = config.get("model_type")
     if str(model_type).startswith("selfpruner") or config.get("per_layer_config"):
         raise UnsupportedModelError(
@@ -167,7 +185,12 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     config = check_config(folder)
     for name in ("tokenizer_config.json", "generation_config.json"):
-        if (folder / name).is_file() and read_json(folder / name, name).get("auto_map"):
+        if not (folder / name).is_file():
+            continue
+        body = read_json(folder / name, name)
+        if name == "generation_config.json":
+            _check_numbers(folder / name, body)
+        if body.get("auto_map"):
             raise UnsafeModelError(
                 f"{folder} brings its own Python code (auto_map in {name}), which selfpruner never runs. "
                 "Remove that entry if the tokenizer is a plain one.",

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import shutil
 import struct
@@ -89,6 +90,9 @@ def _judge(gguf: Path, facts: Mapping[str, Any]) -> None:
             "family use the model's safetensors.",
             param="model",
         )
+    for key, value in facts.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{gguf.name} says {key} = {value}, which is no number. Download it again.", param="model")
     if any(key.endswith(".expert_count") and value for key, value in facts.items()):
         raise UnsupportedModelError(
             f"{gguf.name} is a mixture of experts, which is not supported. Use a dense model.", param="model"

@@ -303,7 +303,7 @@ def test_admission_of_models_and_texts(tmp_path: Path, tiny_llama: Path) -> None
         assert found == str(root / name)
 
 
-def write_gguf(path: Path, facts: dict[str, str | int]) -> None:
+def write_gguf(path: Path, facts: dict[str, str | int | float]) -> None:
     """The beginning of a GGUF file: strings and numbers, then an array as a vocabulary is."""
 
     def text(value: str) -> bytes:
@@ -311,7 +311,10 @@ def write_gguf(path: Path, facts: dict[str, str | int]) -> None:
 
     body = b"GGUF" + struct.pack("<IQQ", 3, 0, len(facts) + 1)
     for key, value in facts.items():
-        body += text(key) + (struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value))
+        number = struct.pack("<If", 6, value) if isinstance(value, float) else b""
+        body += text(key) + (
+            number or (struct.pack("<I", 8) + text(value) if isinstance(value, str) else struct.pack("<II", 4, value))
+        )
     path.write_bytes(body + text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 1) + text("a"))
 
 
@@ -333,11 +336,13 @@ def test_models_that_cannot_be_pruned_are_refused_before_they_are_queued(
     folder("mixtral", "'mixtral' is not supported", model_type="mixtral")
     folder("own-code", "its own Python code", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
     folder("quantised", "quantised weights", quantization_config={"bits": 4})
+    folder("nan", "rms_norm_eps = nan", rms_norm_eps=float("nan"))
     folder("empty", "no weights", "model.safetensors")
     folder("wordless", "no tokenizer", "tokenizer.json")
     folder("other-shape", "not of the same model", hidden_size=48, head_dim=12)
     for name, facts, says in (
         ("falcon.gguf", {"general.architecture": "falcon"}, "of architecture 'falcon'"),
+        ("nan.gguf", {"general.architecture": "llama", "llama.rope.freq_base": float("nan")}, "llama.rope.freq_base = nan"),
         ("moe.gguf", {"general.architecture": "llama", "llama.expert_count": 8}, "a mixture of experts"),
     ):
         write_gguf(root / name, facts)

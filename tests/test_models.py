@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -240,6 +241,10 @@ def change(**changes: Any) -> Callable[[Path], None]:
         (change(num_hidden_layers=-1), ModelError, "num_hidden_layers"),
         (change(hidden_size="32"), ModelError, "hidden_size"),
         (change(num_key_value_heads=3), ModelError, "cannot share"),
+        (change(rms_norm_eps=math.nan), ModelError, "rms_norm_eps = nan, which is no number"),
+        (change(rope_parameters={"rope_theta": math.inf}), ModelError, r"rope_parameters\.rope_theta = inf"),
+        (change(eos_token_id=[2, {"__float__": "NaN"}]), ModelError, r"eos_token_id\.1 = NaN"),
+        (lambda folder: edit(folder / "generation_config.json", temperature=math.nan), ModelError, "temperature = nan"),
         (change(head_dim=16), ModelError, "has shape .* but config.json means"),
         (change(num_hidden_layers=4), ModelError, r"no tensor model\.layers\.3"),
         (change(tie_word_embeddings=False), ModelError, "lm_head"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.gradients import Gradients, layer_gradients
-from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, layer_statistics
+from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, check_finite, layer_statistics
 from selfpruner.errors import disk_errors
 from selfpruner.workers.memory import release
 
@@ -68,6 +68,7 @@ def cached_statistics(
         read: dict[Site, BlockStatistics] = {}
         for kind in kinds:
             read |= _read(_files(place, kind, arch.layers)[layer], [site for site in _FILES[kind] if site in sites], on)
+        check_finite(arch, layer, read)
         yield read
 
 

@@ -27,6 +27,7 @@ from transformers import AttentionInterface, StaticCache
 
 from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.openings import opening
+from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError, disk_errors
 from selfpruner.models import check_ids
 
@@ -183,6 +184,8 @@ def _decode(
                 ids = torch.tensor([[row.tokens[-1]] for row in rows], device=loaded.device)
                 output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, cached_tokens=step + 1)
                 logits = output.logits[:, -1].float()
+                if not finite(logits):
+                    raise not_finite(model, "The logits of the text that the model writes")
                 # Chat markers and the like are no text; the end of a document is.
                 logits[:, specials] = -torch.inf
             if step % 32 == 31:

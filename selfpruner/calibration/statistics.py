@@ -8,7 +8,7 @@ mean and scatter are merged batch by batch after Chan, Golub and LeVeque (the ba
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture
+from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError, disk_errors
 from selfpruner.tensor_files import tensor_bytes
 
@@ -27,6 +28,7 @@ Site = Literal["qkv", "attention", "gate_up", "ffn"]
 output matrices (:data:`OUTPUTS`), what zeroes weights all."""
 OUTPUTS: tuple[Site, ...] = ("attention", "ffn")
 SITES: tuple[Site, ...] = ("qkv", "attention", "gate_up", "ffn")
+_READERS: Mapping[Site, str] = {"qkv": "q, k and v", "attention": "o", "gate_up": "gate and up", "ffn": "down"}
 
 # Tokens that pass a layer at once: enough to fill two cores or a GPU, small enough that F-wide activations stay a few MB.
 TOKENS_PER_STEP = 2048
@@ -154,7 +156,8 @@ def layer_statistics(
 
     With ``memory`` (bytes) fewer tokens pass at once, and where the residual stream takes more than an eighth of it, that is kept
     in a file in the folder ``scratch``. Channels are those of the checkpoint, in its order, whatever order the model's are in.
-    Only one layer's statistics exist at a time unless the caller keeps them. Raises CancelledTaskError between layers.
+    Only one layer's statistics exist at a time unless the caller keeps them. Raises CancelledTaskError between layers, and
+    CalibrationError where the model computes what is no number.
     """
     length = tokens.shape[1]
     rope = arch.rope(length)
@@ -171,7 +174,7 @@ def layer_statistics(
             widths = {"qkv": arch.hidden, "attention": a.o.shape[1], "gate_up": arch.hidden, "ffn": f.down.shape[1]}
             judged = OUTPUTS if len(tokens) >= JUDGES else ()  # only output matrices are fitted
             seen = {site: _Site(widths[site], arch.device, judged=site in judged) for site in SITES if site in sites}
-            first = 0
+            first, broken = 0, False
             for index in range(stream.parts):
                 part = stream.take(index, arch.device)
                 judging = [place for place in range(len(part)) if (first + place) % JUDGES == JUDGES - 1]
@@ -189,10 +192,21 @@ def layer_statistics(
                     seen["ffn"].add(z, judging)
                 part += arch.ffn_output(layer, z, f).float()
                 stream.put(index, part)
-            progress(f"statistics of layer {layer + 1}/{arch.layers}")
+                broken = broken or not finite(part)
             done = [{site: sums.finish() for site, sums in seen.items()}]
+            check_finite(arch, layer, done[0])
+            if broken:
+                raise not_finite(arch.model, "The outputs of down", layer)
+            progress(f"statistics of layer {layer + 1}/{arch.layers}")
             del a, f, seen, part, z
             yield done.pop()  # nothing of it is held here while the caller works with it
+
+
+def check_finite(arch: Architecture, layer: int, found: Mapping[Site, BlockStatistics]) -> None:
+    """Raise CalibrationError where inputs were no numbers, or too large to be squared: nothing can be made of them."""
+    for site, stats in found.items():
+        if not (finite(stats.mean) and finite(stats.energy)):
+            raise not_finite(arch.model, f"The inputs of {_READERS[site]}", layer)
 
 
 def _tokens_at_once(arch: Architecture, memory: int | None) -> int:

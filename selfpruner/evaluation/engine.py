@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.divergence import Divergences, divergences
 from selfpruner.evaluation.lanes import Lanes
@@ -148,7 +149,7 @@ class Engine:
         ``exact=False`` takes the expectations over the vocabulary on chosen tokens (see :mod:`selfpruner.evaluation.divergence`).
         With a ``race``, contenders that cannot be among those kept are dropped on the way; a contender equal to a plan that
         is none is scored on everything. Sequences are taken in batches whose residual streams fit ``stream_bytes``. Raises
-        CancelledTaskError between blocks.
+        CancelledTaskError between blocks, and ModelError where the dense model computes what is no number.
         """
         unique = list(dict.fromkeys(plan.levels for plan in plans))
         sequences, length = tokens.shape
@@ -169,6 +170,8 @@ class Engine:
                 rows = slice(done, done + count)
                 part = tokens[rows].to(self.arch.device)
                 dense, finals = self._walk([unique[index] for index in running], part, cancelled)
+                if not finite(dense):
+                    raise not_numbers(self.arch.model)
                 found = self._compare(dense, finals, part, exact, cancelled)
                 kl[running, rows], nll[running, rows] = found.kl, found.nll
                 del dense, finals

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfpruner.errors import CancelledTaskError, ModelError
+from selfpruner.calibration.soundness import not_numbers
+from selfpruner.errors import CancelledTaskError
 
 # Tokens of a batch, padding included. A CPU is as fast with few, and they stay in its caches.
 BATCH_TOKENS = {"cpu": 512}
@@ -171,7 +172,8 @@ def _score(model: PreTrainedModel, rows: Sequence[_Row], sharing: bool) -> list[
             steps = [first, *range(rest, rest + len(continuation) - 1)]
             index += [number * wanted + step - (length - wanted) for step in steps]
             target += continuation
-    logprobs, greedy = _chosen(output.logits.flatten(0, 1), torch.tensor(index, device=device), torch.tensor(target, device=device))
+    wanted_ids = torch.tensor(index, device=device), torch.tensor(target, device=device)
+    logprobs, greedy = _chosen(model, output.logits.flatten(0, 1), *wanted_ids)
     scores: list[list[Likelihood]] = []
     at = 0
     for row in rows:
@@ -193,7 +195,7 @@ def _branched(branch: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def _chosen(logits: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _chosen(model: PreTrainedModel, logits: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities (n,) float64 of the tokens ``target`` under the rows ``index`` of ``logits``, and whether each is the
     likeliest; on the CPU."""
     logprobs, greedy = [], []
@@ -203,9 +205,5 @@ def _chosen(logits: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tens
         greedy.append(part.argmax(-1) == wanted)
     found = torch.cat(logprobs).double().cpu()
     if found.isnan().any():
-        raise not_numbers()
+        raise not_numbers(model)
     return found, torch.cat(greedy).cpu()
-
-
-def not_numbers() -> ModelError:
-    return ModelError("The model computes values that are not numbers; it cannot be judged. Try another dtype.", param="model")

@@ -183,8 +183,8 @@ class Perplexity:
         return {**what, "source": found.source, "digest": found.digest, "version": _VERSION}
 
     def run(self, subject: Subject, tell: Tell) -> Json:
+        from selfpruner.calibration.soundness import not_numbers
         from selfpruner.evaluation import corpora, perplexity
-        from selfpruner.evaluation.likelihood import not_numbers
 
         if self.seqlen > subject.context:
             raise ConfigError(
@@ -194,7 +194,7 @@ class Perplexity:
         models.check_ids([int(tokens.max())], subject.model, subject.tokenizer, f"The text {self._corpus.name}")
         losses = perplexity.losses(subject.model, tokens, progress=lambda text: tell(f"{self.name}: {text}"))
         if any(map(math.isnan, losses)):
-            raise not_numbers()
+            raise not_numbers(subject.model)
         nll = mean(losses)
         value = math.exp(min(nll.value, 700.0))
         return {

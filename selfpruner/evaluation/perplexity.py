@@ -5,12 +5,14 @@ What ``evaluate`` reports about a checkpoint; the same figures as the engine's, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfpruner.calibration.soundness import not_numbers
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Score
 
@@ -25,7 +27,8 @@ def score(
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Score:
-    """Mean NLL, and KL(reference || model) per token, on token ids (sequences, length). ``kl`` is NaN without a reference."""
+    """Mean NLL, and KL(reference || model) per token, on token ids (sequences, length). ``kl`` is NaN without a reference. Raises
+    ModelError where a model computes what is no number."""
     kl, nll = 0.0, 0.0
     sequences, length = tokens.shape
     for index, row in enumerate(tokens):
@@ -33,6 +36,8 @@ def score(
             raise CancelledTaskError("Cancelled during an evaluation.")
         more_kl, more_nll = _sums(model, row, reference)
         kl, nll = kl + more_kl, nll + more_nll
+        if not (math.isfinite(kl) and math.isfinite(nll)):
+            raise not_numbers(model)
         progress(f"sequence {index + 1}/{sequences}")
     return Score(kl / tokens.numel() if reference is not None else float("nan"), nll / (sequences * (length - 1)), tokens.numel())
 

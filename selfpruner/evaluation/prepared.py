@@ -22,6 +22,7 @@ from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights,
 from selfpruner.architectures.base import soft_cap
 from selfpruner.calibration.cache import cached_gradients, cached_statistics
 from selfpruner.calibration.gradients import Gradients
+from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Site
 from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
@@ -101,6 +102,7 @@ def prepare(
     started = time.perf_counter()
     arch = describe(loaded.model)
     check_buildable(loaded.model)
+    _check_head(arch)
     arch.restore_order()  # what an earlier session left; a text that the model writes does not depend on it
     # A budget that cannot be met, or a text that is too short, is found before minutes are spent on statistics.
     _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
@@ -115,6 +117,13 @@ def prepare(
     space = space_of(config, arch, blocks)
     seconds = time.perf_counter() - started
     return Prepared(config, loaded, arch, cache, texts, space, signals, make_engine(arch, loaded, blocks), seconds)
+
+
+def _check_head(arch: Architecture) -> None:
+    """Raise ModelError where norm or head hold what is no number: no statistics would show it, and every score would be none."""
+    head = arch.head_pieces() or [(0, arch.head_weight)]
+    if not finite(arch.last_norm.weight) or not all(finite(rows) for _, rows in head):
+        raise not_numbers(arch.model)
 
 
 def prepare_blocks(

@@ -19,7 +19,7 @@ import torch
 from selfpruner import models
 from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
+from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.latency import time_blocks
@@ -81,6 +81,11 @@ class Runtime:
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(f"The device ran out of memory during {kind!r}: {error}") from error
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise CalibrationError(
+                f"What was measured on the calibration text cannot be factored ({error}). Use a longer or another text, another "
+                "criterion, or compensation none."
+            ) from error
         finally:
             release()
 
