@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfpruner import manifest, names
+from selfpruner import manifest, names, places, runs
+from selfpruner.calibration import files
 from selfpruner.config import SearchConfig, Source, TextConfig, field_names
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
 from selfpruner.evolution.job import JobResult, run_job, session_of
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from selfpruner.evaluation.quality import Quality
 
 T = TypeVar("T")
+# What the database keeps of a checkpoint, beside its plan.
+_CHECKPOINT = ("path", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
 Watch = Callable[[str], None]
 
 
@@ -79,53 +82,69 @@ def search(
     cache: Path | None = None,
     proposers: Mapping[str, ProposerSettings] | None = None,
     watch: Callable[[Recorder], Recorder] = lambda recorder: recorder,
+    again: bool = False,
     **fields: Any,
 ) -> JobResult:
     """Search for the best plan and leave it in ``directory``: ``checkpoint/``, ``result.json``, ``selfpruner.db``.
 
-    ``fields`` are those of SearchConfig (``model``, ``preset``, ...). The same call again resumes an interrupted search. ``watch``
-    may wrap the recorder to see events and progress.
+    ``fields`` are those of SearchConfig (``model``, ``preset``, ...). The same call again resumes an interrupted search, and gives
+    what a finished one found (``reused``) without computing anything. ``again`` adds another search instead, whose settings may
+    differ: ``checkpoint-2/``, ``result-2.json``. ``watch`` may wrap the recorder to see events and progress.
+
+    Raises ConfigError for a directory that holds a search with other settings, and what can be known before of texts, places and
+    names: all before anything is computed.
     """
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
     if config.uses_llm:
         names.check_proposer(config.proposer, named)
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    async def run(pool: WorkerPool) -> JobResult:
-        with Store(folder / "selfpruner.db") as store:
-            body = config.model_dump(mode="json")
-            found = next((j for j in store.jobs(limit=100).data if j.config == body and j.status in ("queued", "running")), None)
-            job = found or store.create_job(config)[0]
-            if job.status == "running":
-                store.requeue_running()
+    folder, place = Path(directory), cache or default_cache()
+    runs.refuse(folder)
+    places.writable_folder(place, param="cache")
+    files.look_at(config, ("fitness", "report"))
+    with Store(folder / runs.DATABASE) as store:
+        run = runs.find(store, folder, config, again=again)
+        job = run.job
+        if run.done is not None:
+            assert job.result is not None
+            if not run.result.is_file():
+                run.write_result(job.result)
+            row = {key: getattr(run.done, key) for key in ("plan_hash", *_CHECKPOINT)}
+            return JobResult(job.result, {**row, "path": str(run.checkpoint)}, reused=True)
+        finished = job.status == "succeeded"  # its checkpoint is gone or was changed: what was computed gives it again
+        if job.status in ("running", "paused"):
+            store.requeue_running()
+        if not finished:
             store.transition(job.id, "running")
-            try:
-                result = await run_job(
-                    config,
-                    job_id=job.id,
-                    pool=pool,
-                    proposer_settings=named,
-                    recorder=watch(store.recorder(job.id)),
-                    cache=cache or default_cache(),
-                    checkpoint_dir=folder / "checkpoint",
-                )
-            except (KeyboardInterrupt, asyncio.CancelledError):
+
+        async def work(pool: WorkerPool) -> JobResult:
+            return await run_job(
+                config,
+                job_id=job.id,
+                pool=pool,
+                proposer_settings=named,
+                recorder=watch(store.recorder(job.id)),
+                cache=place,
+                checkpoint_dir=run.checkpoint,
+            )
+
+        try:
+            result = _with_pool(work)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            if not finished:
                 store.transition(job.id, "queued")  # the same call goes on from here
-                raise
-            except Exception as error:
+            raise
+        except Exception as error:
+            if not finished:
                 code, message = getattr(error, "code", "internal_error"), getattr(error, "message", str(error))
                 store.transition(job.id, "failed", error={"code": code, "message": message, "param": getattr(error, "param", None)})
-                raise
-            keys = ("path", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
-            store.add_checkpoint(job.id, result.checkpoint["plan_hash"], **{key: result.checkpoint[key] for key in keys})
-            store.set_result(job.id, result.report)
+            raise
+        store.add_checkpoint(job.id, result.checkpoint["plan_hash"], **{key: result.checkpoint[key] for key in _CHECKPOINT})
+        store.set_result(job.id, result.report)
+        if not finished:
             store.transition(job.id, "succeeded")
-        (folder / "result.json").write_text(json.dumps(result.report, indent=2) + "\n")
-        return result
-
-    return _with_pool(run)
+    run.write_result(result.report)
+    return result
 
 
 def prune(
@@ -149,10 +168,15 @@ def prune(
             raise ConfigError("Say what to remove: rate, rates or levels.", param="rate")
         rate = _average(rates) if rates is not None else 1e-6
     config = config_of({"rate": rate, "preset": "evolution", **fields})
+    from selfpruner.export.folder import refuse_place
+
+    known = {name: getattr(config, name) for name in ("of", "pattern", "criterion", "compensation")}
+    given = {"rate": config.rate} if levels is None else {"levels": list(levels)}
+    refuse_place(Path(directory), {"base_model": config.model, **known, **given})
 
     async def run(pool: WorkerPool) -> Pruned:
         session = session_of(config, cache or default_cache())
-        prepared = await pool.run(session, "prepare", {"texts": ["calibration"]}, progress)
+        prepared = await pool.run(session, "prepare", {"texts": ["calibration"], "output": str(directory)}, progress)
         space = SearchSpace.from_dict(prepared["space"])
         if levels is not None:
             plan = Plan(tuple(levels))
@@ -183,6 +207,10 @@ def export(
     """
     how = {"quantize": quantize, "tensor_parallel": tensor_parallel}
     names.check("export format", format, names.FORMATS, param="format")
+    from selfpruner.export.folder import refuse_place
+
+    if Path(source).resolve() != Path(directory).resolve():
+        refuse_place(Path(directory))
     if (Path(source) / MANIFEST).is_file():
         if job is not None or plan is not None:
             raise ConfigError(
@@ -225,7 +253,9 @@ def _made(
 ) -> Pruned:
     """The checkpoint of a plan in a database, made now. Before that takes its time, ``foresee`` is called with the config and the
     model's family of a search that has finished."""
-    database = Path(source) / "selfpruner.db" if Path(source).is_dir() else Path(source)
+    from selfpruner.export.folder import refuse_place
+
+    database = Path(source) / runs.DATABASE if Path(source).is_dir() else Path(source)
     if not database.is_file():
         raise NotFoundError(
             f"{source} is no checkpoint (a folder with {MANIFEST}), and there is no database of a search at {database}.",
@@ -246,10 +276,11 @@ def _made(
     config = config_of(row.config)
     if row.result is not None:
         foresee(config, row.result["model"]["family"])
+    refuse_place(directory, {"plan_hash": Plan(tuple(levels)).hash, "base_model": config.model})
 
     async def run(pool: WorkerPool) -> Pruned:
         session = session_of(config, cache or default_cache())
-        prepared = await pool.run(session, "prepare", {"texts": ["calibration"]}, progress)
+        prepared = await pool.run(session, "prepare", {"texts": ["calibration"], "output": str(directory)}, progress)
         space = SearchSpace.from_dict(prepared["space"])
         return await _write(pool, session, config, prepared, space, Plan(tuple(levels)), directory, row.id, progress)
 
@@ -277,6 +308,8 @@ def evaluate(
     place = cache or default_cache()
     folder = Path(model)
     wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
+    files.check(wanted, "text")
+    places.writable_folder(place, param="cache")
     own = (folder / manifest.NAME).is_file()
     base_name = against or (json.loads((folder / "plan.json").read_text())["base_model"] if own else str(model))
     base = models.load(models.resolve(base_name, place), device)
@@ -342,6 +375,7 @@ def quality(
         raise ConfigError("Say what to measure: models, and tasks, perplexity or generation.", param="tasks")
     if tasks:
         measures.harness_version()
+    places.writable_file(Path(file))
     results = Results(Path(file))
     compared = str(against) if against is not None else str(subjects[0])
     asked = tuple(dict.fromkeys((compared, *map(str, subjects))))

@@ -77,8 +77,8 @@ def contributions(report: dict[str, Any]) -> Table:
 def further(home: Path, job_id: str) -> str:
     database = home / "selfpruner.db"
     return f"""To look further:
-  sqlite3 {database} "SELECT rank, generation, operator, round(relative, 4), rates FROM population LIMIT 5"
-  sqlite3 {database} "SELECT * FROM operator_report"
+  sqlite3 {database} "SELECT rank, generation, operator, round(relative, 4), rates FROM population WHERE job_id IN newest LIMIT 5"
+  sqlite3 {database} "SELECT * FROM operator_report WHERE job_id IN newest"
   .venv/bin/selfpruner serve --home {home} & sleep 3; curl -s 'http://127.0.0.1:8000/v1/jobs/{job_id}/candidates?limit=3'
   .venv/bin/python -c "import selfpruner; print(selfpruner.load('{home / "checkpoints" / job_id}'))"
 """

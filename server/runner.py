@@ -289,7 +289,7 @@ def default_pool(settings: ServerSettings) -> WorkerPool:
 
     if settings.model_root is not None:
         os.environ["SELFPRUNER_MODEL_ROOT"] = str(settings.model_root)  # workers inherit the limit, wherever it was set
-    return ProcessPool(settings.devices, log_dir=settings.logs)
+    return ProcessPool(settings.devices, runtime="selfpruner.workers.runtime:ServedRuntime", log_dir=settings.logs)
 
 
 PoolFactory = Callable[[ServerSettings], WorkerPool]

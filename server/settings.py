@@ -14,24 +14,17 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from selfpruner import names
+from selfpruner import environment, names
 from selfpruner.errors import ConfigError
 from selfpruner.proposers.settings import ProposerSettings
 
 Names = Annotated[tuple[str, ...], NoDecode]
-
-
-JSON_EXAMPLES = {
-    "tokens": """It is written as '{"ann": "a token", "bob": "another"}'.""",
-    "proposers": """It is written as '{"gpt": {"kind": "openai", "model": "gpt-4o", "api_key": "sk-..."}}'.""",
-}
 
 
 class ServerSettings(BaseSettings):
@@ -134,17 +127,5 @@ class ServerSettings(BaseSettings):
 
 def load_settings(**overrides: Any) -> ServerSettings:
     """Settings from the environment, then from ``overrides`` that are not None. Raises ConfigError naming the variable."""
-    try:
-        return ServerSettings(**{name: value for name, value in overrides.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = "_".join(str(part) for part in first["loc"][:1]).upper()
-        inner = ".".join(str(part) for part in first["loc"][1:])
-        where = f"SELFPRUNER_{name}: {inner}{': ' if inner else ''}" if name else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}{message}", param=name.lower() or None) from None
-    except ValueError as error:  # pydantic-settings on JSON that does not parse; the cause's text may hold a secret
-        field = re.search(r'field "(\w+)"', str(error))
-        name = field[1] if field else ""
-        where = f"SELFPRUNER_{name.upper()}" if name else "A variable SELFPRUNER_..."
-        raise ConfigError(f"{where} is not JSON. {JSON_EXAMPLES.get(name, '')}".rstrip(), param=name or None) from None
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return environment.read(lambda: ServerSettings(**given))

@@ -64,7 +64,16 @@ def test_migrations_and_tables_make_the_same_database(tmp_path: Path) -> None:
 
 
 def test_every_view_of_the_file_is_made(tmp_path: Path) -> None:
-    assert list(schema.views()) == ["ranking", "population", "best", "lineage", "operator_report", "foresight", "llm_cost"]
+    assert list(schema.views()) == [
+        "newest",
+        "ranking",
+        "population",
+        "best",
+        "lineage",
+        "operator_report",
+        "foresight",
+        "llm_cost",
+    ]
     Store(tmp_path / "store.db").close()
     assert schema.views().keys() <= objects(tmp_path / "store.db").keys()
 

@@ -17,11 +17,12 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
+from selfpruner.config import SearchConfig, TextConfig
 from selfpruner.errors import TextError
 
 T = TypeVar("T")
@@ -81,6 +82,26 @@ def _existing(source: str, root: Path | None) -> Path | None:
         return path if path.is_file() and (root is None or path.is_relative_to(root.resolve())) else None
     except (OSError, ValueError, RuntimeError):  # null bytes, over-long names, loops of links
         return None
+
+
+def look_at(config: SearchConfig, roles: Collection[str]) -> None:
+    """Raise TextError, whose ``param`` is the field, for a file of ``config`` that cannot be read for one of the ``roles`` or for
+    calibration: before a model is loaded, converted or fetched."""
+    for field, role in (("calibration", "calibration"), ("fitness_text", "fitness"), ("report_text", "report")):
+        if role in ("calibration", *roles):
+            text: TextConfig = getattr(config, field)
+            check(text, field)
+
+
+def check(text: TextConfig, param: str) -> None:
+    """Raise TextError with that ``param`` for a file of ``text`` that cannot be read."""
+    try:
+        for source in text.sources:
+            if is_file_name(source.source):
+                find(source.source).check()
+    except TextError as error:
+        error.param = param
+        raise
 
 
 def is_json(path: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter
 
-from selfpruner import names, options
+from selfpruner import names, options, places
 from selfpruner.commands.show import print_pruned, tell
 from selfpruner.errors import NotFoundError
 
@@ -36,6 +36,7 @@ def export(
     from selfpruner import api
 
     names.check("export format", format, names.FORMATS, param="format")
+    places.writable_folder(output)
     with ExitStack() as stack:
         place: Path | str = source
         if source.startswith("job_") and not Path(source).exists():

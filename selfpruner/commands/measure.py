@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from selfpruner import names, options
+from selfpruner import names, options, places
+from selfpruner.calibration import files
 from selfpruner.commands.show import tell
 from selfpruner.config import Share
 from selfpruner.errors import ConfigError, disk_errors
@@ -164,8 +165,9 @@ def benchmark(
     """Speed, memory and their bounds, dense and pruned in turn in one run."""
     from selfpruner import api
 
-    if output.is_dir() or not output.absolute().parent.is_dir():
+    if not output.absolute().parent.is_dir():
         raise ConfigError(f"{output} cannot be written: name a file in a folder that exists.", param="output")
+    places.writable_file(output)
     report = api.benchmark(
         models,
         backend=backend,
@@ -248,6 +250,8 @@ def compare(
     if text:
         report["sources"] = [{"source": name} for name in text]
     checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})
+    places.writable_folder(output)
+    files.look_at(checked, ("report",))
     results = side_by_side.Results(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
     place, where = cache or api.default_cache(), checked.device
     asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=tell))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,12 +39,13 @@ def search(
     config: options.ConfigFile = None,
     settings: options.Settings = None,
     cache: options.Cache = None,
+    again: Annotated[bool, typer.Option("--again", help="Search once more in a folder that has a search, beside it.")] = False,
     as_json: options.Json = False,
 ) -> int:
-    """Search in this process, without a server. The same call again goes on where it was interrupted."""
+    """Search in this process, without a server. The same call again goes on where it was interrupted, or shows what was found."""
     from selfpruner import api
     from selfpruner.live import LiveView, account
-    from server.settings import load_settings
+    from selfpruner.proposers.settings import from_environment
 
     body = options.read_config(
         config,
@@ -65,16 +67,19 @@ def search(
         memory=memory,
     )
     checked = api.config_of(body)
-    proposers = load_settings().all_proposers
+    proposers = from_environment() if checked.uses_llm else {}
     with LiveView(f"{checked.model} rate {checked.rate:g}") as view:
         result = api.search(
             checked.rate,
             output,
             cache=cache,
             proposers=proposers,
+            again=again,
             watch=lambda recorder: _Watched(recorder, view),
             **{key: value for key, value in body.items() if key != "rate"},
         )
+    if result.reused:
+        print(f"{output} holds this search already, finished; nothing was computed. --again searches once more.", file=sys.stderr)
     if as_json:
         print(json.dumps(result.report))
     else:

@@ -40,10 +40,11 @@ BASELINES = {
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """``report``: the figures (see :func:`run_job`). ``checkpoint``: path, parameters, bytes, manifest_sha256, verification,
-    plan_hash, metrics."""
+    plan_hash, metrics. ``reused``: all of it was there already."""
 
     report: dict[str, Any]
     checkpoint: dict[str, Any]
+    reused: bool = False
 
 
 def session_of(config: SearchConfig, cache: Path) -> Session:
@@ -82,7 +83,7 @@ async def run_job(
         recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))
 
     tell("waiting for a worker")
-    prepared = await pool.run(session, "prepare", {}, tell)
+    prepared = await pool.run(session, "prepare", {"output": str(checkpoint_dir)}, tell)
     _refuse_other_inputs(recorder.find_event("prepared"), prepared)
     space = SearchSpace.from_dict(prepared["space"])
     recorder.event(

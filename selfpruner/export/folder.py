@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfpruner import manifest
-from selfpruner.errors import ExportError, SelfprunerError, disk_errors
+from selfpruner import manifest, places
+from selfpruner.config import differences
+from selfpruner.errors import ConflictError, ExportError, SelfprunerError, disk_errors
 
 WEIGHTS = (".safetensors", ".gguf")
 
@@ -75,6 +76,32 @@ def write_folder(
     )
 
 
+def refuse_place(directory: Path, made_of: Mapping[str, Any] | None = None) -> None:
+    """Raise, before anything is computed, what :func:`write_folder` would in the end: for a folder that cannot be written or holds
+    something else, and with ``made_of`` (what is known of the new plan.json) for one with another checkpoint."""
+    places.writable_folder(directory)
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (directory / "plan.json").is_file():
+        raise _foreign(directory)
+    if made_of is None or not (directory / manifest.NAME).is_file():
+        return
+    try:
+        plan = manifest.read(directory)["plan"]
+    except ExportError:
+        return  # a corrupt one is replaced
+    if changed := differences({key: plan[key] for key in made_of if key in plan}, made_of):
+        raise ConflictError(
+            f"{directory} already holds a checkpoint made otherwise: {'; '.join(changed)}. Choose another folder or remove it.",
+            code="other_settings",
+            param="output",
+        )
+
+
+def _foreign(directory: Path) -> ExportError:
+    return ExportError(f"{directory} is not empty and no checkpoint of selfpruner; choose another folder.")
+
+
 @contextmanager
 def aside(directory: Path) -> Iterator[Path]:
     """A new folder beside ``directory`` that is gone afterwards, and swept up by the next writer here if this process is killed.
@@ -104,7 +131,7 @@ def _existing(
         body = manifest.check(directory, go_on)
     except ExportError as error:
         if any(directory.iterdir()) and not (directory / "plan.json").is_file():
-            raise ExportError(f"{directory} is not empty and no checkpoint of selfpruner; choose another folder.") from error
+            raise _foreign(directory) from error
         return None
     if body["plan"] != plan or body["export"] != export:
         other = "plan" if body["plan"] != plan else "format"

@@ -7,6 +7,9 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from selfpruner import environment
 
 Kind = Literal["openai", "local", "replay"]
 
@@ -68,3 +71,16 @@ class ProposerSettings(BaseModel):
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self.price_prompt + completion_tokens * self.price_completion) / 1e6
+
+
+class _Variables(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="SELFPRUNER_", env_nested_delimiter="__", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    proposers: dict[str, ProposerSettings] = Field(default_factory=dict)
+
+
+def from_environment() -> dict[str, ProposerSettings]:
+    """The proposers of ``SELFPRUNER_PROPOSERS``; no other variable is looked at. Raises ConfigError."""
+    return dict(environment.read(_Variables).proposers)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
 
-from sqlalchemy import ColumnElement, SQLColumnExpression, func, literal, literal_column, tuple_
+import sqlalchemy
+from sqlalchemy import ColumnElement, Select, SQLColumnExpression, func, insert, inspect, literal, literal_column, or_, true, tuple_
 from sqlmodel import col, delete, select
 
 from selfpruner.config import SearchConfig
@@ -136,6 +137,19 @@ class Store:
                 write.session.add(Idempotency(owner=owner, key=idempotency_key, body_hash=body_hash, job_id=job.id, created_at=now))
             write.announce(job)
             return job, True
+
+    def take_over(self, job_id: str, failed_id: str) -> None:
+        """Give a new job what another one with the same config computed before it failed: scores, LLM replies, and what it began
+        with. A plan that could not be scored is tried again."""
+        with self._transaction() as write:
+            scored = or_(col(EvaluationRow.kl).is_not(None), col(EvaluationRow.nll).is_not(None))
+            for table, wanted in ((EvaluationRow, scored), (LlmCallRow, true())):
+                columns = [column for column in inspect(table).columns if column.key != "job_id"]
+                rows: Select[Any] = sqlalchemy.select(literal(job_id), *columns).where(col(table.job_id) == failed_id, wanted)
+                write.session.execute(insert(table).from_select(["job_id", *(column.key for column in columns)], rows))
+            began = write.session.exec(select(Event).where(Event.job_id == failed_id, Event.key == "prepared")).first()
+            if began is not None:
+                write.event(job_id, began.key, began.type, began.message, data=began.data)
 
     def job(self, job_id: str, *, owner: str | None = None) -> Job:
         """The job; NotFoundError when there is none, or it is not ``owner``'s."""

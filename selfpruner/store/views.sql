@@ -1,6 +1,10 @@
 -- Views made for people with only the sqlite3 shell. Made again whenever this file changes, so they need no migration.
 -- In every view: rates are removed / original parameters, lower fitness is better, relative is fitness over that of the uniform
--- plan on the same tokens (1 = as good as uniform).
+-- plan on the same tokens (1 = as good as uniform). A database may hold several jobs: every row carries its job_id.
+
+-- The newest job, for `WHERE job_id IN newest`.
+CREATE VIEW newest AS
+SELECT id AS job_id FROM job ORDER BY number DESC LIMIT 1;
 
 -- The one order of a job's plans, best first; lists, ranks and "best" everywhere are this. First what the job itself holds to be its
 -- best: what its result names, else what the final decided, else the leader of a search that runs. Then plans scored to the end

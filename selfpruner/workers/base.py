@@ -5,7 +5,7 @@ restarted server or a second job on the same model need no special case. Statist
 preparing again cheap.
 
     kind      payload                                            result
-    prepare   {texts?: [role]}                                   {space, signals, model, texts, dtype, device, seconds, peak_mib}
+    prepare   {texts?: [role], output?: folder}                  {space, signals, model, texts, dtype, device, seconds, peak_mib}
     evaluate  {plans: [[level]], text, sequences: [int],         {rows: [{kl, nll, tokens, reason, rejected}], seconds,
                exact?, race?: {keep, contenders: [index],         passes, passes_without_sharing}
                confidence?}}

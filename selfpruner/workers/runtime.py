@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from selfpruner import models
+from selfpruner import models, places
+from selfpruner.calibration import files
 from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
 from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
@@ -39,6 +40,7 @@ from selfpruner.evaluation.slopes import slopes
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import write
+from selfpruner.export.folder import refuse_place
 from selfpruner.model_checks import sampled_digest
 from selfpruner.models import LoadedModel
 from selfpruner.space import Plan
@@ -53,10 +55,9 @@ ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
 class Runtime:
     """Does tasks on one device, one at a time. ``model_root`` bounds local model folders (None: any)."""
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", *, model_root: Path | None = None) -> None:
         self.device = device
-        root = os.environ.get("SELFPRUNER_MODEL_ROOT")
-        self.model_root = Path(root) if root else None
+        self.model_root = model_root
         self._loaded: tuple[tuple[str, str, str, int | None], LoadedModel] | None = None
         self._prepared: tuple[str, Prepared] | None = None
         self._files: dict[str, str] = {}  # of its texts, as they were then
@@ -100,13 +101,22 @@ class Runtime:
             self._loaded = key, models.load(source, device, config.dtype, config.memory)
         return self._loaded[1]
 
-    def _session(self, session: Session, progress: Progress, cancelled: Cancelled, roles: Sequence[Role] = ()) -> Prepared:
+    def _session(
+        self, session: Session, progress: Progress, cancelled: Cancelled, roles: Sequence[Role] = (), output: str | None = None
+    ) -> Prepared:
         if self._prepared is None or self._prepared[0] != session.key:
             self._prepared = None
             config = SearchConfig.model_validate(dict(session.config))
             cache = Path(session.cache)
+            # In the order of what it costs: a model may have to be fetched, converted and read.
+            models.choose_device(self.device if config.device == "auto" else config.device)
+            places.writable_folder(cache, param="cache")
+            files.look_at(config, roles)
             loaded = self._model(config, cache, progress)
             self._files = _digests(config)
+            if output is not None:
+                size = sum(parameter.nbytes for parameter in loaded.model.parameters())
+                places.room_for(size, Path(output), "The checkpoint")
             self._prepared = session.key, prepare(config, loaded, cache, roles, progress, cancelled)
         return self._prepared[1]
 
@@ -124,8 +134,10 @@ class Runtime:
     # -- tasks -------------------------------------------------------------------------------------------------------
     def _prepare(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         roles = payload.get("texts", ROLES)
+        if "output" in payload:
+            refuse_place(Path(payload["output"]))
         self._forget_what_changed(session)
-        prepared = self._session(session, progress, cancelled, roles)
+        prepared = self._session(session, progress, cancelled, roles, payload.get("output"))
         arch = prepared.arch
         texts = {role: prepared.text(role, progress, cancelled) for role in roles}
         return {
@@ -287,6 +299,14 @@ class Runtime:
         )
         # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
         return {**asdict(result), "path": str(result.path), "parameters": wanted}
+
+
+class ServedRuntime(Runtime):
+    """A server's: its requests name models below ``SELFPRUNER_MODEL_ROOT`` only. Other processes do not read that variable."""
+
+    def __init__(self, device: str = "auto") -> None:
+        root = os.environ.get("SELFPRUNER_MODEL_ROOT")
+        super().__init__(device, model_root=Path(root) if root else None)
 
 
 def _digests(config: SearchConfig) -> dict[str, str]:

@@ -1,0 +1,60 @@
+"""Where results go, looked at before anything costs time: may this folder or file be written, and is there room?
+
+Imports no torch. Nothing is left behind, and no folder is made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from selfpruner.errors import ConfigError, DiskFullError, disk_errors
+
+# What other writers may take meanwhile, and what a disk keeps for itself.
+SPARE = 64 << 20
+
+
+def writable_folder(folder: Path, *, param: str = "output") -> None:
+    """Raises ConfigError where ``folder`` is no folder, NoPermissionError where it, or what it would be made in, cannot be written,
+    and DiskFullError for a full disk."""
+    place = _nearest(folder)
+    if not place.is_dir():
+        what = f"{folder} is a file" if place == folder else f"{folder} cannot be made, because {place} is a file"
+        raise ConfigError(f"{what}; name a folder.", param=param)
+    # A look at the mode bits says nothing of disks that can only be read, quotas and lists of who may write.
+    try:
+        with disk_errors(place), tempfile.TemporaryDirectory(prefix=".tmp-", dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}. Name another folder.", param=param) from error
+
+
+def writable_file(file: Path, *, param: str = "output") -> None:
+    """The same of a file that will be replaced."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file in it.", param=param)
+    writable_folder(Path(os.path.realpath(file)).parent, param=param)
+
+
+def room_for(size: int, folder: Path, what: str) -> None:
+    """Raises DiskFullError where the disk of ``folder`` has less than ``size`` bytes and SPARE left for ``what``."""
+    free = shutil.disk_usage(_nearest(folder)).free
+    if size + SPARE > free:
+        raise DiskFullError(
+            f"{what} will take about {_mib(size)} MiB in {folder}, and only {_mib(free)} MiB are free there. Free some, or name "
+            "another place."
+        )
+
+
+def _nearest(place: Path) -> Path:
+    """``place``, or what exists of the way to it."""
+    place = Path(os.path.realpath(place.expanduser()))
+    while not os.path.lexists(place):
+        place = place.parent
+    return place
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):,.0f}"
