@@ -58,10 +58,19 @@ class _Slot:
 
 
 class WeightFiles:
-    """All tensors of a checkpoint by name, read in pieces onto ``device`` in ``dtype``. For one thread."""
+    """All tensors of a checkpoint by name, read in pieces onto ``device`` in ``dtype``. For one thread.
 
-    def __init__(self, files: Mapping[str, tuple[TensorFile, str]], device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    With ``through`` every number is one of that narrower type: what will be written in it is computed with as it will be written.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, tuple[TensorFile, str]],
+        device: torch.device,
+        dtype: torch.dtype,
+        through: torch.dtype | None = None,
+    ) -> None:
+        self.device, self.dtype, self._through = device, dtype, through
         self._files = dict(files)  # with the name that the tensor has there
         self.piece_bytes = _PIECE["cuda" if device.type == "cuda" else "cpu"]
         pinned = device.type == "cuda"
@@ -70,11 +79,13 @@ class WeightFiles:
         self._turn = 0
 
     @classmethod
-    def open(cls, paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> WeightFiles:
-        return cls({name: (file, name) for file in map(TensorFile, paths) for name in file.shapes}, device, dtype)
+    def open(
+        cls, paths: Sequence[Path], device: torch.device, dtype: torch.dtype, through: torch.dtype | None = None
+    ) -> WeightFiles:
+        return cls({name: (file, name) for file in map(TensorFile, paths) for name in file.shapes}, device, dtype, through)
 
     def for_another_thread(self) -> WeightFiles:
-        return WeightFiles(self._files, self.device, self.dtype)
+        return WeightFiles(self._files, self.device, self.dtype, self._through)
 
     def settle(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """``config`` as the files are: whether the output head is tied to the embeddings is not always as it says.
@@ -106,7 +117,10 @@ class WeightFiles:
 
     def _read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         file, stored = self._files[name]
-        return file.read(stored, out, start=start, stop=stop)
+        rows = file.read(stored, out, start=start, stop=stop)
+        if self._through is not None and torch.promote_types(rows.dtype, self._through) != self._through:
+            rows.copy_(rows.to(self._through))
+        return rows
 
     def _shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """What is stored: dtype and shape."""
@@ -291,11 +305,16 @@ class LayerStream:
 
 
 def stream(
-    config: PreTrainedConfig, paths: Sequence[Path], device: torch.device, dtype: torch.dtype, memory: int
+    config: PreTrainedConfig,
+    paths: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: int,
+    through: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model of ``config`` over the safetensors files ``paths``, within ``memory`` bytes; its attribute ``layer_stream`` is the
-    :class:`LayerStream`. Raises ModelError when files and config do not fit together."""
-    files = WeightFiles.open(paths, device, dtype)
+    :class:`LayerStream`. ``through``: see :class:`WeightFiles`. Raises ModelError when files and config do not fit together."""
+    files = WeightFiles.open(paths, device, dtype, through)
     config = files.settle(config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -319,10 +338,16 @@ def stream(
     return streamed
 
 
-def whole(config: PreTrainedConfig, paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def whole(
+    config: PreTrainedConfig,
+    paths: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    through: torch.dtype | None = None,
+) -> PreTrainedModel:
     """The model of ``config`` with all its weights on the device, read in pieces: nothing else takes memory on the way, whatever
-    dtype the files have. Raises ModelError when files and config do not fit together."""
-    files = WeightFiles.open(paths, device, dtype)
+    dtype the files have. ``through``: see :class:`WeightFiles`. Raises ModelError when files and config do not fit together."""
+    files = WeightFiles.open(paths, device, dtype, through)
     config = files.settle(config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)

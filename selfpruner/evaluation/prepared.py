@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
 from selfpruner.architectures.base import soft_cap
+from selfpruner.architectures.weights import rounded
 from selfpruner.calibration.cache import cached_gradients, cached_statistics
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.soundness import finite, not_numbers
@@ -391,6 +392,10 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
     files = arch.stream.files
     held: dict[int, dict[str, Tensor]] = {}
 
+    def weights_of(block: int) -> AttentionWeights | FfnWeights | None:
+        weights, narrow = engine.weights(block, plan.levels[block]), prepared.loaded.narrow
+        return weights if weights is None or narrow is None else rounded(weights, narrow)
+
     def tensor(name: str) -> Iterable[Tensor]:
         found = arch.layout.block_of(name)
         block = None if found is None else 2 * found[0] + found[1]
@@ -398,15 +403,15 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
             return files.pieces(name)
         if block not in held:
             held.clear()
-            held[block] = _named(arch, block // 2, engine.weights(block, plan.levels[block]))
+            held[block] = _named(arch, block // 2, weights_of(block))
         return [held[block][name]]
 
     @torch.no_grad()
     def logits(tokens: Tensor) -> Tensor:
         # In float32 like the verification, so that all that can differ is what was written.
         x, rope = arch.embed_exactly(tokens.to(arch.device)), arch.rope(tokens.shape[1])
-        for block, level in enumerate(plan.levels):
-            weights = engine.weights(block, level)
+        for block in range(len(plan.levels)):
+            weights = weights_of(block)
             if isinstance(weights, FfnWeights):
                 x = arch.feed_forward(block // 2, x, in_float32(weights))
             elif weights is not None:
