@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from selfpruner import manifest, names, places, runs
+from selfpruner.cache_folder import default_cache as default_cache
 from selfpruner.calibration import files
 from selfpruner.config import SearchConfig, Source, TextConfig, field_names
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
@@ -37,11 +38,6 @@ T = TypeVar("T")
 # What the database keeps of a checkpoint, beside its plan.
 _CHECKPOINT = ("path", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
 Watch = Callable[[str], None]
-
-
-def default_cache() -> Path:
-    """Where models, texts and statistics are kept: ``$SELFPRUNER_CACHE``, else ``~/.cache/selfpruner``."""
-    return Path(os.environ.get("SELFPRUNER_CACHE") or Path.home() / ".cache" / "selfpruner")
 
 
 @dataclass(frozen=True, slots=True)

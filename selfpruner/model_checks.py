@@ -312,16 +312,6 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
-def stored_dtype(folder: Path) -> str:
-    """The type that most numbers of a checked folder are stored in: ``float32``, ``bfloat16`` or ``float16``. What config.json says
-    of it is not always so."""
-    counts = dict.fromkeys(("F32", "BF16", "F16"), 0)
-    for file in weight_files(folder):
-        for dtype, shape in read_header(file).values():
-            counts["F32" if dtype == "F64" else dtype] += math.prod(shape)
-    return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[max(counts, key=counts.__getitem__)]
-
-
 def weight_bytes(folder: Path, itemsize: int) -> tuple[int, int]:
     """Bytes of all weights of a checked folder, and of the largest decoder layer, with ``itemsize`` bytes per number."""
     layers: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """Turn a GGUF file into a plain Hugging Face folder, once per file.
 
 Reading a GGUF through transformers takes some twenty seconds and leaves a model that calls itself quantised; the folder written
-here (config, safetensors, tokenizer with chat template, generation config) loads in under a second and is an ordinary
+here (config, float32 safetensors, tokenizer with chat template, generation config) loads in under a second and is an ordinary
 checkpoint. What transformers drops on the way is put back from the file's own metadata: rotary scaling, the head width of Qwen3,
 the digit splitting of some tokenizers, automatic BOS, the chat template, numbers rounded to float32.
 
@@ -18,18 +18,18 @@ import math
 import os
 import shutil
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock
 
+from selfpruner.cache_folder import use
 from selfpruner.errors import ModelError, UnsupportedModelError, disk_errors
 from selfpruner.model_checks import refuse_pointer, sampled_digest
 
 # Part of the folder's name: raise it when the conversion changes.
-_RECIPE = 2
+_RECIPE = 1
 # The architectures whose files were found to become the same model.
 _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # llama.cpp writes Llama 3's rotary scaling as a tensor of factors; the published models all use these three numbers.
@@ -49,6 +49,7 @@ def convert(gguf: Path, models: Path) -> Path:
     """
     check(gguf)
     target = models / f"gguf-{sampled_digest(gguf)[:24]}-{_RECIPE}"
+    use(target, gguf.name, "converted from GGUF")
     if target.is_dir():
         return target
     with disk_errors(target):
@@ -134,25 +135,18 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _metadata(gguf: Path) -> tuple[dict[str, Any], Any, Any]:
-    """Scalar and string metadata of the file by key, its ``rope_freqs`` tensor (None where it has none), and the torch dtype of
-    most of its numbers: bfloat16 for those that are quantised."""
-    import torch
-    from gguf import GGMLQuantizationType, GGUFReader
+def _metadata(gguf: Path) -> tuple[dict[str, Any], Any]:
+    """Scalar and string metadata of the file by key, and its ``rope_freqs`` tensor (None where it has none)."""
+    from gguf import GGUFReader
 
     try:
         reader = GGUFReader(gguf)
         # Arrays (vocabulary, merges) are long and transformers reads those itself.
         fields = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
         factors = next((tensor.data.copy() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
-        counts: Counter[Any] = Counter()
-        for tensor in reader.tensors:
-            counts[tensor.tensor_type] += int(tensor.n_elements)
-        named = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
-        kind = named.get(counts.most_common(1)[0][0], torch.bfloat16)
     except Exception as error:  # the reader indexes into the file unguarded: anything may come out of a damaged one
         raise ModelError(f"{gguf} is a damaged GGUF file ({error}). Download it again.", param="model") from error
-    return fields, factors, kind
+    return fields, factors
 
 
 def _write(gguf: Path, folder: Path) -> None:
@@ -164,7 +158,7 @@ def _write(gguf: Path, folder: Path) -> None:
     auto: Any = transformers
     AutoConfig, AutoTokenizer, AutoModelForCausalLM = auto.AutoConfig, auto.AutoTokenizer, auto.AutoModelForCausalLM
 
-    metadata, rope_factors, kind = _metadata(gguf)
+    metadata, rope_factors = _metadata(gguf)
     _judge(gguf, metadata)
     architecture = metadata["general.architecture"]
     source = {"gguf_file": gguf.name, "local_files_only": True}
@@ -192,9 +186,7 @@ def _write(gguf: Path, folder: Path) -> None:
     if clean.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     clean.architectures = [type(model).__name__]
-    # A file whose numbers have a type keeps it; 16 bits are more than those of the others say.
-    state = {name: tensor.to(kind) for name, tensor in state.items()}
-    clean.dtype = kind
+    clean.dtype = torch.float32
     clean.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     save_torch_state_dict(state, folder, metadata={"format": "pt"})

@@ -64,9 +64,8 @@ RESIDENT_FACTOR = 1.3
 class LoadedModel:
     """A dense model in evaluation mode, without gradients, on one device.
 
-    It computes in ``dtype``. ``memory`` is the ceiling in bytes on what the model and the work with it may take there, None for no
-    ceiling; ``streamed``: its weights stay in their files (see :mod:`selfpruner.streaming`). ``narrow``: the type of the files,
-    where that is a narrower one than it computes in; its weights are numbers of that type.
+    ``memory`` is the ceiling in bytes on what the model and the work with it may take there, None for no ceiling; ``streamed``: its
+    weights stay in their files (see :mod:`selfpruner.streaming`).
     """
 
     model: PreTrainedModel
@@ -75,12 +74,6 @@ class LoadedModel:
     dtype: torch.dtype
     memory: int | None = None
     streamed: bool = False
-    narrow: torch.dtype | None = None
-
-    @property
-    def written(self) -> torch.dtype:
-        """The type of what is written of it."""
-        return self.narrow or self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -261,8 +254,7 @@ def hub_available() -> bool:
 
 
 def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory: int | None = None) -> LoadedModel:
-    """Load a resolved model. ``device`` and ``dtype`` may be ``auto``, see :func:`choose_device` and :func:`choose_dtype`. With
-    ``auto`` what is made of the model has the type it is stored in, whatever it computes in.
+    """Load a resolved model. ``device`` and ``dtype`` may be ``auto``, see :func:`choose_device` and :func:`choose_dtype`.
 
     ``memory`` (bytes) bounds what the model and the work with it may take on the device; the program itself comes on top. A model
     that does not fit, or not into what a GPU has free, stays in its files and is streamed. Raises :class:`ModelError` when
@@ -272,10 +264,8 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
 
     auto: Any = importlib.import_module("transformers")  # Any: its annotations do not cover these calls
     target = choose_device(device)
-    stored = model_checks.stored_dtype(source.folder)
-    chosen = choose_dtype(dtype, target, stored=stored)
-    own: torch.dtype = getattr(torch, stored)
-    narrow = own if dtype == "auto" and own != chosen else None
+    stored = source.config.get("dtype") or source.config.get("torch_dtype")
+    chosen = choose_dtype(dtype, target, stored=str(stored) if stored else None)
     room = memory if memory is not None else _free_memory(target)
     weights, layer = model_checks.weight_bytes(source.folder, chosen.itemsize)
     streamed = room is not None and weights * RESIDENT_FACTOR > room
@@ -290,12 +280,12 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
         tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     try:
         with _reading(str(source.folder), "Download the model again."):
-            model = _model(source, config, target, chosen, room if streamed else None, layer, narrow)
+            model = _model(source, config, target, chosen, room if streamed else None, layer)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"{source.name} in {chosen} does not fit the memory of {target}. Use another device or a smaller model."
         ) from error
-    return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed, narrow)
+    return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed)
 
 
 def check_ids(ids: Iterable[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
@@ -344,13 +334,7 @@ def _reading(what: str, advice: str) -> Iterator[None]:
 
 
 def _model(
-    source: ModelSource,
-    config: Any,
-    target: torch.device,
-    dtype: torch.dtype,
-    memory: int | None,
-    layer_bytes: int,
-    narrow: torch.dtype | None,
+    source: ModelSource, config: Any, target: torch.device, dtype: torch.dtype, memory: int | None, layer_bytes: int
 ) -> PreTrainedModel:
     """The model whole, or streamed within ``memory``."""
     from selfpruner import streaming
@@ -358,7 +342,7 @@ def _model(
     auto: Any = importlib.import_module("transformers")
     paths = model_checks.weight_files(source.folder)
     if memory is None:
-        model = streaming.whole(config, paths, target, dtype, narrow)
+        model = streaming.whole(config, paths, target, dtype)
     elif memory < (least := streaming.least_memory(layer_bytes, target)):
         raise ConfigError(
             f"{source.name} cannot be worked on in {memory / 2**20:,.0f} MiB. Set memory to {-(-least >> 20)}MiB or more, or use a "
@@ -366,7 +350,7 @@ def _model(
             param="memory",
         )
     else:
-        model = streaming.stream(config, paths, target, dtype, memory, narrow)
+        model = streaming.stream(config, paths, target, dtype, memory)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = auto.GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     return model
@@ -418,9 +402,8 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device, *, stored: str | None = None) -> torch.dtype:
-    """The torch dtype to compute in for ``auto`` or a name. ``auto`` holds every number of the type the model is ``stored`` in:
-    that type itself on a GPU; on a CPU bfloat16 where that is faster than float32, else float32. Where nothing is stored it is
-    bfloat16 where the device is good at that."""
+    """The torch dtype for ``auto`` or a name. ``auto``: on a GPU the checkpoint's ``stored`` half type, bfloat16 for a float32
+    checkpoint where CUDA has it; on CPU bfloat16 where it is faster than float32; else float32."""
     import torch
 
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -429,8 +412,8 @@ def choose_dtype(dtype: str, device: torch.device, *, stored: str | None = None)
             raise ConfigError(f"Unknown dtype {dtype!r}. Use auto, {', '.join(named)}.", param="dtype")
         return named[dtype]
     if device.type == "cpu":
-        return torch.bfloat16 if stored in ("bfloat16", None) and _bfloat16_is_fast() else torch.float32
-    if stored is not None:
+        return torch.bfloat16 if _bfloat16_is_fast() else torch.float32
+    if stored in ("bfloat16", "float16"):
         return named[stored]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 

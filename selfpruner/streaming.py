@@ -58,19 +58,10 @@ class _Slot:
 
 
 class WeightFiles:
-    """All tensors of a checkpoint by name, read in pieces onto ``device`` in ``dtype``. For one thread.
+    """All tensors of a checkpoint by name, read in pieces onto ``device`` in ``dtype``. For one thread."""
 
-    With ``through`` every number is one of that narrower type: what will be written in it is computed with as it will be written.
-    """
-
-    def __init__(
-        self,
-        files: Mapping[str, tuple[TensorFile, str]],
-        device: torch.device,
-        dtype: torch.dtype,
-        through: torch.dtype | None = None,
-    ) -> None:
-        self.device, self.dtype, self._through = device, dtype, through
+    def __init__(self, files: Mapping[str, tuple[TensorFile, str]], device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self._files = dict(files)  # with the name that the tensor has there
         self.piece_bytes = _PIECE["cuda" if device.type == "cuda" else "cpu"]
         pinned = device.type == "cuda"
@@ -79,13 +70,11 @@ class WeightFiles:
         self._turn = 0
 
     @classmethod
-    def open(
-        cls, paths: Sequence[Path], device: torch.device, dtype: torch.dtype, through: torch.dtype | None = None
-    ) -> WeightFiles:
-        return cls({name: (file, name) for file in map(TensorFile, paths) for name in file.shapes}, device, dtype, through)
+    def open(cls, paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> WeightFiles:
+        return cls({name: (file, name) for file in map(TensorFile, paths) for name in file.shapes}, device, dtype)
 
     def for_another_thread(self) -> WeightFiles:
-        return WeightFiles(self._files, self.device, self.dtype, self._through)
+        return WeightFiles(self._files, self.device, self.dtype)
 
     def settle(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """``config`` as the files are: whether the output head is tied to the embeddings is not always as it says.
@@ -117,10 +106,7 @@ class WeightFiles:
 
     def _read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         file, stored = self._files[name]
-        rows = file.read(stored, out, start=start, stop=stop)
-        if self._through is not None and torch.promote_types(rows.dtype, self._through) != self._through:
-            rows.copy_(rows.to(self._through))
-        return rows
+        return file.read(stored, out, start=start, stop=stop)
 
     def _shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """What is stored: dtype and shape."""
@@ -305,16 +291,11 @@ class LayerStream:
 
 
 def stream(
-    config: PreTrainedConfig,
-    paths: Sequence[Path],
-    device: torch.device,
-    dtype: torch.dtype,
-    memory: int,
-    through: torch.dtype | None = None,
+    config: PreTrainedConfig, paths: Sequence[Path], device: torch.device, dtype: torch.dtype, memory: int
 ) -> PreTrainedModel:
     """The model of ``config`` over the safetensors files ``paths``, within ``memory`` bytes; its attribute ``layer_stream`` is the
-    :class:`LayerStream`. ``through``: see :class:`WeightFiles`. Raises ModelError when files and config do not fit together."""
-    files = WeightFiles.open(paths, device, dtype, through)
+    :class:`LayerStream`. Raises ModelError when files and config do not fit together."""
+    files = WeightFiles.open(paths, device, dtype)
     config = files.settle(config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -338,16 +319,10 @@ def stream(
     return streamed
 
 
-def whole(
-    config: PreTrainedConfig,
-    paths: Sequence[Path],
-    device: torch.device,
-    dtype: torch.dtype,
-    through: torch.dtype | None = None,
-) -> PreTrainedModel:
+def whole(config: PreTrainedConfig, paths: Sequence[Path], device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of ``config`` with all its weights on the device, read in pieces: nothing else takes memory on the way, whatever
-    dtype the files have. ``through``: see :class:`WeightFiles`. Raises ModelError when files and config do not fit together."""
-    files = WeightFiles.open(paths, device, dtype, through)
+    dtype the files have. Raises ModelError when files and config do not fit together."""
+    files = WeightFiles.open(paths, device, dtype)
     config = files.settle(config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)

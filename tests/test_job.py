@@ -197,7 +197,14 @@ def test_every_candidate_is_in_the_store(place: Place, done: Done, prepared: Pre
         assert prepared.space.meets_budget(Plan(tuple(row.levels)))
         assert row.status == "evaluated"
     types = {event.type for event in place.store.events(done.job_id).data}
-    assert {"search.prepared", "search.probed", "search.generation", "search.finished", "checkpoint.exported"} <= types
+    assert {
+        "search.foreseen",
+        "search.prepared",
+        "search.probed",
+        "search.generation",
+        "search.finished",
+        "checkpoint.exported",
+    } <= types
     progress = place.store.job(done.job_id).progress
     assert progress is not None
     assert progress["stage"] == "done"

@@ -99,13 +99,6 @@ def in_float32(weights: W) -> W:
     return replace(weights, **changed)
 
 
-def rounded(weights: AttentionWeights | FfnWeights, dtype: torch.dtype) -> AttentionWeights | FfnWeights:
-    """The same weights as they are once they have been ``dtype``, in the type they are in."""
-    values: dict[str, Any] = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    changed: dict[str, Any] = {name: value.to(dtype).to(value.dtype) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(weights, **changed)
-
-
 def _spread(units: list[int], width: int, device: torch.device) -> Tensor:
     """Row indices of the given units of ``width`` rows each."""
     starts = torch.tensor(units, dtype=torch.long, device=device) * width

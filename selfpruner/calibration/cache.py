@@ -3,8 +3,9 @@
 Inputs of the output matrices, inputs of the others, and gradients are kept apart, so that a job adds what the jobs before it did
 not need. A file is written aside and renamed, so what exists is whole; a job that dies half-way goes on from the layers that are
 there only if all are, since a layer's inputs need the walk through the layers before it. Of a Gram matrix the scatter about the
-mean is kept, in float32: rounding then is relative to what the inputs vary, not to where they lie; gradients, which are sums of
-noisy terms, in bfloat16. What is computed and what is read back are the same numbers, so a resumed job makes the same plans.
+mean is kept, in float32 and of every pair of inputs once: rounding then is relative to what the inputs vary, not to where they lie;
+gradients, which are sums of noisy terms, in bfloat16. What is computed and what is read back are the same numbers, so a resumed job
+makes the same plans.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,13 +22,14 @@ from torch import Tensor
 
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.gradients import Gradients, layer_gradients
-from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, check_finite, layer_statistics
+from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, check_finite, layer_statistics, mirror
 from selfpruner.errors import disk_errors
+from selfpruner.tensor_files import TensorFile
 from selfpruner.workers.memory import release
 
 _FIELDS = ("mean", "variance", "energy")
 _SUMS = ("total", "absolute", "squared")
-_FORMAT = 3
+_FORMAT = 4
 # Which sites share a file, by the file's name.
 _FILES: Mapping[str, tuple[Site, ...]] = {"layer": OUTPUTS, "inputs": tuple(site for site in SITES if site not in OUTPUTS)}
 
@@ -49,9 +52,9 @@ def cached_statistics(
     collecting, see :func:`layer_statistics`; ``on`` is where the statistics go, by default the model's device.
     """
     on = on or arch.device
-    place = _place(arch, folder, fingerprint)
+    place = statistics_place(arch, folder, fingerprint)
     kinds = [kind for kind, own in _FILES.items() if set(own) & set(sites)]
-    missing = [kind for kind in kinds if not all(file.exists() for file in _files(place, kind, arch.layers))]
+    missing = [kind for kind in kinds if not _complete(place, kind, arch.layers)]
     collected = None
     if missing:
         place.mkdir(parents=True, exist_ok=True)
@@ -84,9 +87,9 @@ def cached_gradients(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Callable[[int], dict[str, Gradients]]:
     """What reads a layer's gradients by matrix name, once all of them are on disk; see :func:`cached_statistics`."""
-    place, target = _place(arch, folder, fingerprint), on or arch.device
+    place, target = statistics_place(arch, folder, fingerprint), on or arch.device
     files = _files(place, "gradients", arch.layers)
-    if not all(file.exists() for file in files):
+    if not _complete(place, "gradients", arch.layers):
         place.mkdir(parents=True, exist_ok=True)
         collected = layer_gradients(arch, tokens, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
         for layer, found in collected:
@@ -108,7 +111,8 @@ def _sums(tensors: Mapping[str, Tensor], name: str, sequences: int, device: torc
     return Gradients(total, absolute, squared, sequences)
 
 
-def _place(arch: Architecture, folder: Path, fingerprint: str) -> Path:
+def statistics_place(arch: Architecture, folder: Path, fingerprint: str) -> Path:
+    """The folder of what is measured of a model on a text."""
     return folder / hashlib.sha256(f"{_FORMAT}:{fingerprint}:{arch.dtype}".encode()).hexdigest()[:24]
 
 
@@ -116,19 +120,58 @@ def _files(place: Path, kind: str, layers: int) -> list[Path]:
     return [place / f"{kind}-{layer:04d}.safetensors" for layer in range(layers)]
 
 
+def _complete(place: Path, kind: str, layers: int) -> bool:
+    return all(file.exists() for file in _files(place, kind, layers))
+
+
+def missing_sites(arch: Architecture, folder: Path, fingerprint: str, sites: Collection[Site]) -> list[Site]:
+    """Those whose statistics would have to be collected."""
+    place = statistics_place(arch, folder, fingerprint)
+    missing = [own for kind, own in _FILES.items() if set(own) & set(sites) and not _complete(place, kind, arch.layers)]
+    return [site for own in missing for site in own]
+
+
+def missing_gradients(arch: Architecture, folder: Path, fingerprint: str) -> bool:
+    return not _complete(statistics_place(arch, folder, fingerprint), "gradients", arch.layers)
+
+
 def _write(file: Path, found: Mapping[Site, BlockStatistics]) -> None:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, stats in found.items():
         for part in _FIELDS:
             value: Tensor = getattr(stats, part)
             tensors[f"{name}.{part}"] = value.cpu().contiguous()
-        tensors[f"{name}.scatter"] = stats.scatter.float().cpu().contiguous()
+        tensors |= _strips(f"{name}.scatter", stats.scatter)
         if stats.judge is not None:
             tensors[f"{name}.judge.mean"] = stats.judge.mean.cpu().contiguous()
-            tensors[f"{name}.judge.scatter"] = stats.judge.scatter.cpu().contiguous()
+            tensors |= _strips(f"{name}.judge.scatter", stats.judge.scatter)
     one = next(iter(found.values()))
     counts = {"tokens": one.tokens, "sequences": one.sequences, "judge": one.judge.tokens if one.judge else 0}
     _save(file, tensors, {key: str(count) for key, count in counts.items()})
+
+
+def _strips(name: str, scatter: Tensor) -> dict[str, Tensor]:
+    """The upper triangle of a symmetric matrix (n, n) as strips of rows, each from the diagonal on."""
+    rows = strip_rows(len(scatter))
+    return {
+        f"{name}.{start}": scatter[start : start + rows, start:].float().cpu().contiguous()
+        for start in range(0, len(scatter), rows)
+    }
+
+
+def strip_rows(n: int) -> int:
+    """Few enough that what they hold left of the diagonal is little."""
+    return max(64, -(-n // 32))
+
+
+def _mapped(n: int, folder: Path) -> Tensor:
+    """A float32 matrix (n, n) in a file without a name, which the system can put away: such matrices, of which a layer has four,
+    add nothing to what a criterion takes of the memory."""
+    with NamedTemporaryFile(dir=folder, suffix=".tmp") as scratch, disk_errors(folder):
+        for _ in range(n):
+            scratch.write(bytes(4 * n))  # a place on the disk for each page: there is no error to catch when a mapped one has none
+        scratch.flush()
+        return torch.from_file(scratch.name, shared=True, size=n * n, dtype=torch.float32).view(n, n)
 
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -142,20 +185,23 @@ def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def _read(file: Path, sites: Collection[Site], device: torch.device) -> dict[Site, BlockStatistics]:
-    from safetensors import safe_open
-
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    with safe_open(file, framework="pt") as opened:
-        counts = opened.metadata()
-        tokens = int(counts["tokens"])
+    opened = TensorFile(file)
+    tokens, sequences, judging = (int(opened.metadata[name]) for name in ("tokens", "sequences", "judge"))
 
-        def block(name: str) -> BlockStatistics:
-            mean, variance, energy = (opened.get_tensor(f"{name}.{part}").to(device, dtype) for part in _FIELDS)
-            scatter = opened.get_tensor(f"{name}.scatter").to(device)
-            judge = None
-            if int(counts["judge"]):
-                own = (opened.get_tensor(f"{name}.judge.{part}").to(device) for part in ("mean", "scatter"))
-                judge = Moments(int(counts["judge"]), *own)
-            return BlockStatistics(tokens, int(counts["sequences"]), mean, variance, energy, scatter, judge)
+    def symmetric(name: str, n: int) -> Tensor:
+        whole, rows = _mapped(n, file.parent) if device.type == "cpu" else torch.empty(n, n), strip_rows(n)
+        for start in range(0, n, rows):
+            whole[start : start + rows, start:] = opened.read(f"{name}.{start}")
+        return mirror(whole).to(device)
 
-        return {site: block(site) for site in sites}
+    def block(name: str) -> BlockStatistics:
+        mean, variance, energy = (opened.read(f"{name}.{part}").to(device, dtype) for part in _FIELDS)
+        scatter = symmetric(f"{name}.scatter", len(mean))
+        judge = None
+        if judging:
+            own = opened.read(f"{name}.judge.mean").to(device)
+            judge = Moments(judging, own, symmetric(f"{name}.judge.scatter", len(mean)))
+        return BlockStatistics(tokens, sequences, mean, variance, energy, scatter, judge)
+
+    return {site: block(site) for site in sites}

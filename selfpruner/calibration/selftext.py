@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AttentionInterface, StaticCache
 
 from selfpruner.architectures.base import soft_cap
+from selfpruner.cache_folder import use
 from selfpruner.calibration.openings import opening
 from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError, disk_errors
@@ -93,6 +94,7 @@ def write(
     """
     identity = f"{loaded.source.fingerprint}/{loaded.dtype}/{RECIPE}/{seed}/{stream}/{count}/{length}/{list(separator)}"
     folder = cache / f"self-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+    use(folder, loaded.source.name, f"written for {stream}")
     chunks = -(-count // _rows_at_once(loaded, length))
     parts: list[Tensor] = []
     for chunk in range(chunks):

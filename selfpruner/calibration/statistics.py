@@ -32,7 +32,7 @@ _READERS: Mapping[Site, str] = {"qkv": "q, k and v", "attention": "o", "gate_up"
 
 # Tokens that pass a layer at once: enough to fill two cores or a GPU, small enough that F-wide activations stay a few MB.
 TOKENS_PER_STEP = 2048
-# Rows of a scatter matrix that are updated at once.
+# Rows of a scatter matrix that are updated at once; only what is on the diagonal and right of it is.
 STRIP = 128
 # Every how manieth sequence also judges what is fitted to the others.
 JUDGES = 4
@@ -53,7 +53,7 @@ class BlockStatistics:
 
     ``mean`` (n,), ``variance`` (n,) unbiased over tokens, ``energy`` (n,) = sum of x^2 over tokens, ``scatter`` (n, n) = the sum
     of (x - mean)(x - mean)^T; ``tokens`` and ``sequences`` counted. float64 where the device has it; a scatter read from disk is
-    float32 and a view of the file, so it is never written to. ``judge`` are the moments, in float32, of every ``JUDGES``-th
+    float32 and lies in a mapped file. ``judge`` are the moments, in float32, of every ``JUDGES``-th
     sequence, which all the others count as well; None where there are too few sequences, and at places that are no output matrix's.
     """
 
@@ -87,6 +87,16 @@ class BlockStatistics:
         return Moments(count, mean, scatter)
 
 
+def mirror(upper: Tensor) -> Tensor:
+    """The symmetric matrix (n, n) whose upper triangle this is, in its memory."""
+    for start in range(0, len(upper), STRIP):
+        stop = min(start + STRIP, len(upper))
+        own = upper[start:stop, start:stop]
+        own.copy_(own.triu() + own.triu(1).T)
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    return upper
+
+
 class Accumulator:
     """Builds :class:`BlockStatistics` from batches of rows. ``scatter`` is the dtype in which products are added up, by default
     float64 where the device has it."""
@@ -109,15 +119,17 @@ class Accumulator:
         total = self.tokens + count
         delta = mean - self.mean
         between = delta.to(self.scatter)
-        for start in range(0, x.shape[-1], STRIP):  # the products never exist whole
-            strip = slice(start, start + STRIP)
-            self.scatter[strip] += centred[:, strip].T @ centred
-            self.scatter[strip].addr_(between[strip], between, alpha=self.tokens * count / total)
+        for start in range(0, x.shape[-1], STRIP):  # the products never exist whole, and each of them once
+            strip, rest = slice(start, start + STRIP), slice(start, None)
+            part = self.scatter[strip, rest]
+            part += centred[:, strip].T @ centred[:, rest]
+            part.addr_(between[strip], between[rest], alpha=self.tokens * count / total)
         self.mean += delta * (count / total)
         self.tokens, self.sequences = total, self.sequences + x.shape[0]
 
     def finish(self, judge: Moments | None = None) -> BlockStatistics:
         """The statistics of what was added. To be called once: the scatter is theirs."""
+        mirror(self.scatter)
         own = self.scatter.diagonal().to(self.dtype)
         variance, energy = own / max(self.tokens - 1, 1), own + self.tokens * self.mean.square()
         return BlockStatistics(self.tokens, self.sequences, self.mean, variance, energy, self.scatter, judge)

@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfpruner.cache_folder import use
 from selfpruner.calibration import files, pydoc, selftext
 from selfpruner.calibration.encoding import encode
 from selfpruner.calibration.files import TextFile
@@ -118,6 +119,7 @@ def _token_batches(
         "rest": [_VERSION, selftext.RECIPE, role, config.sequences, config.length, seed, loaded.source.fingerprint],
     }
     kept = cache / "texts" / f"{role}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]}.safetensors"
+    use(kept, loaded.source.name, f"{role} of {', '.join(s.source for s in config.sources)}")
     if kept.is_file():
         with safe_open(kept, framework="pt") as file:
             shares = tuple(SourceShare(**share) for share in json.loads(file.metadata()["sources"]))

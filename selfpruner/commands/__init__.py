@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from selfpruner.commands import cache
 from selfpruner.commands.export import export, verify
 from selfpruner.commands.measure import benchmark, compare, criteria, evaluate
 from selfpruner.commands.prune import prune, search
@@ -17,3 +18,4 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     for command in (search, prune, evaluate, benchmark, export, verify, criteria, compare, fields):
         app.command()(command)
+    app.add_typer(cache.app, name="cache")

@@ -18,6 +18,7 @@ import torch
 
 from selfpruner import compensation
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.cache_folder import use
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.prepared import Prepared
 from selfpruner.evaluation.speed import wait
@@ -52,6 +53,7 @@ def time_blocks(prepared: Prepared, tokens: int, *, cancelled: Callable[[], bool
             param="objective",
         )
     file = prepared.cache / "latency" / f"{_key(prepared, tokens)}.json"
+    use(file, prepared.loaded.source.name, "times of its blocks")
     if file.exists():
         known = json.loads(file.read_text())
         return BlockTimes(known["tokens"], tuple(map(tuple, known["blocks"])), known["rest"])

@@ -20,8 +20,14 @@ from transformers import PreTrainedModel
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
 from selfpruner.architectures.base import soft_cap
-from selfpruner.architectures.weights import rounded
-from selfpruner.calibration.cache import cached_gradients, cached_statistics
+from selfpruner.cache_folder import make_room, use
+from selfpruner.calibration.cache import (
+    cached_gradients,
+    cached_statistics,
+    missing_gradients,
+    missing_sites,
+    statistics_place,
+)
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Site
@@ -30,6 +36,7 @@ from selfpruner.config import SearchConfig, TextConfig
 from selfpruner.criteria import Criterion, UnitCriterion, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import CancelledTaskError, ConfigError
+from selfpruner.evaluation import outlook
 from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, spectral_exponents, weight_facts
 from selfpruner.export.build import check_buildable, outline
@@ -114,6 +121,7 @@ def prepare(
     if config.uses_spectra:
         progress("looking at spectra")
         file = cache / "spectra" / f"{loaded.source.fingerprint}-{arch.dtype}.json"
+        use(file, loaded.source.name, "spectra of its weights")
         signals["spectral_exponents"] = spectral_exponents(arch, file, cancelled)
     space = space_of(config, arch, blocks)
     seconds = time.perf_counter() - started
@@ -142,13 +150,24 @@ def prepare_blocks(
     """
     criterion, repair = criteria.create(config.criterion, config.pattern), compensation.create(config.compensation)
     fingerprint = f"{loaded.source.fingerprint}:{calibration.fingerprint}"
-    text = _Calibration(arch, loaded, calibration.tokens, cache / "statistics", fingerprint, progress, cancelled)
+    sources = ", ".join(share.source for share in calibration.sources)
+    text = _Calibration(arch, loaded, calibration.tokens, cache / "statistics", fingerprint, sources, progress, cancelled)
     if config.pattern != "structured":
         assert isinstance(criterion, WeightCriterion)
         return _masked_blocks(config, text, criterion, cache / "levels")
     assert isinstance(criterion, UnitCriterion)
     files = factor_files(arch, cache / "factors", fingerprint, criterion, repair)
+    use(files[0].parent, loaded.source.name, f"{config.criterion}, {config.compensation} on {sources}")
     if not all(file.exists() for file in files):
+        refitted = config.compensation.startswith("least_squares")
+        text.foresee(
+            criterion,
+            OUTPUTS,
+            outlook.factor_bytes(arch, refitted=refitted),
+            lambda: outlook.probe_order(
+                arch, _where_to_order(arch, loaded), searched="second_order" in criterion.needs, refitted=refitted
+            ),
+        )
         gradients = text.gradients(criterion)
         for layer, found in enumerate(text.statistics(OUTPUTS)):
             if cancelled():
@@ -192,11 +211,29 @@ class _Calibration:
     tokens: Tensor
     folder: Path
     fingerprint: str
+    sources: str
     progress: Progress
     cancelled: Cancelled
 
+    def foresee(self, criterion: Criterion, sites: Sequence[Site], disk: int, more: Callable[[], float] | None) -> None:
+        """Say what measuring for ``criterion`` will take, and see that there is room for it; ``disk`` bytes and ``more`` seconds,
+        where they are known, come on top for what is made of the statistics."""
+        missing = missing_sites(self.arch, self.folder, self.fingerprint, sites)
+        gradients = "gradients" in criterion.needs and missing_gradients(self.arch, self.folder, self.fingerprint)
+        disk += outlook.statistics_bytes(self.arch, missing, len(self.tokens)) + gradients * outlook.gradient_bytes(self.arch)
+        cache = self.folder.parent
+        make_room(cache, disk, self.progress)
+        seconds = outlook.probe_statistics(self.arch, self.tokens, missing, self.loaded.memory) if missing else 0.0
+        unknown = [*(["gradients"] if gradients else []), *(["levels"] if more is None else [])]
+        found = outlook.Outlook(seconds + (more() if more else 0.0), tuple(unknown), _ordering_bytes(self.arch, self.loaded), disk)
+        self.progress(found.told(cache))
+
+    def _use(self) -> None:
+        use(statistics_place(self.arch, self.folder, self.fingerprint), self.loaded.source.name, f"on {self.sources}")
+
     def statistics(self, sites: Sequence[Site]) -> Iterator[dict[Site, BlockStatistics]]:
         """Layer by layer."""
+        self._use()
         return cached_statistics(
             self.arch,
             self.tokens,
@@ -213,6 +250,7 @@ class _Calibration:
         """What gives a layer's gradients by matrix name; None where ``criterion`` needs none."""
         if "gradients" not in criterion.needs:
             return lambda _: None
+        self._use()
         return cached_gradients(
             self.arch,
             self.tokens,
@@ -231,6 +269,7 @@ def _masked_blocks(
     """The blocks of a pattern that makes weights zero, from a level database that is made where there is none."""
     arch, levels, repair = text.arch, _levels(config), config.compensation == "least_squares"
     files = masked.level_files(arch, folder, text.fingerprint, criterion.name, config.compensation, levels)
+    use(files[0].parent, text.loaded.source.name, f"{criterion.name}, {config.compensation} on {text.sources}")
     missing = [file for file in files if not masked.facts_file(file).exists()]
     if missing:
         size = masked.database_bytes(arch, levels, repaired=repair)
@@ -241,6 +280,7 @@ def _masked_blocks(
                 "sparsity_step, compensation none, or allow more.",
                 param="level_bytes",
             )
+        text.foresee(criterion, SITES, size, None)
         gradients = text.gradients(criterion)
         for layer, found in enumerate(text.statistics(SITES)):
             if text.cancelled():
@@ -275,9 +315,7 @@ def _levels(config: SearchConfig) -> list[Sparsity]:
 def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
     """Where the covariances of a layer are factored: on the model's device, or on the CPU when a GPU's share is too small. Raises
     ConfigError when it is the CPU's memory that is bounded."""
-    width = max(arch.channels, arch.heads * arch.head_dim)
-    # Four matrices of the inputs' size and some of the weights', float64, at the fullest moment: 30 % more than was measured.
-    needed = 32 * width**2 + 32 * width * arch.hidden + held_bytes(arch, loaded) + (8 << 20)
+    needed = _ordering_bytes(arch, loaded)
     if loaded.memory is None or needed <= loaded.memory:
         return arch.device
     if arch.device.type == "cpu":
@@ -287,6 +325,12 @@ def _where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:
             param="memory",
         )
     return torch.device("cpu")
+
+
+def _ordering_bytes(arch: Architecture, loaded: LoadedModel) -> int:
+    width = max(arch.channels, arch.heads * arch.head_dim)
+    # Four matrices of the inputs' size and some of the weights', float64, at the fullest moment: 30 % more than was measured.
+    return 32 * width**2 + 32 * width * arch.hidden + held_bytes(arch, loaded) + (8 << 20)
 
 
 def held_bytes(arch: Architecture, loaded: LoadedModel) -> int:
@@ -392,10 +436,6 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
     files = arch.stream.files
     held: dict[int, dict[str, Tensor]] = {}
 
-    def weights_of(block: int) -> AttentionWeights | FfnWeights | None:
-        weights, narrow = engine.weights(block, plan.levels[block]), prepared.loaded.narrow
-        return weights if weights is None or narrow is None else rounded(weights, narrow)
-
     def tensor(name: str) -> Iterable[Tensor]:
         found = arch.layout.block_of(name)
         block = None if found is None else 2 * found[0] + found[1]
@@ -403,15 +443,15 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
             return files.pieces(name)
         if block not in held:
             held.clear()
-            held[block] = _named(arch, block // 2, weights_of(block))
+            held[block] = _named(arch, block // 2, engine.weights(block, plan.levels[block]))
         return [held[block][name]]
 
     @torch.no_grad()
     def logits(tokens: Tensor) -> Tensor:
         # In float32 like the verification, so that all that can differ is what was written.
         x, rope = arch.embed_exactly(tokens.to(arch.device)), arch.rope(tokens.shape[1])
-        for block in range(len(plan.levels)):
-            weights = weights_of(block)
+        for block, level in enumerate(plan.levels):
+            weights = engine.weights(block, level)
             if isinstance(weights, FfnWeights):
                 x = arch.feed_forward(block // 2, x, in_float32(weights))
             elif weights is not None:

@@ -26,7 +26,7 @@ from selfpruner.evolution.windows import Windows, report_windows
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.space import Plan, SearchSpace
-from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.base import FORESEEN, Json, Session, WorkerPool
 
 # What is usual without retraining, as a reference in every report: uniform rates by FLAP's score and bias where units go, by
 # magnitude where weights do. Under which name it is reported, and what it changes of the config.
@@ -80,6 +80,8 @@ async def run_job(
     windows = Windows.of(config)
 
     def tell(text: str) -> None:
+        if text.startswith(FORESEEN):
+            recorder.event("foreseen", "search.foreseen", text)
         recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))
 
     tell("waiting for a worker")

@@ -61,15 +61,13 @@ def write(
     units: KeptUnits | None = None,
     shard_bytes: int = SHARD_BYTES,
     source: TensorSource | None = None,
-    dtype: torch.dtype | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> ExportResult:
     """Write ``model`` (made by :func:`selfpruner.export.build.build`) to ``directory``, verified.
 
     With a ``source`` the model may be an outline without weights: they are written, and looked at afterwards, one by one.
     ``base_source_folder`` is where the base model's licence is taken from, if it is a folder; ``units`` say which of its units
-    were kept, for formats that put them back into their places. ``dtype`` is the type of the files, the model's own by default; its
-    weights are numbers of that type already. ``cancelled`` is polled between files and while the verification
+    were kept, for formats that put them back into their places. ``cancelled`` is polled between files and while the verification
     runs. A complete checkpoint of the same plan in ``directory`` is kept; an incomplete or corrupt one is replaced.
 
     Raises ExportError when the result does not verify or ``directory`` holds something else, DiskFullError, and
@@ -78,24 +76,20 @@ def write(
     go_on = stopper(cancelled)
     parameters = count_parameters(model)
     shapes = shapes_of(model.config)
-    kind = dtype or model.dtype
-    name = str(kind).removeprefix("torch.")
-    facts = plan(card, shapes, family=model.config.base_model_type, dtype=name, parameters=parameters)
+    dtype = str(model.dtype).removeprefix("torch.")
+    facts = plan(card, shapes, family=model.config.base_model_type, dtype=dtype, parameters=parameters)
     if parameters != (expected := expected_parameters(model.config)):
         raise ExportError(f"The pruned model has {parameters:,} parameters, but its plan gives {expected:,}.")
     terms = base_source_folder if base_source_folder and base_source_folder.is_dir() else None
 
     def fill(folder: Path) -> int:
-        _write_config(model, folder, with_terms(card, terms), shapes, parameters, name)
+        _write_config(model, folder, with_terms(card, terms), shapes, parameters)
         write_json(folder / "plan.json", facts)
         if units is not None:
             (folder / "units.json").write_text(json.dumps(units.to_dict()) + "\n", "utf-8")
         tokenizer.save_pretrained(folder)
         copy_terms(terms, folder)
-        tensors = stored(model)
-        outline = {name: torch.empty(tensor.shape, dtype=kind, device="meta") for name, tensor in tensors.items()}
-        pieces = source.tensor if source is not None else lambda name: (tensors[name],)
-        write_shards(outline, folder, parameters, shard_bytes, lambda name: (piece.to(kind) for piece in pieces(name)), go_on)
+        write_shards(stored(model), folder, parameters, shard_bytes, None if source is None else source.tensor, go_on)
         tokens = proof.reference_tokens(model.config.vocab_size, int(model.config.max_position_embeddings))
         logits = source.logits(tokens) if source is not None else _logits(model, tokens)
         proof.write_reference(folder, tokens, logits, parameters=parameters, tokenizer=tokenizer)
@@ -160,13 +154,11 @@ def load(
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
-def _write_config(
-    model: PreTrainedModel, folder: Path, card: CardInfo, shapes: list[LayerShape], parameters: int, dtype: str
-) -> None:
+def _write_config(model: PreTrainedModel, folder: Path, card: CardInfo, shapes: list[LayerShape], parameters: int) -> None:
     plain = plain_config(model)
     config = plain or model.config
     body = config.to_diff_dict()
-    body["dtype"] = dtype
+    body["dtype"] = str(model.dtype).removeprefix("torch.")
     if plain is None:
         form = form_of(model.config)
         body["architectures"] = [form.causal_lm.__name__]

@@ -16,18 +16,11 @@ from typing import Any
 
 import torch
 
-from selfpruner import models, places
+from selfpruner import cache_folder, models, places
 from selfpruner.calibration import files
 from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
-from selfpruner.errors import (
-    CalibrationError,
-    ConfigError,
-    ExportError,
-    ModelNotFoundError,
-    OutOfMemoryError,
-    ProposerError,
-)
+from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.latency import time_blocks
@@ -113,6 +106,8 @@ class Runtime:
     ) -> Prepared:
         if self._prepared is None or self._prepared[0] != session.key:
             self._prepared = None
+            cache_folder.limit()  # refused before a model is loaded
+            cache_folder.let_go(keep=[self._loaded[1].source.folder] if self._loaded else [])
             config = SearchConfig.model_validate(dict(session.config))
             cache = Path(session.cache)
             # In the order of what it costs: a model may have to be fetched, converted and read.
@@ -284,8 +279,7 @@ class Runtime:
         if prepared.loaded.streamed:
             model, source = streamed_export(prepared, plan)
         else:
-            shapes, tensors = pruned_tensors(prepared, plan)
-            model = build(prepared.loaded.model, shapes, narrowed(tensors, prepared.loaded))
+            model = build(prepared.loaded.model, *pruned_tensors(prepared, plan))
         wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
         found = count_parameters(model)
         card = CardInfo(**payload["card"])
@@ -303,7 +297,6 @@ class Runtime:
             card,
             units=kept_units(prepared, plan),
             source=source,
-            dtype=prepared.loaded.written,
             cancelled=cancelled,
         )
         # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
@@ -323,18 +316,6 @@ def _digests(config: SearchConfig) -> dict[str, str]:
     texts = (config.calibration, config.fitness_text, config.report_text)
     places = {source.source: Path(os.path.expanduser(source.source)) for text in texts for source in text.sources}
     return {name: sampled_digest(place) for name, place in places.items() if os.path.isfile(place)}
-
-
-def narrowed(tensors: dict[str, torch.Tensor], loaded: LoadedModel) -> dict[str, torch.Tensor]:
-    """``tensors`` as they are once written in the model's own type. Raises ExportError where that cannot hold them."""
-    if loaded.narrow is None:
-        return tensors
-    narrowed = {name: tensor.to(loaded.narrow).to(tensor.dtype) for name, tensor in tensors.items()}
-    for name, tensor in narrowed.items():
-        if not bool(tensor.isfinite().all()):
-            kind = str(loaded.narrow).removeprefix("torch.")
-            raise ExportError(f"The repaired {name} has numbers that {kind} cannot hold. Ask for dtype bfloat16 or float32.")
-    return narrowed
 
 
 def _fit(prepared: Prepared, count: int) -> bool:
