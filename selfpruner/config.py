@@ -213,7 +213,11 @@ class SearchConfig(Strict):
     limits: Search[LlmLimits] = LlmLimits()
     seed: Preparation[int] = Field(default=0, ge=0, le=2**31 - 1)
     device: Preparation[str] = Field(default="auto", description="auto, cpu, mps, cuda or cuda:N")
-    dtype: Preparation[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
+    dtype: Preparation[Literal["auto", "float32", "bfloat16", "float16"]] = Field(
+        default="auto",
+        description="what is computed in, and the type of the checkpoint; auto: computed in what is fast on the device, and the "
+        "checkpoint has the type of the model's files",
+    )
     memory: Preparation[Bytes | None] = Field(
         default=None,
         description="most that the model and the work with it may take on the device, in bytes or as 2GiB; a model that does not "

@@ -325,6 +325,19 @@ def weight_bytes(folder: Path, itemsize: int) -> tuple[int, int]:
     return total, max(layers.values(), default=0)
 
 
+def stored_dtype(folder: Path) -> str:
+    """The type that most numbers of the decoder's layers have in the files of a checked folder, whatever its config says:
+    ``float32``, ``float16`` or ``bfloat16``. float64 counts as float32, the widest that is written."""
+    names = {"F16": "float16", "BF16": "bfloat16"}
+    counts: dict[str, int] = {}
+    for file in weight_files(folder):
+        for name, (dtype, shape) in read_header(file).items():
+            if _IN_LAYER.match(name):
+                kind = names.get(dtype, "float32")
+                counts[kind] = counts.get(kind, 0) + math.prod(shape)
+    return max(counts, key=counts.__getitem__, default="float32")
+
+
 def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     layout = LAYOUTS[config["model_type"]]
     widths = Widths.of(layout, config)

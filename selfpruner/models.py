@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,9 @@ RESIDENT_FACTOR = 1.3
 class LoadedModel:
     """A dense model in evaluation mode, without gradients, on one device.
 
-    ``memory`` is the ceiling in bytes on what the model and the work with it may take there, None for no ceiling; ``streamed``: its
-    weights stay in their files (see :mod:`selfpruner.streaming`).
+    ``dtype`` is what is computed in, ``written`` what a checkpoint made of the model has: the type of its files, unless another
+    was asked for; None where that is ``dtype``. ``memory`` is the ceiling in bytes on what the model and the work with it may take
+    there, None for no ceiling; ``streamed``: its weights stay in their files (see :mod:`selfpruner.streaming`).
     """
 
     model: PreTrainedModel
@@ -74,6 +75,7 @@ class LoadedModel:
     dtype: torch.dtype
     memory: int | None = None
     streamed: bool = False
+    written: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
@@ -264,28 +266,54 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
 
     auto: Any = importlib.import_module("transformers")  # Any: its annotations do not cover these calls
     target = choose_device(device)
-    stored = source.config.get("dtype") or source.config.get("torch_dtype")
-    chosen = choose_dtype(dtype, target, stored=str(stored) if stored else None)
+    stored = model_checks.stored_dtype(source.folder)
+    chosen = choose_dtype(dtype, target, stored=stored)
+    written = getattr(torch, stored) if dtype == "auto" else chosen
     room = memory if memory is not None else _free_memory(target)
     weights, layer = model_checks.weight_bytes(source.folder, chosen.itemsize)
     streamed = room is not None and weights * RESIDENT_FACTOR > room
     # In the order of what they cost: a file that is wrong is found before the weights are read.
     with _reading(f"config.json of {source.folder}", "Compare it with the one the model was published with."):
-        config = auto.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        config = read_config(source)
         # How a model is run is the runner's to choose. Its last training may have left notes of that in the file.
         config._attn_implementation = None
         config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     advice = "Copy the model's own tokenizer files into the folder, tokenizer.json among them."
     with _reading(f"The tokenizer of {source.folder}", advice):
-        tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        how = {"config": config, "local_files_only": True, "trust_remote_code": False}
+        tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, **how)
     try:
         with _reading(str(source.folder), "Download the model again."):
+            # Of what is streamed the checkpoint is too, in its own type.
+            layer = max(layer, layer // chosen.itemsize * written.itemsize)
             model = _model(source, config, target, chosen, room if streamed else None, layer)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"{source.name} in {chosen} does not fit the memory of {target}. Use another device or a smaller model."
         ) from error
-    return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed)
+    return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed, written)
+
+
+def read_config(source: ModelSource) -> Any:
+    """transformers' configuration of a resolved model, its ``dtype`` what its files have: what ``config.json`` says of that is a
+    note, which differs among versions and may be wrong."""
+    mapping: Any = importlib.import_module("transformers.models.auto.configuration_auto")
+    body = {key: value for key, value in source.config.items() if key not in ("dtype", "torch_dtype")}
+    config = mapping.CONFIG_MAPPING[source.model_type].from_dict(body)
+    config.dtype = getattr(importlib.import_module("torch"), model_checks.stored_dtype(source.folder))
+    return config
+
+
+def as_written(loaded: LoadedModel, memory: int | None) -> LoadedModel:
+    """The same model, streamed from its files in the type that a checkpoint of it has, within ``memory`` bytes."""
+    from selfpruner import streaming
+
+    written = loaded.written or loaded.dtype
+    with _reading(str(loaded.source.folder), "Download the model again."):
+        paths = model_checks.weight_files(loaded.source.folder)
+        model = streaming.stream(read_config(loaded.source), paths, loaded.device, written, memory or 0)
+    model.generation_config = loaded.model.generation_config
+    return replace(loaded, model=model, dtype=written, memory=memory, streamed=True)
 
 
 def check_ids(ids: Iterable[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
@@ -402,8 +430,8 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device, *, stored: str | None = None) -> torch.dtype:
-    """The torch dtype for ``auto`` or a name. ``auto``: on a GPU the checkpoint's ``stored`` half type, bfloat16 for a float32
-    checkpoint where CUDA has it; on CPU bfloat16 where it is faster than float32; else float32."""
+    """The torch dtype to compute in, for ``auto`` or a name. ``auto``: on a GPU the checkpoint's ``stored`` half type, bfloat16 for
+    a float32 checkpoint where CUDA has it; on CPU bfloat16 where it is faster than float32; else float32."""
     import torch
 
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

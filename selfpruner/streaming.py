@@ -83,9 +83,11 @@ class WeightFiles:
         trained, is a head of its own; where a tied model has the head alone, that is the embeddings as well.
         """
         embeddings = f"{layout_of(config).decoder}.embed_tokens.weight"
-        if config.tie_word_embeddings and HEAD in self._files:
-            if embeddings not in self._files:
+        if config.tie_word_embeddings:
+            if embeddings not in self._files and HEAD in self._files:
                 self._files[embeddings] = self._files[HEAD]
+            elif HEAD not in self._files and embeddings in self._files:
+                self._files[HEAD] = self._files[embeddings]
             elif not self._equal(embeddings, HEAD):
                 config = copy.deepcopy(config)
                 config.tie_word_embeddings = False

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from selfpruner import manifest, models
+from selfpruner import manifest, model_checks, models
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.evaluation.estimates import mean
 from selfpruner.evaluation.task_files import LocalTask
@@ -80,8 +80,8 @@ class Place:
 
         if self.dtype == "auto" and self.device.type == "cpu":
             return torch.float32
-        stored = json.loads((Path(self.name) / "config.json").read_text("utf-8")) if self.own else self.source.config
-        return models.choose_dtype(self.dtype, self.device, stored=stored.get("dtype") or stored.get("torch_dtype"))
+        stored = model_checks.stored_dtype(Path(self.name) if self.own else self.source.folder)
+        return models.choose_dtype(self.dtype, self.device, stored=stored)
 
     def parameters(self, subject: Subject) -> int:
         """Of the model; of a checkpoint without the zeros of its pattern."""

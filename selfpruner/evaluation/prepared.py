@@ -42,7 +42,7 @@ from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, sp
 from selfpruner.export.build import check_buildable, outline
 from selfpruner.export.checkpoint import TensorSource
 from selfpruner.export.shape import KeptUnits, LayerShape
-from selfpruner.models import LoadedModel
+from selfpruner.models import LoadedModel, as_written
 from selfpruner.patterns import (
     Prunable,
     PrunableAttention,
@@ -375,9 +375,7 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
     if isinstance(prepared.engine.blocks[0], PrunableMasked):
         arch = prepared.arch
         arch.restore_order()  # what was left dense is written as it was
-        return [LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels)] * arch.layers, dict(
-            _masked_tensors(prepared, plan)
-        )
+        return [LayerShape(*_whole(arch), arch.channels)] * arch.layers, dict(_masked_tensors(prepared, plan))
     for layer in range(prepared.arch.layers):
         levels = plan.levels[2 * layer], plan.levels[2 * layer + 1]
         attention = prepared.space.blocks[2 * layer].options[levels[0]]
@@ -402,7 +400,7 @@ def kept_units(prepared: Prepared, plan: Plan) -> KeptUnits | None:
         heads = list(attention.heads[one]) if one else None
         channels = ffn.order[: ffn.options[other].channels].tolist() if other else None
         kept.append((heads, channels))
-    return KeptUnits(LayerShape(arch.kv_groups, arch.heads_per_group, arch.channels), kept)
+    return KeptUnits(LayerShape(*_whole(arch), arch.channels), kept)
 
 
 def zeros(prepared: Prepared, plan: Plan) -> int:
@@ -420,14 +418,19 @@ def _masked_tensors(prepared: Prepared, plan: Plan) -> Iterator[tuple[str, Tenso
 
 
 def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, TensorSource]:
-    """The pruned model of a streamed one without its weights, and where they come from one by one."""
+    """The pruned model without its weights, and where they come from one by one: from the model's files, in the type that the
+    checkpoint has, whatever was computed in."""
     prepared.space.check(plan)
+    memory = (prepared.loaded.memory or 0) if prepared.loaded.streamed else None
+    prepared = _as_written(prepared)
     arch, engine = prepared.arch, prepared.engine
     shapes, biases = [], set[str]()
-    repaired = compensation.create(prepared.config.compensation).adds_bias
+    structured = not isinstance(engine.blocks[0], PrunableMasked)
+    repaired = structured and compensation.create(prepared.config.compensation).adds_bias
     for layer in range(arch.layers):
         one, other = (prepared.space.blocks[block].options[plan.levels[block]] for block in (2 * layer, 2 * layer + 1))
-        shapes.append(LayerShape(one.kv_groups, one.heads_per_group, other.channels))
+        kept = (one.kv_groups, one.heads_per_group, other.channels) if structured else (*_whole(arch), arch.channels)
+        shapes.append(LayerShape(*kept))
         for block, place in ((2 * layer, arch.layout.attention["o"]), (2 * layer + 1, arch.layout.ffn["down"])):
             if plan.levels[block] and repaired:
                 biases.add(f"{arch.layout.layer(layer)}.{place}.bias")
@@ -460,7 +463,27 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
         head = arch.head_pieces() or ((0, rows) for rows in arch.head_weight.split(1024))
         return soft_cap(torch.cat([(x @ rows.float().T).cpu() for _, rows in head], -1), arch.cap)
 
-    return model, TensorSource(tensor, logits, prepared.loaded.memory or 0, arch.device)
+    return model, TensorSource(tensor, logits, memory, arch.device)
+
+
+def needs_files(loaded: LoadedModel) -> bool:
+    """Whether a checkpoint is made of the model's files: where it was never whole, or what was computed in has not all the digits
+    that the checkpoint has."""
+    written = loaded.written or loaded.dtype
+    return loaded.streamed or torch.promote_types(written, loaded.dtype) != loaded.dtype
+
+
+def _as_written(prepared: Prepared) -> Prepared:
+    """The same choices for the model in the type that its checkpoint has, streamed."""
+    loaded = prepared.loaded
+    if loaded.streamed and loaded.dtype == (loaded.written or loaded.dtype):
+        return prepared
+    prepared.engine.cache.clear()
+    left = None if loaded.memory is None else max(loaded.memory - held_bytes(prepared.arch, loaded), 0)
+    twin = as_written(loaded, left)
+    arch = describe(twin.model)
+    blocks: list[Any] = [replace(block, arch=arch) for block in prepared.engine.blocks]
+    return replace(prepared, loaded=twin, arch=arch, engine=make_engine(arch, twin, blocks))
 
 
 def _named(arch: Architecture, layer: int, weights: AttentionWeights | FfnWeights | None) -> dict[str, Tensor]:
@@ -481,9 +504,13 @@ def _kind(index: int) -> Any:
     return "ffn" if index % 2 else "attention"
 
 
+def _whole(arch: Architecture) -> tuple[int, int]:
+    """The dense model's KV groups and query heads per group."""
+    return arch.kv_groups, arch.heads_per_group
+
+
 def _shapes(config: SearchConfig, arch: Architecture) -> list[tuple[int, int]]:
-    dense = arch.kv_groups, arch.heads_per_group
-    return attention_shapes(*dense, config.attention, drop=config.drop_blocks, ranks=config.tensor_parallel)
+    return attention_shapes(*_whole(arch), config.attention, drop=config.drop_blocks, ranks=config.tensor_parallel)
 
 
 def _widths(config: SearchConfig, arch: Architecture) -> list[int]:

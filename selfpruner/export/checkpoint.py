@@ -42,12 +42,12 @@ class TensorSource:
 
     ``tensor`` gives one by name, as runs of its rows; ``logits`` what the pruned model computes in float32 for token ids (B, S), on
     the CPU;
-    ``memory`` bytes may be used on ``device`` to look at the result.
+    ``memory`` bytes may be used on ``device`` to look at the result; None: it may be loaded whole.
     """
 
     tensor: Callable[[str], Iterable[Tensor]]
     logits: Callable[[Tensor], Tensor]
-    memory: int
+    memory: int | None
     device: torch.device
 
 

@@ -79,7 +79,7 @@ class PrunableMasked:
     def _matrix(self, name: str, level: int, dense: Tensor) -> Tensor:
         stored = self.file.read(f"{name}.{level}")
         if stored.dtype != torch.uint8:
-            return stored.to(self.arch.device)
+            return stored.to(self.arch.device, self.arch.dtype)
         return dense * unpacked(stored, dense.shape[1]).to(dense)
 
     def _base(self) -> AttentionWeights | FfnWeights:

@@ -145,9 +145,10 @@ def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, An
     folder = Path(model)
     if (folder / manifest.NAME).is_file():
         manifest.check(folder)
+        config = auto.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     else:
-        folder = models.resolve(model, cache).folder
-    config = auto.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        source = models.resolve(model, cache)
+        folder, config = source.folder, models.read_config(source)
     files = streaming.WeightFiles.open(model_checks.weight_files(folder), torch.device("cpu"), torch.float32)
     return folder, files.settle(config)
 

@@ -29,6 +29,7 @@ from selfpruner.evaluation.prepared import (
     baseline_engine,
     held_bytes,
     kept_units,
+    needs_files,
     prepare,
     pruned_tensors,
     streamed_export,
@@ -276,10 +277,10 @@ class Runtime:
         plan = Plan(tuple(payload["plan"]))
         progress("writing the checkpoint")
         source = None
-        if prepared.loaded.streamed:
+        if needs_files(prepared.loaded):
             model, source = streamed_export(prepared, plan)
         else:
-            model = build(prepared.loaded.model, *pruned_tensors(prepared, plan))
+            model = build(prepared.loaded.model, *pruned_tensors(prepared, plan), dtype=prepared.loaded.written)
         wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
         found = count_parameters(model)
         card = CardInfo(**payload["card"])
