@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-vllm test-llamacpp test-evaluate lint types clean
+.PHONY: help install demo test test-slow test-oldest test-vllm test-llamacpp test-evaluate lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ LLAMACPP := .venv-llamacpp
 JOBS ?= 2
 SITE := import sysconfig; print(sysconfig.get_paths()['purelib'])
 VLLM := .venv-vllm
+OLDEST := .venv-oldest
 
 # The first Python on PATH that is new enough; `make install PYTHON=/path/to/python` takes another one.
 ifndef PYTHON
@@ -83,6 +84,16 @@ $(EVALUATE)/installed: $(INSTALLED) constraints-evaluate.txt
 test-evaluate: $(EVALUATE)/installed ## zero-shot tasks with lm-evaluation-harness
 	OMP_NUM_THREADS=1 $(EVALUATE)/bin/python -m pytest -q tests/test_harness.py
 
+test-oldest: install $(OLDEST)/installed ## ordinary checkpoints in the oldest transformers that read them (downloads 0.1 GB)
+	SELFPRUNER_OLDEST=$(abspath $(OLDEST)) OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m slow --timeout 1800 tests/test_old_transformers.py
+
+# A folder for each version, which goes before .venv on the path of the process that tries it.
+$(OLDEST)/installed: constraints-oldest.txt | $(INSTALLED)
+	rm -rf $(OLDEST)
+	grep -v '^#' constraints-oldest.txt | while read -r version packages; do \
+		$(PIP) install --quiet --no-deps --target "$(OLDEST)/$$version" $$packages || exit 1; done
+	@touch $@
+
 test-vllm: install $(VLLM)/installed ## pruned checkpoints in vLLM on the CPU (Linux; downloads 0.65 GB)
 	SELFPRUNER_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/pytest -q -s -m slow --timeout 3600 tests/test_vllm.py
 
@@ -104,4 +115,4 @@ types: install ## mypy, strict
 	$(BIN)/mypy
 
 clean: ## remove all environments and caches; runs/ stays
-	rm -rf $(VENV) $(VLLM) $(LLAMACPP) $(EVALUATE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(OLDEST) $(LLAMACPP) $(EVALUATE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -424,9 +424,8 @@ def test_every_form_is_verified_with_its_own_code(tmp_path: Path, family: str) -
 
 CLASSIFIERS = """
 import sys
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
-# Told no, it needs no code of the folder and asks nobody.
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedTokenizerFast
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 print(tokenizer("to be or not")["input_ids"])
 for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
     model = auto.from_pretrained(sys.argv[1], num_labels=3, trust_remote_code=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load
 
+from selfpruner.export.older import requirement
 from selfpruner.export.shape import LayerShape
 
 # What a base model's card says that holds for what is made from it, too.
@@ -77,8 +78,8 @@ def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: st
     }
 
 
-def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, code: str | None) -> str:
-    """README.md with YAML front matter as the hub reads it; ``code`` is the modeling file that the folder brings, if any."""
+def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, config: Mapping[str, Any]) -> str:
+    """README.md with YAML front matter as the hub reads it; ``config`` is the folder's config.json."""
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -117,21 +118,25 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         "## Layers",
         _layers(shapes, info.layer_rates),
         _USE,
-        loading(code),
+        loading(config),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def loading(code: str | None) -> str:
-    """How a folder is loaded that transformers takes; ``code`` is the modeling file that it brings, if any."""
+def loading(config: Mapping[str, Any]) -> str:
+    """How a folder is loaded that transformers takes; ``config`` is its config.json."""
+    code = config.get("auto_map", {}).get("AutoConfig", "").partition(".")[0]
+    needs = f"It takes {requirement(config)}."
     shapes = (
-        f"The layers differ in width, so the folder brings the modeling file `{code}`; with selfpruner installed,\n"
-        "`selfpruner.load(folder)` needs no remote code."
+        f"The layers differ in width, so the folder brings the modeling file `{code}.py`; with selfpruner installed,\n"
+        f"`selfpruner.load(folder)` needs no remote code. {needs}"
         if code
-        else "All layers have the same shape: this is an ordinary model of its family."
+        else f"All layers have the same shape: this is an ordinary model of its family. {needs}"
     )
-    trust = ", trust_remote_code=True" if code else ""
+    trust, tokenizer = (", trust_remote_code=True", "PreTrainedTokenizerFast") if code else ("", "AutoTokenizer")
     serve = (
+        "`AutoTokenizer` gives the same, but asks first whether to run the folder's code, which a tokenizer does not need.\n"
+        "`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` load the folder too, other heads do not.\n\n"
         "`vllm serve path/to/this/folder` serves it where selfpruner is installed beside vLLM; elsewhere, without dropped\n"
         "attention, `vllm serve path/to/this/folder --model-impl transformers --trust-remote-code` does."
         if code
@@ -139,9 +144,9 @@ def loading(code: str | None) -> str:
     )
     return (
         f"{shapes}\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"```python\nfrom transformers import AutoModelForCausalLM, {tokenizer}\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{trust})\n```\n\n{serve}\n\n{_PROOF}'
+        f'tokenizer = {tokenizer}.from_pretrained("path/to/this/folder")\n```\n\n{serve}\n\n{_PROOF}'
     )
 
 

@@ -28,6 +28,7 @@ from selfpruner.export.build import build, count_parameters, expected_parameters
 from selfpruner.export.card import CardInfo, model_card, plan, with_terms
 from selfpruner.export.folder import ExportResult, write_folder
 from selfpruner.export.forms import form_of
+from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.tensor_files import held_shapes, write_tensors
 
@@ -87,7 +88,7 @@ def write(
         write_json(folder / "plan.json", facts)
         if units is not None:
             (folder / "units.json").write_text(json.dumps(units.to_dict()) + "\n", "utf-8")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         copy_terms(terms, folder)
         write_shards(stored(model), folder, parameters, shard_bytes, None if source is None else source.tensor, go_on)
         tokens = proof.reference_tokens(model.config.vocab_size, int(model.config.max_position_embeddings))
@@ -156,8 +157,7 @@ def load(
 # -- the files ---------------------------------------------------------------------------------------------------------
 def _write_config(model: PreTrainedModel, folder: Path, card: CardInfo, shapes: list[LayerShape], parameters: int) -> None:
     plain = plain_config(model)
-    config = plain or model.config
-    body = config.to_diff_dict()
+    body = model.config.to_diff_dict() if plain is None else with_older_fields(plain.to_diff_dict())
     body["dtype"] = str(model.dtype).removeprefix("torch.")
     if plain is None:
         form = form_of(model.config)
@@ -167,7 +167,7 @@ def _write_config(model: PreTrainedModel, folder: Path, card: CardInfo, shapes: 
     write_json(folder / "config.json", body)
     if model.generation_config is not None:
         model.generation_config.to_json_file(folder / "generation_config.json")
-    text = model_card(card, shapes, parameters=parameters, code=None if plain else form_of(model.config).code.name)
+    text = model_card(card, shapes, parameters=parameters, config=body)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

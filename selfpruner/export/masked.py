@@ -26,6 +26,7 @@ from selfpruner.export.build import count_parameters, ordinary
 from selfpruner.export.card import loading
 from selfpruner.export.checkpoint import SHARD_BYTES, stored, write_json, write_shards
 from selfpruner.export.forms import FORMS
+from selfpruner.export.older import with_older_fields
 from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.layouts import LAYOUTS, Layout
@@ -54,7 +55,7 @@ class Masked(Transformers):
         for name in ("generation_config.json", *_TOKENIZER):
             for path in checkpoint.folder.glob(name):
                 (folder / path.name).write_bytes(path.read_bytes())
-        body = twin.config.to_diff_dict()
+        body = with_older_fields(twin.config.to_diff_dict())
         body["dtype"] = checkpoint.plan["dtype"]
         write_json(folder / "config.json", body)
         dtype = getattr(torch, checkpoint.plan["dtype"])
@@ -75,7 +76,7 @@ class Masked(Transformers):
         return (
             "This is the pruned model in the base model's shapes, with zeros where units were removed. It computes the same and\n"
             "loads everywhere, but saves neither memory nor time; the parameters above are without the zeros.\n\n"
-            f"{loading(None)}"
+            f"{loading(self._twin(checkpoint).config.to_diff_dict())}"
         )
 
     def _twin(self, checkpoint: Checkpoint) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""A decoder whose layers differ in width: Llama, Mistral, Qwen2 and Qwen3 after structured pruning, for transformers >= 5.14.
+"""A decoder whose layers differ in width: Llama, Mistral, Qwen2 and Qwen3 after structured pruning, for transformers >= 5.15.
 
 This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The config is the base
 family's, with ``per_layer_config`` naming what a layer has less of: ``num_attention_heads``, ``num_key_value_heads``,
@@ -17,10 +17,10 @@ family's, with ``per_layer_config`` naming what a layer has less of: ``num_atten
 
 import transformers
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 14):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15):
     raise ImportError(
-        "The layers of this checkpoint differ in width, which takes transformers 5.14 or later; this is "
-        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.14'"
+        "The layers of this checkpoint differ in width, which takes transformers 5.15 or later; this is "
+        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.15'"
     )
 
 import copy

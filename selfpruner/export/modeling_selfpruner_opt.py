@@ -1,4 +1,4 @@
-"""OPT whose layers differ in width, after structured pruning, for transformers >= 5.14.
+"""OPT whose layers differ in width, after structured pruning, for transformers >= 5.15.
 
 This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The config is OPT's, with
 ``per_layer_config`` naming what a layer has less of: ``num_attention_heads``, ``ffn_dim``; 0 means that the layer has no attention,
@@ -16,10 +16,10 @@ or no FFN, and no norm before it. Tensor names are OPT's.
 
 import transformers
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 14):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15):
     raise ImportError(
-        "The layers of this checkpoint differ in width, which takes transformers 5.14 or later; this is "
-        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.14'"
+        "The layers of this checkpoint differ in width, which takes transformers 5.15 or later; this is "
+        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.15'"
     )
 
 from typing import Any

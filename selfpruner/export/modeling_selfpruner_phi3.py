@@ -1,4 +1,4 @@
-"""Phi-3 whose layers differ in width, after structured pruning, for transformers >= 5.14.
+"""Phi-3 whose layers differ in width, after structured pruning, for transformers >= 5.15.
 
 This file travels inside the checkpoint and needs nothing but torch, transformers and huggingface_hub. The config and the names of
 tensors are Phi-3's; ``per_layer_config`` names what a layer has less of: ``num_attention_heads``, ``num_key_value_heads``,
@@ -16,10 +16,10 @@ layer's own queries, keys and values, ``gate_up_proj`` those of its gates and ch
 
 import transformers
 
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 14):
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15):
     raise ImportError(
-        "The layers of this checkpoint differ in width, which takes transformers 5.14 or later; this is "
-        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.14'"
+        "The layers of this checkpoint differ in width, which takes transformers 5.15 or later; this is "
+        f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.15'"
     )
 
 import copy

@@ -30,8 +30,7 @@ class Transformers(Format):
         return int(checkpoint.manifest["parameters"])
 
     def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:  # noqa: ARG002
-        code = checkpoint.config.get("auto_map", {}).get("AutoConfig")
-        return loading(f"{code.partition('.')[0]}.py" if code else None)
+        return loading(checkpoint.config)
 
     def verifier(self, folder: Path, reference: Path, device: str, memory: int | None = None) -> list[str]:
         return verifier(folder, reference, device, memory, own_code=_is_ours(folder))
