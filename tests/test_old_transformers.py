@@ -212,7 +212,7 @@ def test_the_oldest_version_computes_the_same(tmp_path: Path) -> None:
     versions = Path(os.environ["SELFPRUNER_OLDEST"])
     assert wanted.keys() <= {path.name for path in versions.iterdir()}
     for version, folders in wanted.items():
-        environment = {**os.environ, "PYTHONPATH": str(versions / version)}
+        environment = {**os.environ, "PYTHONPATH": str(versions / version), "HF_HOME": str(tmp_path / "hf")}
         command = [sys.executable, "-P", "-c", READER, *folders]
         ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
         assert ran.returncode == 0, ran.stderr[-6000:]
