@@ -26,6 +26,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip says for every package and every try that an index cannot be reached or a folder is not there: once is enough.
+define ONCE
+2>&1 | awk '/^WARNING: Location .* is ignored/ {next} \
+	/^WARNING: Retrying/ {host = match($$0, /host=.[^,]*/) ? substr($$0, RSTART + 6, RLENGTH - 7) : "an index"; \
+		if (!told[host]++) print "make: " host " cannot be reached; pip goes on with the others"; next} \
+	{print}'; exit $${PIPESTATUS[0]}
+endef
 
 # What runs long ends when make does, also when make is killed.
 TIED := exec $(BIN)/python -P selfpruner/workers/lifeline.py $$PPID
@@ -42,13 +49,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 		exit 1; fi
 	@"$(BIN)/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV) || { \
 		echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	$(PIP) install --quiet "$$(grep '^pip==' constraints.txt)"
+	@$(PIP) install --quiet "$$(grep '^pip==' constraints.txt)" $(ONCE)
 	@# torch alone and first, with the packages its build asks for: none but ours on a CPU, NVIDIA's libraries for CUDA.
 	@# Few retries: where only a mirror is reachable, the index above is not worth waiting for.
-	$(PIP) install --quiet --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install --quiet --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)" $(ONCE)
 	@# The rest is the whole list as it stands, so nothing is resolved and nothing unlisted comes along; see constraints.txt for why.
-	$(PIP) install --quiet --no-deps -r constraints.txt
-	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(PIP) install --quiet --no-deps -r constraints.txt $(ONCE)
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e . $(ONCE)
 	@touch $@
 
 demo: install ## search a real model over HTTP and verify the checkpoint
@@ -69,7 +76,7 @@ $(LLAMACPP)/installed: constraints-llamacpp.txt | $(INSTALLED)
 	"$(BIN)/python" -m venv --clear $(LLAMACPP)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "$(SITE)")')" > "$$($(LLAMACPP)/bin/python -c "$(SITE)")/selfpruner-venv.pth"
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) CMAKE_ARGS="-DLLAVA_BUILD=OFF" \
-		$(LLAMACPP)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-llamacpp.txt
+		$(LLAMACPP)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r constraints-llamacpp.txt $(ONCE)
 	@touch $@
 
 # The harness has an environment of its own, which sees the packages of .venv and adds what constraints-evaluate.txt lists.
@@ -78,7 +85,7 @@ $(EVALUATE)/installed: $(INSTALLED) constraints-evaluate.txt
 	$(BIN)/python -m venv --without-pip $(EVALUATE)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$($(EVALUATE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/selfpruner-base.pth"
-	$(PIP) --python $(EVALUATE)/bin/python install --quiet --no-deps -r constraints-evaluate.txt
+	@$(PIP) --python $(EVALUATE)/bin/python install --quiet --no-deps -r constraints-evaluate.txt $(ONCE)
 	@touch $@
 
 test-evaluate: $(EVALUATE)/installed ## zero-shot tasks with lm-evaluation-harness
@@ -100,11 +107,11 @@ test-vllm: install $(VLLM)/installed ## pruned checkpoints in vLLM on the CPU (L
 # selfpruner comes without its dependencies: beside vLLM it is a plugin, which needs nothing more than vLLM has.
 $(VLLM)/installed: constraints-vllm.txt pyproject.toml | $(INSTALLED)
 	"$(BIN)/python" -m venv --clear $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet "$$(grep '^pip==' constraints.txt)"
+	@$(VLLM)/bin/python -m pip install --quiet "$$(grep '^pip==' constraints.txt)" $(ONCE)
 	$(VLLM)/bin/python -m pip install --quiet --retries 2 --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-		"$$(grep '^torch==' constraints-vllm.txt)"
-	$(VLLM)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
-	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+		"$$(grep '^torch==' constraints-vllm.txt)" $(ONCE)
+	@$(VLLM)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt $(ONCE)
+	@$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . $(ONCE)
 	@touch $@
 
 lint: install ## ruff: rules and format
