@@ -170,16 +170,15 @@ def prune(
     given = {"rate": config.rate} if levels is None else {"levels": list(levels)}
     refuse_place(Path(directory), {"base_model": config.model, **known, **given})
 
+    def choose(space: SearchSpace) -> Plan:
+        if levels is None:
+            return space.project(list(rates) if rates is not None else [config.rate] * space.layers)
+        plan = Plan(tuple(levels))
+        space.check(plan)
+        return plan
+
     async def run(pool: WorkerPool) -> Pruned:
-        session = session_of(config, cache or default_cache())
-        prepared = await pool.run(session, "prepare", {"texts": ["calibration"], "output": str(directory)}, progress)
-        space = SearchSpace.from_dict(prepared["space"])
-        if levels is not None:
-            plan = Plan(tuple(levels))
-            space.check(plan)
-        else:
-            plan = space.project(list(rates) if rates is not None else [config.rate] * space.layers)
-        return await _write(pool, session, config, prepared, space, plan, Path(directory), None, progress)
+        return await _write(pool, config, cache or default_cache(), choose, Path(directory), None, progress)
 
     return _with_pool(run)
 
@@ -275,10 +274,7 @@ def _made(
     refuse_place(directory, {"plan_hash": Plan(tuple(levels)).hash, "base_model": config.model})
 
     async def run(pool: WorkerPool) -> Pruned:
-        session = session_of(config, cache or default_cache())
-        prepared = await pool.run(session, "prepare", {"texts": ["calibration"], "output": str(directory)}, progress)
-        space = SearchSpace.from_dict(prepared["space"])
-        return await _write(pool, session, config, prepared, space, Plan(tuple(levels)), directory, row.id, progress)
+        return await _write(pool, config, cache or default_cache(), lambda _: Plan(tuple(levels)), directory, row.id, progress)
 
     return _with_pool(run)
 
@@ -427,15 +423,16 @@ def benchmark(
 
 async def _write(
     pool: WorkerPool,
-    session: Session,
     config: SearchConfig,
-    prepared: Json,
-    space: SearchSpace,
-    plan: Plan,
+    cache: Path,
+    choose: Callable[[SearchSpace], Plan],
     directory: Path,
     job: str | None,
     progress: Watch,
 ) -> Pruned:
+    """The checkpoint of the one plan that ``choose`` takes from the space, for which no other is made ready."""
+    session, prepared, plan = await _ready(pool, config, cache, choose, directory, progress)
+    space = SearchSpace.from_dict(prepared["space"])
     card = {
         "base_model": prepared["model"]["name"],
         "rate": config.rate if space.meets_budget(plan) else space.removed(plan) / space.total,
@@ -451,6 +448,35 @@ async def _write(
     }
     result = await pool.run(session, "export", {"plan": list(plan.levels), "directory": str(directory), "card": card}, progress)
     return Pruned(Path(result["path"]), result["parameters"], plan, space.layer_rates(plan), result["verification"])
+
+
+async def _ready(
+    pool: WorkerPool,
+    config: SearchConfig,
+    cache: Path,
+    choose: Callable[[SearchSpace], Plan],
+    directory: Path,
+    progress: Watch,
+) -> tuple[Session, Json, Plan]:
+    """A session in which a plan is ready, what a worker says of it, and the plan.
+
+    Where whole units go, a criterion's order gives all levels at once. Where weights become zero every level is work of its own, so
+    the plan is chosen from what levels should keep, and only its own are made. What they really keep may be some weights less or
+    more (a criterion may count by rows); where the plan then misses the budget another one is chosen.
+    """
+    whole = session_of(config, cache)
+    asked = {"texts": ["calibration"], "output": str(directory)}
+    if config.pattern != "structured":
+        space = SearchSpace.from_dict((await pool.run(whole, "expect", {"output": str(directory)}, progress))["space"])
+        for _ in range(3):
+            plan = choose(space)
+            session = session_of(config, cache, plan)
+            prepared = await pool.run(session, "prepare", asked, progress)
+            space = SearchSpace.from_dict(prepared["space"])
+            if space.meets_budget(plan) or choose(space) == plan:
+                return session, prepared, plan
+    prepared = await pool.run(whole, "prepare", asked, progress)
+    return whole, prepared, choose(SearchSpace.from_dict(prepared["space"]))
 
 
 def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:

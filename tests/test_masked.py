@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import selfpruner
-from selfpruner import api
+from selfpruner import api, criteria
 from selfpruner.config import SearchConfig
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import ConfigError
@@ -108,6 +108,59 @@ def test_the_database_is_read_and_not_made_again(tmp_path: Path, text: Path, mon
     assert second.signals == first.signals
     block = second.engine.blocks[1]
     assert isinstance(block, PrunableMasked)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "criterion", "compensation", "rate"),
+    [
+        ("unstructured", "sparsegpt", "none", 0.5),
+        ("unstructured", "wanda", "least_squares", 0.33),
+        ("n_m", "magnitude", "none", 0.5),
+        ("n_m", "sparsegpt", "least_squares", 0.4),
+    ],
+)
+def test_one_plan_makes_only_its_own_levels(
+    pattern: str, criterion: str, compensation: str, rate: float, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same checkpoint as from a database of all levels, from as few masks as it has matrices (of two plans: a criterion that
+    counts by rows keeps a little more than foreseen)."""
+    made: list[str] = []
+    create = criteria.create
+
+    class Counting:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def masks(self, matrix: Any, levels: Any) -> Any:
+            for mask in self.inner.masks(matrix, levels):
+                made.append(matrix.name)
+                yield mask
+
+    monkeypatch.setattr(criteria, "create", lambda *names: Counting(create(*names)))
+    monkeypatch.setattr("selfpruner.evaluation.prepared.WeightCriterion", object)
+    model = tiny_model(tmp_path / "model", "llama")
+    fields = {"pattern": pattern, "criterion": criterion, "compensation": compensation}
+    config = config_of(model, text, rate=rate, **fields).model_dump(exclude={"rate", "rates", "preset"})
+    one = api.prune(tmp_path / "one", rate=rate, cache=tmp_path / "one-cache", **config)
+    matrices = 3 * 7
+    assert len(made) <= (matrices if criterion != "wanda" else 2 * matrices)
+    assert not list((tmp_path / "one-cache" / "levels").rglob("*.safetensors")), "what is cheap to make again is not kept"
+    made.clear()
+
+    config_all = config_of(model, text, rate=rate, **fields)
+    loaded = load(resolve(str(model), tmp_path), "cpu", "float32")
+    whole = prepare(config_all, loaded, tmp_path / "cache", [], lambda _: None, lambda: False)
+    assert len(made) == matrices * (len(whole.space.blocks[1].options) - 1)
+    made.clear()
+    two = api.prune(tmp_path / "two", rate=rate, cache=tmp_path / "cache", **config)
+    assert not made, "the database of all levels serves a plan too"
+    assert whole.space.meets_budget(one.plan)
+    assert one.plan == two.plan
+    found = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_masks_survive_their_packing() -> None:

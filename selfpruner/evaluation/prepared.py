@@ -6,6 +6,7 @@ gets to the same state.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,20 +105,27 @@ def text_of(
 
 
 def prepare(
-    config: SearchConfig, loaded: LoadedModel, cache: Path, roles: Sequence[Role], progress: Progress, cancelled: Cancelled
+    config: SearchConfig,
+    loaded: LoadedModel,
+    cache: Path,
+    roles: Sequence[Role],
+    progress: Progress,
+    cancelled: Cancelled,
+    plan: Plan | None = None,
 ) -> Prepared:
-    """The texts of ``roles``, statistics, importance, space. Raises typed errors for texts and budgets that cannot work."""
+    """The texts of ``roles``, statistics, importance, space; with a ``plan`` what only others need may be left out. Raises typed
+    errors for texts and budgets that cannot work."""
     started = time.perf_counter()
     arch = describe(loaded.model)
     check_buildable(loaded.model)
     _check_head(arch)
     arch.restore_order()  # what an earlier session left; a text that the model writes does not depend on it
     # A budget that cannot be met, or a text that is too short, is found before minutes are spent on statistics.
-    _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
+    expected_space(config, arch)
     wanted: tuple[Role, ...] = ("calibration", *roles)
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     release()  # what writing text needed is gone before the factors come
-    blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled)
+    blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled, plan)
     if config.uses_spectra:
         progress("looking at spectra")
         file = cache / "spectra" / f"{loaded.source.fingerprint}-{arch.dtype}.json"
@@ -143,6 +151,7 @@ def prepare_blocks(
     cache: Path,
     progress: Progress,
     cancelled: Cancelled,
+    plan: Plan | None = None,
 ) -> tuple[list[Prunable], dict[str, Any]]:
     """Every block at every level, in plan order, for the config's criterion and compensation; and the model's signals.
 
@@ -154,7 +163,7 @@ def prepare_blocks(
     text = _Calibration(arch, loaded, calibration.tokens, cache / "statistics", fingerprint, sources, progress, cancelled)
     if config.pattern != "structured":
         assert isinstance(criterion, WeightCriterion)
-        return _masked_blocks(config, text, criterion, cache / "levels")
+        return _masked_blocks(config, text, criterion, cache / "levels", plan)
     assert isinstance(criterion, UnitCriterion)
     files = factor_files(arch, cache / "factors", fingerprint, criterion, repair)
     use(files[0].parent, loaded.source.name, f"{config.criterion}, {config.compensation} on {sources}")
@@ -195,6 +204,12 @@ def prepare_blocks(
         blocks += [one, other]
     release()
     return blocks, gather(measured)
+
+
+def expected_space(config: SearchConfig, arch: Architecture) -> SearchSpace:
+    """The space as it is known before anything is measured: without errors, and with the shapes that a smaller one will beat.
+    Raises BudgetError for a rate that cannot be met."""
+    return _space(config, arch, [_free_block(config, arch, index) for index in range(2 * arch.layers)])
 
 
 def space_of(config: SearchConfig, arch: Architecture, blocks: Sequence[Prunable]) -> SearchSpace:
@@ -264,16 +279,23 @@ class _Calibration:
 
 
 def _masked_blocks(
-    config: SearchConfig, text: _Calibration, criterion: WeightCriterion, folder: Path
+    config: SearchConfig, text: _Calibration, criterion: WeightCriterion, folder: Path, plan: Plan | None
 ) -> tuple[list[Prunable], dict[str, Any]]:
-    """The blocks of a pattern that makes weights zero, from a level database that is made where there is none."""
+    """The blocks of a pattern that makes weights zero, from a level database that is made where there is none; with a ``plan``
+    one of this plan's levels, unless there is one of all. See :func:`forget_plan`."""
     arch, levels, repair = text.arch, _levels(config), config.compensation == "least_squares"
     files = masked.level_files(arch, folder, text.fingerprint, criterion.name, config.compensation, levels)
     use(files[0].parent, text.loaded.source.name, f"{criterion.name}, {config.compensation} on {text.sources}")
     missing = [file for file in files if not masked.facts_file(file).exists()]
+    if missing and plan is not None:
+        files = masked.level_files(arch, folder, text.fingerprint, criterion.name, config.compensation, levels, plan)
+        missing = [file for file in files if not masked.facts_file(file).exists()]
+    elif not missing:
+        plan = None
     if missing:
-        size = masked.database_bytes(arch, levels, repaired=repair)
-        text.progress(f"the level database of {len(levels) - 1} levels will take {size / 2**20:,.0f} MiB in {files[0].parent}")
+        made = levels if plan is None else levels[:2]
+        size = masked.database_bytes(arch, made, repaired=repair)
+        text.progress(f"the level database of {len(made) - 1} levels will take {size / 2**20:,.0f} MiB in {files[0].parent}")
         if config.level_bytes is not None and size > config.level_bytes:
             raise ConfigError(
                 f"The level database would take {size:,} bytes, and level_bytes allows {config.level_bytes:,}. Take a larger "
@@ -288,8 +310,10 @@ def _masked_blocks(
             release()
             if files[layer] in missing:
                 matrices = masked.LayerMatrices(arch, layer, found, gradients(layer))
-                facts = weight_facts(matrices, levels)
-                masked.write_levels(files[layer], matrices, criterion, levels, arch.dtype, facts, repair=repair)
+                # What is known of the weights serves a search.
+                facts = weight_facts(matrices, levels) if plan is None else {}
+                only = None if plan is None else (plan.levels[2 * layer], plan.levels[2 * layer + 1])
+                masked.write_levels(files[layer], matrices, criterion, levels, arch.dtype, facts, repair=repair, only=only)
                 del matrices
                 release()
             text.progress(f"levels of layer {layer + 1}/{arch.layers} made by {config.criterion}")
@@ -305,7 +329,16 @@ def _masked_blocks(
             blocks.append(PrunableMasked(arch, layer, block, opened, options))
         measured.append(facts)
     release()
-    return blocks, gather(measured)
+    return blocks, gather(measured) if plan is None else {}
+
+
+def forget_plan(prepared: Prepared) -> None:
+    """Remove the levels that were made for one plan, once it is exported; a database of all levels stays."""
+    blocks = prepared.engine.blocks
+    place = blocks[0].file.path.parent if blocks and isinstance(blocks[0], PrunableMasked) else None
+    if place is not None and place.parent.name == masked.PLANS:
+        prepared.engine.blocks.clear()
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _levels(config: SearchConfig) -> list[Sparsity]:

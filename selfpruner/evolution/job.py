@@ -47,9 +47,13 @@ class JobResult:
     reused: bool = False
 
 
-def session_of(config: SearchConfig, cache: Path) -> Session:
-    """The session of a config: jobs that differ only in how they search share a worker's prepared state."""
-    return Session(config.prepared_key, config.model_dump(mode="json"), str(cache))
+def session_of(config: SearchConfig, cache: Path, plan: Plan | None = None) -> Session:
+    """The session of a config: jobs that differ only in how they search share a worker's prepared state. With a ``plan``: one for
+    this plan alone."""
+    body = config.model_dump(mode="json")
+    if plan is None:
+        return Session(config.prepared_key, body, str(cache))
+    return Session(f"{config.prepared_key}-{plan.hash}", body, str(cache), list(plan.levels))
 
 
 async def run_job(

@@ -27,7 +27,7 @@ from selfpruner.compensation.sweep import factor, sweep
 from selfpruner.criteria import Matrix, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import disk_errors
-from selfpruner.space import Option
+from selfpruner.space import Option, Plan
 from selfpruner.tensor_files import TensorFile, write_tensors
 from selfpruner.workers.memory import release
 
@@ -41,6 +41,8 @@ SITE_OF: Mapping[str, Site] = {
 }
 # Raise it when what is in the files changes.
 _FORMAT = 1
+# Where levels of one plan are, below the databases of all levels.
+PLANS = "plans"
 # Rows of all levels together that one sweep repairs: what it takes beyond them is three times their size.
 SWEEP_BYTES = 32 << 20
 
@@ -96,10 +98,19 @@ def block_options(arch: Architecture, layer: int, block: int, levels: Sequence[S
 
 
 def level_files(
-    arch: Architecture, folder: Path, fingerprint: str, criterion: str, compensation: str, levels: Sequence[Sparsity]
+    arch: Architecture,
+    folder: Path,
+    fingerprint: str,
+    criterion: str,
+    compensation: str,
+    levels: Sequence[Sparsity],
+    plan: Plan | None = None,
 ) -> list[Path]:
-    """The level database's file of every layer; ``fingerprint`` identifies model and calibration text."""
+    """The level database's file of every layer; ``fingerprint`` identifies model and calibration text. With a ``plan``: of a
+    database below ``PLANS`` that holds this plan's levels only."""
     asked = f"{_FORMAT}:{fingerprint}:{arch.dtype}:{criterion}:{compensation}:{levels}"
+    if plan is not None:
+        asked, folder = f"{asked}:{plan.hash}", folder / PLANS
     place = folder / hashlib.sha256(asked.encode()).hexdigest()[:24]
     return [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
 
@@ -120,30 +131,36 @@ def write_levels(
     facts: Mapping[str, Any],
     *,
     repair: bool,
+    only: tuple[int, int] | None = None,
 ) -> None:
     """Make a layer's levels and write them, and beside them ``facts``, and of every matrix at every level how many weights stay
     and the squared output error as a share of its output.
 
-    ``levels[0]`` is the dense one. Raises DiskFullError, and leaves nothing then.
+    ``levels[0]`` is the dense one. With ``only``, one level of attention and one of the FFN, no other is made: of others the file
+    says how many weights should stay, and no error. Raises DiskFullError, and leaves nothing then.
     """
+    made_of = {name: _numbers(len(levels), None if only is None else only[name in BLOCKS[1]]) for name in matrices}
     shapes: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     for name, matrix in matrices.items():
         out, width = matrix.W.shape
-        for level in range(1, len(levels)):
+        for level in made_of[name]:
             shapes[f"{name}.{level}"] = (dtype, (out, width)) if repair else (torch.uint8, (out, -(-width // 8)))
-    errors: dict[str, list[float]] = {name: [0.0] for name in matrices}
-    counts = {name: [matrix.W.numel()] for name, matrix in matrices.items()}
+    errors = {name: [0.0] * len(levels) for name in matrices}
+    sizes = {name: matrix.W.numel() for name, matrix in matrices.items()}
+    counts = {name: [size - level.pruned(size) for level in levels] for name, size in sizes.items()}
     ready: dict[str, Tensor] = {}
-    waiting = {name: _made(matrices, name, criterion, levels[1:], repair) for name in matrices}
+    waiting = {name: _made(matrices, name, criterion, [levels[level] for level in made_of[name]], repair) for name in matrices}
+    left = {name: list(numbers) for name, numbers in made_of.items()}
 
     def tensor(key: str) -> Tensor:
         name = key.split(".")[0]
         while key not in ready:
             made, kept, error = next(waiting[name])
-            ready[f"{name}.{len(errors[name])}"] = made.to(dtype) if repair else packed(kept)
-            errors[name].append(error)
-            counts[name].append(int(kept.sum()))
-            if len(errors[name]) == len(levels):
+            level = left[name].pop(0)
+            ready[f"{name}.{level}"] = made.to(dtype) if repair else packed(kept)
+            errors[name][level] = error
+            counts[name][level] = int(kept.sum())
+            if not left[name]:
                 waiting.pop(name).close()  # its scores and products are not needed again
                 release()
         return ready.pop(key)
@@ -158,6 +175,11 @@ def write_levels(
             aside.replace(facts_file(file))
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _numbers(count: int, only: int | None) -> list[int]:
+    """Which of so many levels are made: all but the dense one, or one."""
+    return [level for level in range(1, count) if only is None or level == only]
 
 
 def facts_file(file: Path) -> Path:

@@ -6,6 +6,7 @@ preparing again cheap.
 
     kind      payload                                            result
     prepare   {texts?: [role], output?: folder}                  {space, signals, model, texts, dtype, device, seconds, peak_mib}
+    expect    {output?: folder}                                  {space}: as it will be, up to what a criterion leaves of weights
     evaluate  {plans: [[level]], text, sequences: [int],         {rows: [{kl, nll, tokens, reason, rejected}], seconds,
                exact?, race?: {keep, contenders: [index],         passes, passes_without_sharing}
                confidence?}}
@@ -27,7 +28,7 @@ sequence; a worker whose model is streamed cannot, and raises ConfigError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,11 +40,13 @@ OnProgress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a worker must hold to do a task: ``config`` is a dumped SearchConfig, ``cache`` a folder for statistics and texts."""
+    """What a worker must hold to do a task: ``config`` is a dumped SearchConfig, ``cache`` a folder for statistics and texts. With
+    a ``plan`` (levels) nothing is asked for but its export, and what only others need may be left out."""
 
     key: str
     config: Mapping[str, Any]
     cache: str
+    plan: Sequence[int] | None = None
 
 
 class WorkerPool(Protocol):

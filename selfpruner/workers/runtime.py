@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from selfpruner import cache_folder, models, places
+from selfpruner.architectures import describe
 from selfpruner.calibration import files
 from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
@@ -27,6 +28,8 @@ from selfpruner.evaluation.latency import time_blocks
 from selfpruner.evaluation.prepared import (
     Prepared,
     baseline_engine,
+    expected_space,
+    forget_plan,
     held_bytes,
     kept_units,
     needs_files,
@@ -64,6 +67,7 @@ class Runtime:
         self._files: dict[str, str] = {}  # of its texts, as they were then
         self._tasks: dict[str, Callable[[Session, Mapping[str, Any], Progress, Cancelled], Json]] = {
             "prepare": self._prepare,
+            "expect": self._expect,
             "evaluate": self._evaluate,
             "slopes": self._slopes,
             "baseline": self._baseline,
@@ -107,21 +111,24 @@ class Runtime:
     ) -> Prepared:
         if self._prepared is None or self._prepared[0] != session.key:
             self._prepared = None
-            cache_folder.limit()  # refused before a model is loaded
             cache_folder.let_go(keep=[self._loaded[1].source.folder] if self._loaded else [])
-            config = SearchConfig.model_validate(dict(session.config))
-            cache = Path(session.cache)
-            # In the order of what it costs: a model may have to be fetched, converted and read.
-            models.choose_device(self.device if config.device == "auto" else config.device)
-            places.writable_folder(cache, param="cache")
-            files.look_at(config, roles)
+            config, cache = self._looked_at(session, roles)
             loaded = self._model(config, cache, progress)
             self._files = _digests(config)
             if output is not None:
                 size = sum(parameter.nbytes for parameter in loaded.model.parameters())
                 places.room_for(size, Path(output), "The checkpoint")
-            self._prepared = session.key, prepare(config, loaded, cache, roles, progress, cancelled)
+            self._prepared = session.key, prepare(config, loaded, cache, roles, progress, cancelled, _plan_of(session))
         return self._prepared[1]
+
+    def _looked_at(self, session: Session, roles: Sequence[Role]) -> tuple[SearchConfig, Path]:
+        """Config and cache of the session, after a look at what can be wrong: a model is fetched, converted and read later."""
+        config, cache = SearchConfig.model_validate(dict(session.config)), Path(session.cache)
+        cache_folder.limit()
+        models.choose_device(self.device if config.device == "auto" else config.device)
+        places.writable_folder(cache, param="cache")
+        files.look_at(config, roles)
+        return config, cache
 
     def _forget_what_changed(self, session: Session) -> None:
         """A job begins with what its names stand for now, also where another one has left the worker warm."""
@@ -173,6 +180,13 @@ class Runtime:
             "streamed": prepared.loaded.streamed,
             "seconds": prepared.seconds,
         }
+
+    def _expect(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:  # noqa: ARG002
+        """The space before anything is measured."""
+        if "output" in payload:
+            refuse_place(Path(payload["output"]))
+        config, cache = self._looked_at(session, ())
+        return {"space": expected_space(config, describe(self._model(config, cache, progress).model)).to_dict()}
 
     def _evaluate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
@@ -301,7 +315,14 @@ class Runtime:
             cancelled=cancelled,
         )
         # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
+        if session.plan is not None:
+            self._prepared = None
+            forget_plan(prepared)
         return {**asdict(result), "path": str(result.path), "parameters": wanted}
+
+
+def _plan_of(session: Session) -> Plan | None:
+    return None if session.plan is None else Plan(tuple(session.plan))
 
 
 class ServedRuntime(Runtime):
