@@ -9,7 +9,7 @@ from pathlib import Path
 
 import selfpruner
 
-# Every order in a process of its own; torch is imported once, before they part.
+# Every order in a process of its own, with other people's modules imported once, before they part.
 SCRIPT = """
 import importlib, inspect, io, contextlib, os, pkgutil, sys
 import torch, transformers
@@ -34,6 +34,11 @@ def everything():
     import selfpruner
     for module in pkgutil.iter_modules(selfpruner.__path__, "selfpruner."):
         importlib.import_module(module.name)
+
+everything()
+import server.runner
+for name in [name for name in sys.modules if name.partition(".")[0] in ("selfpruner", "server")]:
+    del sys.modules[name]
 
 ORDERS = {
     "names first": lambda: None,
