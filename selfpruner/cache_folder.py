@@ -128,6 +128,14 @@ def remove(entry: Entry) -> bool:
     return True
 
 
+def discard(entry: Path) -> None:
+    """Remove what this process has used and made for one thing only; it stays where another process uses it too."""
+    if entry in _held:
+        os.close(_held.pop(entry))
+    with contextlib.suppress(OSError):
+        remove(Entry(entry.parent.name, entry, 0, 0.0))
+
+
 def clean(cache: Path, *, kinds: Collection[str] = KINDS, older_than: float = 0.0) -> tuple[list[Entry], list[Entry]]:
     """Remove entries of ``kinds`` that were not used for so many seconds, and what killed processes left: (removed, in use)."""
     now = time.time()

@@ -6,7 +6,6 @@ gets to the same state.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
 from selfpruner.architectures.base import soft_cap
-from selfpruner.cache_folder import make_room, use
+from selfpruner.cache_folder import discard, make_room, use
 from selfpruner.calibration.cache import (
     cached_gradients,
     cached_statistics,
@@ -285,10 +284,14 @@ def _masked_blocks(
     one of this plan's levels, unless there is one of all. See :func:`forget_plan`."""
     arch, levels, repair = text.arch, _levels(config), config.compensation == "least_squares"
     files = masked.level_files(arch, folder, text.fingerprint, criterion.name, config.compensation, levels)
-    use(files[0].parent, text.loaded.source.name, f"{criterion.name}, {config.compensation} on {text.sources}")
+    what = f"{criterion.name}, {config.compensation} on {text.sources}"
+    use(files[0].parent, text.loaded.source.name, what)
     missing = [file for file in files if not masked.facts_file(file).exists()]
     if missing and plan is not None:
+        if len(missing) == len(files):
+            discard(files[0].parent)
         files = masked.level_files(arch, folder, text.fingerprint, criterion.name, config.compensation, levels, plan)
+        use(files[0].parent, text.loaded.source.name, f"one plan, {what}")
         missing = [file for file in files if not masked.facts_file(file).exists()]
     elif not missing:
         plan = None
@@ -336,9 +339,9 @@ def forget_plan(prepared: Prepared) -> None:
     """Remove the levels that were made for one plan, once it is exported; a database of all levels stays."""
     blocks = prepared.engine.blocks
     place = blocks[0].file.path.parent if blocks and isinstance(blocks[0], PrunableMasked) else None
-    if place is not None and place.parent.name == masked.PLANS:
+    if place is not None and place.name.startswith(masked.OF_PLAN):
         prepared.engine.blocks.clear()
-        shutil.rmtree(place, ignore_errors=True)
+        discard(place)
 
 
 def _levels(config: SearchConfig) -> list[Sparsity]:

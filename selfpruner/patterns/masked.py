@@ -41,8 +41,7 @@ SITE_OF: Mapping[str, Site] = {
 }
 # Raise it when what is in the files changes.
 _FORMAT = 1
-# Where levels of one plan are, below the databases of all levels.
-PLANS = "plans"
+OF_PLAN = "plan-"
 # Rows of all levels together that one sweep repairs: what it takes beyond them is three times their size.
 SWEEP_BYTES = 32 << 20
 
@@ -107,11 +106,11 @@ def level_files(
     plan: Plan | None = None,
 ) -> list[Path]:
     """The level database's file of every layer; ``fingerprint`` identifies model and calibration text. With a ``plan``: of a
-    database below ``PLANS`` that holds this plan's levels only."""
+    database that holds this plan's levels only, whose name begins with ``OF_PLAN``."""
     asked = f"{_FORMAT}:{fingerprint}:{arch.dtype}:{criterion}:{compensation}:{levels}"
     if plan is not None:
-        asked, folder = f"{asked}:{plan.hash}", folder / PLANS
-    place = folder / hashlib.sha256(asked.encode()).hexdigest()[:24]
+        asked += f":{plan.hash}"
+    place = folder / (("" if plan is None else OF_PLAN) + hashlib.sha256(asked.encode()).hexdigest()[:24])
     return [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
 
 
