@@ -1,7 +1,7 @@
 """Turn a GGUF file into a plain Hugging Face folder, once per file.
 
 Reading a GGUF through transformers takes some twenty seconds and leaves a model that calls itself quantised; the folder written
-here (config, float32 safetensors, tokenizer with chat template, generation config) loads in under a second and is an ordinary
+here (config, safetensors, tokenizer with chat template, generation config) loads in under a second and is an ordinary
 checkpoint. What transformers drops on the way is put back from the file's own metadata: rotary scaling, the head width of Qwen3,
 the digit splitting of some tokenizers, automatic BOS, the chat template, numbers rounded to float32.
 
@@ -29,7 +29,7 @@ from selfpruner.errors import ModelError, UnsupportedModelError, disk_errors
 from selfpruner.model_checks import refuse_pointer, sampled_digest
 
 # Part of the folder's name: raise it when the conversion changes.
-_RECIPE = 1
+_RECIPE = 2
 # The architectures whose files were found to become the same model.
 _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # llama.cpp writes Llama 3's rotary scaling as a tensor of factors; the published models all use these three numbers.
@@ -135,8 +135,9 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _metadata(gguf: Path) -> tuple[dict[str, Any], Any]:
-    """Scalar and string metadata of the file by key, and its ``rope_freqs`` tensor (None where it has none)."""
+def _metadata(gguf: Path) -> tuple[dict[str, Any], Any, str]:
+    """Scalar and string metadata of the file by key, its ``rope_freqs`` tensor (None where it has none), and the dtype that most of
+    its layers' numbers have: float32 for quantised ones, whose values no other type has."""
     from gguf import GGUFReader
 
     try:
@@ -144,9 +145,14 @@ def _metadata(gguf: Path) -> tuple[dict[str, Any], Any]:
         # Arrays (vocabulary, merges) are long and transformers reads those itself.
         fields = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
         factors = next((tensor.data.copy() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+        counts: dict[str, int] = {"float32": 0}
+        for tensor in reader.tensors:
+            if tensor.name.startswith("blk."):
+                kind = {"F16": "float16", "BF16": "bfloat16"}.get(tensor.tensor_type.name, "float32")
+                counts[kind] = counts.get(kind, 0) + int(tensor.n_elements)
     except Exception as error:  # the reader indexes into the file unguarded: anything may come out of a damaged one
         raise ModelError(f"{gguf} is a damaged GGUF file ({error}). Download it again.", param="model") from error
-    return fields, factors
+    return fields, factors, max(counts, key=counts.__getitem__)
 
 
 def _write(gguf: Path, folder: Path) -> None:
@@ -158,7 +164,8 @@ def _write(gguf: Path, folder: Path) -> None:
     auto: Any = transformers
     AutoConfig, AutoTokenizer, AutoModelForCausalLM = auto.AutoConfig, auto.AutoTokenizer, auto.AutoModelForCausalLM
 
-    metadata, rope_factors = _metadata(gguf)
+    metadata, rope_factors, kind = _metadata(gguf)
+    dtype = getattr(torch, kind)
     _judge(gguf, metadata)
     architecture = metadata["general.architecture"]
     source = {"gguf_file": gguf.name, "local_files_only": True}
@@ -182,11 +189,11 @@ def _write(gguf: Path, folder: Path) -> None:
     missing = [name for name in report["missing_keys"] if not (name == "lm_head.weight" and clean.tie_word_embeddings)]
     if missing:
         raise ModelError(f"{gguf.name} lacks {len(missing)} tensors, such as {missing[0]}. Download it again.", param="model")
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("rotary_emb.inv_freq")}
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if not name.endswith("rotary_emb.inv_freq")}
     if clean.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     clean.architectures = [type(model).__name__]
-    clean.dtype = torch.float32
+    clean.dtype = dtype
     clean.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     save_torch_state_dict(state, folder, metadata={"format": "pt"})

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from selfpruner import api, manifest, model_checks, models
 from selfpruner.export import formats
+from tests.test_models import write_gguf
 from tests.tiny_models import sample_text, tiny_model
 
 LARGE = {"layers": 24, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 512}  # streamed in 30 MiB
@@ -114,6 +115,21 @@ def test_a_streamed_model(stored: str, fast: bool, text: dict[str, Any], tmp_pat
     made = api.prune(tmp_path / "out", rates=[0.0] + [0.3] * 23, memory="30MiB", **options)
     assert made.verification["streamed"]
     check(folder, made, stored)
+
+
+@pytest.mark.parametrize(("kind", "stored"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "float32")])
+def test_a_gguf_file_has_a_type_too(kind: str, stored: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", "llama")
+    write_gguf(tmp_path / "tiny.gguf", folder, kind=kind)
+    source = models.resolve(str(tmp_path / "tiny.gguf"), tmp_path / "cache")
+    assert source.config["dtype"] == model_checks.stored_dtype(source.folder) == stored
+    assert models.load(source, "cpu").written == getattr(torch, stored)
+    name = "model.layers.0.mlp.up_proj.weight"
+    made, dense = load_file(source.folder / "model.safetensors")[name], load_file(folder / "model.safetensors")[name]
+    if kind != "Q8_0":
+        assert torch.equal(made, dense.to(made.dtype))
+    else:
+        assert 0 < float((made - dense).abs().max()) < 0.01
 
 
 @pytest.mark.parametrize("said", ["torch.bfloat16", "float99", "auto", {"": "float16"}, 3, None])

@@ -395,13 +395,16 @@ def write_gguf(path: Path, model: Path, **extra: float | str | bool) -> None:
         writer.add_rope_scaling_factor(4.0)
     if factor := extra.pop("llama3_factor", None):
         writer.add_tensor("rope_freqs.weight", np.linspace(1, factor, config["head_dim"] // 2, dtype=np.float32))
+    kind = gguf.GGMLQuantizationType[str(extra.pop("kind", "F32"))]
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), config["num_hidden_layers"])
     for name, tensor in load_file(model / "model.safetensors").items():
         data = tensor.numpy()
         if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             count = heads if "q_proj" in name else kv_heads
             data = data.reshape(count, 2, data.shape[0] // count // 2, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, np.ascontiguousarray(data))
+        own = kind if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        place = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        writer.add_tensor(place, gguf.quants.quantize(np.ascontiguousarray(data), own), raw_dtype=own)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         writer.write_header_to_file()
