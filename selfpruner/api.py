@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfpruner import manifest, names, places, runs
+from selfpruner import manifest, names, places, runs, saved
 from selfpruner.cache_folder import default_cache as default_cache
 from selfpruner.calibration import files
 from selfpruner.config import SearchConfig, Source, TextConfig, field_names
@@ -33,6 +33,7 @@ from selfpruner.workers.memory import ENVIRONMENT
 
 if TYPE_CHECKING:
     from selfpruner.evaluation.quality import Quality
+    from selfpruner.export.folder import ExportResult
 
 T = TypeVar("T")
 # What the database keeps of a checkpoint, beside its plan.
@@ -164,11 +165,12 @@ def prune(
             raise ConfigError("Say what to remove: rate, rates or levels.", param="rate")
         rate = _average(rates) if rates is not None else 1e-6
     config = config_of({"rate": rate, "preset": "evolution", **fields})
+    from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
 
     known = {name: getattr(config, name) for name in ("of", "pattern", "criterion", "compensation")}
     given = {"rate": config.rate} if levels is None else {"levels": list(levels)}
-    refuse_place(Path(directory), {"base_model": config.model, **known, **given})
+    refuse_place(Path(directory), {"base_model": named(config.model), **known, **given})
 
     def choose(space: SearchSpace) -> Plan:
         if levels is None:
@@ -197,8 +199,9 @@ def export(
 ) -> Pruned:
     """Write a checkpoint, or any plan of a finished or unfinished search, in one of the formats of ``names.FORMATS``.
 
-    ``source`` is a checkpoint's folder, or the folder or database of a search; of that, ``job`` defaults to the newest one,
-    ``plan`` (a hash) to its best. Raises NotFoundError, and FormatError for what the format cannot take.
+    ``source`` is a checkpoint's folder, that of a model which was saved later (trained further, say), or the folder or database of
+    a search; of that, ``job`` defaults to the newest one, ``plan`` (a hash) to its best. Raises NotFoundError, and FormatError
+    for what the format cannot take.
     """
     how = {"quantize": quantize, "tensor_parallel": tensor_parallel}
     names.check("export format", format, names.FORMATS, param="format")
@@ -212,6 +215,10 @@ def export(
                 f"{source} is one checkpoint: leave out job and plan, or name the folder of its search.", param="plan"
             )
         return _convert(Path(source), Path(directory), format, how, progress)
+    if saved.is_saved(Path(source)):
+        if job is not None or plan is not None:
+            raise ConfigError(f"{source} is one model: leave out job and plan, or name the folder of its search.", param="plan")
+        return _adopted(Path(source), Path(directory), format, how, progress)
     if format == "transformers" and quantize is None and tensor_parallel == 1:
         return _made(source, Path(directory), job, plan, cache, progress)
     from selfpruner.export import formats
@@ -228,11 +235,28 @@ def export(
         return _convert(made.path, Path(directory), format, how, progress)
 
 
+def _adopted(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: Watch) -> Pruned:
+    """A model that no export wrote, first made a checkpoint."""
+    from selfpruner.export import formats
+    from selfpruner.export.adopt import adopt
+    from selfpruner.export.folder import aside
+
+    formats.asked(format, how["quantize"], how["tensor_parallel"])
+    progress("making a checkpoint of a saved model")
+    if format == "transformers" and how["tensor_parallel"] == 1:
+        return _read(adopt(source, directory))
+    with aside(directory.absolute()) as scratch:
+        return _convert(adopt(source, scratch / "checkpoint").path, directory, format, how, progress)
+
+
 def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: Watch) -> Pruned:
     from selfpruner.export import formats
 
     progress(f"writing the format {format}")
-    result = formats.convert(source, directory, format, **how)
+    return _read(formats.convert(source, directory, format, **how))
+
+
+def _read(result: ExportResult) -> Pruned:
     made = json.loads((result.path / "plan.json").read_text("utf-8"))
     return Pruned(result.path, manifest.kept(made), Plan(tuple(made["levels"])), made["layer_rates"], result.verification)
 
@@ -248,6 +272,7 @@ def _made(
 ) -> Pruned:
     """The checkpoint of a plan in a database, made now. Before that takes its time, ``foresee`` is called with the config and the
     model's family of a search that has finished."""
+    from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
 
     database = Path(source) / runs.DATABASE if Path(source).is_dir() else Path(source)
@@ -271,7 +296,7 @@ def _made(
     config = config_of(row.config)
     if row.result is not None:
         foresee(config, row.result["model"]["family"])
-    refuse_place(directory, {"plan_hash": Plan(tuple(levels)).hash, "base_model": config.model})
+    refuse_place(directory, {"plan_hash": Plan(tuple(levels)).hash, "base_model": named(config.model)})
 
     async def run(pool: WorkerPool) -> Pruned:
         return await _write(pool, config, cache or default_cache(), lambda _: Plan(tuple(levels)), directory, row.id, progress)
@@ -302,19 +327,20 @@ def evaluate(
     wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
     files.check(wanted, "text")
     places.writable_folder(place, param="cache")
-    own = (folder / manifest.NAME).is_file()
-    base_name = against or (json.loads((folder / "plan.json").read_text())["base_model"] if own else str(model))
-    base = models.load(models.resolve(base_name, place), device)
+    if saved.is_pruned(folder):
+        if against is None and "self" in text:
+            raise ConfigError("The dense model writes the text `self`: name it with --against.", param="against")
+        subject = checkpoint.opened(folder, models.choose_device(device))
+    else:
+        subject = models.load(models.resolve(str(model), place), device)
+    base = subject if against is None else models.load(models.resolve(against, place), device)
     batches = token_batches(wanted, "report", base, place, 0, progress)
-    subject = (
-        checkpoint.load(folder, device=str(base.device)) if own else models.load(models.resolve(str(model), place), device).model
-    )
     reference = base.model if against is not None else None
-    found = perplexity.score(subject, batches.tokens, reference, progress=progress)
+    found = perplexity.score(subject.model, batches.tokens, reference, progress=progress)
     return Evaluation(
         str(model),
         [share.source for share in batches.sources],
-        manifest.kept(manifest.read(folder)["plan"]) if own else count_parameters(subject),
+        manifest.kept(manifest.read(folder)["plan"]) if (folder / MANIFEST).is_file() else count_parameters(subject.model),
         found.tokens,
         found.perplexity,
         None if math.isnan(found.kl) else found.kl,

@@ -224,6 +224,19 @@ class SearchConfig(Strict):
         "fit is streamed from its files. What libraries take comes on top",
     )
 
+    base_model: Report[str | None] = Field(
+        default=None,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="what a local model is on the hub, owner/name, for the model card",
+    )
+    license: Report[str | None] = Field(
+        default=None,
+        max_length=100,
+        pattern=r"^[A-Za-z0-9][\w.+-]*$",
+        description="the base model's licence as the hub calls it (apache-2.0), for the model card; default: what its folder says",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, data: Any) -> Any:

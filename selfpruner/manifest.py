@@ -74,14 +74,31 @@ def read(directory: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ExportError(
-            f"{directory} holds no {NAME}: the checkpoint is incomplete or was not written by selfpruner. Export it again."
-        ) from None
+        raise _absent(directory) from None
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("files"), dict):
         raise CorruptCheckpointError(f"{path} is not a manifest of format {FORMAT}. Export the checkpoint again.")
     return {"export": CHECKPOINT, **body}  # one that was written before there were others
+
+
+def _absent(directory: Path) -> ExportError:
+    """Why there is no manifest, and what to do."""
+    no = f"{directory} holds no {NAME}: "
+    if not directory.is_dir():
+        return ExportError(f"{no}there is no such folder.")
+    if (directory / "plan.json").exists():
+        return ExportError(f"{no}the checkpoint is incomplete. Copy all of it, or export it again.")
+    if (directory / "config.json").exists():
+        return ExportError(
+            f"{no}it was not exported by selfpruner, or trained further and saved since, so there is nothing to compare it with. "
+            f"It can be evaluated and benchmarked as it is, and `selfpruner export {directory} -o FOLDER` makes a checkpoint of it."
+        )
+    if (directory / "adapter_config.json").exists():
+        return ExportError(
+            f"{no}it is an adapter. Merge it into its model (merge_and_unload), save that with its tokenizer, and name its folder."
+        )
+    return ExportError(f"{no}it is no checkpoint.")
 
 
 def check(directory: Path, cancelled: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -102,5 +119,8 @@ def check(directory: Path, cancelled: Callable[[], None] = lambda: None) -> dict
             problem = "does not match its sha256"
         else:
             continue
-        raise CorruptCheckpointError(f"{path} {problem}. Export the checkpoint again, or copy it again from where it is intact.")
+        raise CorruptCheckpointError(
+            f"{path} {problem}. Export the checkpoint again, or copy it again from where it is intact. Where a model was trained "
+            "further and saved over its checkpoint, save it to a folder of its own."
+        )
     return body

@@ -129,7 +129,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     if str(model_type).startswith("selfpruner") or config.get("per_layer_config"):
         raise UnsupportedModelError(
             f"{folder} is already a pruned checkpoint (model_type {model_type!r}); a pruned checkpoint cannot be pruned again. "
-            "Use its base model with a higher rate instead.",
+            "Use its base model with a higher rate instead. evaluate, benchmark and export take it as it is.",
             param="model",
         )
     layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 # Child processes of the tests inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +41,22 @@ def sample_text() -> Callable[[int, int], str]:
     from tests.tiny_models import sample_text
 
     return sample_text
+
+
+@pytest.fixture
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are proven in this process instead of a fresh one: with the installed classes, from the folder's files."""
+    from selfpruner.export import proof, verify, verify_gguf, verify_streamed
+
+    def run(arguments: list[str], _scratch: Path, _go_on: Callable[[], None]) -> dict[str, Any]:
+        how, script, folder, reference, *rest = arguments
+        if how != "-m":
+            return verify.verify(folder, reference, "cpu", own_code=False)
+        if script == verify_gguf.__name__:
+            return verify_gguf.verify(Path(folder), reference, "cpu")
+        return verify_streamed.verify(Path(folder), reference, "cpu", int(rest[1]))
+
+    monkeypatch.setattr(proof, "_run", run)
 
 
 @pytest.fixture

@@ -652,8 +652,9 @@ print(json.dumps(found))
 
 
 def test_a_stranger_loads_every_family(tmp_path: Path, unverified: Callable[..., Path]) -> None:
-    """One fresh process in which selfpruner cannot be imported; in float32, bfloat16 and as an ordinary model."""
-    for index, family in enumerate((*tiny.FAMILIES, "bf16", "plain")):
+    """One fresh process in which selfpruner cannot be imported; in float32, bfloat16, as an ordinary model, saved from memory."""
+    names = (*tiny.FAMILIES, "bf16", "plain", "saved")
+    for index, family in enumerate(names):
         name = family if family in tiny.FAMILIES else "llama"
         source, model = folder(
             tmp_path / f"base-{family}", name, tied=index % 2 == 0, kv_heads=2, layers=2 if family == "plain" else 3
@@ -664,13 +665,17 @@ def test_a_stranger_loads_every_family(tmp_path: Path, unverified: Callable[...,
             case = Case(model, build(model, [LayerShape(2, 2, 64)] * 2, {}), [], {})
         else:
             case = prune(model, drop=True, biased=True)
-        path = unverified(case, source, tmp_path / family)
+        if family == "saved":
+            path = tmp_path / family
+            case.pruned.save_pretrained(path)
+            AutoTokenizer.from_pretrained(source).save_pretrained(path)
+        else:
+            path = unverified(case, source, tmp_path / family)
         assert any(path.glob("modeling_*.py")) == (family != "plain")
         tokens = tokens_of(2, 16)
         with torch.inference_mode():
             logits = case.pruned(tokens).logits.float()
         save_file({"tokens": tokens, "logits": logits}, tmp_path / f"{family}.reference")
-    names = (*tiny.FAMILIES, "bf16", "plain")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", STRANGER, str(tmp_path), *names],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from selfpruner import api, cli, manifest
 from selfpruner.errors import ConfigError, CorruptCheckpointError, ExportError, FormatError, NotFoundError
 from selfpruner.export import formats, modeling_selfpruner, proof
 from selfpruner.export import verify as verify_script
-from selfpruner.export.card import CardInfo, converted, with_terms
+from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import load, write
 from selfpruner.export.proof import reference_tokens, write_reference
 from selfpruner.export.transformers_format import Transformers
@@ -145,9 +144,6 @@ def test_masked_refuses_what_it_cannot_place(tmp_path: Path) -> None:
     source, model = folder(tmp_path / "base", "llama")
     case = prune(model, drop=False, biased=False)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    unknown = write(case.pruned, tokenizer, None, tmp_path / "unknown", CARD).path
-    with pytest.raises(FormatError, match=r"no units\.json"):
-        formats.convert(unknown, tmp_path / "masked", "masked")
     zeros = CardInfo(base_model="example/tiny", rate=0.5, pattern="n_m", criterion="sparsegpt", compensation="none")
     thin = write(case.pruned, tokenizer, None, tmp_path / "thin", zeros).path
     with pytest.raises(FormatError, match="pattern n_m has its zeros in the original shapes"):
@@ -272,57 +268,6 @@ def test_verify_names_what_is_missing(tmp_path: Path) -> None:
         formats.verify(made)
 
 
-# -- the card ----------------------------------------------------------------------------------------------------------
-def test_the_card_takes_over_the_base_models_terms(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    assert with_terms(CARD, base).terms == {"license": "apache-2.0"}
-    front = "license: other\nlicense_name: tiny\nlicense_link: https://example.org/terms\nlanguage:\n- en\n- de\ntags: [x]\n"
-    (base / "README.md").write_text(f"---\n{front}---\n# Tiny\n")
-    plain = CardInfo(base_model="example/tiny", rate=0.3, criterion="obs", compensation="none")
-    assert with_terms(plain, base).terms == {
-        "license": "other",
-        "license_name": "tiny",
-        "license_link": "https://example.org/terms",
-        "language": ["en", "de"],
-    }
-    assert with_terms(CARD, base).terms["license"] == "apache-2.0"
-    for broken in ("---\n- a list\n---\n", "---\nlicense: [\n---\n", "no front matter", "\x00\xff"):
-        (base / "README.md").write_text(broken)
-        assert with_terms(plain, base).terms == {}
-
-
-@pytest.mark.usefixtures("unproven")
-def test_the_card_is_one_the_hub_reads(tmp_path: Path) -> None:
-    from huggingface_hub import ModelCard
-
-    source, model = folder(tmp_path / "base", "llama")
-    case = prune(model, drop=False, biased=False)
-    made = written(tmp_path, case, source)
-    card = ModelCard.load(made / "README.md")
-    assert card.data.to_dict() == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["pruned", "selfpruner", "structured-pruning"],
-        "base_model": "example/tiny",
-        "base_model_relation": "finetune",
-        "license": "apache-2.0",
-    }
-    assert "trust_remote_code=True" in card.text
-    masked = ModelCard.load(formats.convert(made, tmp_path / "masked", "masked").path / "README.md")
-    assert masked.data == card.data or masked.data.to_dict() == card.data.to_dict()
-    assert "trust_remote_code" not in masked.text
-    assert "saves neither memory nor time" in masked.text
-    assert converted(card.content, "gguf", "x").startswith('---\nlibrary_name: "gguf"\n')
-    # A path is no repository, and the embedded model has one.
-    for name, expected in (("/models/tiny", None), ("tiny", None), ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")):
-        info = CardInfo(base_model=name, rate=0.3, criterion="obs", compensation="none")
-        shutil.rmtree(tmp_path / "checkpoint")
-        found = ModelCard.load(written(tmp_path, case, source, info) / "README.md").data
-        assert found.base_model == expected
-        assert found.license == ("apache-2.0" if expected else None)
-
-
 # -- the command line --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -381,7 +326,7 @@ def test_a_jobs_checkpoint_is_masked_and_proven_from_the_command_line(
         ("export {checkpoint} --plan 0123 -o {out}", 2, "one checkpoint"),
         ("export {out}/none -o {out}", 2, "is no checkpoint"),
         ("export job_0 -o {out} --url http://127.0.0.1:9", 1, "selfpruner serve"),
-        ("verify {out}", 1, "incomplete"),
+        ("verify {out}", 1, "no such folder"),
         ("verify {checkpoint} --memory lots", 2, "bytes"),
     ],
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from transformers.models.auto import AutoConfig
 
 from selfpruner import model_checks, streaming
 from selfpruner.evaluation.prepared import kept_units, prepare, pruned_tensors, streamed_export
-from selfpruner.export import checkpoint, proof, verify, verify_streamed
+from selfpruner.export import checkpoint
 from selfpruner.export.build import build
 from selfpruner.export.card import CardInfo
 from selfpruner.export.formats import convert
@@ -30,23 +28,10 @@ SIZES: dict[str, dict[str, int]] = {
 CARD = CardInfo(base_model="tiny", rate=0.2, criterion="flap", compensation="least_squares_weights")
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verifying scripts without a process each: with the installed classes, from the folder's files."""
-
-    def run(arguments: list[str], _scratch: Path, _go_on: Callable[[], None]) -> dict[str, Any]:
-        if arguments[0] == "-m":
-            folder, reference, _, memory = arguments[2:6]
-            return verify_streamed.verify(Path(folder), reference, "cpu", int(memory))
-        return verify.verify(arguments[2], arguments[3], "cpu", own_code=False)
-
-    monkeypatch.setattr(proof, "_run", run)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("verified_here")
 def test_what_is_written_is_what_was_pruned(family: str, size: str, dtype: str, tmp_path: Path) -> None:
     tiny_model(tmp_path / "model", family, dtype=dtype, **SIZES[size])
     (tmp_path / "text.txt").write_text(sample_text(8_000, seed=3))

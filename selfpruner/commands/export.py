@@ -18,7 +18,8 @@ from selfpruner.errors import NotFoundError
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint; a job on a server; the folder of a search (or of a server), or its database.")
+        str,
+        typer.Argument(help="A checkpoint, or what was saved of one later; a job on a server; the folder or database of a search."),
     ],
     output: options.Output,
     format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(names.FORMATS)}.")] = "transformers",

@@ -27,7 +27,7 @@ def print_pruned(result: Pruned, as_json: bool) -> int:
                 {
                     "path": str(result.path),
                     "parameters": result.parameters,
-                    "plan": result.plan.hash,
+                    "plan": result.plan.hash if result.plan.levels else None,
                     "levels": list(result.plan.levels),
                     "layer_rates": rates,
                     "verification": dict(result.verification),
@@ -35,7 +35,8 @@ def print_pruned(result: Pruned, as_json: bool) -> int:
             )
         )
     else:
-        print(f"{result.path}  {result.parameters:,} parameters  plan {result.plan.hash}, verified in a fresh process")
+        plan = f"plan {result.plan.hash}, " if result.plan.levels else ""  # of a model that was saved later it is not known
+        print(f"{result.path}  {result.parameters:,} parameters  {plan}verified in a fresh process")
     return 0
 
 

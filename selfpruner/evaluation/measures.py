@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from selfpruner import manifest, model_checks, models
+from selfpruner import manifest, model_checks, models, saved
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.evaluation.estimates import mean
 from selfpruner.evaluation.task_files import LocalTask
@@ -61,7 +61,7 @@ class Place:
 
     @property
     def own(self) -> bool:
-        return (Path(self.name) / manifest.NAME).is_file()
+        return saved.is_pruned(Path(self.name))
 
     @cached_property
     def source(self) -> models.ModelSource:
@@ -70,7 +70,7 @@ class Place:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the content, wherever it lies."""
-        return (manifest.sha256(Path(self.name) / manifest.NAME) if self.own else self.source.fingerprint)[:16]
+        return (saved.fingerprint(Path(self.name)) if self.own else self.source.fingerprint)[:16]
 
     @cached_property
     def torch_dtype(self) -> torch.dtype:
@@ -85,21 +85,17 @@ class Place:
 
     def parameters(self, subject: Subject) -> int:
         """Of the model; of a checkpoint without the zeros of its pattern."""
-        if self.own:
+        if (Path(self.name) / manifest.NAME).is_file():
             return manifest.kept(manifest.read(Path(self.name))["plan"])
         return sum(parameter.numel() for parameter in subject.model.parameters())
 
     def load(self) -> Subject:
         """Raises the errors of loading, and OutOfMemoryError where the model does not fit the device whole."""
         if self.own:
-            import transformers
-
             from selfpruner.export import checkpoint
 
-            with models.quiet():
-                model = checkpoint.load(self.name, device=str(self.device), dtype=self.torch_dtype)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, local_files_only=True, trust_remote_code=False)
-            return Subject(model, tokenizer, self.cache)
+            own = checkpoint.opened(Path(self.name), self.device, self.torch_dtype)
+            return Subject(own.model, own.tokenizer, self.cache)
         loaded = models.load(self.source, str(self.device), str(self.torch_dtype).removeprefix("torch."))
         if loaded.streamed:
             raise OutOfMemoryError(

@@ -6,19 +6,18 @@ remote code wherever selfpruner is installed.
 
 from __future__ import annotations
 
-from transformers.models.auto import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from typing import Any
+
+import transformers
 
 from selfpruner.export.forms import FORMS
 
+_auto: Any = transformers
 for _form in FORMS.values():
-    AutoConfig.register(str(_form.config.model_type), _form.config, exist_ok=True)
-    AutoModel.register(_form.config, _form.model, exist_ok=True)
-    AutoModelForCausalLM.register(_form.config, _form.causal_lm, exist_ok=True)
-    AutoModelForSequenceClassification.register(_form.config, _form.sequence_classification, exist_ok=True)
-    AutoModelForTokenClassification.register(_form.config, _form.token_classification, exist_ok=True)
+    _auto.AutoConfig.register(str(_form.config.model_type), _form.config, exist_ok=True)
+    # By the names for itself a model that is saved from here brings its modelling file along, as one does that was loaded with the
+    # folder's own code.
+    _form.config.register_for_auto_class()
+    for _name, _model in _form.models.items():
+        getattr(_auto, _name).register(_form.config, _model, exist_ok=True)
+        _model.register_for_auto_class(_name)

@@ -198,7 +198,10 @@ def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]
         common["per_layer_config"] = per_layer
     inherited = {name: copy.deepcopy(getattr(config, name)) for name in own_fields(form.config) if hasattr(config, name)}
     own = {"base_model_type": family_of(config), "head_dim": width // heads}
-    return form.config(**{**inherited, **form.switches(config, names), **own, **common})
+    made: Any = form.config(**{**inherited, **form.switches(config, names), **own, **common})
+    made.auto_map = form.auto_map  # also where it is saved from memory, and not by an export
+    found: PreTrainedConfig = made
+    return found
 
 
 def _kv_heads(config: Any) -> int:

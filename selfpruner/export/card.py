@@ -20,24 +20,30 @@ _TERMS = ("license", "license_name", "license_link", "language")
 _KNOWN: Mapping[str, Mapping[str, Any]] = {
     "smollm2-135m": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
 }
+# A repository's name has an owner; a path on some disk is no such thing.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# What a licence's text begins with, by the hub's name for it.
+_LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("Permission is hereby granted, free of charge",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardInfo:
     """What the export cannot see in the model.
 
-    ``rate`` is removed / original parameters of ``of``; ``layer_rates`` the same per layer. ``metrics`` maps a name
-    ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table. ``nonzeros`` counts the
-    model's parameters without those that the pattern made zero, where shapes stay as they are. ``terms`` are the base card's
-    license, license_name, license_link and language, see :func:`with_terms`.
+    ``base_model`` is the name by which it was loaded; of a path nothing but the last part is ever written. ``rate`` is removed /
+    original parameters of ``of``, None where what was done to the model is not known; ``layer_rates`` the same per layer.
+    ``metrics`` maps a name ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table.
+    ``nonzeros`` counts the model's parameters without those that the pattern made zero, where shapes stay as they are. ``terms``
+    are what the front matter says of the base model (base_model on the hub, license, license_name, license_link, language), see
+    :func:`with_terms`. ``made_from`` identifies the content of what it was made from.
     """
 
     base_model: str
-    rate: float
+    rate: float | None
     of: str = "decoder"
     pattern: str = "structured"
-    criterion: str
-    compensation: str
+    criterion: str = ""
+    compensation: str = ""
     calibration: Sequence[str] = ()
     plan_hash: str = ""
     levels: Sequence[int] = ()
@@ -46,21 +52,78 @@ class CardInfo:
     job_id: str | None = None
     terms: Mapping[str, Any] = field(default_factory=dict)
     nonzeros: int | None = None
+    made_from: Mapping[str, str] = field(default_factory=dict)
+
+
+def with_origin(
+    info: CardInfo, folder: Path, made_from: Mapping[str, str], *, base_model: str | None, license: str | None
+) -> CardInfo:
+    """``info`` of a model whose files are in ``folder``. ``base_model``, a repository of the hub, and ``license`` are what was
+    asked for. A local model's name says nothing about the hub, whatever it looks like."""
+    cached = f"models--{info.base_model.replace('/', '--')}" in folder.parts
+    name = info.base_model if cached or info.base_model in _KNOWN else last_part(info.base_model)
+    asked = {"base_model": base_model, "license": license}
+    terms = {**info.terms, **{key: value for key, value in asked.items() if value}}
+    return replace(info, base_model=name, made_from=made_from, terms=terms)
 
 
 def with_terms(info: CardInfo, folder: Path | None) -> CardInfo:
-    """``info`` with the terms in the base model's own card, README.md in ``folder``; a card that cannot be read says nothing."""
+    """``info`` with what the base model's ``folder`` says: its own card, README.md, or the text of its licence. What cannot be read
+    says nothing."""
     try:
         found = (metadata_load(folder / "README.md") if folder else None) or {}
     except Exception:  # whatever a stranger's file makes of a YAML parser
         found = {}
-    return replace(info, terms={**{key: found[key] for key in _TERMS if found.get(key)}, **info.terms})
+    terms = {key: found[key] for key in _TERMS if found.get(key)}
+    if not _on_hub(info.base_model) and (above := _repositories(found.get("base_model"))):
+        terms["base_model"] = above  # the nearest of its ancestors that the hub has
+    if folder is not None and "license" not in terms:
+        terms |= _license(folder)
+    return replace(info, terms={**terms, **info.terms})
+
+
+def _license(folder: Path) -> dict[str, str]:
+    """What the hub calls the licence whose text lies in ``folder``."""
+    for path in sorted(folder.glob("LICENSE*")):
+        text = path.read_bytes()[:2000].decode("utf-8", "replace")
+        for name, marks in _LICENSES.items():
+            if all(mark in text for mark in marks):
+                return {"license": name}
+        return {"license": "other", "license_name": "see-the-file", "license_link": path.name}
+    return {}
+
+
+def _on_hub(name: str) -> bool:
+    return name in _KNOWN or (_REPOSITORY.fullmatch(name) is not None and not Path(name).exists())
+
+
+def _repositories(value: Any) -> str | list[str] | None:
+    """What of ``value``, the base model or models of a stranger's card, can be repositories of the hub."""
+    if isinstance(value, list):
+        return [name for name in value if isinstance(name, str) and _on_hub(name)] or None
+    return value if isinstance(value, str) and _on_hub(value) else None
+
+
+def last_part(name: str) -> str:
+    """The last part of a path, which is all of it that says anything elsewhere."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "model"
+
+
+def _source(name: str) -> str:
+    """A source of text, without where its file lies."""
+    return name if name.startswith("hub:") else last_part(name)
+
+
+def named(model: str) -> str:
+    """What a checkpoint calls the model that was loaded as ``model``."""
+    return model if _on_hub(model) else last_part(model)
 
 
 def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: str, parameters: int) -> dict[str, Any]:
     """The content of plan.json. Two exports with equal plans are the same checkpoint; measured numbers are not part of it."""
     return {
-        "base_model": info.base_model,
+        "base_model": named(info.base_model),
+        "made_from": dict(info.made_from),
         "family": family,
         "dtype": dtype,
         "parameters": parameters,
@@ -69,7 +132,7 @@ def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: st
         "pattern": info.pattern,
         "criterion": info.criterion,
         "compensation": info.compensation,
-        "calibration": list(info.calibration),
+        "calibration": [_source(name) for name in info.calibration],
         "plan_hash": info.plan_hash,
         "levels": list(info.levels),
         "layer_rates": [round(rate, 6) for rate in info.layer_rates],
@@ -83,36 +146,34 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pruned", "selfpruner", f"{info.pattern}-pruning"],
+        "tags": ["selfpruner"] if info.rate is None else ["pruned", "selfpruner", f"{info.pattern}-pruning"],
     }
-    # The hub links base_model to a repository, whose name has an owner; a path on some disk is no such thing.
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", info.base_model) and not Path(info.base_model).exists():
+    if _on_hub(info.base_model):
         front["base_model"] = info.base_model
     front |= {**_KNOWN.get(info.base_model, {}), **info.terms}
+    front.setdefault("license", "unknown")  # a word of the hub's
     if "base_model" in front:
         front["base_model_relation"] = "finetune"  # the hub has no word for pruned; this one says that the weights changed
-    name = info.base_model.rstrip("/").rsplit("/", 1)[-1]
+    base = named(info.base_model)
+    name = last_part(base)
     facts = {
-        "Base model": f"`{info.base_model}`",
+        "Base model": f"`{base}`" + ("" if "base_model" in front else ", a local one; what it is on the hub is unknown"),
+        "License": str(front["license"]) if front["license"] != "unknown" else "unknown: the base model's folder names none",
         "Parameters": f"{parameters:,}",
         **({} if info.nonzeros is None else {"Not zero": f"{info.nonzeros:,}"}),
-        "Removed": (
-            f"{info.rate:.1%} of the {info.of}'s parameters"
-            if info.nonzeros is None
-            else f"{info.rate:.1%} of the weights of attention and FFN are zero"
-        ),
-        "Pattern": info.pattern,
-        "Criterion": info.criterion,
-        "Compensation": info.compensation,
-        "Calibration text": ", ".join(info.calibration) or "not recorded",
-        "Plan": f"`{info.plan_hash}`" if info.plan_hash else "not recorded",
-        **({"Job": f"`{info.job_id}`"} if info.job_id else {}),
+        **_what_was_done(info),
     }
+    done = (
+        f"Exported by selfpruner from `{base}`, a model that was saved outside of it, for instance after further training. What "
+        "was pruned before that, and how, its folder does not record."
+        if info.rate is None
+        else f"Pruned from `{base}` without retraining, by selfpruner."
+    )
     sections = [
         # JSON is YAML, and quotes whatever needs quoting.
         "---\n" + "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items()) + "---",
-        f"# {name}, pruned by {info.rate:.0%}",
-        f"Pruned from `{info.base_model}` without retraining, by selfpruner.",
+        f"# {name}" if info.rate is None else f"# {name}, pruned by {info.rate:.0%}",
+        done,
         _table(("", ""), list(facts.items())),
         *_metrics(info.metrics),
         "## Layers",
@@ -121,6 +182,24 @@ def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int,
         loading(config),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _what_was_done(info: CardInfo) -> dict[str, str]:
+    if info.rate is None:
+        return {}
+    return {
+        "Removed": (
+            f"{info.rate:.1%} of the {info.of}'s parameters"
+            if info.nonzeros is None
+            else f"{info.rate:.1%} of the weights of attention and FFN are zero"
+        ),
+        "Pattern": info.pattern,
+        "Criterion": info.criterion,
+        "Compensation": info.compensation,
+        "Calibration text": ", ".join(map(_source, info.calibration)) or "not recorded",
+        "Plan": f"`{info.plan_hash}`" if info.plan_hash else "not recorded",
+        **({"Job": f"`{info.job_id}`"} if info.job_id else {}),
+    }
 
 
 def loading(config: Mapping[str, Any]) -> str:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import AutoModelForCausalLM
+from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
-from selfpruner import manifest
-from selfpruner.errors import CancelledTaskError, ExportError
+from selfpruner import manifest, saved
+from selfpruner.errors import CancelledTaskError, ExportError, ModelError
 from selfpruner.export import proof, verify_streamed
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import build, count_parameters, expected_parameters, plain_config, shapes_of
@@ -30,6 +31,7 @@ from selfpruner.export.folder import ExportResult, write_folder
 from selfpruner.export.forms import form_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.export.shape import KeptUnits, LayerShape
+from selfpruner.models import LoadedModel, ModelSource, quiet
 from selfpruner.tensor_files import held_shapes, write_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -137,21 +139,46 @@ def load(
     dtype: torch.dtype | Literal["auto"] = "auto",
     check: bool = True,
 ) -> PreTrainedModel:
-    """The model of a checkpoint, with no code from the folder. ``check`` first reads every file and compares its sha256.
+    """The model of a checkpoint, or of what was saved of one after further training, with no code from the folder. ``check`` first
+    reads every file and compares its sha256.
 
-    Raises ExportError when the folder is incomplete and CorruptCheckpointError naming the file that does not match.
+    Raises ExportError when the folder is incomplete, CorruptCheckpointError naming the file that does not match, and, for what no
+    export wrote, ModelError when its weights are not those that its config.json means.
     """
     folder = Path(directory)
-    if check:
-        manifest.check(folder)
+    if check or saved.is_saved(folder):
+        saved.check(folder)
     else:
         manifest.read(folder)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
-    model.to(device)  # type: ignore[arg-type]
+    how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "ignore_mismatched_sizes": True}
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise saved.not_whole(folder, str(error)) from error
+    model, report = loaded
+    if wrong := [f"{kind.replace('_', ' ')} {', '.join(sorted(map(str, names))[:3])}" for kind, names in report.items() if names]:
+        raise saved.not_whole(folder, "; ".join(wrong))
+    model.to(device)
     model.train(False)
-    return model
+    found: PreTrainedModel = model
+    return found
+
+
+def opened(folder: Path, device: torch.device, dtype: torch.dtype | Literal["auto"] = "auto") -> LoadedModel:
+    """What :func:`load` gives with its tokenizer, as models are handed on. Raises as that, and ModelError without a tokenizer."""
+    model = load(folder, device=str(device), dtype=dtype)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{folder} has no tokenizer that loads ({reason}). Save it there, too: tokenizer.save_pretrained.", param="model"
+        ) from error
+    config = model.config.to_dict()
+    source = ModelSource(folder, str(folder), saved.fingerprint(folder), str(model.config.model_type), config)
+    return LoadedModel(model, tokenizer, source, model.dtype)
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------

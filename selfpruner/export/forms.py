@@ -36,15 +36,18 @@ class Form:
         return Path(str(sys.modules[self.config.__module__].__file__))
 
     @property
-    def auto_map(self) -> dict[str, str]:
-        classes = {
-            "AutoConfig": self.config,
+    def models(self) -> dict[str, type[PreTrainedModel]]:
+        """The models' classes by the name of the Auto class that finds them."""
+        return {
             "AutoModel": self.model,
             "AutoModelForCausalLM": self.causal_lm,
             "AutoModelForSequenceClassification": self.sequence_classification,
             "AutoModelForTokenClassification": self.token_classification,
         }
-        return {auto: f"{self.code.stem}.{cls.__name__}" for auto, cls in classes.items()}
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        return {auto: f"{self.code.stem}.{cls.__name__}" for auto, cls in {"AutoConfig": self.config, **self.models}.items()}
 
     @property
     def has_kv_heads(self) -> bool:

@@ -171,7 +171,8 @@ def _base(checkpoint: Checkpoint) -> str:
 
 def _file_name(checkpoint: Checkpoint, quantize: str | None) -> str:
     base = re.sub(r"[^\w.-]+", "-", _base(checkpoint))
-    return f"{base}-pruned-{(quantize or _own_type(checkpoint)).upper()}.gguf"
+    pruned = "" if checkpoint.plan["rate"] is None else "-pruned"
+    return f"{base}{pruned}-{(quantize or _own_type(checkpoint)).upper()}.gguf"
 
 
 def _own_type(checkpoint: Checkpoint) -> str:
@@ -217,9 +218,10 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
         **rope,
     }
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    rate = checkpoint.plan["rate"]
     keys = {
         "general.type": "model",
-        "general.name": f"{_base(checkpoint)}, pruned by {checkpoint.plan['rate']:.0%}",
+        "general.name": _base(checkpoint) + ("" if rate is None else f", pruned by {rate:.0%}"),
         **{f"{architecture}.{key}": value for key, value in own.items()},
         **gguf_tokenizer.metadata(tokenizer, config.vocab_size, _ends(checkpoint)),
     }

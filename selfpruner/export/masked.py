@@ -40,11 +40,6 @@ class Masked(Transformers):
 
     def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:  # noqa: ARG002
         _check_pattern(checkpoint.plan["pattern"])
-        if not (checkpoint.folder / "units.json").is_file():
-            raise FormatError(
-                f"{checkpoint.folder} has no units.json, which says where the kept units were. Export it again from its search.",
-                param="format",
-            )
         self._twin(checkpoint)
 
     def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:  # noqa: ARG002
@@ -73,8 +68,13 @@ class Masked(Transformers):
         return parameters
 
     def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:  # noqa: ARG002
+        where = (
+            "in the base model's shapes, with zeros where units were removed"
+            if _file(checkpoint).is_file()
+            else "in one shape for all layers, with zeros behind what each layer has (where its units once were is not recorded)"
+        )
         return (
-            "This is the pruned model in the base model's shapes, with zeros where units were removed. It computes the same and\n"
+            f"This is the pruned model {where}. It computes the same and\n"
             "loads everywhere, but saves neither memory nor time; the parameters above are without the zeros.\n\n"
             f"{loading(self._twin(checkpoint).config.to_diff_dict())}"
         )
@@ -114,8 +114,25 @@ def _check_pattern(pattern: str) -> None:
         )
 
 
+def _file(checkpoint: Checkpoint) -> Path:
+    return checkpoint.folder / "units.json"
+
+
 def _units(checkpoint: Checkpoint) -> KeptUnits:
-    return KeptUnits.from_dict(json.loads((checkpoint.folder / "units.json").read_text("utf-8")))
+    """Where the kept units were. Where that is not recorded (a model that was trained further and saved has no units.json), the
+    first places of the widest layer's, which compute the same."""
+    if _file(checkpoint).is_file():
+        return KeptUnits.from_dict(json.loads(_file(checkpoint).read_text("utf-8")))
+    shapes = checkpoint.shapes
+    groups, per_group = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "heads_per_group"))
+    if not FORMS[checkpoint.plan["family"]].has_kv_heads:  # heads that share the hidden size out among them
+        groups = int(checkpoint.config["hidden_size"]) // int(checkpoint.config["head_dim"])
+    base = LayerShape(max(groups, 1), max(per_group, 1), max(*(shape.channels for shape in shapes), 1))
+    kept = []
+    for shape in shapes:
+        heads = [g * base.heads_per_group + h for g in range(shape.kv_groups) for h in range(shape.heads_per_group)]
+        kept.append((heads, list(range(shape.channels))))
+    return KeptUnits(base, kept)
 
 
 def _put_back(name: str, value: Tensor, shape: torch.Size, units: KeptUnits, layout: Layout, width: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
-from selfpruner import manifest, model_checks, models, streaming
+from selfpruner import model_checks, models, saved, streaming
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.evaluation import speed
 from selfpruner.export.build import shapes_of
@@ -143,8 +143,8 @@ def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, An
         body = dict(model)
         return None, auto.AutoConfig.for_model(body.pop("model_type"), **body)
     folder = Path(model)
-    if (folder / manifest.NAME).is_file():
-        manifest.check(folder)
+    if saved.is_pruned(folder):
+        saved.check(folder)
         config = auto.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     else:
         source = models.resolve(model, cache)

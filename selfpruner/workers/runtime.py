@@ -42,7 +42,7 @@ from selfpruner.evaluation.race import Race
 from selfpruner.evaluation.repetition import repetition
 from selfpruner.evaluation.slopes import slopes
 from selfpruner.export.build import build, count_parameters
-from selfpruner.export.card import CardInfo
+from selfpruner.export.card import CardInfo, with_origin
 from selfpruner.export.checkpoint import write
 from selfpruner.export.folder import refuse_place
 from selfpruner.model_checks import sampled_digest
@@ -297,7 +297,14 @@ class Runtime:
             model = build(prepared.loaded.model, *pruned_tensors(prepared, plan), dtype=prepared.loaded.written)
         wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
         found = count_parameters(model)
-        card = CardInfo(**payload["card"])
+        origin = prepared.loaded.source
+        card = with_origin(
+            CardInfo(**payload["card"]),
+            origin.folder,
+            {"model": origin.fingerprint[:16], "calibration": prepared.texts["calibration"].fingerprint},
+            base_model=prepared.config.base_model,
+            license=prepared.config.license,
+        )
         if prepared.config.pattern != "structured":
             # Shapes stay. A kept weight may be zero by chance, a removed one is nothing else.
             found -= zeros(prepared, plan)
