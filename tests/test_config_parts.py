@@ -64,6 +64,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "device": {"device": "cpu"},
     "dtype": {"dtype": "bfloat16"},
     "memory": {"memory": "1GiB"},
+    "base_model": {"base_model": "owner/name"},
+    "license": {"license": "mit"},
 }
 
 

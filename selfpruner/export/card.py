@@ -77,7 +77,9 @@ def with_terms(info: CardInfo, folder: Path | None) -> CardInfo:
     terms = {key: found[key] for key in _TERMS if found.get(key)}
     if not _on_hub(info.base_model) and (above := _repositories(found.get("base_model"))):
         terms["base_model"] = above  # the nearest of its ancestors that the hub has
-    if folder is not None and "license" not in terms:
+    if "license" in info.terms:  # what was asked for; the name and link of another one say nothing of it
+        terms = {key: value for key, value in terms.items() if not key.startswith("license")}
+    elif folder is not None and "license" not in terms:
         terms |= _license(folder)
     return replace(info, terms={**terms, **info.terms})
 
