@@ -1,6 +1,7 @@
 """The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``benchmark``, ``export``, ``load``: the server's engine, here.
 
-Blocking calls with plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`.
+Blocking calls with plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`. ``progress`` shows on
+stderr what is being done and how long it will take; a function is called with these texts instead, and False keeps quiet.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from selfpruner.errors import ConfigError, NotFoundError, from_problems
 from selfpruner.evolution.job import JobResult, run_job, session_of
 from selfpruner.evolution.records import Recorder
 from selfpruner.manifest import NAME as MANIFEST
+from selfpruner.progress import Watch, shown
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # What the database keeps of a checkpoint, beside its plan.
 _CHECKPOINT = ("path", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
-Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ def search(
     proposers: Mapping[str, ProposerSettings] | None = None,
     watch: Callable[[Recorder], Recorder] = lambda recorder: recorder,
     again: bool = False,
+    progress: bool | Watch = True,
     **fields: Any,
 ) -> JobResult:
     """Search for the best plan and leave it in ``directory``: ``checkpoint/``, ``result.json``, ``selfpruner.db``.
@@ -91,6 +93,8 @@ def search(
     Raises ConfigError for a directory that holds a search with other settings, and what can be known before of texts, places and
     names: all before anything is computed.
     """
+    from selfpruner.live import watched
+
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
     if config.uses_llm:
@@ -120,13 +124,14 @@ def search(
                 job_id=job.id,
                 pool=pool,
                 proposer_settings=named,
-                recorder=watch(store.recorder(job.id)),
+                recorder=view(watch(store.recorder(job.id))),
                 cache=place,
                 checkpoint_dir=run.checkpoint,
             )
 
         try:
-            result = _with_pool(work)
+            with watched(f"{config.model} rate {config.rate:g}", progress) as view:
+                result = _with_pool(work)
         except (KeyboardInterrupt, asyncio.CancelledError):
             if not finished:
                 store.transition(job.id, "queued")  # the same call goes on from here
@@ -151,7 +156,7 @@ def prune(
     rates: Sequence[float] | None = None,
     levels: Sequence[int] | None = None,
     cache: Path | None = None,
-    progress: Watch = lambda _: None,
+    progress: bool | Watch = True,
     **fields: Any,
 ) -> Pruned:
     """Apply one plan without a search: uniform at ``rate``, given ``rates`` (per layer or block), or exact ``levels``.
@@ -180,9 +185,10 @@ def prune(
         return plan
 
     async def run(pool: WorkerPool) -> Pruned:
-        return await _write(pool, config, cache or default_cache(), choose, Path(directory), None, progress)
+        return await _write(pool, config, cache or default_cache(), choose, Path(directory), None, tell)
 
-    return _with_pool(run)
+    with shown(progress) as tell:
+        return _with_pool(run)
 
 
 def export(
@@ -195,7 +201,7 @@ def export(
     job: str | None = None,
     plan: str | None = None,
     cache: Path | None = None,
-    progress: Watch = lambda _: None,
+    progress: bool | Watch = True,
 ) -> Pruned:
     """Write a checkpoint, or any plan of a finished or unfinished search, in one of the formats of ``names.FORMATS``.
 
@@ -214,13 +220,16 @@ def export(
             raise ConfigError(
                 f"{source} is one checkpoint: leave out job and plan, or name the folder of its search.", param="plan"
             )
-        return _convert(Path(source), Path(directory), format, how, progress)
+        with shown(progress) as tell:
+            return _convert(Path(source), Path(directory), format, how, tell)
     if saved.is_saved(Path(source)):
         if job is not None or plan is not None:
             raise ConfigError(f"{source} is one model: leave out job and plan, or name the folder of its search.", param="plan")
-        return _adopted(Path(source), Path(directory), format, how, progress)
+        with shown(progress) as tell:
+            return _adopted(Path(source), Path(directory), format, how, tell)
     if format == "transformers" and quantize is None and tensor_parallel == 1:
-        return _made(source, Path(directory), job, plan, cache, progress)
+        with shown(progress) as tell:
+            return _made(source, Path(directory), job, plan, cache, tell)
     from selfpruner.export import formats
     from selfpruner.export.base import Origin
     from selfpruner.export.folder import aside
@@ -230,9 +239,9 @@ def export(
     def foresee(config: SearchConfig, family: str) -> None:
         form.foresee(Origin(family, config.pattern, config.compensation), quantize)
 
-    with aside(Path(directory).absolute()) as scratch:
-        made = _made(source, scratch / "checkpoint", job, plan, cache, progress, foresee)
-        return _convert(made.path, Path(directory), format, how, progress)
+    with aside(Path(directory).absolute()) as scratch, shown(progress) as tell:
+        made = _made(source, scratch / "checkpoint", job, plan, cache, tell, foresee)
+        return _convert(made.path, Path(directory), format, how, tell)
 
 
 def _adopted(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: Watch) -> Pruned:
@@ -253,7 +262,7 @@ def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any],
     from selfpruner.export import formats
 
     progress(f"writing the format {format}")
-    return _read(formats.convert(source, directory, format, **how))
+    return _read(formats.convert(source, directory, format, progress=progress, **how))
 
 
 def _read(result: ExportResult) -> Pruned:
@@ -313,7 +322,7 @@ def evaluate(
     against: str | None = None,
     device: str = "auto",
     cache: Path | None = None,
-    progress: Watch = lambda _: None,
+    progress: bool | Watch = True,
 ) -> Evaluation:
     """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``."""
     from selfpruner import models
@@ -327,16 +336,18 @@ def evaluate(
     wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
     files.check(wanted, "text")
     places.writable_folder(place, param="cache")
-    if saved.is_pruned(folder):
-        if against is None and "self" in text:
-            raise ConfigError("The dense model writes the text `self`: name it with --against.", param="against")
-        subject = checkpoint.opened(folder, models.choose_device(device))
-    else:
-        subject = models.load(models.resolve(str(model), place), device)
-    base = subject if against is None else models.load(models.resolve(against, place), device)
-    batches = token_batches(wanted, "report", base, place, 0, progress)
-    reference = base.model if against is not None else None
-    found = perplexity.score(subject.model, batches.tokens, reference, progress=progress)
+    with shown(progress) as tell:
+        tell(f"loading {model}")
+        if saved.is_pruned(folder):
+            if against is None and "self" in text:
+                raise ConfigError("The dense model writes the text `self`: name it with --against.", param="against")
+            subject = checkpoint.opened(folder, models.choose_device(device))
+        else:
+            subject = models.load(models.resolve(str(model), place), device)
+        base = subject if against is None else models.load(models.resolve(against, place), device)
+        batches = token_batches(wanted, "report", base, place, 0, tell)
+        reference = base.model if against is not None else None
+        found = perplexity.score(subject.model, batches.tokens, reference, progress=tell)
     return Evaluation(
         str(model),
         [share.source for share in batches.sources],
@@ -362,7 +373,7 @@ def quality(
     device: str = "auto",
     dtype: str = "auto",
     cache: Path | None = None,
-    progress: Watch = lambda _: None,
+    progress: bool | Watch = True,
 ) -> Quality:
     """Measure models and checkpoints as papers report them: zero-shot ``tasks`` (names of the harness), ``perplexity`` on
     ``wikitext2`` and ``c4`` in windows of ``seqlen`` tokens, and a ``generation`` probe.
@@ -399,7 +410,8 @@ def quality(
     asked = tuple(dict.fromkeys((compared, *map(str, subjects))))
     where = models.choose_device(device)
     kept = cache or default_cache()
-    found = measure([measures.Place(name, kept, where, dtype) for name in asked], wanted, results, progress=progress)
+    with shown(progress) as tell:
+        found = measure([measures.Place(name, kept, where, dtype) for name in asked], wanted, results, progress=tell)
     return Quality(asked, compared, found)
 
 
@@ -416,7 +428,7 @@ def benchmark(
     device: str = "auto",
     dtype: str = "auto",
     cache: Path | None = None,
-    progress: Watch = lambda _: None,
+    progress: bool | Watch = True,
 ) -> Report:
     """Speed of dense models and checkpoints, in turn in one run; the first is what the others are compared with.
 
@@ -432,19 +444,20 @@ def benchmark(
         raise ConfigError("Every model can be named once only.", param="models")
     settings = Settings(backend, 512 if prompt_tokens is None else prompt_tokens, new_tokens, repetitions, compiled=compiled)
     wanted = {name: name for name in named}
-    return asyncio.run(
-        timing.run(
-            wanted,
-            settings,
-            urls=urls,
-            key=key,
-            device=device,
-            dtype=dtype,
-            cache=cache or default_cache(),
-            shorten=prompt_tokens is None,
-            progress=progress,
+    with shown(progress) as tell:
+        return asyncio.run(
+            timing.run(
+                wanted,
+                settings,
+                urls=urls,
+                key=key,
+                device=device,
+                dtype=dtype,
+                cache=cache or default_cache(),
+                shorten=prompt_tokens is None,
+                progress=tell,
+            )
         )
-    )
 
 
 async def _write(
@@ -519,7 +532,11 @@ def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:
         finally:
             await pool.close()
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    except KeyboardInterrupt as error:
+        error.add_note("Interrupted. What was computed is kept: the same call goes on from there.")
+        raise
 
 
 def _average(rates: Sequence[float]) -> float:

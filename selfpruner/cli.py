@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from selfpruner.client import Client
+
+INTERRUPTED = 130
+# Commands that take up what an interrupted one left: a search, results, files, or statistics in the cache.
+GO_ON = ("search", "prune", "evaluate", "compare", "export", "download")
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
 
@@ -205,7 +210,7 @@ def events(
     url: options.Url = options.DEFAULT_URL,
 ) -> int:
     """Print the events of a job; with --json one object per line."""
-    from selfpruner.live import printable
+    from selfpruner.progress import printable
 
     with options.client(url) as client:
         found = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
@@ -345,18 +350,31 @@ def _complain(message: str) -> None:
     print("selfpruner: " + " ".join(message.split()), file=sys.stderr)
 
 
+def _interrupted(arguments: Sequence[str]) -> str:
+    """What a person who pressed Ctrl-C is told: how to go on, where that is possible."""
+    command = next(iter(arguments), "")
+    kept = command in GO_ON and (command != "evaluate" or any(word.startswith(("-o", "--output")) for word in arguments))
+    if not kept:
+        return "interrupted"
+    return f"interrupted. What was computed is kept; the same command goes on: {shlex.join(['selfpruner', *arguments])}"
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(args=arguments, prog_name="selfpruner", standalone_mode=False)
         sys.stdout.flush()
+        # typer makes this code of a Ctrl-C; commands that follow a job, and the server, have said themselves what goes on.
+        if code == INTERRUPTED and words[:1] not in (["submit"], ["show"], ["serve"]):
+            _complain(_interrupted(words))
         return code if isinstance(code, int) else 0
     except typer.TyperException as error:
         _complain(f"{error.format_message()} Try --help.")
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
-        return 130
+        _complain(_interrupted(words))
+        return INTERRUPTED
     except SelfprunerError as error:
         _complain(error.message)
         return 2 if error.type == "invalid_request_error" else 1

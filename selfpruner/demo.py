@@ -52,9 +52,9 @@ def server(home: Path) -> Iterator[str]:
         log.close()
 
 
-def follow(client: Client, job: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Watch the job to its end."""
-    with LiveView(f"{job['model']}, {job['config']['rate']:.0%} of the decoder", console) as view:
+def follow(client: Client, job: dict[str, Any]) -> dict[str, Any]:
+    """Watch the job to its end, on stderr."""
+    with LiveView(f"{job['model']}, {job['config']['rate']:.0%} of the decoder") as view:
         for name, data in client.follow(job["id"]):
             if name == "job":
                 job = data
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(f"Server at {url}. Searching over HTTP for the best plan; this takes some minutes on two cores.")
             with Client(url) as client:
                 job = client.submit(request)
-                job = follow(client, job, console)
+                job = follow(client, job)
                 if job["status"] != "succeeded":
                     error = job["error"] or {"message": job["status"], "code": job["status"]}
                     console.print(f"The job ended as {job['status']}: {error['message']} ({error['code']})", style="red")

@@ -1,20 +1,27 @@
 """A job as a person watches it: progress, best plan so far, what each operator contributed, and the events above it.
 
 Fed with progress data (see :class:`selfpruner.evolution.records.Progress`) and events, whoever sends them: an event stream, or a
-search in this process. Without a terminal it prints one line per event and nothing that moves.
+search in this process. Without a terminal it prints one line per event, and now and then one that says how far it is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from selfpruner.progress import Estimate, Teller, Watch, counts, duration, printable
+
+if TYPE_CHECKING:
+    from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
 
 MARKS = {"info": ("·", "dim"), "warn": ("!", "yellow"), "error": ("x", "red")}
 
@@ -28,6 +35,8 @@ class LiveView:
         self._status = ""
         self._progress: Mapping[str, Any] = {}
         self._started = time.monotonic()
+        self._estimate = Estimate()
+        self._lines = Teller(self.console.file)
         self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -38,6 +47,7 @@ class LiveView:
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
+        self._lines.__exit__()
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Print an event: ``created_at``, ``level``, ``message``."""
@@ -48,19 +58,31 @@ class LiveView:
 
     def progress(self, progress: Mapping[str, Any] | None, status: str = "running") -> None:
         self._progress, self._status = progress or {}, status
+        done = measure(self._progress)
+        self._estimate.see(done)
+        if self._live is None and progress:
+            self._lines(facts(progress, status).plain, done)
 
     def __rich__(self) -> Group:
         progress = self._progress
         done, total = int(progress.get("generation") or 0), int(progress.get("generations") or 0)
-        seconds = int(time.monotonic() - self._started)
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(self._title, "bold"),
             ProgressBar(total=max(total, 1), completed=done, width=30),
             Text(f"generation {done} of {total}" if total else self._status),
-            Text(f"{seconds // 60}:{seconds % 60:02d}", "dim"),
+            Text(str(self._estimate)),
+            Text(duration(time.monotonic() - self._started), "dim"),
         )
         return Group(head, facts(progress, self._status), operators(progress) or "")
+
+
+def measure(progress: Mapping[str, Any]) -> str:
+    """From what to tell how far a job is: its message where that counts, else the generations of its search."""
+    message = str(progress.get("message") or "")
+    if counts(message) or progress.get("stage") != "searching":
+        return message
+    return f"generation {progress.get('generation') or 0} of {progress.get('generations') or 0}"
 
 
 def facts(progress: Mapping[str, Any], status: str) -> Text:
@@ -113,6 +135,50 @@ def account(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def printable(text: str) -> str:
-    """The text without anything a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+@contextmanager
+def watched(title: str, progress: bool | Watch) -> Iterator[Callable[[Recorder], Recorder]]:
+    """What to wrap a search's recorder in: for True it shows a live view, for a function it calls that with a line of text."""
+    if callable(progress):
+        yield lambda recorder: Watched(recorder, lambda _: None, lambda now: progress(facts(now, "running").plain))
+    elif progress:
+        with LiveView(title) as view:
+            yield lambda recorder: Watched(recorder, view.event, view.progress)
+    else:
+        yield lambda recorder: recorder
+
+
+class Watched:
+    """A recorder that also tells; everything is stored before it is shown."""
+
+    def __init__(
+        self, inner: Recorder, event: Callable[[Mapping[str, Any]], None], progress: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self._inner = inner
+        self._event = event
+        self._progress = progress
+
+    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
+        return self._inner.find_evaluation(plan_hash, window)
+
+    def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
+        self._inner.save_evaluations(rows)
+
+    def find_llm_call(self, sequence: int) -> LlmCall | None:
+        return self._inner.find_llm_call(sequence)
+
+    def save_llm_call(self, call: LlmCall) -> None:
+        self._inner.save_llm_call(call)
+
+    def save_candidates(self, rows: Sequence[Candidate]) -> None:
+        self._inner.save_candidates(rows)
+
+    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+        self._inner.event(key, type, message, level=level, data=data)
+        self._event({"level": level, "message": message})
+
+    def find_event(self, key: str) -> Mapping[str, Any] | None:
+        return self._inner.find_event(key)
+
+    def progress(self, progress: Progress) -> None:
+        self._inner.progress(progress)
+        self._progress(asdict(progress))

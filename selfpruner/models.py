@@ -11,8 +11,10 @@ import errno
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import re
+import sys
 import threading
 import time
 import warnings
@@ -165,7 +167,7 @@ def _hub_config(name: str) -> Path:
     weights."""
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(name):
+    with _hub_errors(name), quiet():
         folder = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=hub_offline()))
     model_checks.check_config(folder)
     return folder
@@ -274,12 +276,13 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     streamed = room is not None and weights * RESIDENT_FACTOR > room
     # In the order of what they cost: a file that is wrong is found before the weights are read.
     with _reading(f"config.json of {source.folder}", "Compare it with the one the model was published with."):
-        config = read_config(source)
+        with quiet():
+            config = read_config(source)
         # How a model is run is the runner's to choose. Its last training may have left notes of that in the file.
         config._attn_implementation = None
         config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     advice = "Copy the model's own tokenizer files into the folder, tokenizer.json among them."
-    with _reading(f"The tokenizer of {source.folder}", advice):
+    with _reading(f"The tokenizer of {source.folder}", advice), quiet():
         how = {"config": config, "local_files_only": True, "trust_remote_code": False}
         tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, **how)
     try:
@@ -393,24 +396,32 @@ def _free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, log lines or warnings of transformers and the hub on stderr while the block runs."""
+    """No progress bars, log lines or warnings of transformers, the hub and datasets on stderr while the block runs."""
     hub: Any = importlib.import_module("huggingface_hub.utils")
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    if hub_bars:
-        hub.disable_progress_bars()
+    own: Any = importlib.import_module("transformers.utils.logging")
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels, bars = [logger.level for logger in others], own.is_progress_bar_enabled()
+    # datasets is asked only where somebody has imported it: that takes seconds.
+    with_bars = [module for module in (hub, sys.modules.get("datasets")) if module and not module.are_progress_bars_disabled()]
+    level = own.get_verbosity()
+    own.set_verbosity(logging.CRITICAL)
+    own.disable_progress_bar()
+    for module in with_bars:
+        module.disable_progress_bars()
+    for logger in others:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(level)
+        own.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
-        if hub_bars:
-            hub.enable_progress_bars()
+            own.enable_progress_bar()
+        for module in with_bars:
+            module.enable_progress_bars()
+        for logger, before in zip(others, levels, strict=True):
+            logger.setLevel(before)
 
 
 def choose_device(device: str) -> torch.device:

@@ -12,7 +12,7 @@ import typer
 from pydantic import TypeAdapter
 
 from selfpruner import names, options, places
-from selfpruner.commands.show import print_pruned, tell
+from selfpruner.commands.show import print_pruned
 from selfpruner.errors import NotFoundError
 
 
@@ -51,7 +51,6 @@ def export(
             job=job,
             plan=plan,
             cache=cache,
-            progress=tell,
         )
     return print_pruned(result, as_json)
 

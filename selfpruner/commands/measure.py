@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from selfpruner import names, options, places
 from selfpruner.calibration import files
-from selfpruner.commands.show import tell
 from selfpruner.config import Share
 from selfpruner.errors import ConfigError, disk_errors
+from selfpruner.progress import shown
 
 Text = Annotated[
     list[str] | None, typer.Option("--text", "-t", help="Held-out text: auto, pydoc, hub:DATASET, or a file; repeat to mix.")
@@ -76,9 +76,7 @@ def evaluate(
         device=device or "auto",
         dtype=dtype,
         cache=cache,
-        progress=tell,
     )
-    tell("")
     if as_json:
         print(json.dumps(quality.plain(found)))
         return 0
@@ -119,9 +117,7 @@ def _held_out(
         against=against,
         device=device or "auto",
         cache=cache,
-        progress=tell,
     )
-    tell("")
     if as_json:
         print(json.dumps(asdict(found)))
     else:
@@ -180,9 +176,7 @@ def benchmark(
         device=device or "auto",
         dtype=dtype,
         cache=cache,
-        progress=tell,
     )
-    tell("")
     body = report.to_dict()
     with disk_errors(output):
         output.write_text(json.dumps(body, indent=1) + "\n", "utf-8")
@@ -254,8 +248,8 @@ def compare(
     files.look_at(checked, ("report",))
     results = side_by_side.Results(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
     place, where = cache or api.default_cache(), checked.device
-    asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=tell))
-    tell("")
+    with shown(True) as tell:
+        asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=tell))
     (output / "compare.md").write_text(side_by_side.markdown(results), "utf-8")
     no_picture = plots.draw(lambda: side_by_side.chart(results), output / "compare.svg")
     if as_json:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from selfpruner import options
-from selfpruner.commands.show import print_pruned, print_report, tell
+from selfpruner.commands.show import print_pruned, print_report
 from selfpruner.errors import ConfigError
-
-if TYPE_CHECKING:
-    from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
-    from selfpruner.live import LiveView
 
 
 def search(
@@ -44,7 +39,7 @@ def search(
 ) -> int:
     """Search in this process, without a server. The same call again goes on where it was interrupted, or shows what was found."""
     from selfpruner import api
-    from selfpruner.live import LiveView, account
+    from selfpruner.live import account
     from selfpruner.proposers.settings import from_environment
 
     body = options.read_config(
@@ -68,16 +63,8 @@ def search(
     )
     checked = api.config_of(body)
     proposers = from_environment() if checked.uses_llm else {}
-    with LiveView(f"{checked.model} rate {checked.rate:g}") as view:
-        result = api.search(
-            checked.rate,
-            output,
-            cache=cache,
-            proposers=proposers,
-            again=again,
-            watch=lambda recorder: _Watched(recorder, view),
-            **{key: value for key, value in body.items() if key != "rate"},
-        )
+    rest = {key: value for key, value in body.items() if key != "rate"}
+    result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, **rest)
     if result.reused:
         print(f"{output} holds this search already, finished; nothing was computed. --again searches once more.", file=sys.stderr)
     if as_json:
@@ -127,7 +114,7 @@ def prune(
     )
     given = _plan_file(plan) if plan is not None else {}
     wanted = body.pop("rate", None)
-    result = api.prune(output, rate=wanted, **given, cache=cache, progress=tell, **body)
+    result = api.prune(output, rate=wanted, **given, cache=cache, **body)
     return print_pruned(result, as_json)
 
 
@@ -139,39 +126,3 @@ def _plan_file(path: Path) -> dict[str, Any]:
                 raise ConfigError(f"{path}: {key} must be numbers.", param="plan")
             return {key: body[key]}
     raise ConfigError(f'{path} must hold {{"levels": [...]}} or {{"rates": [...]}}.', param="plan")
-
-
-class _Watched:
-    """A recorder that also tells a live view; everything is stored before it is shown."""
-
-    def __init__(self, inner: Recorder, view: LiveView) -> None:
-        self._inner = inner
-        self._view = view
-
-    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
-        return self._inner.find_evaluation(plan_hash, window)
-
-    def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
-        self._inner.save_evaluations(rows)
-
-    def find_llm_call(self, sequence: int) -> LlmCall | None:
-        return self._inner.find_llm_call(sequence)
-
-    def save_llm_call(self, call: LlmCall) -> None:
-        self._inner.save_llm_call(call)
-
-    def save_candidates(self, rows: Sequence[Candidate]) -> None:
-        self._inner.save_candidates(rows)
-
-    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
-        self._inner.event(key, type, message, level=level, data=data)
-        self._view.event({"level": level, "message": message})
-
-    def find_event(self, key: str) -> Mapping[str, Any] | None:
-        return self._inner.find_event(key)
-
-    def progress(self, progress: Progress) -> None:
-        from dataclasses import asdict
-
-        self._inner.progress(progress)
-        self._view.progress(asdict(progress))

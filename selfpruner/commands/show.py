@@ -1,9 +1,8 @@
-"""What commands show: progress on stderr, results and tables on stdout."""
+"""What commands show on stdout: results and tables."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -13,13 +12,7 @@ if TYPE_CHECKING:
     from selfpruner.api import Pruned
 
 
-def tell(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def print_pruned(result: Pruned, as_json: bool) -> int:
-    tell("")
     if as_json:
         rates = [round(rate, 6) for rate in result.layer_rates]
         print(

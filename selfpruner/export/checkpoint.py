@@ -32,6 +32,7 @@ from selfpruner.export.forms import form_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.models import LoadedModel, ModelSource, quiet
+from selfpruner.progress import Watch
 from selfpruner.tensor_files import held_shapes, write_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -65,6 +66,7 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     source: TensorSource | None = None,
     cancelled: Callable[[], bool] = lambda: False,
+    progress: Watch = lambda _: None,
 ) -> ExportResult:
     """Write ``model`` (made by :func:`selfpruner.export.build.build`) to ``directory``, verified.
 
@@ -105,7 +107,9 @@ def write(
             proof.prove(lambda place: verifier(folder, folder / proof.REFERENCE, place, memory), str(device), go_on)
         )
 
-    return write_folder(directory, plan=facts, export={"format": "transformers"}, fill=fill, prove=prove, go_on=go_on)
+    return write_folder(
+        directory, plan=facts, export={"format": "transformers"}, fill=fill, prove=prove, go_on=go_on, progress=progress
+    )
 
 
 def stopper(cancelled: Callable[[], bool]) -> Callable[[], None]:

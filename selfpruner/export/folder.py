@@ -20,6 +20,7 @@ from typing import Any
 from selfpruner import manifest, places
 from selfpruner.config import differences
 from selfpruner.errors import ConflictError, ExportError, SelfprunerError, disk_errors
+from selfpruner.progress import Watch
 
 WEIGHTS = (".safetensors", ".gguf")
 
@@ -46,6 +47,7 @@ def write_folder(
     fill: Callable[[Path], int],
     prove: Callable[[Path], dict[str, Any]],
     go_on: Callable[[], None],
+    progress: Watch = lambda _: None,
 ) -> ExportResult:
     """Make ``directory``: ``fill`` writes its files and returns its parameters, ``prove`` looks at them and raises or returns
     what it found.
@@ -61,10 +63,12 @@ def write_folder(
     place = Path(os.path.realpath(directory))
     with aside(place) as temporary:
         started = time.perf_counter()
+        progress("writing the files")
         parameters = fill(temporary)
         for path in temporary.rglob("*"):
             manifest.sync(path)
         written = time.perf_counter()
+        progress("loading them in a fresh process and comparing")
         verification = prove(temporary)
         verified = time.perf_counter()
         go_on()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from selfpruner.export.folder import ExportResult, write_folder
 from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
+from selfpruner.progress import Watch, shown
 
 # One class per format, imported above.
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Transformers, Masked, Gguf)}
@@ -54,6 +56,7 @@ def convert(
     tensor_parallel: int = 1,
     device: str = "cpu",
     cancelled: Callable[[], bool] = lambda: False,
+    progress: Watch = lambda _: None,
 ) -> ExportResult:
     """Write the checkpoint in ``source`` to ``directory`` in the format ``name``, verified on ``device``.
 
@@ -88,7 +91,8 @@ def convert(
         reference = place / proof.REFERENCE
         return proof.refused(proof.prove(lambda where: form.verifier(place, reference, where), device, go_on))
 
-    return write_folder(Path(directory), plan=checkpoint.plan, export=export, fill=fill, prove=prove, go_on=go_on)
+    how: dict[str, Any] = {"plan": checkpoint.plan, "export": export, "go_on": go_on, "progress": progress}
+    return write_folder(Path(directory), fill=fill, prove=prove, **how)
 
 
 def _check_ranks(checkpoint: Checkpoint, ranks: int) -> None:
@@ -104,7 +108,12 @@ def _check_ranks(checkpoint: Checkpoint, ranks: int) -> None:
 
 
 def verify(
-    directory: Path | str, *, device: str = "cpu", memory: int | None = None, cancelled: Callable[[], bool] = lambda: False
+    directory: Path | str,
+    *,
+    device: str = "cpu",
+    memory: int | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+    progress: bool | Watch = True,
 ) -> dict[str, Any]:
     """Prove an export again: the sha256 of every file, then, in a fresh process, that it loads and computes what it did in memory
     when it was made. Code that the folder brings is run only where it is this version's own.
@@ -114,11 +123,7 @@ def verify(
     for a folder that is incomplete, that no longer computes the same, or that keeps no reference.
     """
     folder, go_on = Path(directory), stopper(cancelled)
-    body = manifest.check(folder, go_on)
-    form = create(body["export"]["format"])
-    proof.check_reference(folder)
-    if memory is not None and not isinstance(form, Transformers):
-        raise FormatError(f"An export in the format {form.name} cannot be streamed; leave out memory.", param="memory")
+    seen, total = count(1), len(manifest.read(folder)["files"])
 
     def arguments(place: str) -> list[str]:
         reference = folder / proof.REFERENCE
@@ -126,7 +131,19 @@ def verify(
             return form.verifier(folder, reference, place, memory)
         return form.verifier(folder, reference, place)
 
-    result = proof.prove(arguments, device, go_on)
+    with shown(progress) as tell:
+
+        def next_file() -> None:
+            go_on()
+            tell(f"sha256 of file {next(seen)} of {total}")
+
+        body = manifest.check(folder, next_file)
+        form = create(body["export"]["format"])
+        proof.check_reference(folder)
+        if memory is not None and not isinstance(form, Transformers):
+            raise FormatError(f"An export in the format {form.name} cannot be streamed; leave out memory.", param="memory")
+        tell("loading it in a fresh process and computing again")
+        result = proof.prove(arguments, device, go_on)
     if result["problems"]:
         then = body["verification"].get("transformers", "an unknown version")
         raise ExportError(

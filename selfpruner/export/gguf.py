@@ -41,6 +41,7 @@ from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
 from selfpruner.export.base import Checkpoint, Format, Origin
 from selfpruner.export.shape import LayerShape
 from selfpruner.layouts import LAYOUTS
+from selfpruner.models import quiet
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # Written here; the others are llama.cpp's own quantiser's.
@@ -183,7 +184,8 @@ def _own_type(checkpoint: Checkpoint) -> str:
 # -- what the file says ------------------------------------------------------------------------------------------------
 def _outline(checkpoint: Checkpoint) -> _Outline:
     """Raises FormatError for what llama.cpp cannot run."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    with quiet():
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     family = str(checkpoint.plan["family"])
     _check_family(family)
     if config.hidden_act != "silu":
@@ -217,7 +219,8 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
         "rope.dimension_count": head_dim,
         **rope,
     }
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     rate = checkpoint.plan["rate"]
     keys = {
         "general.type": "model",

@@ -30,6 +30,7 @@ from selfpruner.export.older import with_older_fields
 from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.layouts import LAYOUTS, Layout
+from selfpruner.models import quiet
 
 
 class Masked(Transformers):
@@ -81,7 +82,8 @@ class Masked(Transformers):
 
     def _twin(self, checkpoint: Checkpoint) -> PreTrainedModel:
         """The ordinary model, on the meta device, that has a place for every tensor of the checkpoint. Raises FormatError."""
-        config: Any = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        with quiet():
+            config: Any = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
         base = _units(checkpoint).base
         family = checkpoint.plan["family"]
         layout = LAYOUTS[family]

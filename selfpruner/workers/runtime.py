@@ -320,6 +320,7 @@ class Runtime:
             units=kept_units(prepared, plan),
             source=source,
             cancelled=cancelled,
+            progress=progress,
         )
         # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
         if session.plan is not None:
