@@ -357,7 +357,7 @@ SCRIPT = ("good", "prose", "good", "empty", "nan", "prose", "429", "good", "500"
 
 def test_resume_replays_without_a_request(fake_openai: FakeOpenAI) -> None:
     fake_openai.script(*SCRIPT)
-    first = Lab(fake_openai, price_prompt=1.0, timeout=0.5)
+    first = Lab(fake_openai, price_prompt=1.0, timeout=2.0)  # a busy machine must not make others time out
     told = story(first)
     assert len(first.memory.calls) == len(fake_openai.requests) == len(SCRIPT)
     assert told.count("closed") == 2 + 3
