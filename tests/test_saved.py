@@ -114,6 +114,20 @@ def test_saved_again_after_every_way_to_load(tuned: Path, tmp_path: Path) -> Non
         assert (tmp_path / name / "modeling_selfpruner.py").is_file()
 
 
+@pytest.mark.usefixtures("verified_here")
+def test_a_head_that_training_untied_stays(tuned: Path, tmp_path: Path) -> None:
+    """Whatever its config says of tying: as a merge of an adapter on the head leaves it."""
+    copy = Path(shutil.copytree(tuned, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**tensors, "lm_head.weight": head}, copy / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((copy / "config.json").read_text())["tie_word_embeddings"]
+    tokens = tokens_of(2, 16)
+    expected = logits_of(tuned, tokens).flip(-1)
+    for place in (copy, api.export(copy, tmp_path / "made").path):
+        assert (logits_of(place, tokens) - expected).abs().max() <= 1e-5 * float(expected.abs().max())
+
+
 # -- what takes it -----------------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("verified_here")
 @pytest.mark.parametrize("which", ["tuned", "uniform"])

@@ -21,7 +21,9 @@ class Slice:
     biased: bool = False
 
     def weights(self, k: int, W: Tensor) -> tuple[Tensor, Tensor | None]:
-        return W[:, :k].float(), W[:, k:].float() @ self.parts["mean"][k:] if self.biased else None
+        # A copy: levels are kept, and W is a buffer that other layers will be read into, where a model is streamed.
+        kept = W[:, :k].to(torch.float32, copy=True)
+        return kept, W[:, k:].float() @ self.parts["mean"][k:] if self.biased else None
 
     def errors(self) -> Tensor:
         return self.parts["left"]

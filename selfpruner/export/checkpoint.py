@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from selfpruner import manifest, saved
 from selfpruner.errors import CancelledTaskError, ExportError, ModelError
@@ -31,8 +31,10 @@ from selfpruner.export.folder import ExportResult, write_folder
 from selfpruner.export.forms import form_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.export.shape import KeptUnits, LayerShape
+from selfpruner.model_checks import weight_files
 from selfpruner.models import LoadedModel, ModelSource, quiet
 from selfpruner.progress import Watch
+from selfpruner.streaming import WeightFiles
 from selfpruner.tensor_files import held_shapes, write_tensors
 
 SHARD_BYTES = 5_000_000_000
@@ -154,9 +156,13 @@ def load(
         saved.check(folder)
     else:
         manifest.read(folder)
-    how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True, "ignore_mismatched_sizes": True}
+    local = {"trust_remote_code": False, "local_files_only": True}
+    how: dict[str, Any] = {**local, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
         with quiet():
+            if saved.is_saved(folder):  # training may have made a tied head another matrix
+                files = WeightFiles.open(weight_files(folder), torch.device("cpu"), torch.float32)
+                how["config"] = files.settle(AutoConfig.from_pretrained(folder, **local))
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise saved.not_whole(folder, str(error)) from error

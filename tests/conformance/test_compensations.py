@@ -97,6 +97,20 @@ class CompensationSuite:
         self.compensation().subset(block.W, block.stats, torch.arange(8)).weights(torch.tensor([1, 4]), block.W)
         assert all(torch.equal(a, b) for a, b in zip(before, (block.W, block.stats.scatter, block.stats.mean), strict=True))
 
+    def test_what_is_given_stays_when_the_dense_weights_move(self) -> None:
+        """Levels are kept, while a streamed model's buffers, and a model's channels in another order, are written over."""
+        block = sample(12)
+        W = block.W.float()
+        kept, order = torch.tensor([1, 4]), order_of(12)
+        nested, subset = (
+            self.compensation().nested(block.W, block.stats, order),
+            self.compensation().subset(block.W, block.stats, kept),
+        )
+        given = [nested.weights(5, W)[0], nested.weights(12, W)[0], subset.weights(kept, W)[0]]
+        before = [tensor.clone() for tensor in given]
+        W.zero_()
+        assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
+
 
 class TestNothing(CompensationSuite):
     compensation = Nothing
