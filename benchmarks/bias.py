@@ -104,7 +104,7 @@ def measured(loaded: models.LoadedModel, options: argparse.Namespace, seed: int,
             rows = known.setdefault(f"{repair} {judge}", [])
             for index in range(len(rows), options.sequences):
                 scores = prepared.engine.evaluate(list(plans.values()), tokens[judge][index : index + 1])
-                rows.append({name: {"kl": score.kl, "nll": score.nll} for name, score in zip(plans, scores, strict=True)})
+                rows.append({name: {"kl": round(score.kl, 6), "nll": round(score.nll, 6)} for name, score in zip(plans, scores, strict=True)})
                 yield f"seed {seed}, {repair}, {judge}: {len(rows)}/{options.sequences}"
 
 
@@ -172,7 +172,7 @@ def main() -> None:
                 continue
             for done in measured(loaded, options, seed, found, cache):
                 options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+                options.output.write_text(json.dumps(known) + "\n", encoding="utf-8")
                 print(done, flush=True)
     results = [of[str(seed)] for seed in options.seeds]
     print("\n".join(table(results, list(results[0][f"{REPAIRS[0]} {JUDGES[0]}"][0]))))
