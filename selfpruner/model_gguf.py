@@ -137,7 +137,7 @@ def _sync(folder: Path) -> None:
 
 def _metadata(gguf: Path) -> tuple[dict[str, Any], Any, str]:
     """Scalar and string metadata of the file by key, its ``rope_freqs`` tensor (None where it has none), and the dtype that most of
-    its layers' numbers have: float32 for quantised ones, whose values no other type has."""
+    its layers' numbers have: bfloat16 for quantised ones, which say less than 16 bits can."""
     from gguf import GGUFReader
 
     try:
@@ -145,14 +145,14 @@ def _metadata(gguf: Path) -> tuple[dict[str, Any], Any, str]:
         # Arrays (vocabulary, merges) are long and transformers reads those itself.
         fields = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
         factors = next((tensor.data.copy() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
-        counts: dict[str, int] = {"float32": 0}
+        counts: dict[str, int] = {}
         for tensor in reader.tensors:
             if tensor.name.startswith("blk."):
-                kind = {"F16": "float16", "BF16": "bfloat16"}.get(tensor.tensor_type.name, "float32")
+                kind = {"F32": "float32", "F16": "float16"}.get(tensor.tensor_type.name, "bfloat16")
                 counts[kind] = counts.get(kind, 0) + int(tensor.n_elements)
     except Exception as error:  # the reader indexes into the file unguarded: anything may come out of a damaged one
         raise ModelError(f"{gguf} is a damaged GGUF file ({error}). Download it again.", param="model") from error
-    return fields, factors, max(counts, key=counts.__getitem__)
+    return fields, factors, max(counts, key=counts.__getitem__, default="float32")
 
 
 def _write(gguf: Path, folder: Path) -> None:

@@ -12,7 +12,9 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from selfpruner import api, manifest, model_checks, models
+from selfpruner.errors import ExportError
 from selfpruner.export import formats
+from selfpruner.export.build import build, shapes_of
 from tests.test_models import write_gguf
 from tests.tiny_models import sample_text, tiny_model
 
@@ -89,6 +91,31 @@ def test_a_checkpoint_has_its_models_type(
         assert {tensor.dtype for tensor in load_file(asked.path / "model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "opt", "phi3", "qwen3"])
+def test_families_that_are_computed_in_less_than_they_have(
+    family: str, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_bfloat16_is_fast", lambda: True)
+    folder = tiny_model(tmp_path / "model", family)
+    options: dict[str, Any] = {"calibration": text, "device": "cpu", "cache": tmp_path / "cache", "ffn_step": 8}
+    made = api.prune(tmp_path / "out", rate=0.3, model=str(folder), **options)
+    old, new = load_file(folder / "model.safetensors"), load_file(made.path / "model.safetensors")
+    assert {tensor.dtype for tensor in new.values()} == {torch.float32}
+    (name,) = (name for name in old if name.endswith("embed_tokens.weight"))
+    assert torch.equal(new[name], old[name])
+
+
+def test_numbers_that_float16_does_not_hold(tiny_llama: Path, tmp_path: Path) -> None:
+    """A repair's may be larger than those they replace."""
+    loaded = models.load(models.resolve(str(tiny_llama), tmp_path), "cpu", "float32")
+    repaired = {"model.layers.0.mlp.down_proj.weight": torch.full((32, 64), 70_000.0)}
+    shapes = shapes_of(loaded.model.config)
+    wide = build(loaded.model, shapes, repaired, dtype=torch.bfloat16).state_dict()
+    assert float(wide["model.layers.0.mlp.down_proj.weight"][0, 0]) == 70_144
+    with pytest.raises(ExportError, match=r"down_proj\.weight has numbers that float16 cannot hold\. Ask for dtype bfloat16"):
+        build(loaded.model, shapes, repaired, dtype=torch.float16)
+
+
 @pytest.mark.parametrize(("compensation", "memory"), [("none", None), ("least_squares", None), ("none", "30MiB")])
 def test_zeros_in_place(
     compensation: str, memory: str | None, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,7 +144,7 @@ def test_a_streamed_model(stored: str, fast: bool, text: dict[str, Any], tmp_pat
     check(folder, made, stored)
 
 
-@pytest.mark.parametrize(("kind", "stored"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "float32")])
+@pytest.mark.parametrize(("kind", "stored"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")])
 def test_a_gguf_file_has_a_type_too(kind: str, stored: str, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", "llama")
     write_gguf(tmp_path / "tiny.gguf", folder, kind=kind)
@@ -129,7 +156,7 @@ def test_a_gguf_file_has_a_type_too(kind: str, stored: str, tmp_path: Path) -> N
     if kind != "Q8_0":
         assert torch.equal(made, dense.to(made.dtype))
     else:
-        assert 0 < float((made - dense).abs().max()) < 0.01
+        assert 0 < float((made.float() - dense).abs().max()) < 0.02
 
 
 @pytest.mark.parametrize("said", ["torch.bfloat16", "float99", "auto", {"": "float16"}, 3, None])

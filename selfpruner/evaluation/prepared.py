@@ -35,7 +35,7 @@ from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
 from selfpruner.criteria import Criterion, UnitCriterion, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
-from selfpruner.errors import CancelledTaskError, ConfigError
+from selfpruner.errors import CancelledTaskError, ConfigError, ExportError
 from selfpruner.evaluation import outlook
 from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.signals import gather, layer_facts, layer_signals, spectral_exponents, weight_facts
@@ -483,6 +483,8 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
         if block not in held:
             held.clear()
             held[block] = _named(arch, block // 2, engine.weights(block, plan.levels[block]))
+        if not finite(held[block][name]):
+            raise ExportError(f"{name} has numbers that {arch.dtype} cannot hold. Ask for another dtype.", param="dtype")
         return [held[block][name]]
 
     @torch.no_grad()

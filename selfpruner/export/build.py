@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, AutoModelForCausalLM
 
+from selfpruner.calibration.soundness import finite
 from selfpruner.errors import ExportError
 from selfpruner.export.forms import form_of, own_fields
 from selfpruner.export.shape import LayerShape
@@ -46,11 +47,19 @@ def build(
         if tensor is None or tensor.shape != place.shape:
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
             raise ExportError(f"{name} should have shape {tuple(place.shape)} but is {found}; give it in `weights`.")
-        tensors[name] = tensor.to(base.device, dtype)
+        tensors[name] = narrowed(name, tensor.to(base.device), dtype)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     compute_tables(model, base.device)
     return model
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``. Raises ExportError where that cannot hold it: a repair may make weights larger."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and found is not tensor and not finite(found):
+        raise ExportError(f"{name} has numbers that float16 cannot hold. Ask for dtype bfloat16 or float32.", param="dtype")
+    return found
 
 
 def outline(base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable[str], *, dtype: torch.dtype) -> PreTrainedModel:
