@@ -104,7 +104,12 @@ def measured(loaded: models.LoadedModel, options: argparse.Namespace, seed: int,
             rows = known.setdefault(f"{repair} {judge}", [])
             for index in range(len(rows), options.sequences):
                 scores = prepared.engine.evaluate(list(plans.values()), tokens[judge][index : index + 1])
-                rows.append({name: {"kl": round(score.kl, 6), "nll": round(score.nll, 6)} for name, score in zip(plans, scores, strict=True)})
+                rows.append(
+                    {
+                        name: {"kl": round(score.kl, 6), "nll": round(score.nll, 6)}
+                        for name, score in zip(plans, scores, strict=True)
+                    }
+                )
                 yield f"seed {seed}, {repair}, {judge}: {len(rows)}/{options.sequences}"
 
 
