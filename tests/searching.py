@@ -25,8 +25,8 @@ from selfpruner.workers.base import Json, OnProgress, Session
 SESSION = Session("key", {}, "")
 
 
-class DiedError(Exception):
-    """The process died here."""
+class DiedError(BaseException):
+    """The process died here: no handler of errors sees it."""
 
 
 class Interruptions:

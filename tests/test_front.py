@@ -104,7 +104,7 @@ def test_objectives_over_http_and_on_the_command_line() -> None:
         ({"objective": "quality,latency,latency"}, "each once"),
         ({"objective": "quality,speed"}, "'latency' or 'parameters'"),
         ({"rates": [0.1]}, "quality,parameters"),
-        ({"objective": "quality,parameters", "rates": [1.5]}, "less than 1"),
+        ({"objective": "quality,parameters", "rates": [1.5]}, "between 0 and 1"),
     ],
 )
 def test_objectives_that_mean_nothing(changes: dict[str, Any], message: str) -> None:
