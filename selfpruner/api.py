@@ -100,7 +100,7 @@ def search(
     if config.uses_llm:
         names.check_proposer(config.proposer, named)
     folder, place = Path(directory), cache or default_cache()
-    runs.refuse(folder)
+    runs.refuse(folder, config)
     places.writable_folder(place, param="cache")
     files.look_at(config, ("fitness", "report"))
     with Store(folder / runs.DATABASE) as store:
@@ -170,9 +170,11 @@ def prune(
             raise ConfigError("Say what to remove: rate, rates or levels.", param="rate")
         rate = _average(rates) if rates is not None else 1e-6
     config = config_of({"rate": rate, "preset": "evolution", **fields})
+    from selfpruner import models
     from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
 
+    models.foresee(config.model)
     known = {name: getattr(config, name) for name in ("of", "pattern", "criterion", "compensation")}
     given = {"rate": config.rate} if levels is None else {"levels": list(levels)}
     refuse_place(Path(directory), {"base_model": named(config.model), **known, **given})

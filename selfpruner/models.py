@@ -145,13 +145,13 @@ def _local(name: str, allowed_root: Path | None) -> Path | None:
 def foresee(name: str) -> None:
     """Raise what :func:`resolve` would for the model called ``name``, as far as that can be known at once: from the headers of a
     folder or file, from the configuration of a hub model that was fetched before or can be fetched now. Imports no torch."""
-    path = Path(name)
     if name in EMBEDDED_MODELS:
         embedded_file(name)
-    elif path.is_file():
-        model_gguf.check(path)
-    elif path.is_dir():
-        model_checks.check_folder(path)
+    elif (path := _local(name, None)) is not None:
+        if path.is_file():
+            model_gguf.check(path)
+        else:
+            model_checks.check_folder(path)
     else:
         from huggingface_hub import try_to_load_from_cache
 

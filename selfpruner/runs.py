@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from selfpruner import manifest, places
+from selfpruner import manifest, models, places
 from selfpruner.config import SearchConfig, differences
 from selfpruner.errors import ConfigError, disk_errors
 from selfpruner.store.store import Store
@@ -44,9 +44,12 @@ class Run:
             self.result.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def refuse(folder: Path) -> None:
-    """Raise what can be raised before anything is written: for a folder that cannot be, or with something else where a first
-    checkpoint would go. What a search there has to say is :func:`find`'s."""
+def refuse(folder: Path, config: SearchConfig) -> None:
+    """Raise what can be raised before anything is written: for a model that cannot be pruned, a folder that cannot be, or with
+    something else where a first checkpoint would go. Where there is a search already the rest is :func:`find`'s to say: what it
+    found is shown although its model may be gone."""
+    if not (folder / DATABASE).is_file():
+        models.foresee(config.model)
     places.writable_folder(folder)
     place = folder / CHECKPOINT
     if not (folder / DATABASE).is_file() and place.exists() and not (place.is_dir() and not any(place.iterdir())):
@@ -55,18 +58,23 @@ def refuse(folder: Path) -> None:
 
 def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Run:
     """The job that a call with ``config`` means, made if there is none. Raises ConfigError for a folder whose search has other
-    settings, unless ``again`` asks for one beside it."""
+    settings, unless ``again`` asks for one beside it, and what :func:`selfpruner.models.foresee` does where there is work to do."""
     jobs = store.jobs(limit=_ALL).data
     mine = [job for job in jobs if _settings(job.config) == config.model_dump(mode="json")]
     waiting = next((job for job in mine if not job.finished), None)
     if waiting is not None:
+        models.foresee(config.model)
         return _run(folder, waiting)
     if not again:
         for job in mine:
             if job.status == "succeeded":
-                return _run(folder, job, _intact(store, job, folder / _name(job)))
+                done = _intact(store, job, folder / _name(job))
+                if done is None:
+                    models.foresee(config.model)
+                return _run(folder, job, done)
         if others := [job for job in jobs if job.status == "succeeded" or (not job.finished and store.candidates(job.id).data)]:
             raise ConfigError(_other(folder, others[0], config), code="other_settings", param="output")
+    models.foresee(config.model)
     job, _ = store.create_job(config, metadata={CHECKPOINT: _free(folder, jobs)})
     if not again and (failed := next((job for job in mine if job.status == "failed"), None)) is not None:
         store.take_over(job.id, failed.id)

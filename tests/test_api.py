@@ -11,7 +11,7 @@ import pytest
 
 import selfpruner
 from selfpruner import api, cli
-from selfpruner.errors import ConfigError, NotFoundError, UnknownNameError
+from selfpruner.errors import ConfigError, ModelNotFoundError, NotFoundError, UnknownNameError, UnsupportedModelError
 from selfpruner.space import Plan
 
 
@@ -87,3 +87,22 @@ def test_bad_requests_leave_nothing_behind(fields: dict[str, Any], tmp_path: Pat
     with pytest.raises(NotFoundError):
         api.export(tmp_path / "nothing", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_pruned_is_refused_before_a_worker_starts(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_pool(*_: Any) -> Any:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(api, "_with_pool", no_pool)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    unsuitable = {**fields, "model": str(tmp_path / "model")}
+    gone = {**fields, "model": str(tmp_path / "gone")}
+    for settings, error in ((unsuitable, UnsupportedModelError), (gone, ModelNotFoundError)):
+        with pytest.raises(error):
+            api.search(0.2, tmp_path / "run", **settings)
+        with pytest.raises(error):
+            api.prune(tmp_path / "out", rate=0.2, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -15,8 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from selfpruner import api, cli, places
-from selfpruner.errors import ConfigError, ConflictError, DiskFullError, ExportError, NoPermissionError, TextError
+from selfpruner import api, cli, models, places
+from selfpruner.errors import (
+    ConfigError,
+    ConflictError,
+    DiskFullError,
+    ExportError,
+    ModelNotFoundError,
+    NoPermissionError,
+    TextError,
+)
 from selfpruner.evolution.job import JobResult
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json
@@ -116,6 +124,21 @@ def test_a_finished_search_gives_what_it_found(
     shown = capsys.readouterr()
     assert f"checkpoint {run / 'checkpoint'}" in shown.out
     assert "nothing was computed. --again" in shown.err
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_finished_search_is_shown_when_its_model_is_gone(
+    run: Path, fields: dict[str, Any], cache: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str) -> None:
+        assert name == str(tiny_llama)
+        raise ModelNotFoundError("The model is gone.", param="model")
+
+    monkeypatch.setattr(models, "foresee", gone)
+    assert api.search(0.2, run, cache=cache, **fields).reused
+    with pytest.raises(ModelNotFoundError):
+        api.search(0.3, run, cache=cache, again=True, **fields)
+    assert rows(run, "SELECT count(*) FROM job") == [(1,)]
 
 
 @pytest.mark.usefixtures("no_work")

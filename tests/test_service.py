@@ -7,6 +7,7 @@ search undisturbed and with its worker killed, its server killed and a pause, wh
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from selfpruner import manifest
 from selfpruner.client import Client
@@ -299,6 +301,17 @@ def test_errors_of_the_search_reach_the_client(running: Service, search: dict[st
     impossible = running.client.submit({**search, "rate": 0.999})["id"]
     *_, (_, job) = running.client.follow(impossible)
     assert (job["status"], job["error"]["code"]) == ("failed", "budget_unreachable")
+
+
+def test_a_weight_that_is_no_number_reaches_the_client(running: Service, search: dict[str, Any], tiny_llama: Path) -> None:
+    damaged = tiny_llama.parent / "damaged"
+    shutil.copytree(tiny_llama, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    *_, (_, job) = running.client.follow(running.client.submit({**search, "model": damaged.name})["id"])
+    assert (job["status"], job["error"]["code"]) == ("failed", "calibration_unusable")
+    assert "model.layers.1.mlp.up_proj.weight holds NaN" in job["error"]["message"]
 
 
 def at_generation(server: Service, job_id: str, number: int) -> None:
