@@ -351,7 +351,7 @@ class Streaming:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.bodies.append(body)
                 if mode == "refuses":
-                    self.send_error(400, "no such thing")
+                    self.send_error(400, f"no such thing for {self.headers['Authorization']}")
                     return
                 self._send(b"")
                 count = body["max_tokens"] - (mode == "stops")
@@ -360,7 +360,7 @@ class Streaming:
                     count = 0
                 for token in range(1, count + 1):
                     if mode == "fails" and token == 2:
-                        self._chunk({"error": {"message": "engine died"}})
+                        self._chunk({"error": {"message": f"engine died of {self.headers['Authorization']}"}})
                         return
                     time.sleep(outer.PAUSE)
                     usage = {} if mode == "no usage" else {"usage": {"completion_tokens": token}}
@@ -394,9 +394,12 @@ def streaming(request: pytest.FixtureRequest) -> Iterator[Streaming]:
     server.close()
 
 
+KEY = "sk-nobody-is-told"
+
+
 def ask(url: str, kind: str, **payload: int) -> Any:
     async def go() -> Any:
-        server = Server(url, "served", 100)
+        server = Server(url, "served", 100, key=KEY)
         try:
             return await getattr(server, kind)(**payload)
         finally:
@@ -434,8 +437,9 @@ def test_a_server_is_timed_by_what_it_streams(streaming: Streaming, tmp_path: Pa
     indirect=["streaming"],
 )
 def test_what_a_server_gets_wrong_is_named(streaming: Streaming, message: str) -> None:
-    with pytest.raises(BenchmarkError, match=message):
+    with pytest.raises(BenchmarkError, match=message) as error:
         ask(streaming.url, "decode", batch=1, prompt=8, new_tokens=4)
+    assert KEY not in error.value.message
 
 
 def test_which_server_and_which_model() -> None:

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 from selfpruner.proposers.base import CallError, Reply, Request
 from selfpruner.proposers.reply import follows
 from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.redaction import without_key
 
 if TYPE_CHECKING:
     import openai
 
 MAX_BODY = 2 * 2**20  # bytes; a long chain of thought fits, a flood does not
 MAX_TEXT = 100_000  # characters of the answer itself
-# A shorter key is a placeholder that a local server wants ("none", "token", "x"): blanked, it would take ordinary words with it.
-SHORTEST_SECRET = 8
 _CONNECT_SECONDS = 10.0
 
 
@@ -180,12 +179,7 @@ class _Call:
         return self.error("rejected", f"The proposer refused the request with HTTP {status}; check key, model and base_url: {said}")
 
     def _without_key(self, text: str) -> str:
-        key = self._settings.api_key.get_secret_value() if self._settings.api_key else ""
-        if len(key) < SHORTEST_SECRET:
-            return text
-        for form in (key, json.dumps(key)[1:-1], json.dumps(key, ensure_ascii=False)[1:-1]):
-            text = text.replace(form, "***")
-        return text
+        return without_key(text, self._settings.api_key.get_secret_value() if self._settings.api_key else None)
 
     def reply(self, body: bytes) -> Reply:
         """Read a chat completion. Raises CallError unless it holds a whole, non-empty answer."""

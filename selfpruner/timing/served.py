@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from selfpruner.errors import BenchmarkError, ConfigError
+from selfpruner.redaction import without_key
 from selfpruner.workers.base import Json
 
 # No server answers for this long before it is taken for dead; reading a long prompt on a CPU takes a while.
@@ -41,7 +42,7 @@ class Server:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{url} is no address. Write for example --url http://127.0.0.1:8000/v1", param="url")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._url = url.rstrip("/")
+        self._url, self._key = url.rstrip("/"), key
         self._client = httpx.AsyncClient(headers=headers, timeout=TIMEOUT, trust_env=False)
         self._name = name
         self._vocabulary = vocabulary
@@ -117,7 +118,7 @@ class Server:
                 now = time.perf_counter() - started
                 chunk: Any = json.loads(text)
                 if "error" in chunk:
-                    raise BenchmarkError(f"{self._url} failed: {str(chunk['error'])[:500]}")
+                    raise BenchmarkError(f"{self._url} failed: {self._said(str(chunk['error']))}")
                 usage = (chunk.get("usage") or {}).get("completion_tokens")
                 before = reply.arrivals[-1][1] if reply.arrivals else 0
                 # Without usage in every chunk, a chunk is one token.
@@ -138,10 +139,13 @@ class Server:
             async with self._client.stream("POST", f"{self._url}/completions", json=body) as response:
                 if response.status_code != 200:
                     text = (await response.aread()).decode(errors="replace")
-                    raise BenchmarkError(f"{self._url} refused a completion with {response.status_code}: {text[:500]}")
+                    raise BenchmarkError(f"{self._url} refused a completion with {response.status_code}: {self._said(text)}")
                 yield response.aiter_lines()
         except (httpx.HTTPError, ValueError) as error:
             raise BenchmarkError(f"{self._url} broke off ({_told(error)}). See the server's log.") from None
+
+    def _said(self, text: str) -> str:
+        return without_key(text, self._key)[:500]  # blanked before it is cut: half a key is told as little as a whole one
 
 
 def _told(error: Exception) -> str:
