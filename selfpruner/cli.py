@@ -10,7 +10,9 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # Commands that take up what an interrupted one left: a search, results, files, or statistics in the cache.
 GO_ON = ("search", "prune", "evaluate", "compare", "export", "download")
+# Commands whose work is not the main thread's, so that a signal is seen at once; seconds until they end after one all the same.
+IN_A_THREAD, GRACE = ("search", "prune"), 10.0
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
 
@@ -395,7 +399,26 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _end_as_interrupted() -> None:
+    """SIGTERM, and a terminal that is closed, end a command as Ctrl-C does: its job is queued again, and what it wrote aside is
+    removed. Work that does not stop in time ends with this process."""
+
+    def end(number: int, _frame: object) -> None:
+        last = threading.Timer(GRACE, os._exit, [128 + number])
+        last.daemon = True
+        last.start()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script's background
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
 def main() -> NoReturn:
+    if sys.argv[1:2] and sys.argv[1] in IN_A_THREAD:
+        _end_as_interrupted()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character costs no result

@@ -19,6 +19,7 @@ import selfpruner
 from selfpruner import cli
 from selfpruner.live import LiveView
 from selfpruner.progress import Estimate, Teller, duration, shown
+from selfpruner.store.store import Store
 from tests.tiny_models import sample_text, tiny_model
 
 
@@ -182,7 +183,13 @@ def test_an_interrupted_command_says_how_to_go_on(
     assert (f"the same command goes on: selfpruner {line}" in err) == goes_on
 
 
-def test_ctrl_c_in_a_search_and_the_same_command_again(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "background"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)], ids=lambda value: str(value)
+)
+def test_a_search_that_is_ended_and_the_same_command_again(
+    number: signal.Signals, background: bool, model: Path, tmp_path: Path
+) -> None:
+    """By Ctrl-C, by another process, by a terminal that is closed; in a script's background SIGINT is ignored."""
     line = ["search", "-m", str(model / "llama"), "-r", "20%", "-o", str(tmp_path / "a"), "--calibration", str(model / "text.txt")]
     line += [*SMALL, "--preset", "evolution", "--cache", str(tmp_path / "cache"), "--set", "fitness_text.length=32"]
     line += ["--set", "fitness_text.sequences=120", "--set", "report_text.sequences=2", "--set", "report_text.length=32"]
@@ -190,13 +197,16 @@ def test_ctrl_c_in_a_search_and_the_same_command_again(model: Path, tmp_path: Pa
         [sys.executable, "-m", "selfpruner.cli", *line],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL),
     )
     assert process.stderr is not None
     assert process.stderr.readline()  # it says something at once
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "the same command goes on: selfpruner search" in err
-    assert cli.run(line) == 0
+    with Store(tmp_path / "a" / "selfpruner.db", read_only=True) as store:
+        assert [job.status for job in store.jobs().data] == ["queued"]
+    if number == signal.SIGINT:
+        assert cli.run(line) == 0
