@@ -64,7 +64,8 @@ def test_the_card_is_one_the_hub_reads(tmp_path: Path) -> None:
     assert masked.data == card.data or masked.data.to_dict() == card.data.to_dict()
     assert "trust_remote_code" not in masked.text
     assert "saves neither memory nor time" in masked.text
-    assert converted(card.content, "gguf", "x").startswith('---\nlibrary_name: "gguf"\n')
+    other = ModelCard(converted(card.content, "gguf", "quantized", "x")).data.to_dict()
+    assert other == card.data.to_dict() | {"library_name": "gguf", "base_model_relation": "quantized"}
     # A path is no repository, and the embedded model has one.
     for name, expected in (("/models/tiny", None), ("tiny", None), ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct")):
         info = CardInfo(base_model=name, rate=0.3, criterion="obs", compensation="none")

@@ -90,10 +90,12 @@ class Origin:
 
 
 class Format(ABC):
-    """One way to write a checkpoint. ``quantizations`` are what ``--quantize`` may name; ``library`` is the hub's library_name."""
+    """One way to write a checkpoint. ``quantizations`` are what ``--quantize`` may name; ``library`` is the hub's library_name,
+    ``relation`` its word for what the model is to its base."""
 
     name: ClassVar[str]
     library: ClassVar[str] = "transformers"
+    relation: ClassVar[str] = "finetune"
     quantizations: ClassVar[tuple[str, ...]] = ()
 
     def foresee(self, origin: Origin, quantize: str | None) -> None:  # noqa: B027

@@ -231,14 +231,18 @@ def loading(config: Mapping[str, Any]) -> str:
     )
 
 
-def converted(card: str, library: str, use: str) -> str:
-    """The card of the same model in another format: another library in its front matter, and ``use`` as its last section."""
+def converted(card: str, library: str, relation: str, use: str) -> str:
+    """The card of the same model in another format: another library and relation to its base model in its front matter, and ``use``
+    as its last section."""
     before, _, _ = card.rpartition(_USE)
-    return f"{_LIBRARY.sub(f'library_name: {json.dumps(library)}', before, count=1)}{_USE}\n\n{use}\n"
+    before = _LIBRARY.sub(f"library_name: {json.dumps(library)}", before, count=1)
+    before = _RELATION.sub(f"base_model_relation: {json.dumps(relation)}", before, count=1)
+    return f"{before}{_USE}\n\n{use}\n"
 
 
 _USE = "## Use"
 _LIBRARY = re.compile(r"^library_name: .*$", re.MULTILINE)
+_RELATION = re.compile(r"^base_model_relation: .*$", re.MULTILINE)
 _PROOF = (
     "`plan.json` holds the plan, `manifest.json` the sha256 of every file and the result of the verification: the folder was\n"
     "loaded in a fresh process and its logits compared with the pruned model in memory. `selfpruner verify FOLDER` repeats that\n"

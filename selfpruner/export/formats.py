@@ -80,7 +80,7 @@ def convert(
     def fill(place: Path) -> int:
         shutil.copyfile(folder / "plan.json", place / "plan.json")
         copy_terms(folder, place)
-        card = converted((folder / "README.md").read_text("utf-8"), form.library, form.use(checkpoint, quantize))
+        card = converted((folder / "README.md").read_text("utf-8"), form.library, form.relation, form.use(checkpoint, quantize))
         (place / "README.md").write_text(card, "utf-8")
         parameters = form.write(checkpoint, place, quantize, go_on)
         if not (place / proof.REFERENCE).exists():  # a copy of the checkpoint has its own

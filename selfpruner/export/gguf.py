@@ -113,6 +113,7 @@ class _Outline:
 class Gguf(Format):
     name: ClassVar[str] = "gguf"
     library: ClassVar[str] = "gguf"
+    relation: ClassVar[str] = "quantized"  # what the hub calls every GGUF file
     quantizations: ClassVar[tuple[str, ...]] = (*_OWN, *_QUANTISER)
 
     def foresee(self, origin: Origin, quantize: str | None) -> None:
