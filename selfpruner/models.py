@@ -158,7 +158,7 @@ def foresee(name: str) -> None:
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
             model_checks.check_config(Path(cached).parent)
-        elif hub_available():
+        elif hub_offline() or hub_available():
             _hub_config(name)
 
 

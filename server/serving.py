@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from selfpruner import places
 from selfpruner.errors import ConfigError, disk_errors
 from selfpruner.store.store import Store
 from server.app import create_app
@@ -56,8 +57,9 @@ class _Server(uvicorn.Server):
 def serve(settings: ServerSettings, ready: Callable[[str], None]) -> int:
     """Serve until a signal; returns the exit code. ``ready`` is called with the base URL once requests are answered.
 
-    Raises ConfigError when the address cannot be had, StoreError when another server owns the home folder.
+    Raises ConfigError when the address or the home folder cannot be had, StoreError when another server owns the home folder.
     """
+    places.writable_folder(settings.home, param="home")
     for folder in (settings.home, settings.cache, settings.checkpoints, settings.logs):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

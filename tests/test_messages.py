@@ -126,6 +126,16 @@ def test_which_folder_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert capsys.readouterr().err.startswith(f"selfpruner: {closed} is closed to this user")
 
 
+def test_a_home_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for home, says in (
+        ("/proc/none", "/proc/none cannot be written"),
+        (str(tmp_path / "file" / "home"), "is a file; name a folder"),
+    ):
+        assert cli.run(["serve", "--home", home, "--port", "0"]) == 2
+        assert says in capsys.readouterr().err
+
+
 # -- advice -------------------------------------------------------------------------------------------------------------
 def texts() -> Iterator[tuple[str, str]]:
     """(place, text) of everything a person may be told: strings of the program, f-strings with a word for every value, and the
