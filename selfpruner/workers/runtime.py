@@ -322,10 +322,10 @@ class Runtime:
             cancelled=cancelled,
             progress=progress,
         )
-        # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
         if session.plan is not None:
             self._prepared = None
             forget_plan(prepared)
+        # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
         return {**asdict(result), "path": str(result.path), "parameters": wanted}
 
 
@@ -344,8 +344,8 @@ class ServedRuntime(Runtime):
 def _digests(config: SearchConfig) -> dict[str, str]:
     """The digest of each text of ``config`` that is a file here."""
     texts = (config.calibration, config.fitness_text, config.report_text)
-    places = {source.source: Path(os.path.expanduser(source.source)) for text in texts for source in text.sources}
-    return {name: sampled_digest(place) for name, place in places.items() if os.path.isfile(place)}
+    named = {source.source: Path(os.path.expanduser(source.source)) for text in texts for source in text.sources}
+    return {name: sampled_digest(file) for name, file in named.items() if os.path.isfile(file)}
 
 
 def _fit(prepared: Prepared, count: int) -> bool:
