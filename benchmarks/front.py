@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.judge import Settings
 from selfpruner.api import default_cache
@@ -33,6 +32,7 @@ from selfpruner.evolution.windows import Windows, report_windows
 from selfpruner.operators.closed_form import cheapest, predicted_losses
 from selfpruner.space import Plan, SearchSpace
 from selfpruner.store.store import Store
+from selfpruner.tables import Screen, Table
 from selfpruner.workers.base import Json, Session, WorkerPool
 from selfpruner.workers.inprocess import InProcessPool
 from selfpruner.workers.runtime import Runtime
@@ -64,10 +64,10 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
     search, front = subject.search(config)
     latencies = None
     if "latency" in config.objective:
-        latencies = await latencies_of(subject.pool, subject.session, config.report_text.length, console.log)
+        latencies = await latencies_of(subject.pool, subject.session, config.report_text.length, console.print)
     outcome = await search.run()
-    console.log(f"search at {config.rate:g}: {outcome.tokens:,} tokens")
-    whole, members = await front.make(search.state, outcome, latencies, console.log)
+    console.print(f"search at {config.rate:g}: {outcome.tokens:,} tokens")
+    whole, members = await front.make(search.state, outcome, latencies, console.print)
     rows = await front_rows(
         members,
         best=whole.best.plan_hash,
@@ -78,7 +78,7 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
         windows=subject.held_out,
         pool=subject.pool,
         session=subject.session,
-        tell=console.log,
+        tell=console.print,
         extras=Extras(search.recorder),
     )
     losses = predicted_losses(search.space, search.state.sensitivities, search.state.probe_levels)
@@ -94,7 +94,7 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
             found: Outcome = await alone.run()
             figures |= {"alone": await subject.kl(alone, Plan(found.best.levels)), "alone_tokens": found.tokens}
         rates[f"{rate:g}"] = figures
-        console.log(f"rate {rate:g}: {figures}")
+        console.print(f"rate {rate:g}: {figures}")
     return {
         "rate": config.rate,
         "objective": config.objective,
@@ -123,7 +123,7 @@ def _latency(members: list[Member], rows: list[dict[str, Any]], dense: float) ->
 
 def table(result: dict[str, Any]) -> Table:
     names = [name for name in ("front", "alone", "sensitivity", "uniform") if name in next(iter(result["rates"].values()))]
-    shown = Table("rate", *(f"{name}, KL" for name in names), box=None, padding=(0, 2), header_style="bold")
+    shown = Table("rate", *(f"{name}, KL" for name in names))
     for rate, row in result["rates"].items():
         shown.add_row(rate, *("" if row[name] is None else f"{row[name]:.4f}" for name in names))
     return shown
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--separate", action="store_true", help="also search at every rate alone")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/front.json"))
     options = parser.parse_args()
-    console = Console(highlight=False)
+    console = Screen()
     result = asyncio.run(measure(options, console))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

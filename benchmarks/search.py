@@ -26,6 +26,7 @@ from rich.console import Console
 
 from benchmarks import summary
 from selfpruner.errors import SelfprunerError
+from selfpruner.tables import Screen
 from selfpruner.workers.memory import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def main() -> None:
     seeds = list(range(options.seeds or (1 if options.quick else 3)))
     methods = options.methods or (QUICK_METHODS if options.quick else METHODS)
     store = Store(options.state or options.cache / "benchmarks" / "search")
-    console = Console()
-    console.width = max(console.width, summary.WIDTH)
+    console = Screen()
     bench = Bench(settings, rates, options.cache)
     judge = Judge(
         bench, store, options.cache, proposer_of(options.proposer), QUICK_FIELDS if options.quick else {}, console, options.kept

@@ -8,12 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from rich.table import Table
+from selfpruner.tables import Table
 
 Result = Mapping[str, Any]  # one method at one rate and seed, as benchmarks.judge.judged leaves it
 Axis = Literal["tokens", "seconds"]
 NO_LLM = "no LLM configured"
-WIDTH = 160  # columns the table needs
 
 
 def summary(results: Mapping[str, Sequence[Result] | str]) -> dict[str, Any]:
@@ -77,11 +76,9 @@ def tokens_to(curve: Sequence[tuple[float, float]], goal: float) -> int | None:
 def table(rate: str, rows: Mapping[str, Any], title: str) -> Table:
     """One line per method: what it cost, and mean (minimum to maximum) on every held-out text."""
     texts = next((list(row["held_out"]) for row in rows.values() if "held_out" in row), [])
-    made = Table(title=f"{title}, rate {rate}")
-    made.add_column("method")
-    for name in ("tokens", "plans\nscored", "seconds", *(f"{text}\nKL" for text in texts), *(f"{text}\nppl" for text in texts)):
-        made.add_column(name, justify="right")
-    made.add_column("tokens to\nlevel_switch", justify="right")
+    figures = (*(f"{text} KL" for text in texts), *(f"{text} ppl" for text in texts))
+    columns = ("method", "tokens", "plans scored", "seconds", *figures, "tokens to level_switch")
+    made = Table(*columns, title=f"{title}, rate {rate}", words=("method",))
     for method, row in rows.items():
         if "note" in row:
             made.add_row(method, row["note"])
@@ -104,7 +101,7 @@ def _cell(spread: Mapping[str, float], digits: int) -> str:
     mean = f"{spread['mean']:.{digits}f}"
     if math.isclose(spread["min"], spread["max"], rel_tol=1e-9):
         return mean
-    return f"{mean}\n({spread['min']:.{digits}f}-{spread['max']:.{digits}f})"
+    return f"{mean} ({spread['min']:.{digits}f}-{spread['max']:.{digits}f})"
 
 
 def chart(results: Mapping[str, Mapping[str, Sequence[Result] | str]], title: str) -> Any:

@@ -26,8 +26,6 @@ from selfpruner.commands.show import front as show_front
 from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems, of_system
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from selfpruner.client import Client
 
 INTERRUPTED = 130
@@ -156,15 +154,13 @@ def jobs(
     if as_json:
         print(json.dumps(page))
         return 0
-    from rich.table import Column, Table
+    from selfpruner.tables import Screen, Table
 
-    # An id that is cut short cannot be copied.
-    first = Column("job", no_wrap=True, min_width=28), Column("status", no_wrap=True, min_width=9)
-    table = Table(*first, "model", "rate", "created", "progress", box=None, padding=(0, 1), header_style="bold")
+    table = Table("job", "status", "model", "rate", "created", "progress", words=("job", "status", "model", "created", "progress"))
     for job in page["data"]:
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
         table.add_row(job["id"], job["status"], job["model"], f"{job['config']['rate']:g}", created, _summary(job))
-    _console().print(table if page["data"] else "No jobs.")
+    Screen().print(table if page["data"] else "No jobs.")
     return 0
 
 
@@ -251,12 +247,6 @@ commands.register(app)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
 def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) -> int:
     with options.client(url) as client:
         job = action(client)
@@ -296,31 +286,27 @@ def _follow(client: Client, job: dict[str, Any], as_json: bool) -> int:
 def _report(client: Client, job: Mapping[str, Any]) -> None:
     from itertools import islice
 
-    from rich.table import Table
+    from selfpruner.live import account, contributions, operators
+    from selfpruner.tables import Screen, Table
 
-    from selfpruner.live import account, operators
-
-    console = _console()
+    console = Screen()
     console.print(f"{job['id']}  {job['status']}  {job['model']}  rate {job['config']['rate']:g}  {_summary(job)}")
     if job["error"]:
         console.print(f"error {job['error']['code']}: {job['error']['message']}")
     best = list(islice(client.candidates(job["id"], "fitness"), 5))
     if best:
-        table = Table("plan", "generation", "operator", "fitness", "against uniform", box=None, padding=(0, 2), header_style="bold")
+        columns = ("plan", "generation", "operator", "window", "fitness", "against uniform")
+        table = Table(*columns, words=("plan", "operator", "window"))
         for row in best:
             relative = "" if row["relative"] is None else f"{100 * (row['relative'] - 1):+.1f} %"
             fitness = row["status"] if row["fitness"] is None else f"{row['fitness']:.4f}"
-            table.add_row(row["id"], str(row["generation"]), row["operator"], fitness, relative)
+            table.add_row(row["id"], str(row["generation"]), row["operator"], row["window"] or "", fitness, relative)
         console.print(table)
+        if len({row["window"] for row in best if row["fitness"] is not None}) > 1:
+            console.print("A window is the tokens that a plan was scored on: compare figures of the same window only.")
     if members := (job["result"] or {}).get("front"):
         console.print(show_front(members))
-    made = (job["result"] or {}).get("operators", {})
-    final = {
-        "data": {
-            kind: {name: row[key] for name, row in made.items()} for kind, key in (("operators", "made"), ("improved", "improved"))
-        }
-    }
-    if contributed := operators(final if made else job["progress"] or {}):
+    if contributed := contributions(job["result"] or {}) or operators(job["progress"] or {}):
         console.print(contributed)
     for line in account(job["result"] or {}):
         console.print(line)

@@ -203,18 +203,19 @@ DASHES = {"none": [1, 3], "bias": [5, 3], "least_squares": [1, 0], "least_square
 COLUMNS = ("criterion", "compensation", "parameters", "KL", "perplexity", "seconds", "peak MiB")
 
 
-def sections(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """(heading, rows of cells) per pattern and rate, the best KL first, failures last."""
+def sections(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]], list[str]]]:
+    """(heading, rows of cells, why those failed that did) per pattern and rate, the best KL first, failures last."""
     groups = dict.fromkeys((row["pattern"], row["rate"]) for row in results.rows)
     for pattern, rate in sorted(groups, key=lambda group: (list(names.PATTERNS).index(group[0]), group[1])):
         rows = [row for row in results.rows if (row["pattern"], row["rate"]) == (pattern, rate)]
         rows.sort(key=lambda row: (row["error"] is not None, math.inf if row["kl"] is None else row["kl"]))
-        yield f"{pattern}, rate {rate:g}", [_cells(row) for row in rows]
+        failures = [f"{row['criterion']} + {row['compensation']}: {row['error']}" for row in rows if row["error"] is not None]
+        yield f"{pattern}, rate {rate:g}", [_cells(row) for row in rows], failures
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     if row["error"] is not None:
-        return (row["criterion"], row["compensation"], "", "failed", row["error"], "", "")
+        return (row["criterion"], row["compensation"], "", "failed", "", "", "")
     quality = (f"{row['kl']:.4f}", f"{row['perplexity']:.2f}")
     cost = (f"{row['seconds']:.0f}", f"{row['peak_mib']:,}")
     return (row["criterion"], row["compensation"], f"{row['parameters']:,}", *quality, *cost)
@@ -225,10 +226,10 @@ def markdown(results: Results) -> str:
     lines = []
     if results.dense is not None:
         lines += [f"Dense: {results.dense['parameters']:,} parameters, perplexity {results.dense['perplexity']:.2f}.", ""]
-    for heading, rows in sections(results):
+    for heading, rows, failures in sections(results):
         lines += [f"### {heading}", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        lines.append("")
+        lines += ["", *(f"- {failure}" for failure in failures), *([""] if failures else [])]
     return "\n".join(lines)
 
 

@@ -11,20 +11,17 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from selfpruner.client import Client
 from selfpruner.commands.show import comparison
 from selfpruner.errors import SelfprunerError
-from selfpruner.live import LiveView, account
+from selfpruner.live import LiveView, account, contributions
+from selfpruner.tables import Screen
 from selfpruner.workers.lifeline import tied
 
 REQUEST = {"model": "smollm2-135m", "rate": 0.2, "preset": "default", "proposer": "local"}
@@ -64,16 +61,6 @@ def follow(client: Client, job: dict[str, Any]) -> dict[str, Any]:
     return job
 
 
-def contributions(report: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    table.add_column("operator")
-    table.add_column("plans", justify="right")
-    table.add_column("improved the best", justify="right")
-    for name, row in report["operators"].items():
-        table.add_row(name, str(row["made"]), str(row["improved"]))
-    return table
-
-
 def further(home: Path, job_id: str) -> str:
     database = home / "selfpruner.db"
     return f"""To look further:
@@ -91,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from selfpruner.options import read_config
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Screen()
     started = time.monotonic()
     home: Path = options.home
     if home.exists():
@@ -137,10 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{result['seconds']:.0f} s, worker memory {result['peak_worker_mib']:,} MiB.")
     for line in account(report):
         console.print(line)
-    console.print(contributions(report))
+    if contributed := contributions(report):
+        console.print(contributed)
     console.print(f"Checkpoint, loaded again in a fresh process and verified: {report['checkpoint']}")
     console.print(f"Figures: {home / 'result.json'}   picture: {no_picture or home / 'result.svg'}")
-    console.print(further(home, job["id"]), markup=False, soft_wrap=True)
+    console.print(further(home, job["id"]), soft_wrap=True)
     return 0
 
 

@@ -56,11 +56,9 @@ def evaluate(
         raise ConfigError("--text is a measurement of its own; leave out --tasks, --perplexity and --generation.", param="text")
     if output is None:
         raise ConfigError("Name a file for the results: -o quality.json. The same call goes on where it stopped.", param="output")
-    from rich.console import Console
-    from rich.table import Table
-
     from selfpruner import api
     from selfpruner.evaluation import quality
+    from selfpruner.tables import Screen, Table
 
     found = api.quality(
         model,
@@ -81,12 +79,10 @@ def evaluate(
         print(json.dumps(quality.plain(found)))
         return 0
     heading, *rows = quality.cells(found)
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for index, column in enumerate(heading):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    table = Table(*heading, words=heading[:1])
     for row in rows:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False)
+    console = Screen()
     console.print(table)
     console.print(f"± one standard error; in brackets the difference from {found.against} on the same documents.")
     console.print("Percent, but for perplexities and distinct-n. A mean of acc_norm takes acc of tasks that have no acc_norm.")
@@ -231,11 +227,9 @@ def compare(
     """Every criterion with every compensation at uniform rates, on held-out text. The same call again goes on where it stopped."""
     import asyncio
 
-    from rich.console import Console
-    from rich.table import Table
-
     from selfpruner import api, plots
     from selfpruner import comparison as side_by_side
+    from selfpruner.tables import Screen, Table
 
     wanted = _numbers([*rates.split(","), *(more or [])])
     methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)
@@ -255,14 +249,14 @@ def compare(
     if as_json:
         print(json.dumps({"settings": results.settings, "dense": results.dense, "rows": results.rows}))
     else:
-        console = Console(markup=False, highlight=False)
-        for heading, rows in side_by_side.sections(results):
-            table = Table(title=heading, box=None, padding=(0, 2), header_style="bold")
-            for column in side_by_side.COLUMNS:
-                table.add_column(column, justify="left" if column in ("criterion", "compensation") else "right")
+        console = Screen()
+        for heading, rows, failures in side_by_side.sections(results):
+            table = Table(*side_by_side.COLUMNS, title=heading, words=("criterion", "compensation"))
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+            for failure in failures:
+                console.print(failure)
         console.print(
             f"Written: compare.json, compare.md and compare.svg in {output}" + (f" - but {no_picture}" if no_picture else "")
         )

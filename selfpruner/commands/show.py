@@ -10,6 +10,7 @@ from selfpruner import options
 
 if TYPE_CHECKING:
     from selfpruner.api import Pruned
+    from selfpruner.tables import Table
 
 
 def print_pruned(result: Pruned, as_json: bool) -> int:
@@ -70,22 +71,19 @@ ROWS = {
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    from rich.console import Console
+    from selfpruner.tables import Screen
 
-    console = Console(markup=False, highlight=False)
+    console = Screen()
     console.print(comparison(report))
     if report.get("front"):
         console.print(front(report["front"]))
 
 
-def comparison(report: Mapping[str, Any]) -> Any:
-    """The figures of a job's report side by side, as a rich table."""
-    from rich.table import Table
+def comparison(report: Mapping[str, Any]) -> Table:
+    """The figures of a job's report side by side."""
+    from selfpruner.tables import Table
 
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    table.add_column("", no_wrap=True)
-    for name in ("parameters", "KL", "perplexity", "prefill tok/s", "decode tok/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Table("", "parameters", "KL", "perplexity", "prefill tok/s", "decode tok/s", words=("",))
     for key, title in ROWS.items():
         if row := report.get(key):
             speeds = [f"{row[name]:,.0f}" if name in row else "" for name in ("prefill_tps", "decode_tps")]
@@ -100,15 +98,13 @@ def _figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def front(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The members of a front side by side, best quality first, as a rich table."""
-    from rich.table import Table
+def front(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The members of a front side by side, best quality first."""
+    from selfpruner.tables import Table
 
     timed = "latency_us" in rows[0]
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    table.add_column("front", no_wrap=True)
-    for name in ("rate", "parameters", "KL", "perplexity", *(("block times", "prefill", "speedup") if timed else ()), "made by"):
-        table.add_column(name, justify="left" if name == "made by" else "right", no_wrap=True)
+    speed = ("block times", "prefill", "speedup") if timed else ()
+    table = Table("front", "rate", "parameters", "KL", "perplexity", *speed, "made by", words=("front", "made by"))
     for row in rows:
         speeds = [f"{row['latency_us'] / 1000:,.1f} ms"] if timed else []
         if timed:
