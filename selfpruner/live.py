@@ -12,17 +12,20 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console, Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from selfpruner.progress import Estimate, Teller, Watch, counts, duration, printable
+from selfpruner.tables import Screen, Table
 
 if TYPE_CHECKING:
     from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
 
+BAR = 30  # columns
 MARKS = {"info": ("·", "dim"), "warn": ("!", "yellow"), "error": ("x", "red")}
 
 
@@ -30,7 +33,7 @@ class LiveView:
     """A context manager; ``event`` and ``progress`` may be called in any order and at any rate."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Screen(stderr=True)
         self._title = title
         self._status = ""
         self._progress: Mapping[str, Any] = {}
@@ -63,18 +66,27 @@ class LiveView:
         if self._live is None and progress:
             self._lines(facts(progress, status).plain, done)
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # rich gives it the options of the event that is printed above it: those would crop its lines.
+        options = options.update(no_wrap=False, overflow="fold", height=None)
         progress = self._progress
-        done, total = int(progress.get("generation") or 0), int(progress.get("generations") or 0)
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
-            Text(self._title, "bold"),
-            ProgressBar(total=max(total, 1), completed=done, width=30),
-            Text(f"generation {done} of {total}" if total else self._status),
-            Text(str(self._estimate)),
-            Text(duration(time.monotonic() - self._started), "dim"),
-        )
-        return Group(head, facts(progress, self._status), operators(progress) or "")
+        shown: list[Any] = [self._head(options.max_width), facts(progress, self._status)]
+        if table := operators(progress):
+            height = sum(len(console.render_lines(part, options)) for part in (*shown, table))
+            small = f"{len(progress['data']['operators'])} operators, more than this screen has lines for"
+            shown.append(table if height < console.height else Text(small, "dim"))
+        yield from console.render(Group(*shown), options)
+
+    def _head(self, width: int) -> Grid | Text:
+        """Title, bar, generation, time; on two lines without the bar where that is too long for one."""
+        done, total = int(self._progress.get("generation") or 0), int(self._progress.get("generations") or 0)
+        title, spent = Text(self._title, "bold"), Text(duration(time.monotonic() - self._started), "dim")
+        state = [Text(f"generation {done} of {total}" if total else self._status), Text(str(self._estimate))]
+        if sum(cell_len(part.plain) + 2 for part in (title, *state, spent)) + BAR > width:
+            return Text.assemble(title, "\n", Text(" · ").join([part for part in (*state, spent) if part.plain]))
+        head = Grid.grid(padding=(0, 2))
+        head.add_row(title, ProgressBar(total=max(total, 1), completed=done, width=BAR), *state, spent)
+        return head
 
 
 def measure(progress: Mapping[str, Any]) -> str:
@@ -108,13 +120,17 @@ def operators(progress: Mapping[str, Any]) -> Table | None:
     made, improved = data.get("operators") or {}, data.get("improved") or {}
     if not made:
         return None
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    table.add_column("operator")
-    table.add_column("plans", justify="right")
-    table.add_column("improved the best", justify="right")
+    table = Table("operator", "plans", "improved the best", words=("operator",))
     for name, plans in made.items():
         table.add_row(str(name), str(plans), str(improved.get(name, 0)))
     return table
+
+
+def contributions(report: Mapping[str, Any]) -> Table | None:
+    """The same of a job that has ended, from its report."""
+    rows = report.get("operators", {})
+    made, improved = ({name: row[key] for name, row in rows.items()} for key in ("made", "improved"))
+    return operators({"data": {"operators": made, "improved": improved}})
 
 
 def account(report: Mapping[str, Any]) -> list[str]:

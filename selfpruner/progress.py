@@ -121,12 +121,11 @@ class Teller:
     def _show(self) -> None:
         self._shown, self._last = self._text, time.monotonic()
         spent = duration(self._last - self._started)
-        line = " · ".join(part for part in (self._text, str(self._estimate), spent) if part)
+        end = "".join(f" · {part}" for part in (str(self._estimate), spent) if part)
         if self._moves:
-            width = _width(self._stream)
-            self._write(f"\r\033[K{line if len(line) < width else line[: width - 2] + '…'}")
+            self._write(f"\r\033[K{_fitting(self._text, _width(self._stream) - 1 - len(end))}{end}")
         else:
-            self._write(f"{line}\n")
+            self._write(f"{self._text}{end}\n")
 
     def _write(self, text: str) -> None:
         try:
@@ -159,6 +158,13 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """The text without anything a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _fitting(text: str, room: int) -> str:
+    """As many of the first words as there is room for: a figure is not halved, and a line that changes has to be one."""
+    if len(text) <= room:
+        return text
+    return text[: max(room - 1, 0)].rpartition(" ")[0] + " …"
 
 
 def _width(stream: IO[str]) -> int:
