@@ -59,7 +59,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install ## search a real model over HTTP and verify the checkpoint
-	$(TIED) -m selfpruner.demo
+	$(TIED) -m selfpruner.cli.demo
 
 test: install lint types ## lint, types and all tests but the slow ones
 	@# Two processes with one torch thread each: many tests wait for servers and workers, and small tensors gain nothing from threads.

@@ -28,13 +28,13 @@ from selfpruner.api import default_cache
 from selfpruner.config import SearchConfig
 from selfpruner.evolution.evaluator import FIRST, SLOPE_PASSES, Evaluator
 from selfpruner.evolution.loop import Search
-from selfpruner.evolution.records import LlmCall
 from selfpruner.evolution.survey import FORESIGHT, probe_level
 from selfpruner.evolution.windows import Windows
+from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.records import LlmCall
 from selfpruner.workers.base import Json, OnProgress, Session
 
 LENGTH, SEQUENCES = 256, 512

@@ -25,8 +25,8 @@ import torch
 from benchmarks.data import text
 from selfpruner import models
 from selfpruner.api import config_of, default_cache
-from selfpruner.evaluation.prepared import Prepared, prepare, text_of
-from selfpruner.space import Block, Option, Plan, SearchSpace
+from selfpruner.evaluation.session import Prepared, prepare, text_of
+from selfpruner.planning.space import Block, Option, Plan, SearchSpace
 
 REPAIRS = ("least_squares", "least_squares_weights")
 JUDGES = ("wikitext2-test", "c4")

@@ -19,9 +19,9 @@ from typing import Any
 
 from benchmarks.data import FILES, text
 from selfpruner.api import config_of, default_cache
-from selfpruner.evolution.job import session_of
-from selfpruner.space import SearchSpace
-from selfpruner.workers.runtime import Runtime
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import session_of
+from selfpruner.planning.space import SearchSpace
 
 JUDGES = ("wikitext2-test", "c4")
 

@@ -73,8 +73,8 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
     from selfpruner.calibration.cache import cached_gradients, cached_statistics
     from selfpruner.calibration.statistics import OUTPUTS, SITES
     from selfpruner.calibration.texts import token_batches
-    from selfpruner.evaluation import prepared
-    from selfpruner.workers.memory import release
+    from selfpruner.models.memory import release
+    from selfpruner.pruning.blocks import prepare_blocks
 
     cache = default_cache()
     source = models.resolve(options.model, cache)
@@ -117,7 +117,7 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
         release()
         quiet = (lambda _: None), (lambda: False)
         with Tracer() as deciding:
-            prepared.prepare_blocks(config, arch, loaded, batches, place, *quiet)
+            prepare_blocks(config, arch, loaded, batches, place, *quiet)
     return {"statistics": statistics / 2**20, "collecting": collecting.peak, "deciding": deciding.peak}
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from selfpruner.evaluation.corpora import C4_CALIBRATION
+from selfpruner.judging.corpora import C4_CALIBRATION
 
 FILES = {
     "wikitext2-train": "wikitext2/wiki.train.head.raw",

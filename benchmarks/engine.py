@@ -238,7 +238,7 @@ def _survivors(case: Case, options: argparse.Namespace, children: int) -> dict[s
 
 # -- memory ----------------------------------------------------------------------------------------------------------------------
 def _child(method: str, children: int) -> dict[str, float]:
-    from selfpruner.workers.memory import ENVIRONMENT
+    from selfpruner.models.memory import ENVIRONMENT
 
     command = tied("-m", "benchmarks.engine", *sys.argv[1:], "--one", method, "--children", str(children))
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **ENVIRONMENT})
@@ -259,7 +259,7 @@ def _memory(peaks: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def _memory_of(options: argparse.Namespace) -> dict[str, float]:
-    from selfpruner.workers.memory import release
+    from selfpruner.models.memory import release
 
     case = prepare(options)
     run = scorer(case, options, options.one)
@@ -286,7 +286,8 @@ def prepare(options: argparse.Namespace) -> Case:
     from selfpruner.architectures import describe
     from selfpruner.calibration.texts import token_batches
     from selfpruner.config import TextConfig
-    from selfpruner.evaluation import prepared
+    from selfpruner.pruning.blocks import prepare_blocks
+    from selfpruner.pruning.options import space_of
 
     cache = default_cache()
     device = models.choose_device(options.device)
@@ -309,8 +310,8 @@ def prepare(options: argparse.Namespace) -> Case:
     calibration = tokens("wikitext2-train", 32, 512, "calibration")
     judged = tokens("wikitext2-valid", 76_800 // options.length, options.length, "fitness").tokens
     with torch.no_grad():
-        blocks, _ = prepared.prepare_blocks(config, arch, loaded, calibration, cache, lambda _: None, lambda: False)
-    return Case(arch, blocks, prepared.space_of(config, arch, blocks), judged, memory.peak)
+        blocks, _ = prepare_blocks(config, arch, loaded, calibration, cache, lambda _: None, lambda: False)
+    return Case(arch, blocks, space_of(config, arch, blocks), judged, memory.peak)
 
 
 def random_case(shape: dict[str, int], options: argparse.Namespace, device: Any, dtype: Any) -> Case:
@@ -324,9 +325,9 @@ def random_case(shape: dict[str, int], options: argparse.Namespace, device: Any,
     from selfpruner.api import config_of
     from selfpruner.architectures import describe
     from selfpruner.calibration.statistics import BlockStatistics
-    from selfpruner.evaluation import prepared
-    from selfpruner.patterns import prepare_attention, prepare_ffn
-    from selfpruner.space import attention_shapes, ffn_widths
+    from selfpruner.planning.space import attention_shapes, ffn_widths
+    from selfpruner.pruning.options import space_of
+    from selfpruner.pruning.patterns import prepare_attention, prepare_ffn
 
     memory = Memory(device)
     settings = LlamaConfig(**shape, max_position_embeddings=4096, tie_word_embeddings=False)  # type: ignore[arg-type]
@@ -347,7 +348,7 @@ def random_case(shape: dict[str, int], options: argparse.Namespace, device: Any,
         blocks.append(prepare_ffn(arch, layer, moments[1], *how, ffn_widths(arch.channels)))
     config = config_of({"rate": options.rate, "preset": "evolution"})
     tokens = torch.randint(arch.vocabulary, (512, options.length), generator=torch.Generator().manual_seed(0))
-    return Case(arch, blocks, prepared.space_of(config, arch, blocks), tokens, memory.peak)
+    return Case(arch, blocks, space_of(config, arch, blocks), tokens, memory.peak)
 
 
 if __name__ == "__main__":

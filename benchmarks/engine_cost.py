@@ -24,7 +24,7 @@ from benchmarks.engine import children_of, random_case
 from benchmarks.streaming import Memory
 from selfpruner.evaluation.divergence import ASTRAY
 from selfpruner.evaluation.engine import Engine
-from selfpruner.workers.memory import release
+from selfpruner.models.memory import release
 
 HIDDEN, CHANNELS, HEADS, LENGTH = 256, 768, 4, 128
 

@@ -28,7 +28,7 @@ from selfpruner.config import TextConfig
 from selfpruner.criteria.eggs import expander_mask
 from selfpruner.criteria.masks import Sparsity, keep_n
 from selfpruner.criteria.ria import Ria, RiaPermuted
-from selfpruner.patterns.masked import LayerMatrices
+from selfpruner.pruning.patterns.masked import LayerMatrices
 
 
 def main() -> None:

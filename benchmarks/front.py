@@ -23,19 +23,20 @@ from selfpruner.config import SearchConfig
 from selfpruner.evolution.evaluator import Evaluator
 from selfpruner.evolution.extras import Extras
 from selfpruner.evolution.front import Front, Member
-from selfpruner.evolution.front_report import front_rows, latencies_of
-from selfpruner.evolution.job import session_of
-from selfpruner.evolution.landscape import spearman
-from selfpruner.evolution.loop import Outcome, Search
-from selfpruner.evolution.records import Window
+from selfpruner.evolution.loop import Search
+from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import Windows, report_windows
-from selfpruner.operators.closed_form import cheapest, predicted_losses
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.jobs.front_report import front_rows, latencies_of
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import session_of
+from selfpruner.planning.allocation import cheapest, predicted_losses
+from selfpruner.planning.landscape import spearman
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Window
 from selfpruner.store.store import Store
 from selfpruner.tables import Screen, Table
 from selfpruner.workers.base import Json, Session, WorkerPool
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.runtime import Runtime
 
 
 class Subject:

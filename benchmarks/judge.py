@@ -22,15 +22,15 @@ from torch import Tensor
 from benchmarks.data import original, text
 from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, TextError
-from selfpruner.evaluation.corpora import joined_rows
 from selfpruner.evaluation.engine import Score
 from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
-from selfpruner.evolution.job import session_of
-from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import session_of
+from selfpruner.judging.corpora import joined_rows
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
 from selfpruner.workers.base import Json, OnProgress, Session, WorkerPool
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.runtime import Runtime
 
 WIKITEXT = {"wikitext2-512": 512, "wikitext2-2048": 2048}
 C4 = "c4-512"

@@ -19,9 +19,9 @@ from selfpruner.evolution.windows import Windows
 from selfpruner.operators import CLASSICAL, Context
 from selfpruner.operators.closed_form import Ramp, Random
 from selfpruner.operators.evolution import switch
+from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.space import Plan, SearchSpace
 
 Method = Callable[[Run], Awaitable[Plan]]
 

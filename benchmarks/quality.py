@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import c4_calibration, text
-from selfpruner import api, manifest, names
-from selfpruner.evaluation.quality import Quality, Results, markdown
+from selfpruner import api, names
+from selfpruner.files import manifest
+from selfpruner.judging.quality import Quality, Results, markdown
 
 ROWS = ("dense", "uniform-0.2", "found-0.2", "uniform-0.3", "found-0.3")
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"

@@ -39,9 +39,9 @@ from selfpruner import models
 from selfpruner.api import config_of, default_cache
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.compensation.least_squares import FLOOR
-from selfpruner.evaluation.prepared import Prepared, prepare
-from selfpruner.patterns import PrunableAttention
-from selfpruner.space import Plan
+from selfpruner.evaluation.session import Prepared, prepare
+from selfpruner.planning.space import Plan
+from selfpruner.pruning.patterns import PrunableAttention
 
 REPAIRS = (
     *(

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.evaluation.engine import Engine
-from selfpruner.evaluation.prepared import pruned_tensors
 from selfpruner.export.build import build
-from selfpruner.patterns import PrunableAttention, PrunableFfn
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.export.pruned import pruned_tensors
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.pruning.patterns import PrunableAttention, PrunableFfn
 
 # Tokens of one forward pass, and positions whose logits are compared at once.
 WIDE, POSITIONS = 2048, 128

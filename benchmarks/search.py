@@ -26,8 +26,8 @@ from rich.console import Console
 
 from benchmarks import summary
 from selfpruner.errors import SelfprunerError
+from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.tables import Screen
-from selfpruner.workers.memory import ENVIRONMENT
 
 if TYPE_CHECKING:
     from benchmarks.judge import Bench, Settings

@@ -110,21 +110,24 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.data import text
-    from selfpruner import model_checks, models
+    from selfpruner import models
     from selfpruner.api import config_of, default_cache
     from selfpruner.architectures import describe
     from selfpruner.calibration.texts import TokenBatches, token_batches
     from selfpruner.config import TextConfig
-    from selfpruner.evaluation import prepared
+    from selfpruner.evaluation.session import make_engine
+    from selfpruner.models import checks
+    from selfpruner.models.memory import release
     from selfpruner.operators.evolution import switch
-    from selfpruner.space import Plan
-    from selfpruner.workers.memory import release
+    from selfpruner.planning.space import Plan
+    from selfpruner.pruning.blocks import prepare_blocks
+    from selfpruner.pruning.options import space_of
 
     cache = default_cache()
     source = models.resolve(str(options.folder) if options.random else options.model, cache)
     device = models.choose_device(options.device)
     dtype = models.choose_dtype(options.dtype, device, stored=source.config.get("dtype"))
-    weights, _ = model_checks.weight_bytes(source.folder, dtype.itemsize)
+    weights, _ = checks.weight_bytes(source.folder, dtype.itemsize)
     ceiling = int(weights * options.share) if options.one == "streamed" else None
     config = config_of(
         {
@@ -160,13 +163,13 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     judged = tokens("wikitext2-train", options.sequences, options.length, "fitness").tokens
     started = time.perf_counter()
     quiet = (lambda _: None), (lambda: False)
-    blocks, _ = prepared.prepare_blocks(config, arch, loaded, calibration, cache, *quiet)
-    space = prepared.space_of(config, arch, blocks)
+    blocks, _ = prepare_blocks(config, arch, loaded, calibration, cache, *quiet)
+    space = space_of(config, arch, blocks)
     out["prepare"] = time.perf_counter() - started
     out["peaks"]["prepare"] = memory.peak()
     if options.one == "prepare":
         return out
-    engine = prepared.make_engine(arch, loaded, blocks)
+    engine = make_engine(arch, loaded, blocks)
     chance = random.Random(0)
     parent = space.project([0.2] * space.layers)
     plans: Iterable[Plan] = [
@@ -229,7 +232,7 @@ def write_random(folder: Path, shape: dict[str, int]) -> None:
     from transformers import LlamaConfig
     from transformers.models.auto import AutoModelForCausalLM
 
-    from selfpruner.tensor_files import held_shapes, write_tensors
+    from selfpruner.files.tensors import held_shapes, write_tensors
     from tests.tiny_models import tiny_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

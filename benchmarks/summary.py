@@ -140,6 +140,6 @@ def listed(found: Sequence[Result] | str) -> Sequence[Result]:
 
 
 def write_chart(results: Mapping[str, Mapping[str, Sequence[Result] | str]], title: str, path: Path) -> None:
-    from selfpruner.plots import save
+    from selfpruner.cli.plots import save
 
     save(chart(results, title), path)

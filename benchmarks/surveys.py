@@ -35,15 +35,16 @@ def _run(options: argparse.Namespace) -> None:
     from selfpruner.architectures import describe
     from selfpruner.calibration.texts import token_batches
     from selfpruner.config import TextConfig
-    from selfpruner.evaluation import prepared
     from selfpruner.evaluation.engine import Engine
     from selfpruner.evaluation.slopes import slopes
     from selfpruner.evolution.evaluator import FIRST, OWN
-    from selfpruner.evolution.landscape import Landscape
     from selfpruner.evolution.survey import FORESIGHT, probe_level, steps, weighed
     from selfpruner.evolution.windows import PIECE
-    from selfpruner.operators.closed_form import cheapest
-    from selfpruner.space import Plan
+    from selfpruner.planning.allocation import cheapest
+    from selfpruner.planning.landscape import Landscape
+    from selfpruner.planning.space import Plan
+    from selfpruner.pruning.blocks import prepare_blocks
+    from selfpruner.pruning.options import space_of
 
     cache = default_cache()
     loaded = models.load(models.resolve(options.model, cache), "cpu", "auto")
@@ -58,10 +59,8 @@ def _run(options: argparse.Namespace) -> None:
     judged = {"c4": tokens("c4", options.judged, 512, "report").tokens}
     judged["wikitext2"] = tokens("wikitext2-test", options.judged, 512, "report").tokens
     with torch.no_grad():
-        blocks, _ = prepared.prepare_blocks(
-            config, arch, loaded, tokens("c4", 32, 512, "calibration"), cache, lambda _: None, lambda: False
-        )
-    space = prepared.space_of(config, arch, blocks)
+        blocks, _ = prepare_blocks(config, arch, loaded, tokens("c4", 32, 512, "calibration"), cache, lambda _: None, lambda: False)
+    space = space_of(config, arch, blocks)
     engine = Engine(arch, blocks)
 
     levels = [probe_level(space, block) for block in range(len(blocks))]

@@ -51,7 +51,7 @@ def measure(model: str, file: str) -> dict[str, object]:
     from selfpruner import models
     from selfpruner.calibration.texts import token_batches
     from selfpruner.config import Source, TextConfig
-    from selfpruner.workers.memory import peak_mib
+    from selfpruner.models.memory import peak_mib
 
     with tempfile.TemporaryDirectory() as cache:
         loaded = models.load(models.resolve(model, Path(cache)), "cpu")

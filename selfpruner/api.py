@@ -17,25 +17,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfpruner import manifest, names, places, runs, saved
-from selfpruner.cache_folder import default_cache as default_cache
+from selfpruner import names
 from selfpruner.calibration import files
 from selfpruner.config import SearchConfig, Source, TextConfig, field_names
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
-from selfpruner.evolution.job import JobResult, run_job, session_of
-from selfpruner.evolution.records import Recorder
-from selfpruner.manifest import NAME as MANIFEST
+from selfpruner.files import manifest, places
+from selfpruner.files.cache_folder import default_cache as default_cache
+from selfpruner.files.manifest import NAME as MANIFEST
+from selfpruner.jobs import runs
+from selfpruner.jobs.run import JobResult, run_job, session_of
+from selfpruner.models import saved
+from selfpruner.models.memory import ENVIRONMENT
+from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import Watch, shown
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.records import Recorder
 from selfpruner.store.store import Store
 from selfpruner.timing.report import Report, Settings
 from selfpruner.workers.base import Json, Session, WorkerPool
-from selfpruner.workers.memory import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from selfpruner.evaluation.quality import Quality
     from selfpruner.export.folder import ExportResult
+    from selfpruner.judging.quality import Quality
 
 T = TypeVar("T")
 # What the database keeps of a checkpoint, beside its plan.
@@ -93,7 +96,7 @@ def search(
     Raises ConfigError for a directory that holds a search with other settings, and what can be known before of texts, places and
     names: all before anything is computed.
     """
-    from selfpruner.live import watched
+    from selfpruner.jobs.live import watched
 
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
@@ -329,9 +332,9 @@ def evaluate(
     """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``."""
     from selfpruner import models
     from selfpruner.calibration.texts import token_batches
-    from selfpruner.evaluation import perplexity
     from selfpruner.export import checkpoint
     from selfpruner.export.build import count_parameters
+    from selfpruner.judging import perplexity
 
     place = cache or default_cache()
     folder = Path(model)
@@ -388,8 +391,8 @@ def quality(
     cannot be had, and what loading a model raises.
     """
     from selfpruner import models
-    from selfpruner.evaluation import measures
-    from selfpruner.evaluation.quality import Quality, Results, measure
+    from selfpruner.judging import measures
+    from selfpruner.judging.quality import Quality, Results, measure
 
     for text in perplexity:
         names.check("text", text, names.PERPLEXITY_TEXTS, param="perplexity")
@@ -525,8 +528,8 @@ def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:
         os.environ.setdefault(name, value)  # of use where torch is not imported yet, as on the command line
 
     async def run() -> T:
+        from selfpruner.jobs.handler import Runtime
         from selfpruner.workers.inprocess import InProcessPool
-        from selfpruner.workers.runtime import Runtime
 
         pool = InProcessPool(lambda: Runtime("auto"))
         try:

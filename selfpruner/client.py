@@ -19,7 +19,6 @@ from urllib.parse import quote
 
 import httpx
 
-from selfpruner import manifest
 from selfpruner.errors import (
     ConfigError,
     ConflictError,
@@ -30,6 +29,7 @@ from selfpruner.errors import (
     disk_errors,
     from_dict,
 )
+from selfpruner.files import manifest
 
 Json = dict[str, Any]
 PART = ".part"  # ends the name of a file that is not there as a whole

@@ -19,6 +19,9 @@ from typing import IO, Self
 
 Watch = Callable[[str], None]
 
+# How a worker's progress begins that says, once and before it begins, what preparing will take. It is kept as an event.
+FORESEEN = "a first preparation takes "
+
 # Seconds between two lines where lines cannot be taken back, and until one says that the same still goes on.
 EVERY, STILL = 5.0, 30.0
 _DONE = re.compile(r"(\d[\d,]*)(?:/| of )(\d[\d,]*)(?!.*\d(?:/| of )\d)")

@@ -25,8 +25,8 @@ from typing import Any, Literal, Protocol
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
-from selfpruner.evolution.records import Recorder
 from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.records import Recorder
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Job, JobStatus
 from selfpruner.workers.base import WorkerPool
@@ -45,7 +45,7 @@ Left = Literal["cancelled", "paused", "queued"]
 
 
 class JobResult(Protocol):
-    """What a search returns; see :class:`selfpruner.evolution.job.JobResult`."""
+    """What a search returns; see :class:`selfpruner.jobs.run.JobResult`."""
 
     @property
     def report(self) -> dict[str, Any]: ...
@@ -54,7 +54,7 @@ class JobResult(Protocol):
 
 
 class RunJob(Protocol):
-    """The search as the runner sees it; see :func:`selfpruner.evolution.job.run_job`."""
+    """The search as the runner sees it; see :func:`selfpruner.jobs.run.run_job`."""
 
     async def __call__(
         self,
@@ -277,7 +277,7 @@ def default_run_job() -> RunJob:
     """The real search, imported by the first job and in a thread: meanwhile the server answers."""
 
     async def run(*args: Any, **kwargs: Any) -> JobResult:
-        job = await asyncio.to_thread(import_module, "selfpruner.evolution.job")
+        job = await asyncio.to_thread(import_module, "selfpruner.jobs.run")
         result: JobResult = await job.run_job(*args, **kwargs)
         return result
 
@@ -289,7 +289,7 @@ def default_pool(settings: ServerSettings) -> WorkerPool:
 
     if settings.model_root is not None:
         os.environ["SELFPRUNER_MODEL_ROOT"] = str(settings.model_root)  # workers inherit the limit, wherever it was set
-    return ProcessPool(settings.devices, runtime="selfpruner.workers.runtime:ServedRuntime", log_dir=settings.logs)
+    return ProcessPool(settings.devices, runtime="selfpruner.jobs.handler:ServedRuntime", log_dir=settings.logs)
 
 
 PoolFactory = Callable[[ServerSettings], WorkerPool]

@@ -15,8 +15,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from selfpruner import places
 from selfpruner.errors import ConfigError, disk_errors
+from selfpruner.files import places
 from selfpruner.store.store import Store
 from server.app import create_app
 from server.runner import Runner

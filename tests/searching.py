@@ -13,13 +13,14 @@ from typing import Any
 from selfpruner.config import LlmLimits, SearchConfig
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.evolution.evaluator import FIRST, SLOPE_PASSES, Evaluator
-from selfpruner.evolution.loop import Outcome, Search
-from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
+from selfpruner.evolution.loop import Search
+from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import Windows
+from selfpruner.planning.space import Block, Plan, SearchSpace
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import CallError, Reply, Request
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.space import Block, Plan, SearchSpace
+from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
 from selfpruner.workers.base import Json, OnProgress, Session
 
 SESSION = Session("key", {}, "")

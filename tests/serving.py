@@ -16,10 +16,10 @@ from typing import Any
 
 import uvicorn
 
-from selfpruner import manifest
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, DiskFullError
-from selfpruner.evolution.records import Candidate, Evaluation, Progress, Recorder
+from selfpruner.files import manifest
+from selfpruner.records import Candidate, Evaluation, Progress, Recorder
 from selfpruner.store.store import Store
 from server.app import create_app
 from server.settings import ServerSettings

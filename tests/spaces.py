@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from selfpruner.space import Block, Option, SearchSpace, attention_shapes, ffn_widths, without_dominated
+from selfpruner.planning.space import Block, Option, SearchSpace, attention_shapes, ffn_widths, without_dominated
 
 Mode = Literal["all", "q_head", "kv_group", "none"]
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import selfpruner
-from selfpruner import api, cli
+from selfpruner import api
+from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, ModelNotFoundError, NotFoundError, UnknownNameError, UnsupportedModelError
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
 
 
 @pytest.fixture(scope="module")

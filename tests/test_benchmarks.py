@@ -16,8 +16,8 @@ from benchmarks import peers, summary
 from benchmarks.judge import Bench, BudgetSpentError, Meter, Run, Settings, judged
 from benchmarks.search import Judge, Store, report
 from selfpruner.errors import SelfprunerError
+from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers import ProposerSettings
-from selfpruner.space import Plan, SearchSpace
 from selfpruner.workers.base import Json, OnProgress, Session
 from tests.fake_openai import FakeOpenAI
 from tests.searching import AnalyticPool

@@ -18,15 +18,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from selfpruner import cache_folder, cli
-from selfpruner.cache_folder import clean, entries, let_go, make_room, remove, size, use
+from selfpruner.cli import app as cli
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, DiskFullError
-from selfpruner.evaluation.prepared import prepare
+from selfpruner.evaluation.session import prepare
+from selfpruner.files import cache_folder
+from selfpruner.files.cache_folder import clean, entries, let_go, make_room, remove, size, use
+from selfpruner.jobs.handler import Runtime
 from selfpruner.models import load, resolve
 from selfpruner.workers.base import FORESEEN, Session
 from selfpruner.workers.lifeline import tied
-from selfpruner.workers.runtime import Runtime
 from tests.tiny_models import sample_text
 
 
@@ -62,7 +63,7 @@ def names(cache: Path) -> list[str]:
 def user(entry: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that uses ``entry``."""
     (entry.parent / "user.py").write_text(
-        "import sys, time; from pathlib import Path; from selfpruner.cache_folder import use\n"
+        "import sys, time; from pathlib import Path; from selfpruner.files.cache_folder import use\n"
         "use(Path(sys.argv[1]), 'm', 'w'); print(flush=True); time.sleep(60)"
     )
     command = tied("-P", str(entry.parent / "user.py"), str(entry))
@@ -160,7 +161,7 @@ def test_a_limit_that_is_no_size_is_refused_before_a_model_is_loaded(tmp_path: P
 
 
 def test_managing_the_cache_needs_no_torch() -> None:
-    code = "import sys, selfpruner.commands.cache; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    code = "import sys, selfpruner.cli.cache; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 

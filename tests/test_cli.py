@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfpruner import cli, options
+from selfpruner.cli import app as cli
+from selfpruner.cli import options
 from selfpruner.client import Client
 from selfpruner.errors import ConfigError
-from selfpruner.live import LiveView, account, printable
+from selfpruner.jobs.live import LiveView, account, printable
 from server.settings import ServerSettings
 from tests.serving import BUDGET, QUICK, WAITS, Running, running_server
 
@@ -165,7 +166,7 @@ def test_interrupt_leaves_the_job_running(server: Running) -> None:
     with Client(server.url) as client:
         job_id = client.submit({"rate": 0.2, "seed": WAITS})["id"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "selfpruner.cli", "show", "--follow", job_id],
+            [sys.executable, "-m", "selfpruner", "show", "--follow", job_id],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from selfpruner import cli, names
-from selfpruner.comparison import Method, methods_of
+from selfpruner import names
+from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, UnknownNameError
+from selfpruner.jobs.comparison import Method, methods_of
 from tests.tiny_models import sample_text, tiny_model
 
 

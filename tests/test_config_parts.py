@@ -9,10 +9,10 @@ import pytest
 import torch
 from pydantic import Field
 
-from selfpruner.comparison import SETTINGS
 from selfpruner.config import Part, SearchConfig, Strict, _part
-from selfpruner.evolution.job import session_of
-from selfpruner.workers.runtime import Runtime
+from selfpruner.jobs.comparison import SETTINGS
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import session_of
 from tests.tiny_models import sample_text, tiny_model
 
 TEXT = {"sources": [{"source": "pydoc"}], "sequences": 3, "length": 32}

@@ -17,11 +17,12 @@ import httpx
 import pytest
 from transformers.models.auto import AutoTokenizer
 
-from selfpruner import cli, manifest
+from selfpruner.cli import app as cli
 from selfpruner.client import Client, UnreachableError
 from selfpruner.errors import ConfigError, CorruptCheckpointError
 from selfpruner.export import proof
 from selfpruner.export.checkpoint import write
+from selfpruner.files import manifest
 from server.settings import ServerSettings
 from tests.serving import Running, running_server
 from tests.test_export import CARD, folder, prune, units_of

@@ -11,10 +11,12 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from selfpruner import api, manifest, model_checks, models
+from selfpruner import api, models
 from selfpruner.errors import ExportError
 from selfpruner.export import formats
 from selfpruner.export.build import build, shapes_of
+from selfpruner.files import manifest
+from selfpruner.models import checks
 from tests.test_models import write_gguf
 from tests.tiny_models import sample_text, tiny_model
 
@@ -56,7 +58,7 @@ def check(dense: Path, made: api.Pruned, kind: str) -> None:
     up = "model.layers.1.mlp.up_proj.weight"
     assert 0 < len(new[up]) < len(old[up])
     assert {tuple(row) for row in new[up].tolist()} <= {tuple(row) for row in old[up].tolist()}
-    assert model_checks.stored_dtype(made.path) == kind
+    assert checks.stored_dtype(made.path) == kind
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -149,7 +151,7 @@ def test_a_gguf_file_has_a_type_too(kind: str, stored: str, tmp_path: Path) -> N
     folder = tiny_model(tmp_path / "model", "llama")
     write_gguf(tmp_path / "tiny.gguf", folder, kind=kind)
     source = models.resolve(str(tmp_path / "tiny.gguf"), tmp_path / "cache")
-    assert source.config["dtype"] == model_checks.stored_dtype(source.folder) == stored
+    assert source.config["dtype"] == checks.stored_dtype(source.folder) == stored
     assert models.load(source, "cpu").written == getattr(torch, stored)
     name = "model.layers.0.mlp.up_proj.weight"
     made, dense = load_file(source.folder / "model.safetensors")[name], load_file(folder / "model.safetensors")[name]

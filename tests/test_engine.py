@@ -15,8 +15,8 @@ from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Engine, LevelCache, Work
 from selfpruner.evaluation.lanes import Lanes
-from selfpruner.patterns import PrunableAttention
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
+from selfpruner.pruning.patterns import PrunableAttention
 from tests.pruned import Ready, inputs_of, kept_columns, load_tiny, masked, naive, outputs_of, random_plans, ready, tokens_of
 
 MODELS: dict[str, dict[str, Any]] = {

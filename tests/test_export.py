@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 import tests.tiny_models as tiny
-from selfpruner import manifest
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, DiskFullError, ExportError
 from selfpruner.export import checkpoint, proof
 from selfpruner.export import verify as verify_script
@@ -32,8 +31,9 @@ from selfpruner.export.build import expected_parameters, plain_config, shapes_of
 from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, write
 from selfpruner.export.formats import verify
 from selfpruner.export.forms import FORMS
-from selfpruner.export.shape import KeptUnits
-from selfpruner.layouts import Widths, layout_of
+from selfpruner.files import manifest
+from selfpruner.models.layouts import Widths, layout_of
+from selfpruner.pruning.shape import KeptUnits
 from tests.pruned import outputs_of, rows_of
 
 ROOT = Path(__file__).parent.parent

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from selfpruner import api, plots
+from selfpruner import api
+from selfpruner.cli import plots
 from selfpruner.errors import OutOfMemoryError, WorkerError
-from selfpruner.evaluation import repetition, speed
-from selfpruner.evolution.job import JobResult, run_job
+from selfpruner.evaluation import speed
 from selfpruner.export import checkpoint, formats
-from selfpruner.live import account
+from selfpruner.jobs.live import account
+from selfpruner.jobs.run import JobResult, run_job
+from selfpruner.judging import repetition
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, OnProgress, Session
 from tests.test_job import Recording, config_of

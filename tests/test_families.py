@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers.models.auto import AutoConfig
 
-from selfpruner import model_checks, streaming
 from selfpruner.config import SearchConfig
-from selfpruner.evaluation.prepared import Prepared, prepare, pruned_tensors, streamed_export
-from selfpruner.evolution.job import run_job
+from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
-from selfpruner.models import LoadedModel, load, resolve
-from selfpruner.space import Plan
+from selfpruner.export.pruned import pruned_tensors, streamed_export
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import run_job
+from selfpruner.models import LoadedModel, checks, load, resolve, streaming
+from selfpruner.planning.space import Plan
 from selfpruner.store.store import Store
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.runtime import Runtime
 from tests.pruned import random_plans
 from tests.test_export import OWN_FORMS
 from tests.test_job import config_of
@@ -106,7 +106,7 @@ def test_a_streamed_model_scores_and_exports_the_same(family: str, tmp_path: Pat
     config = config_for(tmp_path, family)
     resident = prepared_of(config, tmp_path)
     source = resident.loaded.source
-    files = model_checks.weight_files(source.folder)
+    files = checks.weight_files(source.folder)
     model = streaming.stream(AutoConfig.from_pretrained(source.folder), files, torch.device("cpu"), torch.float32, TIGHT)
     loaded = LoadedModel(model, resident.loaded.tokenizer, source, torch.float32, 64 << 20, True)
     streamed = prepared_of(config, tmp_path, loaded)

@@ -19,17 +19,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selfpruner import api, cli, manifest, models
+from selfpruner import api, models
 from selfpruner.api import Pruned
+from selfpruner.cli import app as cli
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, ModelError, ModelNotFoundError, SelfprunerError
-from selfpruner.evaluation.quality import Results
-from selfpruner.evolution.job import run_job, session_of
-from selfpruner.evolution.records import Recorder
 from selfpruner.export.folder import write_folder
-from selfpruner.space import Plan
+from selfpruner.files import manifest
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import run_job, session_of
+from selfpruner.judging.quality import Results
+from selfpruner.planning.space import Plan
+from selfpruner.records import Recorder
 from selfpruner.workers.base import Session
-from selfpruner.workers.runtime import Runtime
 from tests.searching import MemoryRecorder
 from tests.tiny_models import sample_text
 
@@ -139,7 +141,7 @@ def test_a_pointer_instead_of_a_gguf_file(tmp_path: Path) -> None:
 def test_refused_before_the_weights_are_read(
     damage: Callable[[Path], object], words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfpruner.streaming.whole", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("selfpruner.models.streaming.whole", lambda *_: pytest.fail("the weights were read"))
     damage(folder)
     with pytest.raises(ModelError, match=words):
         models.load(models.resolve(str(folder), tmp_path), "cpu", "float32")

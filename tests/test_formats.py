@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 import tests.tiny_models as tiny
-from selfpruner import api, cli, manifest
+from selfpruner import api
+from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, CorruptCheckpointError, ExportError, FormatError, NotFoundError
 from selfpruner.export import formats, modeling_selfpruner, proof
 from selfpruner.export import verify as verify_script
@@ -21,8 +22,9 @@ from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import load, write
 from selfpruner.export.proof import reference_tokens, write_reference
 from selfpruner.export.transformers_format import Transformers
-from selfpruner.layouts import Widths, layout_of
-from selfpruner.tensor_files import TensorFile
+from selfpruner.files import manifest
+from selfpruner.files.tensors import TensorFile
+from selfpruner.models.layouts import Widths, layout_of
 from tests.pruned import rows_of
 from tests.test_export import CARD, Case, Keep, folder, prune, tokens_of, units_of
 
@@ -127,7 +129,7 @@ def test_a_uniform_checkpoint_is_masked_as_well(tmp_path: Path) -> None:
             weights[f"{place}mlp.{name}_proj.weight"] = dense[f"{place}mlp.{name}_proj.weight"][8:56]
         weights[f"{place}mlp.down_proj.weight"] = dense[f"{place}mlp.down_proj.weight"][:, 8:56]
     from selfpruner.export.build import build
-    from selfpruner.export.shape import LayerShape
+    from selfpruner.pruning.shape import LayerShape
 
     case = Case(model, build(model, [LayerShape(2, 1, 48)] * 3, weights), [Keep(heads, channels)] * 3, {})
     checkpoint = written(tmp_path, case, source)

@@ -17,22 +17,24 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from benchmarks.front import Subject, compare, table
-from selfpruner import api, cli, options
-from selfpruner.commands.show import front
+from selfpruner import api
+from selfpruner.cli import app as cli
+from selfpruner.cli import options
+from selfpruner.cli.plots import front_chart, result_chart
+from selfpruner.cli.show import front
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError
 from selfpruner.evaluation.latency import time_blocks
-from selfpruner.evaluation.prepared import prepare
+from selfpruner.evaluation.session import prepare
 from selfpruner.evolution.front import ALIKE, NAME, Front, Latencies, Member, front_tokens
-from selfpruner.evolution.front_report import latencies_of
-from selfpruner.evolution.job import JobResult, session_of
-from selfpruner.evolution.loop import Outcome
+from selfpruner.evolution.outcome import Outcome
+from selfpruner.jobs.front_report import latencies_of
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import JobResult, session_of
 from selfpruner.models import load, resolve
-from selfpruner.plots import front_chart, result_chart
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, OnProgress, Session
-from selfpruner.workers.runtime import Runtime
 from server.schemas import JobRequest
 from tests.searching import SESSION, AnalyticPool, DiedError, Interruptions, MemoryRecorder, Run, config_of
 from tests.spaces import space_of

@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
 import tests.tiny_models as tiny
-from selfpruner import model_gguf
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import checkpoint, gguf, gguf_runtime, gguf_tokenizer, proof, verify_gguf
 from selfpruner.export.base import Checkpoint
 from selfpruner.export.build import build
 from selfpruner.export.gguf import Gguf
-from selfpruner.export.shape import LayerShape
+from selfpruner.models import gguf as model_gguf
+from selfpruner.pruning.shape import LayerShape
 from tests.test_export import CARD, Case, folder, prune, tokens_of
 
 GOLDEN = Path(__file__).parent / "golden"

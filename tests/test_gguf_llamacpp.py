@@ -18,7 +18,7 @@ from selfpruner.export.base import Checkpoint
 from selfpruner.export.build import build
 from selfpruner.export.checkpoint import load
 from selfpruner.export.gguf import FAMILIES, Gguf
-from selfpruner.export.shape import LayerShape
+from selfpruner.pruning.shape import LayerShape
 from tests.test_export import Case, folder, tokens_of
 from tests.test_gguf import PIECES, ROPES, VARYING, export, pruned, sentencepiece, uniform, with_pre_tokenizer
 

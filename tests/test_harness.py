@@ -15,10 +15,11 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not in
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from selfpruner import api, cli, names  # noqa: E402
+from selfpruner import api, names  # noqa: E402
+from selfpruner.cli import app as cli  # noqa: E402
 from selfpruner.errors import ConfigError, TextError  # noqa: E402
-from selfpruner.evaluation import harness, measures  # noqa: E402
-from selfpruner.evaluation.task_files import LocalTask  # noqa: E402
+from selfpruner.judging import harness, measures  # noqa: E402
+from selfpruner.judging.task_files import LocalTask  # noqa: E402
 from tests.tiny_models import WORDS, tiny_model  # noqa: E402
 
 COMMON = "dataset_path: json\ntest_split: test\nnum_fewshot: 0\n"

@@ -16,17 +16,18 @@ import torch
 from selfpruner.architectures import describe
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError, SelfprunerError, TextError, UnknownNameError
-from selfpruner.evaluation.prepared import Prepared, prepare, pruned_tensors
-from selfpruner.evolution.job import JobResult, run_job, session_of
+from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
+from selfpruner.export.pruned import pruned_tensors
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import JobResult, run_job, session_of
 from selfpruner.models import load, resolve
+from selfpruner.planning.space import Plan
 from selfpruner.proposers import ProposerSettings
-from selfpruner.space import Plan
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json, OnProgress, Session
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.runtime import Runtime
 from tests.pruned import random_plans
 from tests.tiny_models import sample_text, tiny_model
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfpruner.evolution.landscape import Landscape, spearman
-from selfpruner.operators.closed_form import FORBIDDEN, cheapest, predicted_losses
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.allocation import FORBIDDEN, cheapest, predicted_losses
+from selfpruner.planning.landscape import Landscape, spearman
+from selfpruner.planning.space import Plan, SearchSpace
 from tests.spaces import space_of
 
 TOKENS = 4096

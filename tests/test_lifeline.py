@@ -53,7 +53,7 @@ def test_a_demo_that_is_ended_leaves_neither_server_nor_worker(tmp_path: Path) -
     with ExitStack() as stack:
         demos = {}
         for number in SIGNALS:
-            command = [sys.executable, "-m", "selfpruner.demo", "--home", str(tmp_path / number.name)]
+            command = [sys.executable, "-m", "selfpruner.cli.demo", "--home", str(tmp_path / number.name)]
             demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean)
             stack.callback(demo.wait)
             stack.callback(demo.kill)

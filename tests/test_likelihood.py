@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from selfpruner.errors import CancelledTaskError, ModelError
-from selfpruner.evaluation.likelihood import Likelihood, Question, likelihoods
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
+from selfpruner.judging.likelihood import Likelihood, Question, likelihoods
 from tests.pruned import load_tiny
 from tests.tiny_models import FAMILIES, randomize
 

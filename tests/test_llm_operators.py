@@ -13,17 +13,17 @@ import pytest
 
 from selfpruner.config import LlmLimits
 from selfpruner.errors import ConflictError, ProposerError
-from selfpruner.evolution.records import Candidate, LlmCall
 from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators.base import Context
 from selfpruner.operators.llm import OPERATORS, Crossover, Initialize
 from selfpruner.operators.plan_format import PlanFormat
 from selfpruner.operators.prompt_facts import score
+from selfpruner.planning.space import Block, Option, Plan, SearchSpace, ffn_widths
 from selfpruner.proposers.base import OUTCOMES
 from selfpruner.proposers.channel import FAILURES_IN_A_ROW, MAX_TEMPERATURE, LlmChannel
 from selfpruner.proposers.openai import OpenAIProposer
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.space import Block, Option, Plan, SearchSpace, ffn_widths
+from selfpruner.records import Candidate, LlmCall
 from tests.fake_openai import FakeOpenAI
 
 KEY = "sk-very-secret-0123456789"

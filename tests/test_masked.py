@@ -17,15 +17,16 @@ from selfpruner import api, criteria
 from selfpruner.config import SearchConfig
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import ConfigError
-from selfpruner.evaluation.prepared import Prepared, prepare, pruned_tensors, zeros
-from selfpruner.evolution.job import run_job
+from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export.build import build
+from selfpruner.export.pruned import pruned_tensors, zeros
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import run_job
 from selfpruner.models import load, resolve
-from selfpruner.patterns import PrunableMasked
-from selfpruner.patterns.masked import database_bytes, packed, sparsities, unpacked
+from selfpruner.pruning.patterns import PrunableMasked
+from selfpruner.pruning.patterns.masked import database_bytes, packed, sparsities, unpacked
 from selfpruner.store.store import Store
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.runtime import Runtime
 from tests.pruned import random_plans
 from tests.test_job import config_of
 from tests.tiny_models import sample_text, tiny_model
@@ -102,7 +103,7 @@ def test_the_database_is_read_and_not_made_again(tmp_path: Path, text: Path, mon
     assert len(files) == first.arch.layers
     foreseen = database_bytes(first.arch, sparsities("n_m", 4, 0.05, drop=False), repaired=True)
     assert foreseen == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)
-    monkeypatch.setattr("selfpruner.patterns.masked.write_levels", None)
+    monkeypatch.setattr("selfpruner.pruning.patterns.masked.write_levels", None)
     second = prepared_of(tmp_path, text, pattern="n_m", criterion="wanda", compensation="least_squares")
     assert second.space == first.space
     assert second.signals == first.signals
@@ -140,7 +141,7 @@ def test_one_plan_makes_only_its_own_levels(
                 yield mask
 
     monkeypatch.setattr(criteria, "create", lambda *names: Counting(create(*names)))
-    monkeypatch.setattr("selfpruner.evaluation.prepared.WeightCriterion", object)
+    monkeypatch.setattr("selfpruner.pruning.blocks.WeightCriterion", object)
     model = tiny_model(tmp_path / "model", "llama")
     fields = {"pattern": pattern, "criterion": criterion, "compensation": compensation}
     config = config_of(model, text, rate=rate, **fields).model_dump(exclude={"rate", "rates", "preset"})
@@ -257,7 +258,7 @@ def test_a_database_beyond_its_limit_is_refused_before_it_is_made(tmp_path: Path
 
 
 def test_equal_requests_share_a_session_and_others_do_not() -> None:
-    from selfpruner.evolution.job import session_of
+    from selfpruner.jobs.run import session_of
 
     def key(**changes: Any) -> str:
         return session_of(SearchConfig(rate=0.5, pattern="n_m", **changes), Path("cache")).key

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import typer.main
 
-from selfpruner import api, cli, comparison, errors, names
+from selfpruner import api, errors, names
+from selfpruner.cli import app as cli
 from selfpruner.config import SearchConfig, differences, field_names
 from selfpruner.errors import ConfigError, NoPermissionError, SelfprunerError, UnknownNameError, disk_errors
+from selfpruner.jobs import comparison
 from selfpruner.models import choose_device
 from server.settings import load_settings
 

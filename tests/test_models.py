@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto import AutoTokenizer
 
 import selfpruner
-from selfpruner import model_checks, model_gguf, models
+from selfpruner import models
 from selfpruner.calibration.texts import token_batches
 from selfpruner.config import Source, TextConfig
 from selfpruner.errors import (
@@ -32,7 +32,7 @@ from selfpruner.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
-from selfpruner.models import LoadedModel, choose_device, choose_dtype, hub_available, load, resolve
+from selfpruner.models import LoadedModel, checks, choose_device, choose_dtype, gguf, hub_available, load, resolve
 from selfpruner.proposers import constrained
 from tests.tiny_models import CHAT_TEMPLATE, FAMILIES, sample_text, tiny_model, tiny_tokenizer
 
@@ -122,14 +122,14 @@ def test_fingerprint_follows_the_content_not_the_place(folder: Path, tmp_path: P
 
 
 def test_sampled_digest_sees_both_ends_of_a_big_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_checks, "_WHOLE_FILE_LIMIT", 1 << 10)
+    monkeypatch.setattr(checks, "_WHOLE_FILE_LIMIT", 1 << 10)
     path, digests = tmp_path / "big", set()
     for change in (None, 0, -1):
         data = bytearray(1 << 16)
         if change is not None:
             data[change] = 1
         path.write_bytes(data)
-        digests.add(model_checks.sampled_digest(path))
+        digests.add(checks.sampled_digest(path))
     assert len(digests) == 3
 
 
@@ -297,7 +297,7 @@ def test_hostile_safetensors_headers(raw: Any, words: str, tmp_path: Path) -> No
     else:
         write_raw(path, *raw)
     with pytest.raises(UnsafeModelError, match=words):
-        model_checks.read_header(path)
+        checks.read_header(path)
 
 
 def test_integer_weights_are_unsupported(folder: Path, tmp_path: Path) -> None:
@@ -480,8 +480,8 @@ def _die_while_writing(gguf: Path, cache: Path) -> None:
         (aside / "model.safetensors").write_bytes(b"half")
         os._exit(9)
 
-    model_gguf._write = write
-    model_gguf.convert(gguf, cache)
+    gguf._write = write
+    gguf.convert(gguf, cache)
 
 
 def test_killed_conversion_leaves_nothing_that_counts(tiny_llama: Path, tmp_path: Path) -> None:
@@ -540,14 +540,14 @@ def test_bfloat16_probe_without_cpu_flags(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_two_at_once_convert_once(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "a.gguf", tiny_llama)
-    real, calls = model_gguf._write, []
+    real, calls = gguf._write, []
 
     def write(gguf: Path, aside: Path) -> None:
         calls.append(gguf)
         real(gguf, aside)
 
-    monkeypatch.setattr(model_gguf, "_write", write)
+    monkeypatch.setattr(gguf, "_write", write)
     with ThreadPoolExecutor(2) as pool:
-        folders = list(pool.map(model_gguf.convert, [tmp_path / "a.gguf"] * 2, [tmp_path / "models"] * 2))
+        folders = list(pool.map(gguf.convert, [tmp_path / "a.gguf"] * 2, [tmp_path / "models"] * 2))
     assert folders[0] == folders[1]
     assert len(calls) == 1

@@ -17,12 +17,12 @@ from selfpruner.calibration.texts import TokenBatches
 from selfpruner.config import SearchConfig
 from selfpruner.errors import DiskFullError
 from selfpruner.evaluation.engine import Engine
-from selfpruner.evaluation.prepared import prepare_blocks
 from selfpruner.export.build import build
-from selfpruner.layouts import layout_of
 from selfpruner.models import LoadedModel
-from selfpruner.patterns import PrunableFfn, measure_attention, measure_ffn, stored
-from selfpruner.space import Plan
+from selfpruner.models.layouts import layout_of
+from selfpruner.planning.space import Plan
+from selfpruner.pruning.blocks import prepare_blocks
+from selfpruner.pruning.patterns import PrunableFfn, measure_attention, measure_ffn, stored
 from tests.pruned import load_tiny, random_plans, ready, rows_of, tokens_of
 from tests.tiny_models import FAMILIES
 
@@ -174,6 +174,6 @@ def test_a_build_shares_the_reordered_weights() -> None:
 
 
 def build_shapes(case: Any) -> list[Any]:
-    from selfpruner.export.shape import LayerShape
+    from selfpruner.pruning.shape import LayerShape
 
     return [LayerShape(case.arch.kv_groups, case.arch.heads_per_group, case.arch.channels)] * case.arch.layers

@@ -70,7 +70,7 @@ def test_it_prunes_a_model_from_the_command_line(package: Path, tmp_path: Path) 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(CONTRIBUTING.parent)])}
     small = ["-s", "calibration.sequences=8", "-s", "calibration.length=64", "--device", "cpu", "--cache", str(tmp_path / "cache")]
     how = ["--pattern", "n_m", "--criterion", "root_wanda", "--compensation", "none", "--rate", "0.5"]
-    command = [sys.executable, "-m", "selfpruner.cli", "prune", "-o", str(tmp_path / "out"), "--model", str(model)]
+    command = [sys.executable, "-m", "selfpruner", "prune", "-o", str(tmp_path / "out"), "--model", str(model)]
     done = subprocess.run(
         [*command, "--calibration", str(text), *how, *small], env=environment, capture_output=True, text=True, check=False
     )

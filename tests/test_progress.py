@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import selfpruner
-from selfpruner import cli
-from selfpruner.live import LiveView
+from selfpruner.cli import app as cli
+from selfpruner.jobs.live import LiveView
 from selfpruner.progress import Estimate, Teller, duration, shown
 from selfpruner.store.store import Store
 from tests.tiny_models import sample_text, tiny_model
@@ -194,7 +194,7 @@ def test_a_search_that_is_ended_and_the_same_command_again(
     line += [*SMALL, "--preset", "evolution", "--cache", str(tmp_path / "cache"), "--set", "fitness_text.length=32"]
     line += ["--set", "fitness_text.sequences=120", "--set", "report_text.sequences=2", "--set", "report_text.length=32"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "selfpruner.cli", *line],
+        [sys.executable, "-m", "selfpruner", *line],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL),

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from selfpruner.errors import ProposerError
-from selfpruner.evolution.records import Candidate
 from selfpruner.operators.base import Context, Hint
 from selfpruner.operators.plan_format import MOST_CHANGES, PlanFormat
 from selfpruner.operators.prompt_facts import NEAR, hints, known_plans, moved
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate
 from tests.fake_openai import FakeOpenAI
 from tests.spaces import shape, space_of
 from tests.test_llm_operators import Lab, candidates, context, space

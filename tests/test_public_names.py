@@ -45,7 +45,7 @@ ORDERS = {
     "used twice": check,
     "export first": lambda: importlib.import_module("selfpruner.export"),
     "a file of it first": lambda: importlib.import_module("selfpruner.export.formats"),
-    "the search first": lambda: importlib.import_module("selfpruner.evolution.job"),
+    "the search first": lambda: importlib.import_module("selfpruner.jobs.run"),
     "the server first": lambda: importlib.import_module("server.runner"),
     "everything first": everything,
 }

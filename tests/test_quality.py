@@ -13,13 +13,14 @@ import torch
 
 import selfpruner
 from benchmarks import quality as benchmark
-from selfpruner import api, cli
+from selfpruner import api
+from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, ModelError, TextError, UnknownNameError
-from selfpruner.evaluation import corpora, measures, quality
-from selfpruner.evaluation.estimates import Estimate, average, mean, paired
-from selfpruner.evaluation.perplexity import losses, score
-from selfpruner.evaluation.repetition import PROMPTS, after_prompts, continuations, distinct
-from selfpruner.evaluation.task_files import LocalTask
+from selfpruner.judging import corpora, measures, quality
+from selfpruner.judging.estimates import Estimate, average, mean, paired
+from selfpruner.judging.perplexity import losses, score
+from selfpruner.judging.repetition import PROMPTS, after_prompts, continuations, distinct
+from selfpruner.judging.task_files import LocalTask
 from tests.pruned import load_tiny, tokens_of
 from tests.tiny_models import sample_text, tiny_model, tiny_tokenizer
 

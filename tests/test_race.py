@@ -12,8 +12,8 @@ import torch
 from selfpruner.errors import ConfigError
 from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.race import LEAST_SAMPLES, SEGMENT, Race, quantile, segments
-from selfpruner.space import Plan
-from selfpruner.workers.runtime import _scores
+from selfpruner.jobs.handler import _scores
+from selfpruner.planning.space import Plan
 from tests.pruned import Ready, load_tiny, ready, tokens_of
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from selfpruner.api import config_of
 from selfpruner.config import SearchConfig
-from selfpruner.evolution.job import run_job
-from selfpruner.evolution.records import Progress
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import run_job
+from selfpruner.records import Progress
 from selfpruner.store.store import Store
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.runtime import Runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -12,11 +12,11 @@ import pytest
 
 from selfpruner.config import LlmLimits
 from selfpruner.errors import ConflictError
-from selfpruner.evolution.records import Candidate
 from selfpruner.operators.base import Context, Reflections
 from selfpruner.operators.reflect import LONG, SHORT, Reflect, lesson
+from selfpruner.planning.space import Plan
 from selfpruner.proposers.channel import FAILURES_IN_A_ROW
-from selfpruner.space import Plan
+from selfpruner.records import Candidate
 from tests.fake_openai import FakeOpenAI
 from tests.test_llm_operators import Lab, Memory, space
 

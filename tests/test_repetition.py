@@ -13,14 +13,14 @@ import torch
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import CancelledTaskError, ConfigError, OutOfMemoryError, SelfprunerError, WorkerError
-from selfpruner.evaluation.repetition import continuations, repeated, repetition
 from selfpruner.evolution.generation import choose
-from selfpruner.evolution.job import session_of
-from selfpruner.evolution.loop import Outcome
-from selfpruner.evolution.records import Candidate
+from selfpruner.evolution.outcome import Outcome
 from selfpruner.export.build import build
-from selfpruner.space import Plan, SearchSpace
-from selfpruner.workers.runtime import Runtime
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import session_of
+from selfpruner.judging.repetition import continuations, repeated, repetition
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate
 from tests.pruned import load_tiny, tokens_of
 from tests.searching import AnalyticPool, MemoryRecorder, Run, config_of
 from tests.spaces import space_of
@@ -106,7 +106,7 @@ def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.Mon
         return model
 
     made: list[Any] = []
-    monkeypatch.setattr("selfpruner.workers.runtime.build", counted)
+    monkeypatch.setattr("selfpruner.jobs.handler.build", counted)
     largest = Plan(tuple(len(block.options) - 1 for block in space.blocks))
     plans = {"dense": space.dense, "uniform": uniform, "again": uniform, "largest": largest}
     ask = {"text": "fitness", "sequences": [0, 3, 5], "prompt": 16, "new_tokens": 24}

@@ -14,7 +14,7 @@ import tests.tiny_models as tiny
 from selfpruner import models
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ExportError, ModelError
-from selfpruner.evaluation.prepared import prepare
+from selfpruner.evaluation.session import prepare
 from tests.test_export import folder, greedy, masked_logits, prune, tokens_of
 
 SHORT = 24  # the length that a table which stretches starts from

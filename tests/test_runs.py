@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from selfpruner import api, cli, models, places
+from selfpruner import api, models
+from selfpruner.cli import app as cli
 from selfpruner.errors import (
     ConfigError,
     ConflictError,
@@ -25,10 +26,11 @@ from selfpruner.errors import (
     NoPermissionError,
     TextError,
 )
-from selfpruner.evolution.job import JobResult
+from selfpruner.files import places
+from selfpruner.jobs.handler import Runtime, ServedRuntime
+from selfpruner.jobs.run import JobResult
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json
-from selfpruner.workers.runtime import Runtime, ServedRuntime
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,7 +251,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     def closed(*_: object, **how: Any) -> None:
         raise PermissionError(13, "Permission denied", str(how["dir"]))
 
-    monkeypatch.setattr("selfpruner.places.tempfile.TemporaryDirectory", closed)
+    monkeypatch.setattr("selfpruner.files.places.tempfile.TemporaryDirectory", closed)
     calls: list[Callable[[Path], object]] = [
         lambda place: api.search(0.2, place, cache=cache, **fields),
         lambda place: api.prune(place, rate=0.2, cache=cache, **fields),

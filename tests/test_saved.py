@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto import AutoModel, AutoModelForCausalLM
 
 import selfpruner
-from selfpruner import api, cli
+from selfpruner import api
+from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, CorruptCheckpointError, ExportError, ModelError, UnsupportedModelError
 from selfpruner.export import checkpoint, formats, proof
 from selfpruner.export.build import build
 from selfpruner.export.forms import FORMS
-from selfpruner.export.shape import LayerShape
+from selfpruner.pruning.shape import LayerShape
 from selfpruner.timing import held
 from tests.test_export import CARD, OWN_FORMS, folder, prune, tokens_of
 from tests.tiny_models import tiny_tokenizer

@@ -16,13 +16,13 @@ import torch
 
 from selfpruner.config import LlmLimits, SearchConfig
 from selfpruner.errors import ConfigError, OutOfMemoryError, SelfprunerError
-from selfpruner.evaluation.prepared import Prepared
+from selfpruner.evaluation.session import Prepared
 from selfpruner.evolution.evaluator import Evaluator
-from selfpruner.evolution.loop import Outcome
-from selfpruner.evolution.records import Evaluation
+from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.survey import weighed
 from selfpruner.evolution.windows import PIECE, Windows, report_windows
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Evaluation
 from tests.searching import (
     SESSION,
     AnalyticPool,
@@ -302,7 +302,7 @@ def test_the_best_never_gets_worse() -> None:
 def test_evolution_comes_close_to_the_optimum() -> None:
     outcome, search = run("evolution", generations=25, crossover_offspring=8, mutation_offspring=16)
     pool, space = search.pool, search.search.space
-    from selfpruner.operators.closed_form import cheapest
+    from selfpruner.planning.allocation import cheapest
 
     losses = [
         [weight * (block.rate(level) + 4 * block.rate(level) ** 3) for level in range(len(block.options))]

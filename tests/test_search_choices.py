@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from selfpruner.evolution.loop import Outcome
+from selfpruner.evolution.outcome import Outcome
+from selfpruner.planning.space import Plan
 from selfpruner.proposers.base import Reply, Request
-from selfpruner.space import Plan
 from selfpruner.workers.base import Json, OnProgress, Session
 from tests.searching import AnalyticPool, MemoryRecorder, Run, ScriptedProposer, config_of
 from tests.spaces import space_of

@@ -17,9 +17,9 @@ import httpx
 import pytest
 from sqlalchemy import event as sqlalchemy_event
 
-from selfpruner import manifest
 from selfpruner.client import Client, parse_stream
 from selfpruner.errors import BudgetError, ConfigError, ConflictError, CorruptCheckpointError, NotFoundError, SelfprunerError
+from selfpruner.files import manifest
 from server.settings import ServerSettings
 from tests.serving import BRIEF, BUDGET, CRASHES, DISK, QUICK, STUBBORN, WAITS, Running, running_server
 

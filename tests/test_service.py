@@ -25,9 +25,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from selfpruner import manifest
 from selfpruner.client import Client
 from selfpruner.errors import ConfigError, ModelError
+from selfpruner.files import manifest
 from selfpruner.workers.lifeline import tied
 from tests.fake_openai import FakeOpenAI
 
@@ -44,7 +44,7 @@ class Service:
         self.home = home
         with (home.parent / f"{home.name}.stderr").open("a") as errors:
             self.process = subprocess.Popen(
-                tied("-m", "selfpruner.cli", "serve", "--port", "0", "--json"),
+                tied("-m", "selfpruner", "serve", "--port", "0", "--json"),
                 env={**clean, "SELFPRUNER_HOME": str(home), "SELFPRUNER_DEVICES": "cpu", **environment},
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -115,7 +115,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
         assert home.stat().st_mode & 0o077 == 0
 
         second = subprocess.run(
-            [sys.executable, "-m", "selfpruner.cli", "serve", "--port", "0", "--home", str(home)],
+            [sys.executable, "-m", "selfpruner", "serve", "--port", "0", "--home", str(home)],
             capture_output=True,
             text=True,
             timeout=60,
@@ -126,7 +126,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
 
         port = first.url.rsplit(":", 1)[1]
         taken = subprocess.run(
-            [sys.executable, "-m", "selfpruner.cli", "serve", "--port", port, "--home", str(tmp_path / "other")],
+            [sys.executable, "-m", "selfpruner", "serve", "--port", port, "--home", str(tmp_path / "other")],
             capture_output=True,
             text=True,
             timeout=60,

@@ -13,7 +13,10 @@ from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
 from selfpruner.errors import CancelledTaskError
-from selfpruner.evaluation.signals import (
+from selfpruner.operators import CLASSICAL, Context
+from selfpruner.operators.allocation import below_threshold
+from selfpruner.planning.space import Plan
+from selfpruner.pruning.signals import (
     channel_scores,
     gather,
     head_scores,
@@ -24,9 +27,6 @@ from selfpruner.evaluation.signals import (
     outlier_ratio,
     spectral_exponents,
 )
-from selfpruner.operators import CLASSICAL, Context
-from selfpruner.operators.allocation import below_threshold
-from selfpruner.space import Plan
 from tests.pruned import Ready, load_tiny, ready
 
 

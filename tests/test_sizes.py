@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers.models.auto import AutoConfig
 
-from selfpruner import model_checks, streaming
-from selfpruner.evaluation.prepared import kept_units, prepare, pruned_tensors, streamed_export
+from selfpruner.evaluation.session import prepare
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build
 from selfpruner.export.card import CardInfo
 from selfpruner.export.formats import convert
-from selfpruner.models import LoadedModel, load, resolve
+from selfpruner.export.pruned import kept_units, pruned_tensors, streamed_export
+from selfpruner.models import LoadedModel, checks, load, resolve, streaming
 from tests.pruned import random_plans
 from tests.test_families import TIGHT
 from tests.test_job import config_of
@@ -50,7 +50,7 @@ def test_what_is_written_is_what_was_pruned(family: str, size: str, dtype: str, 
     assert masked.verification["dtype"] == dtype
 
     kind = getattr(torch, dtype)
-    paths = model_checks.weight_files(tmp_path / "model")
+    paths = checks.weight_files(tmp_path / "model")
     streamed = streaming.stream(AutoConfig.from_pretrained(tmp_path / "model"), paths, torch.device("cpu"), kind, TIGHT)
     held = LoadedModel(streamed, loaded.tokenizer, loaded.source, kind, 64 << 20, True)
     outline, tensors = streamed_export(prepare(config, held, tmp_path / "cache", [], lambda _: None, lambda: False), plan)

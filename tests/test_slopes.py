@@ -11,7 +11,7 @@ import torch
 from selfpruner.architectures import FfnWeights
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.slopes import slopes
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
 from tests.pruned import load_tiny, random_plans, ready, tokens_of
 
 EPSILON = 1e-3

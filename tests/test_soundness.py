@@ -14,8 +14,8 @@ from torch import Tensor
 from selfpruner import api, criteria, names
 from selfpruner.config import SearchConfig
 from selfpruner.errors import CalibrationError, ModelError
-from selfpruner.evolution.job import session_of
-from selfpruner.workers.runtime import Runtime
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import session_of
 from tests.tiny_models import sample_text, tiny_model
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from selfpruner.errors import BudgetError, ConfigError
-from selfpruner.space import (
+from selfpruner.planning.space import (
     Block,
     Option,
     Plan,

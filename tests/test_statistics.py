@@ -16,8 +16,8 @@ from selfpruner.calibration import cache, statistics
 from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.statistics import SITES, Accumulator, BlockStatistics, Site, layer_statistics
 from selfpruner.errors import CancelledTaskError, DiskFullError
-from selfpruner.patterns import prepare_ffn
-from selfpruner.space import ffn_widths
+from selfpruner.planning.space import ffn_widths
+from selfpruner.pruning.patterns import prepare_ffn
 from tests.pruned import inputs_of, load_tiny, tokens_of
 from tests.tiny_models import FAMILIES
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError, StoreError
-from selfpruner.evolution.records import Candidate, Evaluation, LlmCall, Progress
+from selfpruner.records import Candidate, Evaluation, LlmCall, Progress
 from selfpruner.store.store import Store
 from selfpruner.store.tables import TERMINAL, TRANSITIONS, JobStatus
 

@@ -25,7 +25,7 @@ from sqlalchemy import Engine, event
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import DiskFullError, StoreError
-from selfpruner.evolution.records import Candidate, Evaluation, LlmCall
+from selfpruner.records import Candidate, Evaluation, LlmCall
 from selfpruner.store import database
 from selfpruner.store.store import Store
 from selfpruner.store.tables import TERMINAL, TRANSITIONS

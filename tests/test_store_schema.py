@@ -18,7 +18,7 @@ from sqlalchemy import create_engine
 import selfpruner.store
 from selfpruner.config import SearchConfig
 from selfpruner.errors import StoreError
-from selfpruner.evolution.records import Evaluation
+from selfpruner.records import Evaluation
 from selfpruner.store import schema
 from selfpruner.store.recorder import JobRecorder
 from selfpruner.store.store import Store

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from selfpruner.config import SearchConfig
-from selfpruner.evolution.records import Candidate, Evaluation, LlmCall, Progress
+from selfpruner.records import Candidate, Evaluation, LlmCall, Progress
 from selfpruner.store.store import Store
 
 # What is the best plan of job X? Who were its parents? What did the LLM cost? What did each operator contribute?

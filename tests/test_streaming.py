@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
-from selfpruner import model_checks, models, streaming
+from selfpruner import models
 from selfpruner.api import config_of
 from selfpruner.architectures import describe
 from selfpruner.architectures.base import soft_cap
@@ -24,15 +24,16 @@ from selfpruner.calibration.statistics import layer_statistics
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, ModelError, ProposerError
 from selfpruner.evaluation.pieces import divergences_in_pieces
-from selfpruner.evaluation.prepared import held_bytes, make_engine
-from selfpruner.evolution.job import session_of
+from selfpruner.evaluation.session import make_engine
 from selfpruner.export import checkpoint
 from selfpruner.export.verify_streamed import verify
-from selfpruner.models import LoadedModel
-from selfpruner.space import Plan
-from selfpruner.tensor_files import TensorFile, held_shapes, write_tensors
+from selfpruner.files.tensors import TensorFile, held_shapes, write_tensors
+from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.run import session_of
+from selfpruner.models import LoadedModel, checks, streaming
+from selfpruner.planning.space import Plan
+from selfpruner.pruning.blocks import held_bytes
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.runtime import Runtime
 from tests.pruned import random_plans, ready, tokens_of
 from tests.tiny_models import sample_text, tiny_model
 
@@ -49,11 +50,11 @@ TIGHT, WIDE = 1 << 14, 1 << 30  # the head in pieces; the head whole
 
 
 def streamed(folder: Path, memory: int = TIGHT, dtype: torch.dtype = torch.float32) -> Any:
-    return streaming.stream(AutoConfig.from_pretrained(folder), model_checks.weight_files(folder), CPU, dtype, memory)
+    return streaming.stream(AutoConfig.from_pretrained(folder), checks.weight_files(folder), CPU, dtype, memory)
 
 
 def whole(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return streaming.whole(AutoConfig.from_pretrained(folder), model_checks.weight_files(folder), CPU, dtype)
+    return streaming.whole(AutoConfig.from_pretrained(folder), checks.weight_files(folder), CPU, dtype)
 
 
 # -- the same model ------------------------------------------------------------------------------------------------------
@@ -201,11 +202,12 @@ from selfpruner.architectures import describe
 from selfpruner.architectures.base import soft_cap
 from selfpruner.api import config_of
 from selfpruner.calibration.texts import TokenBatches
-from selfpruner.evaluation.prepared import make_engine, prepare_blocks
-from selfpruner.workers.memory import release
+from selfpruner.evaluation.session import make_engine
+from selfpruner.pruning.blocks import prepare_blocks
+from selfpruner.models.memory import release
 from tests.pruned import tokens_of
 from tests.tiny_models import tiny_model
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
 
 def status(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
@@ -378,7 +380,7 @@ def test_files_are_safetensors(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 4).bfloat16(), "a": torch.arange(5), "none": torch.empty(0, 2), "scalar": torch.tensor(1.5)}
     size = write_tensors(tmp_path / "x", held_shapes(tensors), tensors.__getitem__, {"note": "é"})
     assert size == sum(tensor.nbytes for tensor in tensors.values())
-    model_checks.read_header(tmp_path / "x")
+    checks.read_header(tmp_path / "x")
     again, mine = load_file(tmp_path / "x"), TensorFile(tmp_path / "x")
     assert mine.metadata == {"note": "é"}
     for name, tensor in tensors.items():

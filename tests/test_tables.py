@@ -21,8 +21,8 @@ from rich.console import Console
 
 from benchmarks import front as front_benchmark
 from benchmarks import summary
-from selfpruner.commands.show import comparison, front
-from selfpruner.live import LiveView, contributions
+from selfpruner.cli.show import comparison, front
+from selfpruner.jobs.live import LiveView, contributions
 from selfpruner.progress import Teller
 from selfpruner.tables import Screen, Table
 
@@ -180,7 +180,8 @@ def test_a_path_in_a_sentence_stays_whole() -> None:
 CODE = """
 import json, sys
 from contextlib import contextmanager
-from selfpruner import cli, options
+from selfpruner import cli
+from selfpruner.cli import options
 
 job, candidates = json.load(open(sys.argv[1]))
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 
 import selfpruner
-from selfpruner import api, model_checks, models, streaming
+from selfpruner import api, models
 from selfpruner.architectures import describe
 from selfpruner.export import formats
-from selfpruner.layouts import LAYOUTS
+from selfpruner.models import checks, streaming
+from selfpruner.models.layouts import LAYOUTS
 from selfpruner.timing import held
 from tests.pruned import tokens_of
 from tests.tiny_models import FAMILIES, sample_text, tiny_model
@@ -58,7 +59,7 @@ def test_every_family_is_read_as_transformers_reads_it(family: str, change: Any,
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens, tied = tokens_of(2, 12), change is not own_head
     whole = models.load(models.resolve(str(folder), tmp_path), "cpu", "float32").model
-    files = model_checks.weight_files(folder)
+    files = checks.weight_files(folder)
     streamed = streaming.stream(AutoConfig.from_pretrained(folder), files, torch.device("cpu"), torch.float32, 1 << 14)
     with torch.inference_mode():
         expected = theirs(tokens).logits

@@ -22,12 +22,13 @@ from transformers.models.auto import AutoModelForCausalLM
 
 import selfpruner
 from benchmarks import speed as benchmark
-from selfpruner import cli, models
+from selfpruner import models
+from selfpruner.cli import app as cli
 from selfpruner.errors import BenchmarkError, ConfigError, UnknownNameError
 from selfpruner.evaluation import speed
 from selfpruner.export.build import build
-from selfpruner.export.shape import LayerShape
-from selfpruner.tensor_files import TensorFile
+from selfpruner.files.tensors import TensorFile
+from selfpruner.pruning.shape import LayerShape
 from selfpruner.timing import held, llamacpp, run
 from selfpruner.timing.report import Report, Settings, Subject, interval
 from selfpruner.timing.served import Server

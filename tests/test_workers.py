@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from selfpruner import errors
+from selfpruner.models.memory import peak_mib
 from selfpruner.workers import process
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.memory import peak_mib
 from selfpruner.workers.process import ProcessPool
 from tests.fake_runtime import Runtime
 
@@ -213,7 +213,7 @@ def test_peak_is_of_this_process_alone() -> None:
     block[::4096] = b"x" * len(block[::4096])
     after = peak_mib()
     assert after >= before
-    code = "from selfpruner.workers.memory import peak_mib; print(peak_mib())"
+    code = "from selfpruner.models.memory import peak_mib; print(peak_mib())"
     child = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert child < after - 32, "a child does not inherit its parent's peak"
 

@@ -1,4 +1,4 @@
-"""Model families. To add one: its layout (:mod:`selfpruner.layouts`), its own file, a line in ``FAMILIES``, its form
+"""Model families. To add one: its layout (:mod:`selfpruner.models.layouts`), its own file, a line in ``FAMILIES``, its form
 (:mod:`selfpruner.export.forms`), a subclass of the conformance test."""
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from transformers.activations import ACT2FN
 
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.errors import UnsupportedModelError
-from selfpruner.layouts import LAYOUTS, Layout
-from selfpruner.streaming import LayerStream, StreamedHead
+from selfpruner.models.layouts import LAYOUTS, Layout
+from selfpruner.models.streaming import LayerStream, StreamedHead
 
 # Query positions that attend at once on a CPU, and the length from which torch's own kernel is as good.
 QUERIES, LONG = 64, 768
@@ -32,7 +32,7 @@ class Architecture:
     """A loaded model of one family, seen as embeddings, layers of two blocks, and a head.
 
     Subclasses set ``family`` and override what differs; where the family's matrices are its layout says (see
-    :mod:`selfpruner.layouts`). Raises UnsupportedModelError for forms of the family that cannot be worked on.
+    :mod:`selfpruner.models.layouts`). Raises UnsupportedModelError for forms of the family that cannot be worked on.
     """
 
     family: ClassVar[str] = ""
@@ -63,7 +63,7 @@ class Architecture:
         self.eps = float(getattr(self.config, "rms_norm_eps", 0.0))
         self.dtype: torch.dtype = self.last_norm.weight.dtype
         self.device: torch.device = self.last_norm.weight.device
-        # Set when weights stay in their files (see selfpruner.streaming): a layer has to be asked for before it is looked at.
+        # Set when weights stay in their files (see models.streaming): a layer has to be asked for before it is looked at.
         self.stream: LayerStream | None = getattr(model, "layer_stream", None)
 
     # -- the parts of the model --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfpruner.architectures.base import QUERIES, Architecture, rms_norm, soft_cap
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
-from selfpruner.streaming import StreamedEmbedding
+from selfpruner.models.streaming import StreamedEmbedding
 
 
 class Gemma2(Architecture):

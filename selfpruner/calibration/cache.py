@@ -24,8 +24,8 @@ from selfpruner.architectures import Architecture
 from selfpruner.calibration.gradients import Gradients, layer_gradients
 from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, check_finite, layer_statistics, mirror
 from selfpruner.errors import disk_errors
-from selfpruner.tensor_files import TensorFile
-from selfpruner.workers.memory import release
+from selfpruner.files.tensors import TensorFile
+from selfpruner.models.memory import release
 
 _FIELDS = ("mean", "variance", "energy")
 _SUMS = ("total", "absolute", "squared")

@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import AttentionInterface, StaticCache
 
 from selfpruner.architectures.base import soft_cap
-from selfpruner.cache_folder import use
 from selfpruner.calibration.openings import opening
 from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError, disk_errors
+from selfpruner.files.cache_folder import use
 from selfpruner.models import check_ids
 
 if TYPE_CHECKING:

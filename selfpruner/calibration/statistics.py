@@ -21,7 +21,7 @@ from torch import Tensor
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError, disk_errors
-from selfpruner.tensor_files import tensor_bytes
+from selfpruner.files.tensors import tensor_bytes
 
 Site = Literal["qkv", "attention", "gate_up", "ffn"]
 """Where inputs are looked at: before q, k and v; before o; before gate and up; before down. What cuts units needs those of the

@@ -31,14 +31,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfpruner.cache_folder import use
 from selfpruner.calibration import files, pydoc, selftext
 from selfpruner.calibration.encoding import encode
 from selfpruner.calibration.files import TextFile
 from selfpruner.config import TextConfig
 from selfpruner.errors import CancelledTaskError, TextError, disk_errors
-from selfpruner.model_checks import sampled_digest
+from selfpruner.files.cache_folder import use
 from selfpruner.models import check_ids, hub_available, quiet
+from selfpruner.models.checks import sampled_digest
 
 if TYPE_CHECKING:
     from selfpruner.models import LoadedModel

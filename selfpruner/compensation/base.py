@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.tensor_files import Parts
+from selfpruner.files.tensors import Parts
 
 # Rows of a moment that are looked at together.
 STRIP = 128

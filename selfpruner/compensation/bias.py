@@ -9,7 +9,7 @@ from torch import Tensor
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.base import suffix_energies
 from selfpruner.compensation.none import Slice, SliceSubset
-from selfpruner.tensor_files import HeldParts, Parts
+from selfpruner.files.tensors import HeldParts, Parts
 
 
 class Bias:

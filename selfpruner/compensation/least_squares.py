@@ -40,7 +40,7 @@ from torch import Tensor
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.base import STRIP, TYPICAL, energy, factored
 from selfpruner.compensation.none import complement
-from selfpruner.tensor_files import HeldParts, Parts
+from selfpruner.files.tensors import HeldParts, Parts
 
 # What is added to the diagonal of C: a share of every input's own scatter and, so that an input which hardly moves has an inverse,
 # a share of the mean one.

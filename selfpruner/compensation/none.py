@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation.base import energy, suffix_energies
-from selfpruner.tensor_files import HeldParts, Parts
+from selfpruner.files.tensors import HeldParts, Parts
 
 
 @dataclass(frozen=True, slots=True)

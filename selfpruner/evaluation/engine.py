@@ -24,8 +24,8 @@ from selfpruner.evaluation.divergence import Divergences, divergences
 from selfpruner.evaluation.lanes import Lanes
 from selfpruner.evaluation.pieces import divergences_in_pieces
 from selfpruner.evaluation.race import Race, segments
-from selfpruner.patterns import Prunable
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
+from selfpruner.pruning.patterns import Prunable
 
 Weights = AttentionWeights | FfnWeights | None
 

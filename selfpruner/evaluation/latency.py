@@ -18,11 +18,11 @@ import torch
 
 from selfpruner import compensation
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
-from selfpruner.cache_folder import use
 from selfpruner.errors import CancelledTaskError, ConfigError
-from selfpruner.evaluation.prepared import Prepared
+from selfpruner.evaluation.session import Prepared
 from selfpruner.evaluation.speed import wait
-from selfpruner.space import Block, Option
+from selfpruner.files.cache_folder import use
+from selfpruner.planning.space import Block, Option
 
 Shape = tuple[str, int, int, int]
 # Layers that take part, one a round.

@@ -29,7 +29,7 @@ from selfpruner.architectures import FfnWeights
 from selfpruner.architectures.base import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine, Weights
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
 
 
 @dataclass(frozen=True, slots=True)

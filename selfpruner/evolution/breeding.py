@@ -15,14 +15,14 @@ from dataclasses import replace
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ProposerError
 from selfpruner.evolution.bandit import Bandit
-from selfpruner.evolution.records import Candidate
 from selfpruner.evolution.state import NOTES_SHOWN, State
 from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators import CLASSICAL, CROSSOVERS, Context, Offspring, Operator, ParentSelection, Rejected
 from selfpruner.operators.llm import OPERATORS, Select
 from selfpruner.operators.reflect import Reflect
+from selfpruner.planning.space import Plan
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.space import Plan
+from selfpruner.records import Candidate
 
 # Classical operators draw again when their children are known already; this many times before a slot stays empty.
 REDRAWS = 20

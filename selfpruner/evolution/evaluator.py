@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfpruner.errors import ConfigError, OutOfMemoryError
-from selfpruner.evolution.records import Evaluation, Recorder, Window
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
+from selfpruner.records import Evaluation, Recorder, Window
 from selfpruner.workers.base import Session, WorkerPool
 
 # A race drops a plan that is worse than the last survivor at this confidence (one-sided, normal).

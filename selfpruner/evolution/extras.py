@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from selfpruner.errors import CancelledTaskError, SelfprunerError
-from selfpruner.evolution.records import Recorder
+from selfpruner.records import Recorder
 
 T = TypeVar("T")
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, TypeVar
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError
 from selfpruner.evolution.evaluator import Evaluator, Fitness
-from selfpruner.evolution.records import Candidate, Recorder, Window
 from selfpruner.evolution.state import State
 from selfpruner.evolution.windows import Windows
-from selfpruner.operators.closed_form import cheapest, predicted_losses
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.allocation import cheapest, predicted_losses
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate, Recorder, Window
 
 if TYPE_CHECKING:
-    from selfpruner.evolution.loop import Outcome
+    from selfpruner.evolution.outcome import Outcome
 
 T = TypeVar("T")
 

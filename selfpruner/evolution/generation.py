@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from selfpruner.evolution.evaluator import Evaluator, Fitness
 from selfpruner.evolution.extras import survived
-from selfpruner.evolution.records import Candidate, Recorder, Window
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
+from selfpruner.records import Candidate, Recorder, Window
 
 # The task is small beside the final: eight prompts for each of at most three plans and the dense model.
 ENTRANTS, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 8, 32, 48

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from selfpruner.config import SearchConfig
@@ -23,38 +22,17 @@ from selfpruner.evolution.breeding import Breeder
 from selfpruner.evolution.evaluator import Evaluator, Fitness
 from selfpruner.evolution.front import front_tokens
 from selfpruner.evolution.generation import probe
-from selfpruner.evolution.landscape import Landscape, spearman
-from selfpruner.evolution.records import Candidate, Progress, Recorder, Window
+from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.state import Mark, State, standing
 from selfpruner.evolution.survey import Surveyor
 from selfpruner.evolution.windows import Windows
 from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators import Offspring
+from selfpruner.planning.landscape import Landscape, spearman
+from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
-from selfpruner.space import Plan, SearchSpace
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a search found. ``best`` won the final; ``finalists`` are sorted by their fitness there, best first. ``stopped`` says
-    why the generations ended, ``tokens_saved`` what those that were not made would have cost at most; ``rank_correlation`` is the
-    mean over generations of Spearman's, predicted against measured; ``repetition`` holds the rates of the generation probe, by plan
-    hash and ``dense``: empty without one, ``not_written`` says why where it failed."""
-
-    best: Candidate
-    uniform: Candidate
-    ramp: Candidate | None
-    finalists: Sequence[Candidate]
-    generations: int
-    made: Mapping[str, int]
-    improved: Mapping[str, int]
-    stopped: str = ""
-    tokens: int = 0
-    rank_correlation: float | None = None
-    tokens_saved: int = 0
-    repetition: Mapping[str, float] = field(default_factory=dict)
-    not_written: str | None = None
+from selfpruner.records import Candidate, Progress, Recorder, Window
 
 
 class Search:

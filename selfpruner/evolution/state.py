@@ -16,10 +16,10 @@ from typing import Any
 
 from selfpruner.config import SearchConfig
 from selfpruner.evolution.evaluator import Fitness
-from selfpruner.evolution.landscape import Landscape
-from selfpruner.evolution.records import Candidate, Window
 from selfpruner.operators.base import Context, Hint, Reflections, Rejected
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.landscape import Landscape
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate, Window
 
 NOTES_SHOWN = 8
 

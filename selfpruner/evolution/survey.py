@@ -20,11 +20,11 @@ from dataclasses import replace
 from statistics import median
 
 from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
-from selfpruner.evolution.landscape import Landscape
-from selfpruner.evolution.records import Recorder
 from selfpruner.evolution.windows import Windows
-from selfpruner.operators.closed_form import cheapest
-from selfpruner.space import Block, Plan, SearchSpace
+from selfpruner.planning.allocation import cheapest
+from selfpruner.planning.landscape import Landscape
+from selfpruner.planning.space import Block, Plan, SearchSpace
+from selfpruner.records import Recorder
 
 # How many times more than others a block must cost on starts to be taken for one that ruins sequences.
 RUINOUS = 2.0

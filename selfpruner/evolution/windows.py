@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError
-from selfpruner.evolution.records import Window
+from selfpruner.records import Window
 
 # Tokens of a piece of text that is there for its first tokens. What goes wrong there ruins a whole sequence, now and then: many
 # short pieces show how often where a few long sequences do not (benchmarks/README.md).

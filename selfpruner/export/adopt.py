@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from selfpruner import saved
 from selfpruner.export.build import build, shapes_of
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import opened, write
 from selfpruner.export.folder import ExportResult
 from selfpruner.export.forms import FORMS
+from selfpruner.models import saved
 
 
 def adopt(source: Path, directory: Path, *, cancelled: Callable[[], bool] = lambda: False) -> ExportResult:

@@ -35,11 +35,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from selfpruner import manifest
 from selfpruner.errors import FormatError
-from selfpruner.export.shape import LayerShape
-from selfpruner.model_checks import weight_files
-from selfpruner.tensor_files import TensorFile
+from selfpruner.files import manifest
+from selfpruner.files.tensors import TensorFile
+from selfpruner.models.checks import weight_files
+from selfpruner.pruning.shape import LayerShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, go_on: Callable[[], None] = lambda: None) -> Checkpoint:
-        """Read every file and compare its sha256. Raises as :func:`selfpruner.manifest.check`, and FormatError for a folder that is
-        an export already."""
+        """Read every file and compare its sha256. Raises as :func:`selfpruner.files.manifest.check`, and FormatError for a folder
+        that is an export already."""
         made = manifest.read(folder)["export"]["format"]
         if made != "transformers":
             raise FormatError(

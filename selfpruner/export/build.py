@@ -20,9 +20,9 @@ from transformers.models.auto import CONFIG_MAPPING, AutoModelForCausalLM
 from selfpruner.calibration.soundness import finite
 from selfpruner.errors import ExportError
 from selfpruner.export.forms import form_of, own_fields
-from selfpruner.export.shape import LayerShape
-from selfpruner.layouts import LAYOUTS, family_of, layout_of
-from selfpruner.streaming import compute_tables
+from selfpruner.models.layouts import LAYOUTS, family_of, layout_of
+from selfpruner.models.streaming import compute_tables
+from selfpruner.pruning.shape import LayerShape
 
 
 def build(

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from selfpruner import manifest, saved
 from selfpruner.errors import CancelledTaskError, ExportError, ModelError
 from selfpruner.export import proof, verify_streamed
 from selfpruner.export import verify as verify_script
@@ -30,12 +29,13 @@ from selfpruner.export.card import CardInfo, model_card, plan, with_terms
 from selfpruner.export.folder import ExportResult, write_folder
 from selfpruner.export.forms import form_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
-from selfpruner.export.shape import KeptUnits, LayerShape
-from selfpruner.model_checks import weight_files
-from selfpruner.models import LoadedModel, ModelSource, quiet
+from selfpruner.files import manifest
+from selfpruner.files.tensors import held_shapes, write_tensors
+from selfpruner.models import LoadedModel, ModelSource, quiet, saved
+from selfpruner.models.checks import weight_files
+from selfpruner.models.streaming import WeightFiles
 from selfpruner.progress import Watch
-from selfpruner.streaming import WeightFiles
-from selfpruner.tensor_files import held_shapes, write_tensors
+from selfpruner.pruning.shape import KeptUnits, LayerShape
 
 SHARD_BYTES = 5_000_000_000
 # Terms that travel with the weights.

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfpruner import manifest, places
 from selfpruner.config import differences
 from selfpruner.errors import ConflictError, ExportError, SelfprunerError, disk_errors
+from selfpruner.files import manifest, places
 from selfpruner.progress import Watch
 
 WEIGHTS = (".safetensors", ".gguf")

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from selfpruner import manifest, names
+from selfpruner import names
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import proof
 from selfpruner.export.base import Checkpoint, Format
@@ -22,6 +22,7 @@ from selfpruner.export.folder import ExportResult, write_folder
 from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
+from selfpruner.files import manifest
 from selfpruner.progress import Watch, shown
 
 # One class per format, imported above.

@@ -14,7 +14,7 @@ from selfpruner.export import modeling_selfpruner as llama
 from selfpruner.export import modeling_selfpruner_gemma as gemma
 from selfpruner.export import modeling_selfpruner_opt as opt
 from selfpruner.export import modeling_selfpruner_phi3 as phi3
-from selfpruner.layouts import family_of
+from selfpruner.models.layouts import family_of
 
 
 @dataclass(frozen=True, slots=True)

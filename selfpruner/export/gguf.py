@@ -39,9 +39,9 @@ from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
 from selfpruner.export.base import Checkpoint, Format, Origin
-from selfpruner.export.shape import LayerShape
-from selfpruner.layouts import LAYOUTS
 from selfpruner.models import quiet
+from selfpruner.models.layouts import LAYOUTS
+from selfpruner.pruning.shape import LayerShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # Written here; the others are llama.cpp's own quantiser's.

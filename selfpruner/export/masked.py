@@ -27,10 +27,10 @@ from selfpruner.export.card import loading
 from selfpruner.export.checkpoint import SHARD_BYTES, stored, write_json, write_shards
 from selfpruner.export.forms import FORMS
 from selfpruner.export.older import with_older_fields
-from selfpruner.export.shape import KeptUnits, LayerShape
 from selfpruner.export.transformers_format import Transformers
-from selfpruner.layouts import LAYOUTS, Layout
 from selfpruner.models import quiet
+from selfpruner.models.layouts import LAYOUTS, Layout
+from selfpruner.pruning.shape import KeptUnits, LayerShape
 
 
 class Masked(Transformers):

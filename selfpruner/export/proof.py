@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner.errors import ExportError
-from selfpruner.tensor_files import TensorFile, held_shapes, write_tensors
+from selfpruner.files.tensors import TensorFile, held_shapes, write_tensors
 from selfpruner.workers.lifeline import tied
 
 REFERENCE = "proof/reference.safetensors"

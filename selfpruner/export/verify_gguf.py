@@ -32,7 +32,7 @@ from torch import Tensor
 
 from selfpruner.export import gguf_runtime, gguf_tokenizer
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
-from selfpruner.workers.memory import peak_mib
+from selfpruner.models.memory import peak_mib
 
 _NAMES = {
     "attn_norm": "input_layernorm",

@@ -23,9 +23,9 @@ import transformers
 from safetensors import safe_open
 
 from selfpruner.export.forms import FORMS
-from selfpruner.model_checks import read_header, weight_files
-from selfpruner.streaming import stream
-from selfpruner.workers.memory import peak_mib
+from selfpruner.models.checks import read_header, weight_files
+from selfpruner.models.memory import peak_mib
+from selfpruner.models.streaming import stream
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from selfpruner.operators.base import Context, Offspring
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan, SearchSpace
 
 # OWL: no layer's rate is further than this from the highest-rated layer's half-way point (the paper's lambda).
 OWL_LAMBDA = 0.08

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
-from selfpruner.evolution.records import Candidate
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate
 
 if TYPE_CHECKING:
-    from selfpruner.evolution.landscape import Landscape
+    from selfpruner.planning.landscape import Landscape
 
 
 @dataclass(frozen=True, slots=True)

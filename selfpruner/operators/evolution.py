@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from selfpruner.errors import BudgetError
 from selfpruner.operators.base import Context, Offspring
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan, SearchSpace
 
 # Three times out of four the children of one call keep all blocks before a common one, drawn from this part of the plan: the engine
 # passes them once for the parent and all of its children.

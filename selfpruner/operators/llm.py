@@ -18,13 +18,13 @@ from typing import Any
 from pydantic import Field
 
 from selfpruner.errors import BudgetError, ProposerError
-from selfpruner.evolution.records import Candidate
 from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Offspring, Rejected
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed
+from selfpruner.planning.space import Plan
 from selfpruner.proposers.base import CallError
 from selfpruner.proposers.channel import LlmChannel
-from selfpruner.space import Plan
+from selfpruner.records import Candidate
 
 HEAT_PER_STALE_GENERATION = 0.1
 _NOTES_SHOWN, _NOTES_KEPT = 5, 50

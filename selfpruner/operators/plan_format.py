@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from selfpruner.planning.space import SearchSpace
 from selfpruner.proposers.channel import explain
-from selfpruner.space import SearchSpace
 
 
 class Answer(BaseModel):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from selfpruner.evolution.records import Candidate
 from selfpruner.operators.base import Context
 from selfpruner.operators.plan_format import PlanFormat
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate
 
 # Plans that have less than this share of what is removed in other places count as one: the parameters of a single FFN step are
 # 0.2 to 0.5 % of it, and what moving them does to the score is a fraction of the point to which scores are told.

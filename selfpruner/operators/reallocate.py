@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from selfpruner.operators.base import Context, Offspring
-from selfpruner.operators.closed_form import cheapest
-from selfpruner.space import Plan
+from selfpruner.planning.allocation import cheapest
+from selfpruner.planning.space import Plan
 
 # How far a block's rate may move in one step: the model is a sum of losses around the leader, and less true further away.
 RADII = (0.1, 0.05, 0.2)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfpruner.errors import ConflictError, ProposerError
-from selfpruner.evolution.records import Candidate
 from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Reflections
 from selfpruner.operators.llm import LlmOperator
 from selfpruner.operators.plan_format import Answer, closed
-from selfpruner.space import Plan
+from selfpruner.planning.space import Plan
+from selfpruner.records import Candidate
 
 SHORT, LONG = 300, 600  # characters
 _SHOWN = 12

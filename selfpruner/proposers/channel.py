@@ -23,10 +23,10 @@ from pydantic import ValidationError
 import prompts
 from selfpruner.config import LlmLimits
 from selfpruner.errors import ConflictError, ProposerError
-from selfpruner.evolution.records import LlmCall, Recorder
 from selfpruner.proposers.base import CallError, Proposer, Reply, Request
 from selfpruner.proposers.reply import NotJsonError, extract
 from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.records import LlmCall, Recorder
 
 T = TypeVar("T")
 Chat = tuple[Mapping[str, str], ...]

@@ -1,4 +1,4 @@
-"""Where a search writes its history: :class:`selfpruner.evolution.records.Recorder` on the store.
+"""Where a search writes its history: :class:`selfpruner.records.Recorder` on the store.
 
 Resume is replay, so everything is written as if for the first time and what is there already stays: an evaluation, an LLM call and
 an event keep their first content; a candidate keeps its origin, and what was believed of it then, and takes its latest score.
@@ -16,7 +16,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlmodel import col, select
 
 from selfpruner.errors import StoreError
-from selfpruner.evolution.records import Candidate, Evaluation, Level, LlmCall, Progress
+from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress
 from selfpruner.store.database import Database
 from selfpruner.store.tables import CandidateRow, EvaluationRow, Event, LlmCallRow
 from selfpruner.store.transaction import Transaction, storable

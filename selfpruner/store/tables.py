@@ -19,8 +19,8 @@ from sqlalchemy import JSON, CheckConstraint, Column, Index, UniqueConstraint
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
-from selfpruner.evolution.records import CandidateStatus, Level
 from selfpruner.proposers.base import OUTCOMES
+from selfpruner.records import CandidateStatus, Level
 
 REVISION = "0002"
 
@@ -106,7 +106,7 @@ class Job(Table, table=True):
 
 class CandidateRow(Table, table=True):
     """A plan of a job's search. ``sequence`` is its order of creation within the job, from 1. ``predicted``, ``credit`` and
-    ``informed_by`` are what was believed when it was made, see :class:`selfpruner.evolution.records.Candidate`."""
+    ``informed_by`` are what was believed when it was made, see :class:`selfpruner.records.Candidate`."""
 
     __tablename__: ClassVar[str] = "candidate"
     __table_args__: ClassVar[Any] = (

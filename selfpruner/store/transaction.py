@@ -13,7 +13,7 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from selfpruner.errors import ConflictError, NotFoundError, StoreError
-from selfpruner.evolution.records import Level
+from selfpruner.records import Level
 from selfpruner.store.tables import TRANSITIONS, Event, Job, JobStatus
 
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
-from selfpruner import model_checks, models, saved, streaming
+from selfpruner import models
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.evaluation import speed
 from selfpruner.export.build import shapes_of
+from selfpruner.models import checks, saved, streaming
+from selfpruner.models.memory import peak_mib
 from selfpruner.timing.work import Attention, Work
 from selfpruner.workers.base import Json, Session
-from selfpruner.workers.memory import peak_mib
 
 # Spread of random weights: what initialisers give, far from what denormal numbers would cost.
 _SPREAD = 0.02
@@ -121,7 +122,7 @@ def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path) -
     if folder is None:
         return random_model(config, target, kind)
     with models.quiet():
-        return streaming.whole(config, model_checks.weight_files(folder), target, kind)
+        return streaming.whole(config, checks.weight_files(folder), target, kind)
 
 
 def outline(model: str, dtype: str, cache: Path) -> tuple[Json, int]:
@@ -149,7 +150,7 @@ def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, An
     else:
         source = models.resolve(model, cache)
         folder, config = source.folder, models.read_config(source)
-    files = streaming.WeightFiles.open(model_checks.weight_files(folder), torch.device("cpu"), torch.float32)
+    files = streaming.WeightFiles.open(checks.weight_files(folder), torch.device("cpu"), torch.float32)
     return folder, files.settle(config)
 
 

@@ -21,10 +21,10 @@ import numpy as np
 
 from selfpruner import models
 from selfpruner.errors import BenchmarkError, ConfigError, ModelError
+from selfpruner.models.memory import peak_mib
 from selfpruner.names import EMBEDDED_MODELS
 from selfpruner.timing.work import Attention, Work
 from selfpruner.workers.base import Json, Session
-from selfpruner.workers.memory import peak_mib
 
 PACKAGE = "llama_cpp"
 # llama.cpp keeps keys and values in float16 unless told otherwise.

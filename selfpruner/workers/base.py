@@ -33,8 +33,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 Json = dict[str, Any]
-# How a worker's progress begins that says, once and before it begins, what preparing will take. It is kept as an event.
-FORESEEN = "a first preparation takes "
 OnProgress = Callable[[str], None]
 
 

@@ -30,9 +30,9 @@ import traceback
 from typing import Any, BinaryIO, NoReturn
 
 from selfpruner.errors import CancelledTaskError
+from selfpruner.models.memory import peak_mib
 from selfpruner.workers.base import Json, Session, TaskRuntime
 from selfpruner.workers.failures import is_expected, to_wire
-from selfpruner.workers.memory import peak_mib
 
 
 class Child:

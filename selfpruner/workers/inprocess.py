@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from selfpruner.errors import CancelledTaskError, WorkerError
+from selfpruner.models.memory import peak_mib
 from selfpruner.workers.base import Json, OnProgress, Session, TaskRuntime
 from selfpruner.workers.failures import classify, is_expected
-from selfpruner.workers.memory import peak_mib
 
 _log = logging.getLogger(__name__)
 

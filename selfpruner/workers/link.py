@@ -10,9 +10,9 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
+from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.workers.base import Json
 from selfpruner.workers.lifeline import tied
-from selfpruner.workers.memory import ENVIRONMENT
 
 # The longest line a worker may send. A result holds numbers and texts; what is larger belongs in a file.
 LIMIT = 256 * 2**20

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from selfpruner.errors import ConfigError, WorkerError, from_dict
+from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.workers.base import Json, OnProgress, Session
 from selfpruner.workers.link import Link
-from selfpruner.workers.memory import ENVIRONMENT
 
 CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 5.0  # seconds before a worker that died twice in a row starts again
@@ -65,7 +65,7 @@ class ProcessPool:
         self,
         devices: Sequence[str],
         *,
-        runtime: str = "selfpruner.workers.runtime:Runtime",
+        runtime: str = "selfpruner.jobs.handler:Runtime",
         log_dir: Path | None = None,
         max_attempts: int = 3,
         task_timeout: float | None = None,

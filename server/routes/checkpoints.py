@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response, StreamingResponse
 
-from selfpruner import manifest
 from selfpruner.errors import CorruptCheckpointError, NotFoundError
+from selfpruner.files import manifest
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint
 from server.errors import responses

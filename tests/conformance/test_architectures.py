@@ -14,7 +14,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from selfpruner.architectures import FAMILIES, Architecture, describe
 from selfpruner.errors import UnsupportedModelError
 from selfpruner.export.forms import FORMS
-from selfpruner.layouts import LAYOUTS
+from selfpruner.models.layouts import LAYOUTS
 from tests.pruned import layers_of, load_tiny, ready, tokens_of
 
 Shapes = dict[str, dict[str, Any]]

@@ -15,7 +15,7 @@ import pytest
 from transformers.models.auto import AutoTokenizer
 
 import tests.tiny_models as tiny
-from selfpruner import manifest, names
+from selfpruner import names
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, ExportError, FormatError, UnknownNameError
 from selfpruner.export import formats, proof
 from selfpruner.export.base import Format
@@ -23,6 +23,7 @@ from selfpruner.export.checkpoint import write
 from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
+from selfpruner.files import manifest
 from tests.test_export import CARD, ROOT, folder, prune, units_of
 
 CONVERTER = """

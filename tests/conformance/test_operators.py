@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfpruner import names
-from selfpruner.evolution.landscape import Landscape
-from selfpruner.evolution.records import Candidate
 from selfpruner.operators import CLASSICAL, CROSSOVERS, Context, Offspring, Operator, closed_form
 from selfpruner.operators.allocation import Alpha, FlapGlobal, Owl, alpha_rates, below_threshold, owl_rates
-from selfpruner.operators.closed_form import SLOPES, Ramp, Random, Sensitivity, Uniform, cheapest, predicted_losses, ramp
+from selfpruner.operators.closed_form import SLOPES, Ramp, Random, Sensitivity, Uniform
 from selfpruner.operators.evolution import LevelSwitch, Recombine, switch
 from selfpruner.operators.llm import OPERATORS
 from selfpruner.operators.reallocate import RADII, Reallocate
-from selfpruner.space import Plan, SearchSpace
+from selfpruner.planning.allocation import cheapest, predicted_losses, ramp
+from selfpruner.planning.landscape import Landscape
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.records import Candidate
 from tests.spaces import positions, shape, space_of
 
 SPACES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,380 @@
+"""The torch side of a worker: prepares sessions and does their tasks. See :mod:`selfpruner.workers.base` for the kinds.
+
+The loaded model is kept between sessions that share it; one session's texts, factors and engine are kept at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfpruner import models
+from selfpruner.architectures import describe
+from selfpruner.calibration import files
+from selfpruner.calibration.texts import Role
+from selfpruner.config import SearchConfig
+from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
+from selfpruner.evaluation import speed
+from selfpruner.evaluation.engine import Score
+from selfpruner.evaluation.latency import time_blocks
+from selfpruner.evaluation.race import Race
+from selfpruner.evaluation.session import Prepared, baseline_engine, forget_plan, prepare
+from selfpruner.evaluation.slopes import slopes
+from selfpruner.export.build import build, check_buildable, count_parameters
+from selfpruner.export.card import CardInfo, with_origin
+from selfpruner.export.checkpoint import write
+from selfpruner.export.folder import refuse_place
+from selfpruner.export.pruned import kept_units, needs_files, pruned_tensors, streamed_export, zeros
+from selfpruner.files import cache_folder, places
+from selfpruner.judging.repetition import repetition
+from selfpruner.models import LoadedModel
+from selfpruner.models.checks import sampled_digest
+from selfpruner.models.memory import release
+from selfpruner.planning.space import Plan
+from selfpruner.pruning.blocks import held_bytes
+from selfpruner.pruning.options import expected_space
+from selfpruner.workers.base import Json, Session
+
+Progress = Callable[[str], None]
+Cancelled = Callable[[], bool]
+ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
+
+
+class Runtime:
+    """Does tasks on one device, one at a time. ``model_root`` bounds local model folders (None: any)."""
+
+    def __init__(self, device: str = "auto", *, model_root: Path | None = None) -> None:
+        self.device = device
+        self.model_root = model_root
+        self._loaded: tuple[tuple[str, str, str, int | None], LoadedModel] | None = None
+        self._prepared: tuple[str, Prepared] | None = None
+        self._files: dict[str, str] = {}  # of its texts, as they were then
+        self._tasks: dict[str, Callable[[Session, Mapping[str, Any], Progress, Cancelled], Json]] = {
+            "prepare": self._prepare,
+            "expect": self._expect,
+            "evaluate": self._evaluate,
+            "slopes": self._slopes,
+            "baseline": self._baseline,
+            "propose": self._propose,
+            "measure": self._measure,
+            "generate": self._generate,
+            "time_blocks": self._time_blocks,
+            "export": self._export,
+        }
+
+    def handle(self, session: Session, kind: str, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """Do one task. Raises typed errors; a device out of memory is an OutOfMemoryError."""
+        if kind not in self._tasks:
+            raise ConfigError(f"Unknown task {kind!r}. Known: {', '.join(self._tasks)}.")
+        try:
+            return self._tasks[kind](session, payload, progress, cancelled)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemoryError(f"The device ran out of memory during {kind!r}: {error}") from error
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise CalibrationError(
+                f"What was measured on the calibration text cannot be factored ({error}). Use a longer or another text, another "
+                "criterion, or compensation none."
+            ) from error
+        finally:
+            release()
+
+    # -- holding -----------------------------------------------------------------------------------------------------
+    def _model(self, config: SearchConfig, cache: Path, progress: Progress) -> LoadedModel:
+        device = self.device if config.device == "auto" else config.device
+        key = (config.model, device, config.dtype, config.memory)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = self._prepared = None  # never two models at once
+            progress(f"loading {config.model}")
+            source = models.resolve(config.model, cache, allowed_root=self.model_root)
+            self._loaded = key, models.load(source, device, config.dtype, config.memory)
+        return self._loaded[1]
+
+    def _session(
+        self, session: Session, progress: Progress, cancelled: Cancelled, roles: Sequence[Role] = (), output: str | None = None
+    ) -> Prepared:
+        if self._prepared is None or self._prepared[0] != session.key:
+            self._prepared = None
+            cache_folder.let_go(keep=[self._loaded[1].source.folder] if self._loaded else [])
+            config, cache = self._looked_at(session, roles)
+            loaded = self._model(config, cache, progress)
+            check_buildable(loaded.model)
+            self._files = _digests(config)
+            if output is not None:
+                size = sum(parameter.nbytes for parameter in loaded.model.parameters())
+                places.room_for(size, Path(output), "The checkpoint")
+            self._prepared = session.key, prepare(config, loaded, cache, roles, progress, cancelled, _plan_of(session))
+        return self._prepared[1]
+
+    def _looked_at(self, session: Session, roles: Sequence[Role]) -> tuple[SearchConfig, Path]:
+        """Config and cache of the session, after a look at what can be wrong: a model is fetched, converted and read later."""
+        config, cache = SearchConfig.model_validate(dict(session.config)), Path(session.cache)
+        cache_folder.limit()
+        models.choose_device(self.device if config.device == "auto" else config.device)
+        places.writable_folder(cache, param="cache")
+        files.look_at(config, roles)
+        return config, cache
+
+    def _forget_what_changed(self, session: Session) -> None:
+        """A job begins with what its names stand for now, also where another one has left the worker warm."""
+        config = SearchConfig.model_validate(dict(session.config))
+        if self._loaded is not None and self._loaded[0][0] == config.model:
+            with suppress(ModelNotFoundError):  # gone, or its hub out of reach: what is held will do
+                source = models.resolve(config.model, Path(session.cache), allowed_root=self.model_root)
+                if source.fingerprint != self._loaded[1].source.fingerprint:
+                    self._loaded = self._prepared = None
+        if self._prepared is not None and self._prepared[0] == session.key and self._files != _digests(config):
+            self._prepared = None
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+    def _prepare(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        roles = payload.get("texts", ROLES)
+        if "output" in payload:
+            refuse_place(Path(payload["output"]))
+        self._forget_what_changed(session)
+        prepared = self._session(session, progress, cancelled, roles, payload.get("output"))
+        arch = prepared.arch
+        texts = {role: prepared.text(role, progress, cancelled) for role in roles}
+        return {
+            "space": prepared.space.to_dict(),
+            "signals": dict(prepared.signals),
+            "model": {
+                "name": prepared.loaded.source.name,
+                "fingerprint": prepared.loaded.source.fingerprint,
+                "family": arch.family,
+                "layers": arch.layers,
+                "hidden": arch.hidden,
+                "heads": arch.heads,
+                "kv_groups": arch.kv_groups,
+                "head_dim": arch.head_dim,
+                "channels": arch.channels,
+                "parameters": arch.model_parameters(),
+                "decoder_parameters": arch.decoder_parameters(),
+            },
+            "texts": {
+                role: {
+                    "sources": [asdict(share) for share in text.sources],
+                    "sequences": text.tokens.shape[0],
+                    "length": text.tokens.shape[1],
+                    "fingerprint": text.fingerprint,
+                }
+                for role, text in texts.items()
+            },
+            "dtype": str(arch.dtype).removeprefix("torch."),
+            "device": str(arch.device),
+            "streamed": prepared.loaded.streamed,
+            "seconds": prepared.seconds,
+        }
+
+    def _expect(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:  # noqa: ARG002
+        """The space before anything is measured."""
+        if "output" in payload:
+            refuse_place(Path(payload["output"]))
+        config, cache = self._looked_at(session, ())
+        return {"space": expected_space(config, describe(self._model(config, cache, progress).model)).to_dict()}
+
+    def _evaluate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        return _scores(prepared, payload, cancelled)
+
+    def _slopes(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        started = time.perf_counter()
+        plan = Plan(tuple(payload["plan"]))
+        moves = [(int(block), int(level)) for block, level in payload["moves"]]
+        for block, level in moves:
+            prepared.space.check(Plan((*plan.levels[:block], level, *plan.levels[block + 1 :])))
+        tokens = prepared.tokens(payload["text"], payload["sequences"], payload.get("piece"))
+        found = slopes(prepared.engine, plan, moves, tokens, cancelled=cancelled)
+        return {**asdict(found), "seconds": time.perf_counter() - started}
+
+    def _baseline(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``. Gives up the session."""
+        prepared = self._session(session, progress, cancelled)
+        self._prepared = None
+        other = baseline_engine(prepared, payload["changes"], progress, cancelled)
+        uniform = other.space.project([other.space.rate] * other.space.layers)
+        result = _scores(other, {**payload, "plans": [list(uniform.levels)]}, cancelled)
+        dense = prepared.arch.model_parameters()
+        return {**result["rows"][0], "parameters": dense - other.space.removed(uniform), "seconds": result["seconds"]}
+
+    def _propose(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        from selfpruner.proposers import constrained
+
+        config = SearchConfig.model_validate(dict(session.config))
+        loaded = self._model(config, Path(session.cache), progress)
+        if loaded.streamed:
+            raise ProposerError(
+                f"{config.model} is streamed from its files, because it does not fit the memory there is: as a proposer it would "
+                "read all of them once per word. Name another proposer, or use the preset evolution, which needs none.",
+                code="rejected",
+            )
+        reply = constrained.complete(
+            loaded.model,
+            loaded.tokenizer,
+            payload["messages"],
+            payload["schema"],
+            float(payload["temperature"]),
+            int(payload["max_tokens"]),
+            int(payload["seed"]),
+            cancelled,
+        )
+        return {"model": config.model, **reply}
+
+    def _measure(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """Parameters and speed of ``{plans: {name: levels}}``, with ``decode`` false of reading only; all-zero levels are the dense
+        model itself. Without speed where the models would not fit the memory there is: ``not_timed`` then says so."""
+        prepared = self._session(session, progress, cancelled)
+        plans = {name: Plan(tuple(levels)) for name, levels in payload["plans"].items()}
+        if not _fit(prepared, len(plans)):
+            dense = prepared.arch.model_parameters()
+            rows = {name: {"parameters": dense - prepared.space.removed(plan)} for name, plan in plans.items()}
+            return {"rows": rows, "not_timed": "the models to be timed do not fit the memory there is at once"}
+        base = prepared.loaded.model
+        built = {}
+        for name, plan in plans.items():
+            built[name] = build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
+        prompt = prepared.tokens("report", [0])[0]
+        longest, new_tokens = speed.fitting(prompt.numel(), 32 if payload.get("decode", True) else 0, prepared.arch.positions)
+        progress(f"timing {len(built)} models")
+        speeds = speed.measure(built, prompt[:longest], new_tokens=new_tokens, cancelled=cancelled)
+        dense = prepared.arch.model_parameters()
+        timed: Json = {
+            name: {"parameters": dense - prepared.space.removed(plan)} | speeds[name].figures for name, plan in plans.items()
+        }
+        return {"rows": timed}
+
+    def _generate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        """How much ``{plans: {name: levels}}`` repeat themselves; all-zero levels are the dense model itself. One after another."""
+        started = time.perf_counter()
+        prepared = self._session(session, progress, cancelled)
+        if prepared.loaded.streamed:
+            raise ConfigError(
+                f"{prepared.config.model} is streamed from its files, because it does not fit the memory there is: writing would "
+                "read all of them once per word. Set generation_probe to false, or give more memory.",
+                param="generation_probe",
+            )
+        if not _fit(prepared, 1):
+            raise OutOfMemoryError("A pruned model does not fit beside the dense one in the memory there is.")
+        longest, new_tokens = speed.fitting(int(payload["prompt"]), int(payload["new_tokens"]), prepared.arch.positions)
+        base, prompts = prepared.loaded.model, prepared.tokens(payload["text"], payload["sequences"])[:, :longest]
+        rates = {}
+        for name, levels in payload["plans"].items():
+            progress(f"writing with {name}")
+            model = build(base, *pruned_tensors(prepared, Plan(tuple(levels)))) if any(levels) else base
+            rates[name] = repetition(model, prompts, new_tokens=new_tokens, cancelled=cancelled)
+            del model  # before the next is built
+        return {"repetition": rates, "seconds": time.perf_counter() - started}
+
+    def _time_blocks(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        progress("timing blocks")
+        return asdict(time_blocks(prepared, int(payload["tokens"]), cancelled=cancelled))
+
+    def _export(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+        prepared = self._session(session, progress, cancelled)
+        plan = Plan(tuple(payload["plan"]))
+        progress("writing the checkpoint")
+        source = None
+        if needs_files(prepared.loaded):
+            model, source = streamed_export(prepared, plan)
+        else:
+            model = build(prepared.loaded.model, *pruned_tensors(prepared, plan), dtype=prepared.loaded.written)
+        wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
+        found = count_parameters(model)
+        origin = prepared.loaded.source
+        card = with_origin(
+            CardInfo(**payload["card"]),
+            origin.folder,
+            {"model": origin.fingerprint[:16], "calibration": prepared.texts["calibration"].fingerprint},
+            base_model=prepared.config.base_model,
+            license=prepared.config.license,
+        )
+        if prepared.config.pattern != "structured":
+            # Shapes stay. A kept weight may be zero by chance, a removed one is nothing else.
+            found -= zeros(prepared, plan)
+            card = replace(card, nonzeros=wanted)
+        if found != wanted if card.nonzeros is None else found > wanted:
+            raise ConfigError(f"the built model has {found:,} parameters, the plan says {wanted:,}")
+        result = write(
+            model,
+            prepared.loaded.tokenizer,
+            prepared.loaded.source.folder,
+            Path(payload["directory"]),
+            card,
+            units=kept_units(prepared, plan),
+            source=source,
+            cancelled=cancelled,
+            progress=progress,
+        )
+        if session.plan is not None:
+            self._prepared = None
+            forget_plan(prepared)
+        # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
+        return {**asdict(result), "path": str(result.path), "parameters": wanted}
+
+
+def _plan_of(session: Session) -> Plan | None:
+    return None if session.plan is None else Plan(tuple(session.plan))
+
+
+class ServedRuntime(Runtime):
+    """A server's: its requests name models below ``SELFPRUNER_MODEL_ROOT`` only. Other processes do not read that variable."""
+
+    def __init__(self, device: str = "auto") -> None:
+        root = os.environ.get("SELFPRUNER_MODEL_ROOT")
+        super().__init__(device, model_root=Path(root) if root else None)
+
+
+def _digests(config: SearchConfig) -> dict[str, str]:
+    """The digest of each text of ``config`` that is a file here."""
+    texts = (config.calibration, config.fitness_text, config.report_text)
+    named = {source.source: Path(os.path.expanduser(source.source)) for text in texts for source in text.sources}
+    return {name: sampled_digest(file) for name, file in named.items() if os.path.isfile(file)}
+
+
+def _fit(prepared: Prepared, count: int) -> bool:
+    """Whether ``count`` models can be in memory at once: what they do not share with the dense one is about half of each."""
+    if prepared.loaded.memory is None:
+        return True
+    return (
+        not prepared.loaded.streamed and held_bytes(prepared.arch, prepared.loaded) * (1.3 + 0.5 * count) <= prepared.loaded.memory
+    )
+
+
+def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled) -> Json:
+    started = time.perf_counter()
+    plans = [Plan(tuple(levels)) for levels in payload["plans"]]
+    for plan in plans:
+        prepared.space.check(plan)
+    work = prepared.engine.work
+    race = payload.get("race")
+    scores = prepared.engine.evaluate(
+        plans,
+        prepared.tokens(payload["text"], payload["sequences"], payload.get("piece")),
+        exact=bool(payload.get("exact", payload["text"] == "report")),
+        race=None if race is None else Race(int(race["keep"]), tuple(race["contenders"]), float(race.get("confidence", 0.99))),
+        cancelled=cancelled,
+    )
+    after = prepared.engine.work
+    return {
+        "rows": [_row(score) for score in scores],
+        "seconds": time.perf_counter() - started,
+        "passes": after.passes - work.passes,
+        "passes_without_sharing": after.passes_without_sharing - work.passes_without_sharing,
+    }
+
+
+def _row(score: Score) -> Json:
+    if math.isfinite(score.kl) and math.isfinite(score.nll):
+        return {"kl": score.kl, "nll": score.nll, "tokens": score.tokens, "reason": None, "rejected": score.rejected}
+    reason = f"fitness is not finite (kl {score.kl}, nll {score.nll})"
+    return {"kl": None, "nll": None, "tokens": score.tokens, "reason": reason, "rejected": score.rejected}

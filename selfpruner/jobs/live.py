@@ -1,0 +1,200 @@
+"""A job as a person watches it: progress, best plan so far, what each operator contributed, and the events above it.
+
+Fed with progress data (see :class:`selfpruner.records.Progress`) and events, whoever sends them: an event stream, or a
+search in this process. Without a terminal it prints one line per event, and now and then one that says how far it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table as Grid
+from rich.text import Text
+
+from selfpruner.progress import Estimate, Teller, Watch, counts, duration, printable
+from selfpruner.tables import Screen, Table
+
+if TYPE_CHECKING:
+    from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
+
+BAR = 30  # columns
+MARKS = {"info": ("·", "dim"), "warn": ("!", "yellow"), "error": ("x", "red")}
+
+
+class LiveView:
+    """A context manager; ``event`` and ``progress`` may be called in any order and at any rate."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self.console = console or Screen(stderr=True)
+        self._title = title
+        self._status = ""
+        self._progress: Mapping[str, Any] = {}
+        self._started = time.monotonic()
+        self._estimate = Estimate()
+        self._lines = Teller(self.console.file)
+        self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._lines.__exit__()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Print an event: ``created_at``, ``level``, ``message``."""
+        mark, style = MARKS.get(str(event.get("level")), MARKS["info"])
+        when = time.strftime("%H:%M:%S", time.localtime(event.get("created_at") or time.time()))
+        # Messages may quote an LLM: no markup, no control characters.
+        self.console.print(Text.assemble((f"{when} {mark} ", style), printable(str(event.get("message", "")))), soft_wrap=True)
+
+    def progress(self, progress: Mapping[str, Any] | None, status: str = "running") -> None:
+        self._progress, self._status = progress or {}, status
+        done = measure(self._progress)
+        self._estimate.see(done)
+        if self._live is None and progress:
+            self._lines(facts(progress, status).plain, done)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # rich gives it the options of the event that is printed above it: those would crop its lines.
+        options = options.update(no_wrap=False, overflow="fold", height=None)
+        progress = self._progress
+        shown: list[Any] = [self._head(options.max_width), facts(progress, self._status)]
+        if table := operators(progress):
+            height = sum(len(console.render_lines(part, options)) for part in (*shown, table))
+            small = f"{len(progress['data']['operators'])} operators, more than this screen has lines for"
+            shown.append(table if height < console.height else Text(small, "dim"))
+        yield from console.render(Group(*shown), options)
+
+    def _head(self, width: int) -> Grid | Text:
+        """Title, bar, generation, time; on two lines without the bar where that is too long for one."""
+        done, total = int(self._progress.get("generation") or 0), int(self._progress.get("generations") or 0)
+        title, spent = Text(self._title, "bold"), Text(duration(time.monotonic() - self._started), "dim")
+        state = [Text(f"generation {done} of {total}" if total else self._status), Text(str(self._estimate))]
+        if sum(cell_len(part.plain) + 2 for part in (title, *state, spent)) + BAR > width:
+            return Text.assemble(title, "\n", Text(" · ").join([part for part in (*state, spent) if part.plain]))
+        head = Grid.grid(padding=(0, 2))
+        head.add_row(title, ProgressBar(total=max(total, 1), completed=done, width=BAR), *state, spent)
+        return head
+
+
+def measure(progress: Mapping[str, Any]) -> str:
+    """From what to tell how far a job is: its message where that counts, else the generations of its search."""
+    message = str(progress.get("message") or "")
+    if counts(message) or progress.get("stage") != "searching":
+        return message
+    return f"generation {progress.get('generation') or 0} of {progress.get('generations') or 0}"
+
+
+def facts(progress: Mapping[str, Any], status: str) -> Text:
+    """One line: stage, plans, evaluations, plan-tokens, best fitness."""
+    parts = [str(progress.get("stage") or status)]
+    for name in ("plans", "evaluations"):
+        if progress.get(name):
+            parts.append(f"{progress[name]} {name}")
+    if tokens := (progress.get("data") or {}).get("tokens"):
+        parts.append(f"{tokens:,} tokens")
+    if progress.get("best_fitness") is not None:
+        parts.append(f"best {progress['best_fitness']:.4f} nats/token")
+    if progress.get("best_relative") is not None:
+        parts.append(f"{100 * (progress['best_relative'] - 1):+.1f} % against uniform")
+    if progress.get("message"):
+        parts.append(printable(str(progress["message"])))
+    return Text(" · ".join(parts))
+
+
+def operators(progress: Mapping[str, Any]) -> Table | None:
+    """How many plans each operator made and how many improved the best: ``operators`` and ``improved`` of ``data``, by name."""
+    data = progress.get("data") or {}
+    made, improved = data.get("operators") or {}, data.get("improved") or {}
+    if not made:
+        return None
+    table = Table("operator", "plans", "improved the best", words=("operator",))
+    for name, plans in made.items():
+        table.add_row(str(name), str(plans), str(improved.get(name, 0)))
+    return table
+
+
+def contributions(report: Mapping[str, Any]) -> Table | None:
+    """The same of a job that has ended, from its report."""
+    rows = report.get("operators", {})
+    made, improved = ({name: row[key] for name, row in rows.items()} for key in ("made", "improved"))
+    return operators({"data": {"operators": made, "improved": improved}})
+
+
+def account(report: Mapping[str, Any]) -> list[str]:
+    """Lines for the end of a job, from its report: what the search cost and why it ended, what it foresaw, how the result writes.
+    Reports of older jobs lack some of that."""
+    lines = []
+    if report.get("tokens"):
+        line = f"{report['plans']} plans on {report['tokens']:,} plan-tokens; {report['stopped']}"
+        lines.append(line + (f", which saved up to {report['tokens_saved']:,}." if report["tokens_saved"] else "."))
+    if report.get("rank_correlation") is not None:
+        lines.append(f"Rank correlation of foreseen and measured fitness: {report['rank_correlation']:.2f}.")
+    rates = [report.get(name, {}).get("repetition") for name in ("best", "dense")]
+    if None not in rates:
+        lines.append(f"Greedy text repeats {100 * rates[0]:.0f} % of itself, the dense model's {100 * rates[1]:.0f} %.")
+    named = {"scores": "figures", "timing": "speed", "generation_probe": "repetition"}
+    for name, reason in report.get("missing", {}).items():
+        lines.append(f"Missing: {named.get(name, name)}. {reason}")
+    return lines
+
+
+@contextmanager
+def watched(title: str, progress: bool | Watch) -> Iterator[Callable[[Recorder], Recorder]]:
+    """What to wrap a search's recorder in: for True it shows a live view, for a function it calls that with a line of text."""
+    if callable(progress):
+        yield lambda recorder: Watched(recorder, lambda _: None, lambda now: progress(facts(now, "running").plain))
+    elif progress:
+        with LiveView(title) as view:
+            yield lambda recorder: Watched(recorder, view.event, view.progress)
+    else:
+        yield lambda recorder: recorder
+
+
+class Watched:
+    """A recorder that also tells; everything is stored before it is shown."""
+
+    def __init__(
+        self, inner: Recorder, event: Callable[[Mapping[str, Any]], None], progress: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self._inner = inner
+        self._event = event
+        self._progress = progress
+
+    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
+        return self._inner.find_evaluation(plan_hash, window)
+
+    def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
+        self._inner.save_evaluations(rows)
+
+    def find_llm_call(self, sequence: int) -> LlmCall | None:
+        return self._inner.find_llm_call(sequence)
+
+    def save_llm_call(self, call: LlmCall) -> None:
+        self._inner.save_llm_call(call)
+
+    def save_candidates(self, rows: Sequence[Candidate]) -> None:
+        self._inner.save_candidates(rows)
+
+    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+        self._inner.event(key, type, message, level=level, data=data)
+        self._event({"level": level, "message": message})
+
+    def find_event(self, key: str) -> Mapping[str, Any] | None:
+        return self._inner.find_event(key)
+
+    def progress(self, progress: Progress) -> None:
+        self._inner.progress(progress)
+        self._progress(asdict(progress))

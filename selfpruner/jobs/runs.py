@@ -1,0 +1,129 @@
+"""A folder of searches in this process: its database, and which job a call means.
+
+    selfpruner.db, checkpoint/, result.json      of the first search
+    checkpoint-2/, result-2.json                 of another one there, which only `again` makes
+
+A call with the same settings goes on with a search that did not finish, and returns at once what one that did has found. Other
+settings are refused, because a folder with figures of two searches answers no question. What a search computed before it failed is
+taken over by the next call with the same settings. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from selfpruner import models
+from selfpruner.config import SearchConfig, differences
+from selfpruner.errors import ConfigError, disk_errors
+from selfpruner.files import manifest, places
+from selfpruner.store.store import Store
+from selfpruner.store.tables import Checkpoint, Job
+
+DATABASE = "selfpruner.db"
+CHECKPOINT = "checkpoint"
+_ALL = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The job a call means. ``checkpoint`` and ``result`` are its places in the folder; ``done`` is the row of its checkpoint where
+    the search has finished and the checkpoint is still what it was."""
+
+    job: Job
+    checkpoint: Path
+    result: Path
+    done: Checkpoint | None = None
+
+    def write_result(self, report: Mapping[str, Any]) -> None:
+        with disk_errors(self.result):
+            self.result.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def refuse(folder: Path, config: SearchConfig) -> None:
+    """Raise what can be raised before anything is written: for a model that cannot be pruned, a folder that cannot be, or with
+    something else where a first checkpoint would go. Where there is a search already the rest is :func:`find`'s to say: what it
+    found is shown although its model may be gone."""
+    if not (folder / DATABASE).is_file():
+        models.foresee(config.model)
+    places.writable_folder(folder)
+    place = folder / CHECKPOINT
+    if not (folder / DATABASE).is_file() and place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ConfigError(f"{place} is there already, and no search in {folder} made it; name another folder.", param="output")
+
+
+def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Run:
+    """The job that a call with ``config`` means, made if there is none. Raises ConfigError for a folder whose search has other
+    settings, unless ``again`` asks for one beside it, and what :func:`selfpruner.models.foresee` does where there is work to do."""
+    jobs = store.jobs(limit=_ALL).data
+    mine = [job for job in jobs if _settings(job.config) == config.model_dump(mode="json")]
+    waiting = next((job for job in mine if not job.finished), None)
+    if waiting is not None:
+        models.foresee(config.model)
+        return _run(folder, waiting)
+    if not again:
+        for job in mine:
+            if job.status == "succeeded":
+                done = _intact(store, job, folder / _name(job))
+                if done is None:
+                    models.foresee(config.model)
+                return _run(folder, job, done)
+        if others := [job for job in jobs if job.status == "succeeded" or (not job.finished and store.candidates(job.id).data)]:
+            raise ConfigError(_other(folder, others[0], config), code="other_settings", param="output")
+    models.foresee(config.model)
+    job, _ = store.create_job(config, metadata={CHECKPOINT: _free(folder, jobs)})
+    if not again and (failed := next((job for job in mine if job.status == "failed"), None)) is not None:
+        store.take_over(job.id, failed.id)
+    return _run(folder, job)
+
+
+def _other(folder: Path, job: Job, config: SearchConfig) -> str:
+    changed = differences(_settings(job.config), config.model_dump(mode="json"))
+    more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+    state = "a finished search" if job.finished else "a search that has not finished"
+    return (
+        f"{folder} holds {state} with other settings: {'; '.join(changed[:6])}{more}. Use those, name another folder, or add a "
+        "second search to this one with --again (again=True)."
+    )
+
+
+def _settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config as this version would store it: an older one lacks fields that came since."""
+    try:
+        return SearchConfig.model_validate(dict(stored)).model_dump(mode="json")
+    except ValidationError:
+        return dict(stored)
+
+
+def _free(folder: Path, jobs: Sequence[Job]) -> str:
+    """A name for a new checkpoint that no job has; a failed or cancelled one has none."""
+    taken = {_name(job) for job in jobs if job.status not in ("failed", "cancelled")}
+    number = 1
+    while (name := CHECKPOINT if number == 1 else f"{CHECKPOINT}-{number}") in taken or (taken and (folder / name).exists()):
+        number += 1
+    return name
+
+
+def _name(job: Job) -> str:
+    return job.user_metadata.get(CHECKPOINT, CHECKPOINT)
+
+
+def _run(folder: Path, job: Job, done: Checkpoint | None = None) -> Run:
+    name = _name(job)
+    return Run(job, folder / name, folder / f"result{name.removeprefix(CHECKPOINT)}.json", done)
+
+
+def _intact(store: Store, job: Job, place: Path) -> Checkpoint | None:
+    """The row of the job's checkpoint in ``place``, if its manifest is still the one that was recorded and its files are there."""
+    listed = place / manifest.NAME
+    for row in store.checkpoints(job.id):
+        if listed.is_file() and manifest.sha256(listed) == row.manifest_sha256:
+            files = manifest.read(place)["files"].items()
+            if all((place / name).is_file() and (place / name).stat().st_size == entry["bytes"] for name, entry in files):
+                return row
+    return None

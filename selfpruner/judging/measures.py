@@ -1,0 +1,257 @@
+"""What ``selfpruner evaluate`` measures: zero-shot tasks, perplexity of the field's texts, and how a model writes.
+
+A measure has a ``name`` for tables, a ``setting`` (everything its figures depend on beside the model, known before a model is
+loaded), and ``run``. Outcomes are kept one by one, per document, window or prompt, so that two models can be compared in pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from selfpruner import models
+from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.files import manifest
+from selfpruner.judging.estimates import mean
+from selfpruner.judging.task_files import LocalTask
+from selfpruner.models import checks, saved
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from selfpruner.judging.corpora import Corpus
+
+Json = dict[str, Any]
+Tell = Callable[[str], None]
+
+INSTALL = "pip install 'lm_eval>=0.4.13'"
+NEW_TOKENS = 64
+DISTINCT = (1, 2, 3)
+_VERSION = 1  # of how outcomes are computed: another one is another setting
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model under evaluation, in memory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    cache: Path
+
+    @property
+    def context(self) -> int:
+        config: Any = self.model.config.get_text_config()
+        return int(config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is and what it is called: a checkpoint of selfpruner, or a model by name, folder or hub id."""
+
+    name: str
+    cache: Path
+    device: torch.device
+    dtype: str
+
+    @property
+    def own(self) -> bool:
+        return saved.is_pruned(Path(self.name))
+
+    @cached_property
+    def source(self) -> models.ModelSource:
+        return models.resolve(self.name, self.cache)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the content, wherever it lies."""
+        return (saved.fingerprint(Path(self.name)) if self.own else self.source.fingerprint)[:16]
+
+    @cached_property
+    def torch_dtype(self) -> torch.dtype:
+        """``auto`` is float32 on a CPU, where bfloat16 moves log-likelihoods by tenths of a nat from batch to batch; elsewhere the
+        checkpoint's own half type."""
+        import torch
+
+        if self.dtype == "auto" and self.device.type == "cpu":
+            return torch.float32
+        stored = checks.stored_dtype(Path(self.name) if self.own else self.source.folder)
+        return models.choose_dtype(self.dtype, self.device, stored=stored)
+
+    def parameters(self, subject: Subject) -> int:
+        """Of the model; of a checkpoint without the zeros of its pattern."""
+        if (Path(self.name) / manifest.NAME).is_file():
+            return manifest.kept(manifest.read(Path(self.name))["plan"])
+        return sum(parameter.numel() for parameter in subject.model.parameters())
+
+    def load(self) -> Subject:
+        """Raises the errors of loading, and OutOfMemoryError where the model does not fit the device whole."""
+        if self.own:
+            from selfpruner.export import checkpoint
+
+            own = checkpoint.opened(Path(self.name), self.device, self.torch_dtype)
+            return Subject(own.model, own.tokenizer, self.cache)
+        loaded = models.load(self.source, str(self.device), str(self.torch_dtype).removeprefix("torch."))
+        if loaded.streamed:
+            raise OutOfMemoryError(
+                f"{self.name} does not fit {self.device} whole, and tasks and texts are not streamed. Use another device.",
+                param="device",
+            )
+        return Subject(loaded.model, loaded.tokenizer, self.cache)
+
+
+class Measure(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def setting(self) -> Json: ...
+
+    def run(self, subject: Subject, tell: Tell) -> Json:
+        """The result: figures with standard errors, and ``outcomes``."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Accuracy on a zero-shot multiple-choice task; ``limit`` documents of it, None for all."""
+
+    name: str
+    limit: int | None
+    data: Path | None
+
+    @cached_property
+    def _local(self) -> LocalTask | None:
+        return LocalTask.find(self.name, self.data)
+
+    @cached_property
+    def setting(self) -> Json:
+        source = "hub" if self._local is None else f"local:{self._local.digest}"
+        return {"task": self.name, "source": source, "limit": self.limit, "lm_eval": harness_version(), "version": _VERSION}
+
+    def run(self, subject: Subject, tell: Tell) -> Json:
+        from selfpruner.judging import harness
+
+        def progress(done: int, total: int) -> None:
+            tell(f"{self.name}: {done:,}/{total:,} tokens")
+
+        tell(f"{self.name}: reading")
+        task = harness.load_task(self.name, self._local, subject.cache)
+        found = harness.run(
+            task, self.name, harness.SharedContextLM(subject.model, subject.tokenizer, progress=progress), self.limit
+        )
+        result: Json = {"documents": len(found.metrics["acc"]), "of": found.total}
+        for metric, outcomes in found.metrics.items():
+            value = mean(outcomes)
+            result |= {metric: round(value.value, 6), f"{metric}_stderr": _rounded(value.stderr, 6)}
+        # A digit per document: a thousand of them are one line.
+        result["outcomes"] = {metric: "".join(map(str, outcomes)) for metric, outcomes in found.metrics.items()}
+        return result
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of ``text`` in windows of ``seqlen`` tokens; ``windows`` of them, None for all."""
+
+    text: str
+    seqlen: int
+    windows: int | None
+    data: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.text}@{self.seqlen}"
+
+    @cached_property
+    def _corpus(self) -> Corpus:
+        from selfpruner.judging.corpora import corpus
+
+        return corpus(self.text, self.data)
+
+    @cached_property
+    def setting(self) -> Json:
+        found = self._corpus
+        what = {"text": self.text, "seqlen": self.seqlen, "windows": self.windows}
+        return {**what, "source": found.source, "digest": found.digest, "version": _VERSION}
+
+    def run(self, subject: Subject, tell: Tell) -> Json:
+        from selfpruner.calibration.soundness import not_numbers
+        from selfpruner.judging import corpora, perplexity
+
+        if self.seqlen > subject.context:
+            raise ConfigError(
+                f"Windows of {self.seqlen:,} tokens are longer than the model's context of {subject.context:,}.", param="seqlen"
+            )
+        tokens = corpora.windows(self._corpus, subject.tokenizer, self.seqlen, self.windows)
+        models.check_ids([int(tokens.max())], subject.model, subject.tokenizer, f"The text {self._corpus.name}")
+        losses = perplexity.losses(subject.model, tokens, progress=lambda text: tell(f"{self.name}: {text}"))
+        if any(map(math.isnan, losses)):
+            raise not_numbers(subject.model)
+        nll = mean(losses)
+        value = math.exp(min(nll.value, 700.0))
+        return {
+            "windows": len(losses),
+            "tokens": len(losses) * (self.seqlen - 1),
+            "nll": round(nll.value, 6),
+            "nll_stderr": _rounded(nll.stderr, 6),
+            "perplexity": round(value, 4),
+            # The delta method: the derivative of exp is itself.
+            "perplexity_stderr": None if nll.stderr is None else round(value * nll.stderr, 4),
+            "outcomes": {"nll": [round(loss, 5) for loss in losses]},
+        }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a model goes on, greedily, from fixed prompts."""
+
+    new_tokens: int = NEW_TOKENS
+
+    @property
+    def name(self) -> str:
+        return "generation"
+
+    @cached_property
+    def setting(self) -> Json:
+        from selfpruner.judging.repetition import PROMPTS
+
+        digest = hashlib.sha256(json.dumps(PROMPTS).encode()).hexdigest()[:16]
+        return {"generation": digest, "new_tokens": self.new_tokens, "version": _VERSION}
+
+    def run(self, subject: Subject, tell: Tell) -> Json:
+        from selfpruner.judging import repetition
+
+        tell(f"writing after {len(repetition.PROMPTS)} prompts")
+        written = repetition.after_prompts(subject.model, subject.tokenizer, repetition.PROMPTS, self.new_tokens)
+        rates = [repetition.repeated(tokens) for tokens in written]
+        value = mean(rates)
+        decode: Any = subject.tokenizer
+        return {
+            "prompts": len(written),
+            "repetition": round(value.value, 6),
+            "repetition_stderr": _rounded(value.stderr, 6),
+            **{f"distinct_{n}": round(repetition.distinct(written, n), 6) for n in DISTINCT},
+            "outcomes": {"repetition": [round(rate, 5) for rate in rates], "text": [decode.decode(tokens) for tokens in written]},
+        }
+
+
+def harness_version() -> str:
+    """The installed version of lm-evaluation-harness. Raises ConfigError with the command that installs it."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"Zero-shot tasks need lm-evaluation-harness, which is not installed. Run: {INSTALL}",
+            code="not_installed",
+            param="tasks",
+        ) from None
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

@@ -1,0 +1,69 @@
+"""Factors on disk: one safetensors file per layer, written once per model, calibration text, criterion and compensation.
+
+Whoever needs a level reads what it takes from the file, so that no worker holds factors, and one that replaces another, or the next
+job, is ready as soon as it has read the orders. A file is written aside and renamed: what exists is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfpruner.architectures import Architecture
+from selfpruner.compensation import Compensation
+from selfpruner.criteria import Criterion
+from selfpruner.errors import disk_errors
+from selfpruner.files.tensors import HeldParts, StoredParts, TensorFile, held_shapes, write_tensors
+from selfpruner.pruning.patterns.structured import AttentionFactors, FfnFactors
+
+# Raise it when a criterion, a compensation or the layout changes what is in the files.
+_FORMAT = 3
+
+
+def factor_files(
+    arch: Architecture, folder: Path, fingerprint: str, criterion: Criterion, compensation: Compensation
+) -> list[Path]:
+    """The file of every layer under ``folder``; ``fingerprint`` identifies model and calibration text."""
+    asked = f"{_FORMAT}:{fingerprint}:{arch.dtype}:{criterion.name}:{compensation.name}"
+    place = folder / hashlib.sha256(asked.encode()).hexdigest()[:24]
+    return [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
+
+
+def write_factors(file: Path, attention: AttentionFactors, ffn: FfnFactors, facts: Mapping[str, Any]) -> None:
+    """Write one layer's factors, and ``facts`` (JSON) with them. Raises DiskFullError, and leaves nothing then."""
+    tensors = {"order": ffn.order.int(), "errors": ffn.errors}
+    for name, repair in (("attention.", attention.repair), ("ffn.", ffn.repair)):
+        assert isinstance(repair.parts, HeldParts)
+        tensors |= {name + part: tensor for part, tensor in repair.parts.items()}
+    shapes = [[*shape, list(heads), attention.errors[shape]] for shape, heads in attention.heads.items()]
+    metadata = {"attention": json.dumps(shapes), "facts": json.dumps(dict(facts))}
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(aside, held_shapes(tensors), tensors.__getitem__, metadata)
+            aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_factors(
+    file: Path, compensation: Compensation, device: torch.device
+) -> tuple[AttentionFactors, FfnFactors, dict[str, Any]]:
+    """One layer's factors, their repairs still in the file, and the facts."""
+    opened = TensorFile(file)
+    shapes = json.loads(opened.metadata["attention"])
+    attention = AttentionFactors(
+        {(groups, per_group): heads for groups, per_group, heads, _ in shapes},
+        {(groups, per_group): error for groups, per_group, _, error in shapes},
+        compensation.subset_of(StoredParts(opened, "attention.", device)),
+    )
+    repair = compensation.nested_of(StoredParts(opened, "ffn.", device))
+    ffn = FfnFactors(opened.read("order").long(), opened.read("errors"), repair)
+    return attention, ffn, json.loads(opened.metadata["facts"])
