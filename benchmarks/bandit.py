@@ -31,11 +31,12 @@ from selfpruner.evolution.loop import Search
 from selfpruner.evolution.survey import FORESIGHT, probe_level
 from selfpruner.evolution.windows import Windows
 from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import Reply, Request
-from selfpruner.proposers.channel import LlmChannel
+from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import LlmCall
-from selfpruner.workers.base import Json, OnProgress, Session
+from selfpruner.workers.base import Json, Session
 
 LENGTH, SEQUENCES = 256, 512
 # Losses against those expected: FFNs together, spread (log-normal) of an FFN, of an attention block, of an attention shape. And of

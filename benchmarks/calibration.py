@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.data import FILES, text
 from selfpruner.api import config_of, default_cache
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.planning.space import SearchSpace
 
@@ -52,7 +52,7 @@ def main() -> None:
     key = f"{options.model} {options.criterion}+{options.compensation} {options.sequences} seed {options.seed} rate {options.rate}"
     known: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else {}
     rows = known.setdefault(key, {})
-    runtime = Runtime("auto")
+    runtime = SessionHandler("auto")
     for spec in options.texts:
         if spec not in rows:
             rows[spec] = measure(runtime, options, calibration(spec, cache), cache)
@@ -62,7 +62,7 @@ def main() -> None:
     print(table({spec: rows[spec] for spec in options.texts}))
 
 
-def measure(runtime: Runtime, options: argparse.Namespace, wanted: dict[str, Any], cache: Path) -> dict[str, Any]:
+def measure(runtime: SessionHandler, options: argparse.Namespace, wanted: dict[str, Any], cache: Path) -> dict[str, Any]:
     row: dict[str, Any] = {}
     started = time.perf_counter()
     for judge in JUDGES:

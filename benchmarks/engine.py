@@ -287,7 +287,7 @@ def prepare(options: argparse.Namespace) -> Case:
     from selfpruner.calibration.texts import token_batches
     from selfpruner.config import TextConfig
     from selfpruner.pruning.blocks import prepare_blocks
-    from selfpruner.pruning.options import space_of
+    from selfpruner.pruning.search_space import space_of
 
     cache = default_cache()
     device = models.choose_device(options.device)
@@ -326,8 +326,8 @@ def random_case(shape: dict[str, int], options: argparse.Namespace, device: Any,
     from selfpruner.architectures import describe
     from selfpruner.calibration.statistics import BlockStatistics
     from selfpruner.planning.space import attention_shapes, ffn_widths
-    from selfpruner.pruning.options import space_of
     from selfpruner.pruning.patterns import prepare_attention, prepare_ffn
+    from selfpruner.pruning.search_space import space_of
 
     memory = Memory(device)
     settings = LlamaConfig(**shape, max_position_embeddings=4096, tie_word_embeddings=False)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ from selfpruner.evolution.loop import Search
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import Windows, report_windows
 from selfpruner.jobs.front_report import front_rows, latencies_of
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.planning.allocation import cheapest, predicted_losses
 from selfpruner.planning.landscape import spearman
@@ -36,7 +36,7 @@ from selfpruner.records import Window
 from selfpruner.store.store import Store
 from selfpruner.tables import Screen, Table
 from selfpruner.workers.base import Json, Session, WorkerPool
-from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.workers.thread_pool import InProcessPool
 
 
 class Subject:
@@ -138,7 +138,7 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, An
         del fields["rates"]
     config = settings.config(cache, options.rate, **fields, seed=options.seed)
     session = session_of(config, cache)
-    pool = InProcessPool(lambda: Runtime(settings.device))
+    pool = InProcessPool(lambda: SessionHandler(settings.device))
     folder = cache / "benchmarks" / "front"
     folder.mkdir(parents=True, exist_ok=True)
     try:

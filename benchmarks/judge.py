@@ -24,13 +24,14 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, TextError
 from selfpruner.evaluation.engine import Score
 from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.judging.corpora import joined_rows
 from selfpruner.planning.space import Plan, SearchSpace
-from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
-from selfpruner.workers.base import Json, OnProgress, Session, WorkerPool
-from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.progress import OnProgress
+from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, Window
+from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.thread_pool import InProcessPool
 
 WIKITEXT = {"wikitext2-512": 512, "wikitext2-2048": 2048}
 C4 = "c4-512"
@@ -210,7 +211,7 @@ class TraceRecorder:
                 now = Point(self._run.pool.tokens, time.perf_counter() - self._run.started, row.levels)
                 self.first.setdefault(row.operator, now)
 
-    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
         best = (data or {}).get("best")
         if best in self.levels:
             self._run.note(Plan(self.levels[best]))
@@ -223,7 +224,7 @@ class TraceRecorder:
         """Nobody watches."""
 
 
-class JudgeRuntime(Runtime):
+class JudgeRuntime(SessionHandler):
     """A worker's runtime that also scores plans on WikiText-2 test: ``judge`` {plans, length, first, sequences}."""
 
     def __init__(self, device: str = "auto") -> None:

@@ -21,7 +21,7 @@ from selfpruner.operators.closed_form import Ramp, Random
 from selfpruner.operators.evolution import switch
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers import ProposerSettings, create
-from selfpruner.proposers.channel import LlmChannel
+from selfpruner.proposers.llm_calls import LlmChannel
 
 Method = Callable[[Run], Awaitable[Plan]]
 

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.data import c4_calibration, text
 from selfpruner import api, names
 from selfpruner.files import manifest
-from selfpruner.judging.quality import Quality, Results, markdown
+from selfpruner.judging.quality import MeasurementFile, Quality, markdown
 
 ROWS = ("dense", "uniform-0.2", "found-0.2", "uniform-0.3", "found-0.3")
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     cache = api.default_cache()
     work = options.work or cache / "benchmarks" / "quality"
-    Results(options.output)  # a file that holds something else is found before hours are spent
+    MeasurementFile(options.output)  # a file that holds something else is found before hours are spent
     places = {row.partition("=")[0]: place(row, options.model, options.preset, work, cache) for row in options.rows}
     found = api.quality(
         list(places.values()),

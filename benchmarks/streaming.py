@@ -121,7 +121,7 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     from selfpruner.operators.evolution import switch
     from selfpruner.planning.space import Plan
     from selfpruner.pruning.blocks import prepare_blocks
-    from selfpruner.pruning.options import space_of
+    from selfpruner.pruning.search_space import space_of
 
     cache = default_cache()
     source = models.resolve(str(options.folder) if options.random else options.model, cache)

@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> None:
     from selfpruner.planning.landscape import Landscape
     from selfpruner.planning.space import Plan
     from selfpruner.pruning.blocks import prepare_blocks
-    from selfpruner.pruning.options import space_of
+    from selfpruner.pruning.search_space import space_of
 
     cache = default_cache()
     loaded = models.load(models.resolve(options.model, cache), "cpu", "auto")

@@ -29,7 +29,7 @@ from selfpruner.jobs.run import JobResult, run_job, session_of
 from selfpruner.models import saved
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.planning.space import Plan, SearchSpace
-from selfpruner.progress import Watch, shown
+from selfpruner.progress import OnProgress, shown
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.records import Recorder
 from selfpruner.store.store import Store
@@ -57,7 +57,7 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class ModelScore:
     """Figures of one model on one text. ``kl`` is None without a reference."""
 
     model: str
@@ -84,7 +84,7 @@ def search(
     proposers: Mapping[str, ProposerSettings] | None = None,
     watch: Callable[[Recorder], Recorder] = lambda recorder: recorder,
     again: bool = False,
-    progress: bool | Watch = True,
+    progress: bool | OnProgress = True,
     **fields: Any,
 ) -> JobResult:
     """Search for the best plan and leave it in ``directory``: ``checkpoint/``, ``result.json``, ``selfpruner.db``.
@@ -96,7 +96,7 @@ def search(
     Raises ConfigError for a directory that holds a search with other settings, and what can be known before of texts, places and
     names: all before anything is computed.
     """
-    from selfpruner.jobs.live import watched
+    from selfpruner.jobs.live_view import watched
 
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
@@ -159,7 +159,7 @@ def prune(
     rates: Sequence[float] | None = None,
     levels: Sequence[int] | None = None,
     cache: Path | None = None,
-    progress: bool | Watch = True,
+    progress: bool | OnProgress = True,
     **fields: Any,
 ) -> Pruned:
     """Apply one plan without a search: uniform at ``rate``, given ``rates`` (per layer or block), or exact ``levels``.
@@ -177,7 +177,7 @@ def prune(
     from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
 
-    models.foresee(config.model)
+    models.precheck(config.model)
     known = {name: getattr(config, name) for name in ("of", "pattern", "criterion", "compensation")}
     given = {"rate": config.rate} if levels is None else {"levels": list(levels)}
     refuse_place(Path(directory), {"base_model": named(config.model), **known, **given})
@@ -206,7 +206,7 @@ def export(
     job: str | None = None,
     plan: str | None = None,
     cache: Path | None = None,
-    progress: bool | Watch = True,
+    progress: bool | OnProgress = True,
 ) -> Pruned:
     """Write a checkpoint, or any plan of a finished or unfinished search, in one of the formats of ``names.FORMATS``.
 
@@ -241,15 +241,15 @@ def export(
 
     form = formats.asked(format, quantize, tensor_parallel)
 
-    def foresee(config: SearchConfig, family: str) -> None:
-        form.foresee(Origin(family, config.pattern, config.compensation), quantize)
+    def precheck(config: SearchConfig, family: str) -> None:
+        form.precheck(Origin(family, config.pattern, config.compensation), quantize)
 
     with aside(Path(directory).absolute()) as scratch, shown(progress) as tell:
-        made = _made(source, scratch / "checkpoint", job, plan, cache, tell, foresee)
+        made = _made(source, scratch / "checkpoint", job, plan, cache, tell, precheck)
         return _convert(made.path, Path(directory), format, how, tell)
 
 
-def _adopted(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: Watch) -> Pruned:
+def _adopted(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: OnProgress) -> Pruned:
     """A model that no export wrote, first made a checkpoint."""
     from selfpruner.export import formats
     from selfpruner.export.adopt import adopt
@@ -263,7 +263,7 @@ def _adopted(source: Path, directory: Path, format: str, how: Mapping[str, Any],
         return _convert(adopt(source, scratch / "checkpoint").path, directory, format, how, progress)
 
 
-def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: Watch) -> Pruned:
+def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: OnProgress) -> Pruned:
     from selfpruner.export import formats
 
     progress(f"writing the format {format}")
@@ -281,10 +281,10 @@ def _made(
     job: str | None,
     plan: str | None,
     cache: Path | None,
-    progress: Watch,
-    foresee: Callable[[SearchConfig, str], None] = lambda _config, _family: None,
+    progress: OnProgress,
+    precheck: Callable[[SearchConfig, str], None] = lambda _config, _family: None,
 ) -> Pruned:
-    """The checkpoint of a plan in a database, made now. Before that takes its time, ``foresee`` is called with the config and the
+    """The checkpoint of a plan in a database, made now. Before that takes its time, ``precheck`` is called with the config and the
     model's family of a search that has finished."""
     from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
@@ -309,7 +309,7 @@ def _made(
         levels = store.candidate(row.id, chosen, param="plan").levels
     config = config_of(row.config)
     if row.result is not None:
-        foresee(config, row.result["model"]["family"])
+        precheck(config, row.result["model"]["family"])
     refuse_place(directory, {"plan_hash": Plan(tuple(levels)).hash, "base_model": named(config.model)})
 
     async def run(pool: WorkerPool) -> Pruned:
@@ -327,8 +327,8 @@ def evaluate(
     against: str | None = None,
     device: str = "auto",
     cache: Path | None = None,
-    progress: bool | Watch = True,
-) -> Evaluation:
+    progress: bool | OnProgress = True,
+) -> ModelScore:
     """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``."""
     from selfpruner import models
     from selfpruner.calibration.texts import token_batches
@@ -353,7 +353,7 @@ def evaluate(
         batches = token_batches(wanted, "report", base, place, 0, tell)
         reference = base.model if against is not None else None
         found = perplexity.score(subject.model, batches.tokens, reference, progress=tell)
-    return Evaluation(
+    return ModelScore(
         str(model),
         [share.source for share in batches.sources],
         manifest.kept(manifest.read(folder)["plan"]) if (folder / MANIFEST).is_file() else count_parameters(subject.model),
@@ -378,7 +378,7 @@ def quality(
     device: str = "auto",
     dtype: str = "auto",
     cache: Path | None = None,
-    progress: bool | Watch = True,
+    progress: bool | OnProgress = True,
 ) -> Quality:
     """Measure models and checkpoints as papers report them: zero-shot ``tasks`` (names of the harness), ``perplexity`` on
     ``wikitext2`` and ``c4`` in windows of ``seqlen`` tokens, and a ``generation`` probe.
@@ -392,7 +392,7 @@ def quality(
     """
     from selfpruner import models
     from selfpruner.judging import measures
-    from selfpruner.judging.quality import Quality, Results, measure
+    from selfpruner.judging.quality import MeasurementFile, Quality, measure
 
     for text in perplexity:
         names.check("text", text, names.PERPLEXITY_TEXTS, param="perplexity")
@@ -404,13 +404,13 @@ def quality(
     wanted += [
         measures.Perplexity(text, length, windows, place) for text in dict.fromkeys(perplexity) for length in dict.fromkeys(seqlen)
     ]
-    wanted += [measures.Generation()] if generation else []
+    wanted += [measures.RepetitionProbe()] if generation else []
     if not wanted or not subjects:
         raise ConfigError("Say what to measure: models, and tasks, perplexity or generation.", param="tasks")
     if tasks:
         measures.harness_version()
     places.writable_file(Path(file))
-    results = Results(Path(file))
+    results = MeasurementFile(Path(file))
     compared = str(against) if against is not None else str(subjects[0])
     asked = tuple(dict.fromkeys((compared, *map(str, subjects))))
     where = models.choose_device(device)
@@ -433,7 +433,7 @@ def benchmark(
     device: str = "auto",
     dtype: str = "auto",
     cache: Path | None = None,
-    progress: bool | Watch = True,
+    progress: bool | OnProgress = True,
 ) -> Report:
     """Speed of dense models and checkpoints, in turn in one run; the first is what the others are compared with.
 
@@ -472,7 +472,7 @@ async def _write(
     choose: Callable[[SearchSpace], Plan],
     directory: Path,
     job: str | None,
-    progress: Watch,
+    progress: OnProgress,
 ) -> Pruned:
     """The checkpoint of the one plan that ``choose`` takes from the space, for which no other is made ready."""
     session, prepared, plan = await _ready(pool, config, cache, choose, directory, progress)
@@ -500,7 +500,7 @@ async def _ready(
     cache: Path,
     choose: Callable[[SearchSpace], Plan],
     directory: Path,
-    progress: Watch,
+    progress: OnProgress,
 ) -> tuple[Session, Json, Plan]:
     """A session in which a plan is ready, what a worker says of it, and the plan.
 
@@ -528,10 +528,10 @@ def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:
         os.environ.setdefault(name, value)  # of use where torch is not imported yet, as on the command line
 
     async def run() -> T:
-        from selfpruner.jobs.handler import Runtime
-        from selfpruner.workers.inprocess import InProcessPool
+        from selfpruner.jobs.handler import SessionHandler
+        from selfpruner.workers.thread_pool import InProcessPool
 
-        pool = InProcessPool(lambda: Runtime("auto"))
+        pool = InProcessPool(lambda: SessionHandler("auto"))
         try:
             return await work(pool)
         finally:

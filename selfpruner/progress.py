@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Self
 
-Watch = Callable[[str], None]
+# What is told how work goes on, and what it asks now and then whether to stop.
+OnProgress = Callable[[str], None]
+Cancelled = Callable[[], bool]
 
 # How a worker's progress begins that says, once and before it begins, what preparing will take. It is kept as an event.
 FORESEEN = "a first preparation takes "
@@ -43,7 +45,7 @@ class _Stage:
     at: float
 
 
-class Estimate:
+class TimeLeft:
     """How far a stage is and how long the rest of it takes, from the times at which it said so. Stages may take turns."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -91,7 +93,7 @@ class Teller:
         self._every, self._still = (0.25, 1.0) if self._moves else (every, still)
         self._text, self._shown = "", ""
         self._started = self._last = time.monotonic()
-        self._estimate = Estimate()
+        self._estimate = TimeLeft()
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._clockwork: threading.Thread | None = None
@@ -139,7 +141,7 @@ class Teller:
 
 
 @contextmanager
-def shown(progress: bool | Watch) -> Iterator[Watch]:
+def shown(progress: bool | OnProgress) -> Iterator[OnProgress]:
     """What to call with texts: a :class:`Teller` for True, ``progress`` itself where it is a function, for False what does
     nothing."""
     if callable(progress):

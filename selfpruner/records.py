@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Level = Literal["info", "warn", "error"]
+Severity = Literal["info", "warn", "error"]
 CandidateStatus = Literal["pending", "evaluated", "infeasible", "failed"]
 
 
@@ -116,7 +116,7 @@ class Recorder(Protocol):
     def save_candidates(self, rows: Sequence[Candidate]) -> None:
         """Insert, or update the row of the same plan. ``parents``, ``operator`` and ``generation`` keep their first value."""
 
-    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:
         """Append an event once: a second one with the same ``key`` is ignored."""
 
     def find_event(self, key: str) -> Mapping[str, Any] | None:

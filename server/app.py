@@ -19,7 +19,7 @@ from fastapi.openapi.utils import get_openapi
 from selfpruner.store.store import Store
 from server import errors
 from server.middleware import BodyGuard, RequestContext
-from server.news import News
+from server.notifications import News
 from server.routes import candidates, checkpoints, events, health, jobs, models
 from server.runner import PoolFactory, RunJob, Runner, default_pool, default_run_job
 from server.settings import ServerSettings

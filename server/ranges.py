@@ -19,7 +19,7 @@ _RANGE = re.compile(r"bytes=\s*(?:(\d{1,19})-(\d{1,19})?|-(\d{1,19}))\s*", re.AS
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FilePart:
     """A piece of a body: bytes, or the first ``size`` bytes of the file ``path``."""
 
     size: int
@@ -37,7 +37,7 @@ class Part:
                 yield chunk
 
 
-def reply(request: Request, parts: Sequence[Part], *, tag: str, media_type: str, filename: str) -> Response:
+def reply(request: Request, parts: Sequence[FilePart], *, tag: str, media_type: str, filename: str) -> Response:
     """The body, the range of it that the request asks for (206), or that the client has it already (304).
 
     Raises HTTPException 416 with the body's length when no byte of the range exists.
@@ -89,7 +89,7 @@ def _range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def _between(parts: Sequence[Part], start: int, stop: int) -> Iterator[bytes]:
+def _between(parts: Sequence[FilePart], start: int, stop: int) -> Iterator[bytes]:
     offset = 0
     for part in parts:
         first, last = max(start - offset, 0), min(stop - offset, part.size)

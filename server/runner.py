@@ -285,11 +285,11 @@ def default_run_job() -> RunJob:
 
 
 def default_pool(settings: ServerSettings) -> WorkerPool:
-    from selfpruner.workers.process import ProcessPool
+    from selfpruner.workers.process_pool import ProcessPool
 
     if settings.model_root is not None:
         os.environ["SELFPRUNER_MODEL_ROOT"] = str(settings.model_root)  # workers inherit the limit, wherever it was set
-    return ProcessPool(settings.devices, runtime="selfpruner.jobs.handler:ServedRuntime", log_dir=settings.logs)
+    return ProcessPool(settings.devices, runtime="selfpruner.jobs.handler:ServedSessionHandler", log_dir=settings.logs)
 
 
 PoolFactory = Callable[[ServerSettings], WorkerPool]

@@ -15,7 +15,7 @@ from selfpruner.errors import CancelledTaskError, ProposerError, UnsupportedMode
 from selfpruner.workers.base import Session
 
 
-class Runtime:
+class FakeHandler:
     def __init__(self, device: str) -> None:
         self.device = device
         self.sessions: list[str] = []

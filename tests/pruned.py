@@ -19,7 +19,7 @@ from selfpruner.architectures import Architecture, describe
 from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
 from selfpruner.compensation.least_squares import FLOOR, RIDGE
 from selfpruner.evaluation.engine import Engine
-from selfpruner.models.layouts import Widths, layout_of
+from selfpruner.models.family_layouts import Widths, layout_of
 from selfpruner.planning.space import Block, Plan, SearchSpace, attention_shapes, ffn_widths
 from selfpruner.pruning.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
 from tests.tiny_models import tiny_model

@@ -17,11 +17,12 @@ from selfpruner.evolution.loop import Search
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import Windows
 from selfpruner.planning.space import Block, Plan, SearchSpace
+from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import CallError, Reply, Request
-from selfpruner.proposers.channel import LlmChannel
-from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress, Window
-from selfpruner.workers.base import Json, OnProgress, Session
+from selfpruner.proposers.llm_calls import LlmChannel
+from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, Window
+from selfpruner.workers.base import Json, Session
 
 SESSION = Session("key", {}, "")
 
@@ -80,7 +81,7 @@ class MemoryRecorder:
                     setattr(fresh, name, value)
                 self.candidates[row.plan_hash] = fresh
 
-    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
+    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:  # noqa: ARG002
         self.events.setdefault(key, (type, message, dict(data or {})))
 
     def find_event(self, key: str) -> Mapping[str, Any] | None:

@@ -17,8 +17,9 @@ from benchmarks.judge import Bench, BudgetSpentError, Meter, Run, Settings, judg
 from benchmarks.search import Judge, Store, report
 from selfpruner.errors import SelfprunerError
 from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
-from selfpruner.workers.base import Json, OnProgress, Session
+from selfpruner.workers.base import Json, Session
 from tests.fake_openai import FakeOpenAI
 from tests.searching import AnalyticPool
 from tests.spaces import space_of

@@ -24,7 +24,7 @@ from selfpruner.errors import ConfigError, DiskFullError
 from selfpruner.evaluation.session import prepare
 from selfpruner.files import cache_folder
 from selfpruner.files.cache_folder import clean, entries, let_go, make_room, remove, size, use
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.models import load, resolve
 from selfpruner.workers.base import FORESEEN, Session
 from selfpruner.workers.lifeline import tied
@@ -157,7 +157,7 @@ def test_a_limit_that_is_no_size_is_refused_before_a_model_is_loaded(tmp_path: P
     monkeypatch.setenv(cache_folder.LIMIT, "a lot")
     config = SearchConfig(rate=0.2, model=str(tmp_path / "none")).model_dump(mode="json")
     with pytest.raises(ConfigError, match=r"SELFPRUNER_CACHE_LIMIT is 'a lot'.*20GiB"):
-        Runtime("cpu").handle(Session("k", config, str(tmp_path)), "prepare", {}, lambda _: None, lambda: False)
+        SessionHandler("cpu").handle(Session("k", config, str(tmp_path)), "prepare", {}, lambda _: None, lambda: False)
 
 
 def test_managing_the_cache_needs_no_torch() -> None:

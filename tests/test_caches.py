@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer, StaticCache
 
 from selfpruner.export.build import shapes_of
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from tests.test_export import Case, folder, greedy, prune, tokens_of
 
-FAMILIES = ("llama", *(family for family, form in FORMS.items() if form is not FORMS["llama"]))
+FAMILIES = ("llama", *(family for family, form in MODELING_FILES.items() if form is not MODELING_FILES["llama"]))
 LENGTH = 10
 
 

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.auto import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import selfpruner.export  # noqa: F401 - registers the classes
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from tests.test_export import folder, prune, tokens_of
 
-FAMILIES = ("llama", *(family for family, form in FORMS.items() if form is not FORMS["llama"]))
+FAMILIES = ("llama", *(family for family, form in MODELING_FILES.items() if form is not MODELING_FILES["llama"]))
 LABELS = 3
 
 
@@ -29,14 +29,14 @@ def test_sequences_and_tokens_are_classified(tmp_path: Path, family: str) -> Non
     hidden = pruned.base_model(tokens, attention_mask=mask).last_hidden_state
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned", num_labels=LABELS).eval()
-    assert type(model) is FORMS[family].sequence_classification
+    assert type(model) is MODELING_FILES[family].sequence_classification
     found = model(tokens, attention_mask=mask, labels=torch.tensor([0, 2]))
     expected = model.score(hidden[torch.arange(2), torch.tensor([11, 8])])
     torch.testing.assert_close(found.logits, expected)
     torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(expected, torch.tensor([0, 2])))
 
     other = AutoModelForTokenClassification.from_pretrained(tmp_path / "pruned", num_labels=LABELS).eval()
-    assert type(other) is FORMS[family].token_classification
+    assert type(other) is MODELING_FILES[family].token_classification
     torch.testing.assert_close(other(tokens, attention_mask=mask).logits, other.score(hidden))
 
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "qkv_proj"], task_type="SEQ_CLS"))

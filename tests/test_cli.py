@@ -17,10 +17,10 @@ import pytest
 from rich.console import Console
 
 from selfpruner.cli import app as cli
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 from selfpruner.client import Client
 from selfpruner.errors import ConfigError
-from selfpruner.jobs.live import LiveView, account, printable
+from selfpruner.jobs.live_view import LiveView, account, printable
 from server.settings import ServerSettings
 from tests.serving import BUDGET, QUICK, WAITS, Running, running_server
 
@@ -138,7 +138,7 @@ def test_help_names_every_command_and_choice(capsys: pytest.CaptureFixture[str])
 def test_config_file_options_and_settings_in_that_order(tmp_path: Path) -> None:
     file = tmp_path / "search.json"
     file.write_text('{"rate": 0.1, "seed": 1, "limits": {"calls": 5}}')
-    body = options.read_config(
+    body = shared_options.read_config(
         file,
         ["limits.cost=0.5", 'initial=["uniform"]', "of=model", "seed=3"],
         calibration=["self", "a.txt"],
@@ -156,9 +156,9 @@ def test_config_file_options_and_settings_in_that_order(tmp_path: Path) -> None:
     }
     file.write_text("[1]")
     with pytest.raises(ConfigError, match="JSON object"):
-        options.read_config(file, None)
+        shared_options.read_config(file, None)
     with pytest.raises(ConfigError, match="holds no fields"):
-        options.read_config(None, ["rate=1", "rate.x=2"])
+        shared_options.read_config(None, ["rate=1", "rate.x=2"])
 
 
 def test_interrupt_leaves_the_job_running(server: Running) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from selfpruner.config import Part, SearchConfig, Strict, _part
 from selfpruner.jobs.comparison import SETTINGS
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from tests.tiny_models import sample_text, tiny_model
 
@@ -119,7 +119,7 @@ def test_two_jobs_that_differ_in_one_field_get_a_space_each(tmp_path: Path) -> N
     text = tmp_path / "text.txt"
     text.write_text(sample_text(20_000, seed=3))
     words = {"sources": [{"source": str(text)}], "sequences": 8, "length": 32}
-    runtime = Runtime("cpu")
+    runtime = SessionHandler("cpu")
 
     def space(**changes: Any) -> Any:
         body = {"model": str(model), "rate": 0.2, "calibration": words, "device": "cpu", **changes}

@@ -13,8 +13,8 @@ import torch
 from selfpruner.architectures import AttentionWeights, FfnWeights, describe
 from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import CancelledTaskError
-from selfpruner.evaluation.engine import Engine, LevelCache, Work
-from selfpruner.evaluation.lanes import Lanes
+from selfpruner.evaluation.engine import Engine, LevelCache, PassCount
+from selfpruner.evaluation.parallel import Lanes
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.patterns import PrunableAttention
 from tests.pruned import Ready, inputs_of, kept_columns, load_tiny, masked, naive, outputs_of, random_plans, ready, tokens_of
@@ -195,7 +195,7 @@ def test_shared_prefixes_are_walked_once(case: Ready, tokens: torch.Tensor) -> N
     # Distinct prefixes after each of the six blocks, the dense model's among them:
     #   attention 0: {0} = 1        ffn 0: {0, 1} = 2       attention 1: 2
     #   ffn 1: {00 00, 00 01, 01 01} = 3    attention 2: 3    ffn 2: dense, .1, .2 of the first; one each of the others = 5
-    assert engine.work == Work(1 + 2 + 2 + 3 + 3 + 5, 5 * 6)
+    assert engine.work == PassCount(1 + 2 + 2 + 3 + 3 + 5, 5 * 6)
 
 
 @pytest.mark.parametrize("how", [{"stream_bytes": 1}, {"max_tokens": 1}, {"max_tokens": 40}, {"cache_bytes": 0}])

@@ -30,10 +30,10 @@ from selfpruner.export import verify as verify_script
 from selfpruner.export.build import expected_parameters, plain_config, shapes_of
 from selfpruner.export.checkpoint import CardInfo, LayerShape, build, count_parameters, load, write
 from selfpruner.export.formats import verify
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.files import manifest
-from selfpruner.models.layouts import Widths, layout_of
-from selfpruner.pruning.shape import KeptUnits
+from selfpruner.models.family_layouts import Widths, layout_of
+from selfpruner.pruning.layer_shapes import KeptUnits
 from tests.pruned import outputs_of, rows_of
 
 ROOT = Path(__file__).parent.parent
@@ -184,7 +184,7 @@ def greedy(model: PreTrainedModel, tokens: Tensor, **how: Any) -> list[list[int]
 
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 # Families whose pruned models have a modelling file of their own.
-OWN_FORMS = tuple(family for family, form in FORMS.items() if form is not FORMS["llama"])
+OWN_FORMS = tuple(family for family, form in MODELING_FILES.items() if form is not MODELING_FILES["llama"])
 VARIANTS = {
     "mha": {"kv_heads": 4},
     "gqa": {"kv_heads": 2},
@@ -400,7 +400,7 @@ def test_the_card_says_what_was_done(written: Written) -> None:
 @torch.inference_mode()
 def test_load_needs_no_remote_code(written: Written) -> None:
     model = load(written.path)
-    assert isinstance(model, FORMS["qwen2"].causal_lm)
+    assert isinstance(model, MODELING_FILES["qwen2"].causal_lm)
     tokens = tokens_of(2, 12)
     assert torch.equal(model(tokens).logits, written.case.pruned(tokens).logits)
     assert load(written.path, dtype=torch.bfloat16, check=False).dtype == torch.bfloat16
@@ -415,8 +415,8 @@ def test_every_form_is_verified_with_its_own_code(tmp_path: Path, family: str) -
     result = write(case.pruned, AutoTokenizer.from_pretrained(source), source, tmp_path / "checkpoint", CARD)
     assert result.verification["problems"] == []
     assert result.verification["code"] == "transformers_modules"
-    assert result.verification["class"] == FORMS[family].causal_lm.__name__
-    assert FORMS[family].code.name in (tmp_path / "checkpoint" / "README.md").read_text()
+    assert result.verification["class"] == MODELING_FILES[family].causal_lm.__name__
+    assert MODELING_FILES[family].code.name in (tmp_path / "checkpoint" / "README.md").read_text()
     verify(tmp_path / "checkpoint")
     with torch.inference_mode():
         assert load(tmp_path / "checkpoint")(tokens_of(1, 12)).logits.equal(case.pruned(tokens_of(1, 12)).logits)

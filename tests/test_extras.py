@@ -16,11 +16,12 @@ from selfpruner.cli import plots
 from selfpruner.errors import OutOfMemoryError, WorkerError
 from selfpruner.evaluation import speed
 from selfpruner.export import checkpoint, formats
-from selfpruner.jobs.live import account
+from selfpruner.jobs.live_view import account
 from selfpruner.jobs.run import JobResult, run_job
 from selfpruner.judging import repetition
+from selfpruner.progress import OnProgress
 from selfpruner.store.store import Store
-from selfpruner.workers.base import Json, OnProgress, Session
+from selfpruner.workers.base import Json, Session
 from tests.test_job import Recording, config_of
 from tests.tiny_models import sample_text, tiny_model
 

@@ -17,12 +17,12 @@ from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.card import CardInfo
 from selfpruner.export.pruned import pruned_tensors, streamed_export
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job
 from selfpruner.models import LoadedModel, checks, load, resolve, streaming
 from selfpruner.planning.space import Plan
 from selfpruner.store.store import Store
-from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.workers.thread_pool import InProcessPool
 from tests.pruned import random_plans
 from tests.test_export import OWN_FORMS
 from tests.test_job import config_of
@@ -55,7 +55,7 @@ def test_a_whole_job(family: str, tmp_path: Path) -> None:
     config = config_for(tmp_path, family, calibration=written, generations=1)
 
     async def run() -> Any:
-        pool = InProcessPool(lambda: Runtime("cpu"))
+        pool = InProcessPool(lambda: SessionHandler("cpu"))
         try:
             with Store(tmp_path / "db") as store:
                 job, _ = store.create_job(config)

@@ -26,9 +26,9 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, ModelError, ModelNotFoundError, SelfprunerError
 from selfpruner.export.folder import write_folder
 from selfpruner.files import manifest
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job, session_of
-from selfpruner.judging.quality import Results
+from selfpruner.judging.quality import MeasurementFile
 from selfpruner.planning.space import Plan
 from selfpruner.records import Recorder
 from selfpruner.workers.base import Session
@@ -237,8 +237,8 @@ def test_a_link_to_another_disk_stays_a_link(tmp_path: Path) -> None:
     assert manifest.check(tmp_path / "large")["parameters"] == 2
 
     (tmp_path / "quality.json").symlink_to(tmp_path / "large" / "quality.json")
-    Results(tmp_path / "quality.json").add({"fingerprint": "f", "setting": {}})
-    assert Results(tmp_path / "large" / "quality.json").find("f", {}) is not None
+    MeasurementFile(tmp_path / "quality.json").add({"fingerprint": "f", "setting": {}})
+    assert MeasurementFile(tmp_path / "large" / "quality.json").find("f", {}) is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "out", "quality.json"]
 
 
@@ -277,7 +277,7 @@ def session_on(folder: Path, text: Path) -> Session:
 def test_a_warm_worker_begins_a_job_with_the_files_of_now(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(sample_text(4000, seed=1))
-    runtime, session = Runtime("cpu"), session_on(folder, text)
+    runtime, session = SessionHandler("cpu"), session_on(folder, text)
 
     def fingerprints() -> tuple[str, list[str]]:
         made = runtime.handle(session, "prepare", {}, lambda _: None, lambda: False)

@@ -24,7 +24,7 @@ from selfpruner.export.proof import reference_tokens, write_reference
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.files import manifest
 from selfpruner.files.tensors import TensorFile
-from selfpruner.models.layouts import Widths, layout_of
+from selfpruner.models.family_layouts import Widths, layout_of
 from tests.pruned import rows_of
 from tests.test_export import CARD, Case, Keep, folder, prune, tokens_of, units_of
 
@@ -129,7 +129,7 @@ def test_a_uniform_checkpoint_is_masked_as_well(tmp_path: Path) -> None:
             weights[f"{place}mlp.{name}_proj.weight"] = dense[f"{place}mlp.{name}_proj.weight"][8:56]
         weights[f"{place}mlp.down_proj.weight"] = dense[f"{place}mlp.down_proj.weight"][:, 8:56]
     from selfpruner.export.build import build
-    from selfpruner.pruning.shape import LayerShape
+    from selfpruner.pruning.layer_shapes import LayerShape
 
     case = Case(model, build(model, [LayerShape(2, 1, 48)] * 3, weights), [Keep(heads, channels)] * 3, {})
     checkpoint = written(tmp_path, case, source)

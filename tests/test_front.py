@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.front import Subject, compare, table
 from selfpruner import api
 from selfpruner.cli import app as cli
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 from selfpruner.cli.plots import front_chart, result_chart
 from selfpruner.cli.show import front
 from selfpruner.config import SearchConfig
@@ -29,12 +29,13 @@ from selfpruner.evaluation.session import prepare
 from selfpruner.evolution.front import ALIKE, NAME, Front, Latencies, Member, front_tokens
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.jobs.front_report import latencies_of
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import JobResult, session_of
 from selfpruner.models import load, resolve
 from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.progress import OnProgress
 from selfpruner.store.store import Store
-from selfpruner.workers.base import Json, OnProgress, Session
+from selfpruner.workers.base import Json, Session
 from server.schemas import JobRequest
 from tests.searching import SESSION, AnalyticPool, DiedError, Interruptions, MemoryRecorder, Run, config_of
 from tests.spaces import space_of
@@ -95,7 +96,7 @@ def test_objectives_over_http_and_on_the_command_line() -> None:
     assert asked.config().front_rates == (0.1, 0.2)
     stored = json.loads(json.dumps(asked.config().model_dump(mode="json")))
     assert SearchConfig.model_validate(stored) == asked.config()
-    body = options.read_config(None, None, rate=0.2, objective="quality,latency", rates=None)
+    body = shared_options.read_config(None, None, rate=0.2, objective="quality,latency", rates=None)
     assert api.config_of(body).objective == ("quality", "latency")
 
 
@@ -323,7 +324,7 @@ def test_any_member_can_be_exported(done: Done) -> None:
 
 
 def test_times_of_blocks(done: Done) -> None:
-    runtime = Runtime("cpu")
+    runtime = SessionHandler("cpu")
     session = session_of(done.config, done.place.folder / "cache")
     first = runtime.handle(session, "time_blocks", {"tokens": 32}, lambda _: None, lambda: False)
     space = SearchSpace.from_dict(runtime.handle(session, "prepare", {}, lambda _: None, lambda: False)["space"])

@@ -22,11 +22,11 @@ from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 import tests.tiny_models as tiny
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import checkpoint, gguf, gguf_runtime, gguf_tokenizer, proof, verify_gguf
-from selfpruner.export.base import Checkpoint
+from selfpruner.export.base import FinishedCheckpoint
 from selfpruner.export.build import build
 from selfpruner.export.gguf import Gguf
 from selfpruner.models import gguf as model_gguf
-from selfpruner.pruning.shape import LayerShape
+from selfpruner.pruning.layer_shapes import LayerShape
 from tests.test_export import CARD, Case, folder, prune, tokens_of
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,7 +37,7 @@ class Made:
     """A checkpoint, the GGUF file made from it, and the reference that it has to meet."""
 
     case: Case
-    checkpoint: Checkpoint
+    checkpoint: FinishedCheckpoint
     folder: Path
     reference: Path
 
@@ -59,12 +59,12 @@ class Made:
         return verify_gguf.verify(self.folder, str(self.reference), "cpu")
 
 
-def checkpoint_of(path: Path, case: Case, source: Path) -> Checkpoint:
+def checkpoint_of(path: Path, case: Case, source: Path) -> FinishedCheckpoint:
     """The finished checkpoint of ``case``, without the fresh process that looks at it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "prove", lambda *_: {"problems": []})
         checkpoint.write(case.pruned, AutoTokenizer.from_pretrained(source), source, path, CARD)
-    return Checkpoint.open(path)
+    return FinishedCheckpoint.open(path)
 
 
 def export(path: Path, case: Case, source: Path, quantize: str | None = None) -> Made:
@@ -285,7 +285,7 @@ def test_cancelling(tmp_path: Path) -> None:
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
-def refusal(made: Checkpoint, quantize: str | None = None) -> str:
+def refusal(made: FinishedCheckpoint, quantize: str | None = None) -> str:
     with pytest.raises(FormatError) as caught:
         Gguf().check(made, quantize)
     return caught.value.message

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import AutoTokenizer
 
 from selfpruner.export import formats, gguf_runtime, gguf_tokenizer
-from selfpruner.export.base import Checkpoint
+from selfpruner.export.base import FinishedCheckpoint
 from selfpruner.export.build import build
 from selfpruner.export.checkpoint import load
 from selfpruner.export.gguf import FAMILIES, Gguf
-from selfpruner.pruning.shape import LayerShape
+from selfpruner.pruning.layer_shapes import LayerShape
 from tests.test_export import Case, folder, tokens_of
 from tests.test_gguf import PIECES, ROPES, VARYING, export, pruned, sentencepiece, uniform, with_pre_tokenizer
 
@@ -51,7 +51,7 @@ def compare(
     With ``exact``, the model in float64, llama.cpp is compared with that, and may be as far away as float32 is in transformers.
     """
     longest = max(map(len, prompts)) + GENERATED
-    runtime = gguf_runtime.Runtime(path, longest, flash_attention=flash)
+    runtime = gguf_runtime.LlamaCpp(path, longest, flash_attention=flash)
     largest = 0.0
     try:
         for prompt in prompts:
@@ -88,7 +88,7 @@ def test_varying_plans(tmp_path: Path, variant: str, flash: bool) -> None:
     compare(made.case.pruned, made.file, random_prompts(), flash=flash)
     if not flash:
         found = made.verify()
-        assert (found["problems"], found["llama_cpp"]) == ([], gguf_runtime.Runtime(made.file, 8).version)
+        assert (found["problems"], found["llama_cpp"]) == ([], gguf_runtime.LlamaCpp(made.file, 8).version)
         assert found["llama_cpp_max_difference"] <= BOUND
 
 
@@ -179,7 +179,7 @@ def test_tokens(tmp_path: Path, kind: str) -> None:
     source, model = folder(tmp_path / "base", "llama", vocab=300)
     tokenizer.save_pretrained(source)
     made = export(tmp_path, Case(model, build(model, [LayerShape(2, 2, 64)] * 3, {}), [], {}), source)
-    runtime = gguf_runtime.Runtime(made.file, 16)
+    runtime = gguf_runtime.LlamaCpp(made.file, 16)
     for text in TEXTS:
         expected = AutoTokenizer.from_pretrained(source)(text, verbose=False)["input_ids"]
         assert runtime.tokenize(text) == expected, text
@@ -207,7 +207,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(1800)
 def test_the_real_model(real: Path, tmp_path: Path) -> None:
-    shapes = Checkpoint.open(real).shapes
+    shapes = FinishedCheckpoint.open(real).shapes
     assert min(len({getattr(shape, name) for shape in shapes}) for name in ("channels", "heads", "kv_groups")) > 1
     made = formats.convert(real, tmp_path / "f32", "gguf", quantize="f32")
     assert made.verification["architecture"] == "deci"
@@ -218,7 +218,7 @@ def test_the_real_model(real: Path, tmp_path: Path) -> None:
     exact = load(real, dtype=torch.float64)
     found = {"difference": compare(model, path, prompts, exact=exact), "flash": compare(model, path, prompts, flash=True)}
     del exact
-    runtime = gguf_runtime.Runtime(path, 16)
+    runtime = gguf_runtime.LlamaCpp(path, 16)
     assert runtime._model.metadata["tokenizer.ggml.pre"] == "smollm"
     for text in (*TEXTS, *WORDS):
         assert runtime.tokenize(text) == tokenizer(text)["input_ids"]

@@ -14,7 +14,7 @@ from selfpruner.calibration import gradients
 from selfpruner.calibration.cache import cached_gradients
 from selfpruner.calibration.gradients import Gradients, layer_gradients
 from selfpruner.errors import CancelledTaskError, ConfigError
-from selfpruner.models.layouts import layout_of
+from selfpruner.models.family_layouts import layout_of
 from tests.pruned import layers_of, load_tiny, rows_of, tokens_of
 from tests.tiny_models import FAMILIES
 

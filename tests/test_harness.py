@@ -74,20 +74,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def subject(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> measures.Subject:
+def subject(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> measures.MeasuredModel:
     return measures.Place(str(folder), tmp_path_factory.mktemp("cache"), torch.device("cpu"), "float32").load()
 
 
-def theirs(subject: measures.Subject, batch_size: int = 3) -> Any:
+def theirs(subject: measures.MeasuredModel, batch_size: int = 3) -> Any:
     with harness._hushed():
         return HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size)
 
 
-def loaded(name: str, data: Path, subject: measures.Subject) -> Any:
+def loaded(name: str, data: Path, subject: measures.MeasuredModel) -> Any:
     return harness.load_task(name, LocalTask.find(name, data), subject.cache)
 
 
-def check(name: str, data: Path, subject: measures.Subject, limit: int | None) -> None:
+def check(name: str, data: Path, subject: measures.MeasuredModel, limit: int | None) -> None:
     """The same answers to every request, and the same metrics for every document, as the harness's own class gives one by one."""
     answers, outcomes = [], []
     for model in (harness.SharedContextLM(subject.model, subject.tokenizer), theirs(subject)):
@@ -101,19 +101,19 @@ def check(name: str, data: Path, subject: measures.Subject, limit: int | None) -
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_numbers_are_the_harness_s(name: str, data: Path, subject: measures.Subject) -> None:
+def test_the_numbers_are_the_harness_s(name: str, data: Path, subject: measures.MeasuredModel) -> None:
     check(name, data, subject, None)
 
 
 @pytest.mark.parametrize("name", names.ZERO_SHOT_TASKS)
-def test_the_seven_tasks(name: str, subject: measures.Subject) -> None:
+def test_the_seven_tasks(name: str, subject: measures.MeasuredModel) -> None:
     root = os.environ.get("SELFPRUNER_DATA")
     if not root or LocalTask.find(name, Path(root)) is None:
         pytest.skip(f"needs {LocalTask.place(name)} in SELFPRUNER_DATA")
     check(name, Path(root), subject, 12)
 
 
-def test_accuracies_and_errors_are_the_harness_s(data: Path, folder: Path, subject: measures.Subject, tmp_path: Path) -> None:
+def test_accuracies_and_errors_are_the_harness_s(data: Path, folder: Path, subject: measures.MeasuredModel, tmp_path: Path) -> None:
     found = api.quality(
         [folder], tmp_path / "q.json", tasks=list(FORMS), data=data, device="cpu", dtype="float32", cache=subject.cache
     ).found[str(folder)]
@@ -131,7 +131,7 @@ def test_accuracies_and_errors_are_the_harness_s(data: Path, folder: Path, subje
         assert (own["documents"], own["of"]) == (40, 40)
 
 
-def test_long_prompts_are_cut_as_the_harness_cuts_them(data: Path, subject: measures.Subject) -> None:
+def test_long_prompts_are_cut_as_the_harness_cuts_them(data: Path, subject: measures.MeasuredModel) -> None:
     results = []
     for model in (harness.SharedContextLM(subject.model, subject.tokenizer), theirs(subject)):
         model._max_length = 24
@@ -141,7 +141,7 @@ def test_long_prompts_are_cut_as_the_harness_cuts_them(data: Path, subject: meas
     assert results[0] == pytest.approx(results[1], abs=1e-3)
 
 
-def test_a_limit_takes_the_same_documents_every_time(data: Path, subject: measures.Subject) -> None:
+def test_a_limit_takes_the_same_documents_every_time(data: Path, subject: measures.MeasuredModel) -> None:
     assert harness.subset("boolq", 100, 10) == harness.subset("boolq", 100, 10)
     assert set(harness.subset("boolq", 100, 10)) < set(harness.subset("boolq", 100, 20))
     assert harness.subset("boolq", 100, 10) != harness.subset("piqa", 100, 10) != list(range(10))
@@ -153,7 +153,7 @@ def test_a_limit_takes_the_same_documents_every_time(data: Path, subject: measur
     assert part.metrics == {metric: [values[index] for index in chosen] for metric, values in whole.metrics.items()}
 
 
-def test_results_are_kept_by_task_and_setting(data: Path, folder: Path, subject: measures.Subject, tmp_path: Path) -> None:
+def test_results_are_kept_by_task_and_setting(data: Path, folder: Path, subject: measures.MeasuredModel, tmp_path: Path) -> None:
     file = tmp_path / "q.json"
     ask = {"data": data, "device": "cpu", "cache": subject.cache}
     api.quality([folder], file, tasks=["yes_no"], limit=8, **ask)
@@ -163,7 +163,7 @@ def test_results_are_kept_by_task_and_setting(data: Path, folder: Path, subject:
     assert kept == [("yes_no", 8), ("choices", 8), ("yes_no", 9)]
 
 
-def test_the_table_has_both_means(data: Path, folder: Path, subject: measures.Subject, tmp_path: Path) -> None:
+def test_the_table_has_both_means(data: Path, folder: Path, subject: measures.MeasuredModel, tmp_path: Path) -> None:
     found = api.quality([folder], tmp_path / "q.json", tasks=list(FORMS), data=data, device="cpu", cache=subject.cache)
     rows = {row.name: row.cells[0].value.value for row in found.rows}
     acc = [rows[f"{name} acc"] for name in FORMS]
@@ -171,7 +171,7 @@ def test_the_table_has_both_means(data: Path, folder: Path, subject: measures.Su
     assert rows["mean of 3 acc_norm"] == pytest.approx((rows["choices acc_norm"] + sum(acc[1:])) / 3)
 
 
-def test_what_cannot_be_had_is_said(data: Path, subject: measures.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_had_is_said(data: Path, subject: measures.MeasuredModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="Did you mean 'boolq'"):
         harness.load_task("boolqq", None, subject.cache)

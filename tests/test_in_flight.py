@@ -15,8 +15,8 @@ from selfpruner.operators.base import Context, Offspring
 from selfpruner.operators.llm import OPERATORS
 from selfpruner.operators.reflect import Reflect
 from selfpruner.proposers.base import Reply, Request
-from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
+from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.proposers.settings import ProposerSettings
 from tests.fake_openai import FakeOpenAI
 from tests.searching import MemoryRecorder, ScriptedProposer

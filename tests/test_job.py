@@ -20,14 +20,15 @@ from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.pruned import pruned_tensors
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import JobResult, run_job, session_of
 from selfpruner.models import load, resolve
 from selfpruner.planning.space import Plan
+from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
 from selfpruner.store.store import Store
-from selfpruner.workers.base import Json, OnProgress, Session
-from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.workers.base import Json, Session
+from selfpruner.workers.thread_pool import InProcessPool
 from tests.pruned import random_plans
 from tests.tiny_models import sample_text, tiny_model
 
@@ -38,7 +39,7 @@ class Recording:
     """A pool that notes which tasks went through, and to whom."""
 
     def __init__(self) -> None:
-        self.inner = InProcessPool(lambda: Runtime("cpu"))
+        self.inner = InProcessPool(lambda: SessionHandler("cpu"))
         self.tasks: Counter[str] = Counter()
 
     async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
@@ -377,13 +378,13 @@ def test_a_model_that_is_not_there(place: Place) -> None:
 
 
 def test_an_unknown_task(place: Place, done: Done) -> None:
-    runtime = Runtime("cpu")
+    runtime = SessionHandler("cpu")
     with pytest.raises(ConfigError, match="Unknown task 'train'"):
         runtime.handle(session_of(done.config, place.folder), "train", {}, lambda _: None, lambda: False)
 
 
 def test_the_worker_says_what_it_holds(place: Place, done: Done) -> None:
-    runtime = Runtime("cpu")
+    runtime = SessionHandler("cpu")
     session = session_of(done.config, place.folder / "cache")
     said: list[str] = []
     first = runtime.handle(session, "prepare", {}, said.append, lambda: False)

@@ -20,7 +20,7 @@ from selfpruner.operators.plan_format import PlanFormat
 from selfpruner.operators.prompt_facts import score
 from selfpruner.planning.space import Block, Option, Plan, SearchSpace, ffn_widths
 from selfpruner.proposers.base import OUTCOMES
-from selfpruner.proposers.channel import FAILURES_IN_A_ROW, MAX_TEMPERATURE, LlmChannel
+from selfpruner.proposers.llm_calls import FAILURES_IN_A_ROW, MAX_TEMPERATURE, LlmChannel
 from selfpruner.proposers.openai import OpenAIProposer
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.records import Candidate, LlmCall

@@ -20,13 +20,13 @@ from selfpruner.errors import ConfigError
 from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export.build import build
 from selfpruner.export.pruned import pruned_tensors, zeros
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job
 from selfpruner.models import load, resolve
 from selfpruner.pruning.patterns import PrunableMasked
 from selfpruner.pruning.patterns.masked import database_bytes, packed, sparsities, unpacked
 from selfpruner.store.store import Store
-from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.workers.thread_pool import InProcessPool
 from tests.pruned import random_plans
 from tests.test_job import config_of
 from tests.tiny_models import sample_text, tiny_model
@@ -185,7 +185,7 @@ def test_a_whole_job(pattern: str, tmp_path: Path, text: Path) -> None:
     assert config.criterion == "sparsegpt"
 
     async def run() -> Any:
-        pool = InProcessPool(lambda: Runtime("cpu"))
+        pool = InProcessPool(lambda: SessionHandler("cpu"))
         try:
             with Store(tmp_path / "db") as store:
                 job, _ = store.create_job(config)

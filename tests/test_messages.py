@@ -74,10 +74,10 @@ def test_which_settings_differ() -> None:
 
 
 def test_a_comparison_goes_on_only_with_its_own_settings(tmp_path: Path) -> None:
-    comparison.Results(tmp_path, {"model": "a", "seed": 0}).save()
-    assert comparison.Results(tmp_path, {"model": "a", "seed": 0}).rows == []
+    comparison.ComparisonFile(tmp_path, {"model": "a", "seed": 0}).save()
+    assert comparison.ComparisonFile(tmp_path, {"model": "a", "seed": 0}).rows == []
     with pytest.raises(ConfigError, match="model a then, b now; seed 0 then, 1 now"):
-        comparison.Results(tmp_path, {"model": "b", "seed": 1})
+        comparison.ComparisonFile(tmp_path, {"model": "b", "seed": 1})
 
 
 def test_devices_are_those_of_this_machine() -> None:

@@ -20,12 +20,12 @@ import tests.tiny_models as tiny
 from selfpruner.export import formats, proof
 from selfpruner.export.build import build, plain_config
 from selfpruner.export.checkpoint import LayerShape, write
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.export.older import oldest_version, with_older_fields
 from tests.test_export import CARD, Keep, cut, folder, prune, tokens_of, units_of
 from tests.test_ropes import CASES, options_of
 
-FILES = sorted({form.code for form in FORMS.values()})
+FILES = sorted({form.code for form in MODELING_FILES.values()})
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

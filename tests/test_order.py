@@ -19,7 +19,7 @@ from selfpruner.errors import DiskFullError
 from selfpruner.evaluation.engine import Engine
 from selfpruner.export.build import build
 from selfpruner.models import LoadedModel
-from selfpruner.models.layouts import layout_of
+from selfpruner.models.family_layouts import layout_of
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.blocks import prepare_blocks
 from selfpruner.pruning.patterns import PrunableFfn, measure_attention, measure_ffn, stored
@@ -174,6 +174,6 @@ def test_a_build_shares_the_reordered_weights() -> None:
 
 
 def build_shapes(case: Any) -> list[Any]:
-    from selfpruner.pruning.shape import LayerShape
+    from selfpruner.pruning.layer_shapes import LayerShape
 
     return [LayerShape(case.arch.kv_groups, case.arch.heads_per_group, case.arch.channels)] * case.arch.layers

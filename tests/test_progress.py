@@ -17,8 +17,8 @@ import pytest
 
 import selfpruner
 from selfpruner.cli import app as cli
-from selfpruner.jobs.live import LiveView
-from selfpruner.progress import Estimate, Teller, duration, shown
+from selfpruner.jobs.live_view import LiveView
+from selfpruner.progress import Teller, TimeLeft, duration, shown
 from selfpruner.store.store import Store
 from tests.tiny_models import sample_text, tiny_model
 
@@ -32,7 +32,7 @@ class Clock:
 
 def test_how_far_and_how_long() -> None:
     clock = Clock()
-    estimate = Estimate(clock)
+    estimate = TimeLeft(clock)
     for at, text, says in (
         (0, "loading", ""),
         (0, "statistics of layer 1/5", "20 %"),

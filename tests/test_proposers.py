@@ -377,7 +377,7 @@ def test_a_missing_recording_is_a_config_error(recording: Path | None) -> None:
 
 def test_proposers_import_neither_torch_nor_the_sdk() -> None:
     code = (
-        "import sys, selfpruner.proposers as p, selfpruner.proposers.channel, selfpruner.operators.llm;"
+        "import sys, selfpruner.proposers as p, selfpruner.proposers.llm_calls, selfpruner.operators.llm;"
         "p.create('x', p.ProposerSettings(kind='openai', model='m'), pool=None, session=None);"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'openai', 'xgrammar')))"
     )

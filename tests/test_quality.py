@@ -180,7 +180,7 @@ def test_the_same_call_goes_on(models: list[Path], data: Path, tmp_path: Path, m
     file = tmp_path / "quality.json"
     real, loads = measures.Place.load, list[str]()
 
-    def load(place: measures.Place) -> measures.Subject:
+    def load(place: measures.Place) -> measures.MeasuredModel:
         loads.append(Path(place.name).name)
         return real(place)
 
@@ -189,7 +189,7 @@ def test_the_same_call_goes_on(models: list[Path], data: Path, tmp_path: Path, m
 
     monkeypatch.setattr(measures.Place, "load", load)
     with monkeypatch.context() as patch:
-        patch.setattr(measures.Generation, "run", fail)
+        patch.setattr(measures.RepetitionProbe, "run", fail)
         with pytest.raises(ModelError, match="on the way"):
             run(models, file, data, seqlen=[64])
     assert len(json.loads(file.read_text())["records"]) == 2

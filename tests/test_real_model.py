@@ -13,11 +13,11 @@ import pytest
 
 from selfpruner.api import config_of
 from selfpruner.config import SearchConfig
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job
 from selfpruner.records import Progress
 from selfpruner.store.store import Store
-from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.workers.thread_pool import InProcessPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
 
 def test_found_beats_uniform_beats_flap(config: SearchConfig, tmp_path: Path) -> None:
     async def run() -> dict[str, object]:
-        pool = InProcessPool(lambda: Runtime("cpu"))
+        pool = InProcessPool(lambda: SessionHandler("cpu"))
         try:
             with Store(tmp_path / "db") as store:
                 job, _ = store.create_job(config)

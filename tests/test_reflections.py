@@ -15,7 +15,7 @@ from selfpruner.errors import ConflictError
 from selfpruner.operators.base import Context, Reflections
 from selfpruner.operators.reflect import LONG, SHORT, Reflect, lesson
 from selfpruner.planning.space import Plan
-from selfpruner.proposers.channel import FAILURES_IN_A_ROW
+from selfpruner.proposers.llm_calls import FAILURES_IN_A_ROW
 from selfpruner.records import Candidate
 from tests.fake_openai import FakeOpenAI
 from tests.test_llm_operators import Lab, Memory, space

@@ -13,10 +13,10 @@ import torch
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import CancelledTaskError, ConfigError, OutOfMemoryError, SelfprunerError, WorkerError
-from selfpruner.evolution.generation import choose
+from selfpruner.evolution.generation_probe import choose
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.export.build import build
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.judging.repetition import continuations, repeated, repetition
 from selfpruner.planning.space import Plan, SearchSpace
@@ -83,13 +83,13 @@ def job_config(folder: Path, **changes: Any) -> SearchConfig:
     return SearchConfig.model_validate({**small, **texts, **changes})
 
 
-def written_by(runtime: Runtime, config: SearchConfig, folder: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
+def written_by(runtime: SessionHandler, config: SearchConfig, folder: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
     return runtime.handle(session_of(config, folder / "cache"), "generate", payload, lambda _: None, lambda: False)
 
 
 def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    runtime, config = Runtime("cpu"), job_config(tmp_path)
+    runtime, config = SessionHandler("cpu"), job_config(tmp_path)
     session = session_of(config, tmp_path / "cache")
     space = SearchSpace.from_dict(runtime.handle(session, "prepare", {}, lambda _: None, lambda: False)["space"])
     uniform = space.project([0.3] * space.layers)
@@ -125,7 +125,7 @@ def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_worker_without_room_says_so(tmp_path: Path) -> None:
     """The model is streamed, or is whole and leaves no room for another beside it."""
-    runtime, config = Runtime("cpu"), job_config(tmp_path)
+    runtime, config = SessionHandler("cpu"), job_config(tmp_path)
     runtime.handle(session_of(config, tmp_path / "cache"), "prepare", {}, lambda _: None, lambda: False)
     held = runtime._prepared
     assert held is not None

@@ -27,7 +27,7 @@ from selfpruner.errors import (
     TextError,
 )
 from selfpruner.files import places
-from selfpruner.jobs.handler import Runtime, ServedRuntime
+from selfpruner.jobs.handler import ServedSessionHandler, SessionHandler
 from selfpruner.jobs.run import JobResult
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json
@@ -91,13 +91,13 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The kinds of the tasks that a worker is asked for."""
     kinds: list[str] = []
-    handle = Runtime.handle
+    handle = SessionHandler.handle
 
-    def count(self: Runtime, session: Any, kind: str, payload: Mapping[str, Any], *rest: Any) -> Json:
+    def count(self: SessionHandler, session: Any, kind: str, payload: Mapping[str, Any], *rest: Any) -> Json:
         kinds.append(kind)
         return handle(self, session, kind, payload, *rest)
 
-    monkeypatch.setattr(Runtime, "handle", count)
+    monkeypatch.setattr(SessionHandler, "handle", count)
     return kinds
 
 
@@ -136,7 +136,7 @@ def test_a_finished_search_is_shown_when_its_model_is_gone(
         assert name == str(tiny_llama)
         raise ModelNotFoundError("The model is gone.", param="model")
 
-    monkeypatch.setattr(models, "foresee", gone)
+    monkeypatch.setattr(models, "precheck", gone)
     assert api.search(0.2, run, cache=cache, **fields).reused
     with pytest.raises(ModelNotFoundError):
         api.search(0.3, run, cache=cache, again=True, **fields)
@@ -194,7 +194,7 @@ def test_a_search_that_failed_is_taken_over(
         raise ExportError("The disk went away.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "_export", broken)
+        patch.setattr(SessionHandler, "_export", broken)
         with pytest.raises(ExportError):
             api.search(0.2, tmp_path / "run", cache=cache, **fields)
     assert "evaluate" in counted
@@ -314,8 +314,8 @@ def test_a_local_search_does_not_read_a_servers_settings(
     config.write_text(json.dumps(fields))
     command = ["search", "-c", str(config), "--rate", "0.2", "-o", str(run), "--cache", str(cache)]
     assert cli.run(command) == 0
-    assert Runtime("cpu").model_root is None, "a server's bound is a server's"
-    assert ServedRuntime("cpu").model_root == Path("/no/such/folder")
+    assert SessionHandler("cpu").model_root is None, "a server's bound is a server's"
+    assert ServedSessionHandler("cpu").model_root == Path("/no/such/folder")
     # Where an LLM is asked its variable matters, and no other.
     capsys.readouterr()
     assert cli.run([*command, "-s", "preset=default"]) == 2
@@ -328,7 +328,7 @@ def test_a_local_search_does_not_read_a_servers_settings(
 def test_a_hub_model_that_is_not_here_is_refused_at_once_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelNotFoundError, match="offline mode is on"):
-        models.foresee("nobody/nothing")
+        models.precheck("nobody/nothing")
     with pytest.raises(ModelNotFoundError, match="offline mode is on"):
         api.search(0.2, tmp_path / "out", model="nobody/nothing", preset="evolution", cache=tmp_path / "cache")
     assert not (tmp_path / "out").exists()

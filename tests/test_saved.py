@@ -21,9 +21,9 @@ from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, CorruptCheckpointError, ExportError, ModelError, UnsupportedModelError
 from selfpruner.export import checkpoint, formats, proof
 from selfpruner.export.build import build
-from selfpruner.export.forms import FORMS
-from selfpruner.pruning.shape import LayerShape
-from selfpruner.timing import held
+from selfpruner.export.modeling_files import MODELING_FILES
+from selfpruner.pruning.layer_shapes import LayerShape
+from selfpruner.timing import transformers_model
 from tests.test_export import CARD, OWN_FORMS, folder, prune, tokens_of
 from tests.tiny_models import tiny_tokenizer
 
@@ -84,7 +84,7 @@ def test_every_form_is_saved_whole_and_made_a_checkpoint_of(family: str, tmp_pat
     pruned = prune(folder(tmp_path / "base", family)[1], drop=True, biased=False).pruned
     pruned.save_pretrained(tmp_path / "saved")
     tiny_tokenizer().save_pretrained(tmp_path / "saved")
-    form = FORMS[family]
+    form = MODELING_FILES[family]
     assert (tmp_path / "saved" / form.code.name).read_bytes() == form.code.read_bytes()
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == form.auto_map
     tokens = tokens_of(2, 24)
@@ -144,7 +144,7 @@ def test_it_is_measured_and_converted(which: str, request: pytest.FixtureRequest
     assert again.perplexity == pytest.approx(found.perplexity, rel=1e-3)
     quality = api.quality([place], tmp_path / "quality.json", generation=True, device="cpu", cache=cache)
     assert quality.found[str(place)]["generation"]["parameters"] == size
-    assert held.work_of(held.load(str(place), "cpu", "auto", cache)).parameters == size
+    assert transformers_model.work_of(transformers_model.load(str(place), "cpu", "auto", cache)).parameters == size
     made = api.export(place, tmp_path / "gguf", format="gguf")
     assert made.verification["problems"] == []
     assert [path.name for path in made.path.glob("*.gguf")] == ["tuned-F32.gguf"]

@@ -13,8 +13,9 @@ import pytest
 
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.planning.space import Plan
+from selfpruner.progress import OnProgress
 from selfpruner.proposers.base import Reply, Request
-from selfpruner.workers.base import Json, OnProgress, Session
+from selfpruner.workers.base import Json, Session
 from tests.searching import AnalyticPool, MemoryRecorder, Run, ScriptedProposer, config_of
 from tests.spaces import space_of
 

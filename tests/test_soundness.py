@@ -14,7 +14,7 @@ from torch import Tensor
 from selfpruner import api, criteria, names
 from selfpruner.config import SearchConfig
 from selfpruner.errors import CalibrationError, ModelError
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from tests.tiny_models import sample_text, tiny_model
 
@@ -42,7 +42,7 @@ def prepare(folder: Path, text: Path | str, cache: Path, **fields: Any) -> dict[
     source = {"sources": [{"source": str(text)}], "sequences": 4, "length": 32}
     body = {"model": str(folder), "rate": 0.2, "calibration": source, "dtype": "float32", "sparsity_step": 0.5, **fields}
     session = session_of(SearchConfig.model_validate(body), cache)
-    return Runtime("cpu").handle(session, "prepare", {"texts": ["calibration"]}, lambda _: None, lambda: False)
+    return SessionHandler("cpu").handle(session, "prepare", {"texts": ["calibration"]}, lambda _: None, lambda: False)
 
 
 @pytest.mark.parametrize("pattern", names.PATTERNS)

@@ -28,12 +28,12 @@ from selfpruner.evaluation.session import make_engine
 from selfpruner.export import checkpoint
 from selfpruner.export.verify_streamed import verify
 from selfpruner.files.tensors import TensorFile, held_shapes, write_tensors
-from selfpruner.jobs.handler import Runtime
+from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.models import LoadedModel, checks, streaming
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.blocks import held_bytes
-from selfpruner.workers.inprocess import InProcessPool
+from selfpruner.workers.thread_pool import InProcessPool
 from tests.pruned import random_plans, ready, tokens_of
 from tests.tiny_models import sample_text, tiny_model
 
@@ -280,7 +280,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(config: SearchConfig, cache: Path, *tasks: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     async def main() -> list[dict[str, Any]]:
-        pool = InProcessPool(lambda: Runtime("cpu"))
+        pool = InProcessPool(lambda: SessionHandler("cpu"))
         try:
             return [await pool.run(session_of(config, cache), kind, payload) for kind, payload in tasks]
         finally:

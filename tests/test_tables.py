@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks import front as front_benchmark
 from benchmarks import summary
 from selfpruner.cli.show import comparison, front
-from selfpruner.jobs.live import LiveView, contributions
+from selfpruner.jobs.live_view import LiveView, contributions
 from selfpruner.progress import Teller
 from selfpruner.tables import Screen, Table
 
@@ -181,7 +181,7 @@ CODE = """
 import json, sys
 from contextlib import contextmanager
 from selfpruner import cli
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 
 job, candidates = json.load(open(sys.argv[1]))
 
@@ -195,7 +195,7 @@ class Client:
 def client(url):
     yield Client()
 
-options.client = client
+shared_options.client = client
 assert cli.run(["jobs"]) == 0
 assert cli.run(["show", job["id"]]) == 0
 """

@@ -28,11 +28,11 @@ from selfpruner.errors import BenchmarkError, ConfigError, UnknownNameError
 from selfpruner.evaluation import speed
 from selfpruner.export.build import build
 from selfpruner.files.tensors import TensorFile
-from selfpruner.pruning.shape import LayerShape
-from selfpruner.timing import held, llamacpp, run
-from selfpruner.timing.report import Report, Settings, Subject, interval
-from selfpruner.timing.served import Server
-from selfpruner.timing.work import Attention, Work, decode_bound, prefill_bound
+from selfpruner.pruning.layer_shapes import LayerShape
+from selfpruner.timing import llamacpp_model, run, transformers_model
+from selfpruner.timing.model_cost import Attention, ModelCost, decode_bound, prefill_bound
+from selfpruner.timing.report import Report, Settings, TimedModel, interval
+from selfpruner.timing.served_model import Server
 from selfpruner.workers.base import Json
 from tests import tiny_models as tiny
 from tests.pruned import load_tiny, tokens_of
@@ -64,7 +64,7 @@ SHAPES = [LayerShape(2, 1, 40), LayerShape(1, 2, 64), LayerShape(0, 0, 16)]
 
 # -- what is counted -----------------------------------------------------------------------------------------------------
 def test_the_arithmetic_of_a_hand_counted_model() -> None:
-    dense = held.work_of(load_tiny("llama"))
+    dense = transformers_model.work_of(load_tiny("llama"))
     assert (dense.matrices, dense.head) == (MATRICES, HEAD)
     # Two operations a weight; attention's own: four per element of the 32 wide queries and position seen, 1 + 2 + 3 + 4 of them.
     assert dense.prefill_operations(4) == 2 * 4 * MATRICES + 2 * HEAD + 3 * 4 * 32 * 10
@@ -75,7 +75,7 @@ def test_the_arithmetic_of_a_hand_counted_model() -> None:
     assert dense.cache_bytes == 3 * 2 * 2 * 8 * 4
     assert dense.decode_bytes(2, 4, 2) == 2 * step + 2 * dense.cache_bytes * (5 + 6)
 
-    other = held.work_of(cut(load_tiny("llama"), SHAPES))
+    other = transformers_model.work_of(cut(load_tiny("llama"), SHAPES))
     matrices = (2 * 32 * 16 + 2 * 32 * 16 + 3 * 32 * 40) + (2 * 32 * 16 + 2 * 32 * 8 + 3 * 32 * 64) + 3 * 32 * 16
     own = 4 * (16 + 16) * 10
     assert prefill_bound(dense, other, 4) == dense.prefill_operations(4) / (2 * 4 * matrices + 2 * HEAD + own)
@@ -86,20 +86,20 @@ def test_the_arithmetic_of_a_hand_counted_model() -> None:
 
 
 def test_an_untied_embedding_is_not_read_in_a_step() -> None:
-    work = held.work_of(load_tiny("llama", tied=False))
+    work = transformers_model.work_of(load_tiny("llama", tied=False))
     assert work.weight_bytes - work.step_bytes == 4 * HEAD
     assert work.parameters == MATRICES + 2 * HEAD + 7 * 32
 
 
 def test_a_window_bounds_what_a_token_sees() -> None:
     layer = Attention(width=8, cache_bytes=10, window=3)
-    work = Work(0, 0, 0, 0, 0, (layer,))
+    work = ModelCost(0, 0, 0, 0, 0, (layer,))
     assert work.prefill_operations(5) == 4 * 8 * (1 + 2 + 3 + 3 + 3)
     assert work.decode_bytes(1, 5, 2) == 10 * (3 + 3)
     assert work.decode_bytes(1, 1, 3) == 10 * (2 + 3 + 3)
-    mistral = held.work_of(load_tiny("mistral", sliding_window=6))
+    mistral = transformers_model.work_of(load_tiny("mistral", sliding_window=6))
     assert {layer.window for layer in mistral.attention} == {6}
-    qwen = held.work_of(load_tiny("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2))
+    qwen = transformers_model.work_of(load_tiny("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2))
     assert [layer.window for layer in qwen.attention] == [None, None, 6]
 
 
@@ -107,7 +107,7 @@ def test_a_window_bounds_what_a_token_sees() -> None:
 def test_operations_are_those_that_torch_counts(family: str) -> None:
     model = load_tiny(family, tied=False)
     model.set_attn_implementation("eager")
-    work, length = held.work_of(model), 12
+    work, length = transformers_model.work_of(model), 12
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens_of(1, length), use_cache=False, logits_to_keep=1)
     # Eager attention also multiplies with what the mask hides.
@@ -121,18 +121,18 @@ def test_bytes_are_those_of_the_files_and_of_a_real_cache(tmp_path: Path, family
     folder = tiny.tiny_model(tmp_path, family, tied=tied, dtype="bfloat16")
     file = TensorFile(folder / "model.safetensors")
     stored = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in file.shapes.values())
-    model = held.load(str(folder), "cpu", "bfloat16", tmp_path / "cache")
-    work = held.work_of(model)
+    model = transformers_model.load(str(folder), "cpu", "bfloat16", tmp_path / "cache")
+    work = transformers_model.work_of(model)
     assert work.weight_bytes == stored
-    assert work == held.work_of(AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16"))
-    assert held.outline(str(folder), "auto", tmp_path / "cache")[0]["work"]["weight_bytes"] == stored
+    assert work == transformers_model.work_of(AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16"))
+    assert transformers_model.outline(str(folder), "auto", tmp_path / "cache")[0]["work"]["weight_bytes"] == stored
     assert cache_bytes(model, 10) == 10 * work.cache_bytes
 
 
 def test_a_pruned_cache_shrinks_as_counted() -> None:
     model = cut(load_tiny("llama"), SHAPES)
     # A layer without attention marks every token with one key and one value, which nothing reads.
-    assert cache_bytes(model, 10) == 10 * (held.work_of(model).cache_bytes + 2 * 4)
+    assert cache_bytes(model, 10) == 10 * (transformers_model.work_of(model).cache_bytes + 2 * 4)
 
 
 def cache_bytes(model: PreTrainedModel, length: int) -> int:
@@ -165,7 +165,7 @@ def test_a_gguf_file_is_counted_as_stored(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
 
-    work, kind = llamacpp.work_of(path)
+    work, kind = llamacpp_model.work_of(path)
     matrices = (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + (2 * 32 * 16 + 2 * 32 * 8 + 3 * 32 * 32)
     assert (work.matrices, work.head, kind) == (matrices, 128 * 32, "f16")
     assert work.weight_bytes == work.step_bytes == 2 * (matrices + 128 * 32) + 2 * 32 * 4
@@ -187,13 +187,13 @@ def test_intervals_have_the_coverage_they_claim() -> None:
 
 
 def report_of(*names: str) -> Report:
-    def subject(name: str, work: Work, seconds: float) -> Subject:
+    def subject(name: str, work: ModelCost, seconds: float) -> TimedModel:
         measures = ("prefill", "first_token", "decode_1", "decode_8")
         times = {measure: [seconds, 3 * seconds, 2 * seconds] for measure in measures}
         counts = {"prefill": [100] * 3, "first_token": [100] * 3, "decode_1": [10] * 3, "decode_8": [80] * 3}
-        return Subject(name, work, "cpu", "float32", 1, 100.0, 50.0, "process", times, counts)
+        return TimedModel(name, work, "cpu", "float32", 1, 100.0, 50.0, "process", times, counts)
 
-    dense, small = Work(10, 1000, 100, 4400, 4400, ()), Work(5, 500, 100, 2400, 2400, ())
+    dense, small = ModelCost(10, 1000, 100, 4400, 4400, ()), ModelCost(5, 500, 100, 2400, 2400, ())
     made = [subject(name, small if index else dense, 1 - 0.25 * bool(index)) for index, name in enumerate(names)]
     return Report(Settings("transformers", 100, 10, 3), tuple(made))
 
@@ -293,7 +293,7 @@ def test_dense_and_pruned_in_processes_of_their_own(
     body = json.loads(output.read_text())
     dense, small = body["models"]
     assert dense["weight_bytes"] == 4 * (MATRICES + HEAD + 7 * 32)
-    held_bytes = held.work_of(selfpruner.load(pruned, dtype=torch.float32)).weight_bytes
+    held_bytes = transformers_model.work_of(selfpruner.load(pruned, dtype=torch.float32)).weight_bytes
     assert small["weight_bytes"] == held_bytes < dense["weight_bytes"]
     assert small["cache_bytes_per_token"] <= dense["cache_bytes_per_token"] == 3 * 2 * 2 * 8 * 4
     for row in (dense, small):
@@ -312,7 +312,7 @@ def test_a_shape_of_random_weights_needs_no_files(tmp_path: Path) -> None:
     fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     less = {**fields, "model_type": "selfpruner", "per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 1}}}
     for body in (fields, less):
-        model = held.load(body, "cpu", "float32", tmp_path)
+        model = transformers_model.load(body, "cpu", "float32", tmp_path)
         assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
         assert float(model.model.layers[0].mlp.gate_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
         found = speed.read(model, tokens_of(1, 8, vocab=100))
@@ -504,16 +504,16 @@ def test_where_to_write_is_checked_first(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_llama_cpp_needs_its_package_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(llamacpp_model, "PACKAGE", "no_such_package")
     with pytest.raises(BenchmarkError, match="not installed") as caught:
         selfpruner.benchmark([tmp_path / "model.gguf"], backend="llamacpp")
     assert caught.value.code == "backend_missing"
-    monkeypatch.setattr(llamacpp, "PACKAGE", "json")
+    monkeypatch.setattr(llamacpp_model, "PACKAGE", "json")
     with pytest.raises(ConfigError, match="holds 0 GGUF files"):
-        llamacpp.file_of(str(tmp_path))
+        llamacpp_model.file_of(str(tmp_path))
     (tmp_path / "one.gguf").touch()
-    assert llamacpp.file_of(str(tmp_path)) == llamacpp.file_of(str(tmp_path / "one.gguf")) == tmp_path / "one.gguf"
-    assert llamacpp.file_of("smollm2-135m") == models.embedded_file("smollm2-135m").resolve()
+    assert llamacpp_model.file_of(str(tmp_path)) == llamacpp_model.file_of(str(tmp_path / "one.gguf")) == tmp_path / "one.gguf"
+    assert llamacpp_model.file_of("smollm2-135m") == models.embedded_file("smollm2-135m").resolve()
     with pytest.raises(ConfigError, match="has its own types"):
         selfpruner.benchmark([tmp_path], backend="llamacpp", dtype="float16")
 

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import selfpruner
 from selfpruner.errors import UnsupportedModelError
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
 from selfpruner.export.vllm_plugin import ARCHITECTURES, check
 from selfpruner.operators.plan_format import PlanFormat
@@ -91,11 +91,11 @@ def test_what_vllm_cannot_compute_is_refused() -> None:
         check(config((0, 0, 64), (0, 0, 32)), 1)
 
 
-@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize("family", MODELING_FILES)
 def test_every_family_has_a_native_class_and_is_checked(tmp_path: Path, family: str) -> None:
     _, model = folder(tmp_path / "base", family)
     own = prune(model, drop=True, biased=True).pruned.config
-    assert FORMS[family].causal_lm.__name__ in ARCHITECTURES
+    assert MODELING_FILES[family].causal_lm.__name__ in ARCHITECTURES
     check(own, 1)
     with pytest.raises(UnsupportedModelError, match="which 16 devices cannot share evenly"):
         check(own, 16)
@@ -311,7 +311,7 @@ class Tried:
         self.models[name] = prune(model, drop=drop, biased=biased).pruned
         self.models[name].save_pretrained(self.place / name / "pruned")
         tiny_tokenizer().save_pretrained(self.place / name / "pruned")
-        config, form = self.place / name / "pruned" / "config.json", FORMS[family]
+        config, form = self.place / name / "pruned" / "config.json", MODELING_FILES[family]
         shutil.copyfile(form.code, config.parent / form.code.name)
         config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": form.auto_map}))
 

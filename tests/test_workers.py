@@ -21,14 +21,14 @@ import pytest
 
 from selfpruner import errors
 from selfpruner.models.memory import peak_mib
-from selfpruner.workers import process
+from selfpruner.workers import process_pool
 from selfpruner.workers.base import Session, WorkerPool
-from selfpruner.workers.inprocess import InProcessPool
-from selfpruner.workers.process import ProcessPool
-from tests.fake_runtime import Runtime
+from selfpruner.workers.process_pool import ProcessPool
+from selfpruner.workers.thread_pool import InProcessPool
+from tests.fake_runtime import FakeHandler
 
 ROOT = Path(__file__).parents[1]
-FAKE = "tests.fake_runtime:Runtime"
+FAKE = "tests.fake_runtime:FakeHandler"
 SESSION = Session("a", {"model": "tiny"}, "cache")
 
 
@@ -49,7 +49,7 @@ async def pool_of(*devices: str, **options: Any) -> AsyncIterator[ProcessPool]:
 
 @asynccontextmanager
 async def any_pool(kind: str) -> AsyncIterator[WorkerPool]:
-    pool: WorkerPool = ProcessPool(["cpu"], runtime=FAKE) if kind == "process" else InProcessPool(lambda: Runtime("cpu"))
+    pool: WorkerPool = ProcessPool(["cpu"], runtime=FAKE) if kind == "process" else InProcessPool(lambda: FakeHandler("cpu"))
     try:
         yield pool
     finally:
@@ -325,7 +325,7 @@ async def test_a_stubborn_task_is_killed_with_what_it_started() -> None:
         waiting = asyncio.create_task(pool.run(SESSION, "echo", {"x": 1}))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(task, process.CANCEL_GRACE + 1.5)
+            await asyncio.wait_for(task, process_pool.CANCEL_GRACE + 1.5)
         await until(lambda: not alive(pid) and not alive(grandchild), 1)
         assert (await waiting)["echo"] == {"x": 1}, "the queue goes on with a new worker"
 
@@ -384,7 +384,7 @@ def test_a_worker_whose_parent_was_killed_is_gone_within_two_seconds() -> None:
     parent = f"""
 import asyncio
 from selfpruner.workers.base import Session
-from selfpruner.workers.process import ProcessPool
+from selfpruner.workers.process_pool import ProcessPool
 async def main():
     pool = ProcessPool(["cpu", "cpu"], runtime={FAKE!r})
     session = Session("a", {{}}, "")

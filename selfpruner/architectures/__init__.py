@@ -1,5 +1,5 @@
-"""Model families. To add one: its layout (:mod:`selfpruner.models.layouts`), its own file, a line in ``FAMILIES``, its form
-(:mod:`selfpruner.export.forms`), a subclass of the conformance test."""
+"""Model families. To add one: its layout (:mod:`selfpruner.models.family_layouts`), its own file, a line in ``FAMILIES``, its form
+(:mod:`selfpruner.export.modeling_files`), a subclass of the conformance test."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.errors import UnsupportedModelError
-from selfpruner.models.layouts import LAYOUTS, Layout
+from selfpruner.models.family_layouts import LAYOUTS, Layout
 from selfpruner.models.streaming import LayerStream, StreamedHead
 
 # Query positions that attend at once on a CPU, and the length from which torch's own kernel is as good.
@@ -32,7 +32,7 @@ class Architecture:
     """A loaded model of one family, seen as embeddings, layers of two blocks, and a head.
 
     Subclasses set ``family`` and override what differs; where the family's matrices are its layout says (see
-    :mod:`selfpruner.models.layouts`). Raises UnsupportedModelError for forms of the family that cannot be worked on.
+    :mod:`selfpruner.models.family_layouts`). Raises UnsupportedModelError for forms of the family that cannot be worked on.
     """
 
     family: ClassVar[str] = ""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
-from selfpruner.cli import cache, options
+from selfpruner.cli import cache, shared_options
 from selfpruner.cli.export import export, verify
 from selfpruner.cli.measure import benchmark, compare, criteria, evaluate
 from selfpruner.cli.prune import prune, search
@@ -71,7 +71,7 @@ def serve(
     devices: Annotated[str | None, typer.Option(help="One worker each: cpu or cuda:0,cuda:1.", show_default="auto")] = None,
     model_root: Annotated[Path | None, typer.Option(help="Folder whose models requests may name.")] = None,
     text_root: Annotated[Path | None, typer.Option(help="Folder whose text files requests may name.")] = None,
-    as_json: options.Json = False,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Serve the HTTP API until SIGTERM or Ctrl-C. Every setting can be given as SELFPRUNER_NAME, too."""
     from server import logs
@@ -91,34 +91,34 @@ def serve(
 # -- jobs on a server --------------------------------------------------------------------------------------------------
 @app.command()
 def submit(
-    model: options.Model = None,
-    rate: options.Rate = None,
-    objective: options.Objective = None,
-    rates: options.Rates = None,
-    preset: options.Preset = None,
-    pattern: options.Pattern = None,
-    criterion: options.Criterion = None,
-    compensation: options.Compensation = None,
-    calibration: options.Calibration = None,
-    generations: options.Generations = None,
-    population: options.Population = None,
-    proposer: options.Proposer = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    memory: options.Memory = None,
-    config: options.ConfigFile = None,
-    settings: options.Settings = None,
+    model: shared_options.Model = None,
+    rate: shared_options.Rate = None,
+    objective: shared_options.Objective = None,
+    rates: shared_options.Rates = None,
+    preset: shared_options.Preset = None,
+    pattern: shared_options.Pattern = None,
+    criterion: shared_options.Criterion = None,
+    compensation: shared_options.Compensation = None,
+    calibration: shared_options.Calibration = None,
+    generations: shared_options.Generations = None,
+    population: shared_options.Population = None,
+    proposer: shared_options.Proposer = None,
+    seed: shared_options.Seed = None,
+    device: shared_options.Device = None,
+    memory: shared_options.Memory = None,
+    config: shared_options.ConfigFile = None,
+    settings: shared_options.Settings = None,
     metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Kept with the job; repeatable.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key twice is one job.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job and exit by its result.")] = True,
-    as_json: options.Json = False,
-    url: options.Url = options.DEFAULT_URL,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """Send a search to a server and follow it.
 
     The exit code is 0 when the job succeeded. Ctrl-C leaves it running.
     """
-    body = options.read_config(
+    body = shared_options.read_config(
         config,
         settings,
         calibration=calibration,
@@ -137,7 +137,7 @@ def submit(
         device=device,
         memory=memory,
     )
-    with options.client(url) as client:
+    with shared_options.client(url) as client:
         job = client.submit(body, metadata=_pairs(metadata), idempotency_key=idempotency_key)
         if not wait:
             _print(job, as_json, f"{job['id']} {job['status']}")
@@ -149,11 +149,11 @@ def submit(
 def jobs(
     status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed or cancelled.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
-    as_json: options.Json = False,
-    url: options.Url = options.DEFAULT_URL,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """List jobs, newest first."""
-    with options.client(url) as client:
+    with shared_options.client(url) as client:
         page = client.list(limit=limit, status=status)
     if as_json:
         print(json.dumps(page))
@@ -172,11 +172,11 @@ def jobs(
 def show(
     job_id: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it ends; exit by its result.")] = False,
-    as_json: options.Json = False,
-    url: options.Url = options.DEFAULT_URL,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """Show a job: state, best plans, checkpoint."""
-    with options.client(url) as client:
+    with shared_options.client(url) as client:
         job = client.get(job_id)
         if follow:
             return _follow(client, job, as_json)
@@ -188,19 +188,19 @@ def show(
 
 
 @app.command()
-def cancel(job_id: JobId, as_json: options.Json = False, url: options.Url = options.DEFAULT_URL) -> int:
+def cancel(job_id: JobId, as_json: shared_options.Json = False, url: shared_options.Url = shared_options.DEFAULT_URL) -> int:
     """Stop a job for good."""
     return _act(url, as_json, lambda client: client.cancel(job_id))
 
 
 @app.command()
-def pause(job_id: JobId, as_json: options.Json = False, url: options.Url = options.DEFAULT_URL) -> int:
+def pause(job_id: JobId, as_json: shared_options.Json = False, url: shared_options.Url = shared_options.DEFAULT_URL) -> int:
     """Stop a running job and keep what it found."""
     return _act(url, as_json, lambda client: client.pause(job_id))
 
 
 @app.command()
-def resume(job_id: JobId, as_json: options.Json = False, url: options.Url = options.DEFAULT_URL) -> int:
+def resume(job_id: JobId, as_json: shared_options.Json = False, url: shared_options.Url = shared_options.DEFAULT_URL) -> int:
     """Queue a paused job again."""
     return _act(url, as_json, lambda client: client.resume(job_id))
 
@@ -210,13 +210,13 @@ def events(
     job_id: JobId,
     after: Annotated[int, typer.Option(min=0, help="Only those after this number.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the job ends.")] = False,
-    as_json: options.Json = False,
-    url: options.Url = options.DEFAULT_URL,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """Print the events of a job; with --json one object per line."""
     from selfpruner.progress import printable
 
-    with options.client(url) as client:
+    with shared_options.client(url) as client:
         found = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
         for event in found:
             when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
@@ -229,15 +229,15 @@ def events(
 def download(
     job_id: JobId,
     folder: Annotated[Path, typer.Argument(help="A new folder for the checkpoint.")],
-    as_json: options.Json = False,
-    url: options.Url = options.DEFAULT_URL,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """Fetch the checkpoint of a job.
 
     It comes over HTTP from the server's machine, and every file is checked against the manifest. The same call again goes on where
     an interrupted one stopped.
     """
-    with options.client(url) as client:
+    with shared_options.client(url) as client:
         found = list(client.checkpoints(job_id))
         if not found:
             raise NotFoundError(f"Job {job_id} has no checkpoint: it is {client.get(job_id)['status']}.")
@@ -254,7 +254,7 @@ app.add_typer(cache.app, name="cache")
 
 # -- parts -------------------------------------------------------------------------------------------------------------
 def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) -> int:
-    with options.client(url) as client:
+    with shared_options.client(url) as client:
         job = action(client)
     _print(job, as_json, f"{job['id']} {job['status']}")
     return 0
@@ -262,7 +262,7 @@ def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) ->
 
 def _follow(client: Client, job: dict[str, Any], as_json: bool) -> int:
     """Watch a job to its end. stdout gets the result only, so that ``--json`` is one document."""
-    from selfpruner.jobs.live import LiveView
+    from selfpruner.jobs.live_view import LiveView
 
     try:
         with LiveView(f"{job['id']} {job['model']} rate {job['config']['rate']:g}") as view:
@@ -292,7 +292,7 @@ def _follow(client: Client, job: dict[str, Any], as_json: bool) -> int:
 def _report(client: Client, job: Mapping[str, Any]) -> None:
     from itertools import islice
 
-    from selfpruner.jobs.live import account, contributions, operators
+    from selfpruner.jobs.live_view import account, contributions, operators
     from selfpruner.tables import Screen, Table
 
     console = Screen()
@@ -323,7 +323,7 @@ def _report(client: Client, job: Mapping[str, Any]) -> None:
 
 
 def _summary(job: Mapping[str, Any]) -> str:
-    from selfpruner.jobs.live import facts
+    from selfpruner.jobs.live_view import facts
 
     return facts(job["progress"], job["status"]).plain if job["progress"] else ""
 

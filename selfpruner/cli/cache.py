@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from selfpruner import names
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 from selfpruner.errors import ConfigError
 from selfpruner.files.cache_folder import KINDS, clean, default_cache, entries, limit, size
 
@@ -26,7 +26,7 @@ app = typer.Typer(help="List and clean what is kept on disk between jobs: models
 
 
 @app.callback(invoke_without_command=True)
-def cache(context: typer.Context, folder: Folder = None, as_json: options.Json = False) -> int:
+def cache(context: typer.Context, folder: Folder = None, as_json: shared_options.Json = False) -> int:
     """List what is kept on disk between jobs, the longest unused first; SELFPRUNER_CACHE_LIMIT (20GiB, say) bounds it."""
     if context.invoked_subcommand is not None:
         return 0
@@ -54,7 +54,7 @@ def remove(
     kind: Annotated[list[str] | None, typer.Option(help=f"Only this, repeatable: {', '.join(KINDS)}.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of it.")] = False,
     folder: Folder = None,
-    as_json: options.Json = False,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Remove what no running job uses; it is made again when it is needed."""
     if not (everything or kind or older_than):

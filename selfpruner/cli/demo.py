@@ -20,7 +20,7 @@ from typing import Any
 from selfpruner.cli.show import comparison
 from selfpruner.client import Client
 from selfpruner.errors import SelfprunerError
-from selfpruner.jobs.live import LiveView, account, contributions
+from selfpruner.jobs.live_view import LiveView, account, contributions
 from selfpruner.tables import Screen
 from selfpruner.workers.lifeline import tied
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--home", type=Path, default=Path("runs/demo"), help="removed and made afresh (default: runs/demo)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any field of the search, as in `submit`")
     options = parser.parse_args(arguments)
-    from selfpruner.cli.options import read_config
+    from selfpruner.cli.shared_options import read_config
 
     console = Screen()
     started = time.monotonic()

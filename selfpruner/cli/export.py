@@ -12,7 +12,7 @@ import typer
 from pydantic import TypeAdapter
 
 from selfpruner import names
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 from selfpruner.cli.show import print_pruned
 from selfpruner.errors import NotFoundError
 from selfpruner.files import places
@@ -23,7 +23,7 @@ def export(
         str,
         typer.Argument(help="A checkpoint, or what was saved of one later; a job on a server; the folder or database of a search."),
     ],
-    output: options.Output,
+    output: shared_options.Output,
     format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(names.FORMATS)}.")] = "transformers",
     quantize: Annotated[str | None, typer.Option(help="For formats that quantize.", show_default="none")] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Refuse what does not divide among so many ranks.")] = 1,
@@ -31,9 +31,9 @@ def export(
     plan: Annotated[
         str | None, typer.Option(help="Any candidate of it by its hash, or the beginning.", show_default="the best")
     ] = None,
-    cache: options.Cache = None,
-    as_json: options.Json = False,
-    url: options.Url = options.DEFAULT_URL,
+    cache: shared_options.Cache = None,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """Write a checkpoint, or any plan of a search, in the format of a runtime; loaded again in a fresh process and compared."""
     from selfpruner import api
@@ -61,7 +61,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint, or an export of one.")],
     device: Annotated[str, typer.Option(help="Where it is loaded.")] = "cpu",
     memory: Annotated[str | None, typer.Option(help="Stream it in so much, 2GiB say.", show_default="load it whole")] = None,
-    as_json: options.Json = False,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Prove an export again: every file's sha256, and in a fresh process that it loads and computes what it did."""
     from selfpruner.config import Bytes
@@ -88,7 +88,7 @@ def _of_job(job: str, output: Path, url: str) -> Iterator[Path]:
     from selfpruner.export.folder import aside
     from selfpruner.files import manifest
 
-    with options.client(url) as client:
+    with shared_options.client(url) as client:
         found = list(client.checkpoints(job))
         if not found:
             raise NotFoundError(f"Job {job} has no checkpoint: it is {client.get(job)['status']}.")

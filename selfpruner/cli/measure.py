@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from selfpruner import names
 from selfpruner.calibration import files
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 from selfpruner.config import Share
 from selfpruner.errors import ConfigError, disk_errors
 from selfpruner.files import places
@@ -45,10 +45,10 @@ def evaluate(
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, max=65_536, help="Of the held-out text.")] = 32,
     length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
-    device: options.Device = None,
+    device: shared_options.Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
-    cache: options.Cache = None,
-    as_json: options.Json = False,
+    cache: shared_options.Cache = None,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Quality: zero-shot tasks, perplexity and writing of several models; or one model's perplexity and KL on held-out text."""
     wanted = _split(tasks), _split(perplexity)
@@ -151,10 +151,10 @@ def benchmark(
         bool,
         typer.Option("--compile", help="Decode by torch.compile with a cache of fixed size (transformers; compiles for minutes)."),
     ] = False,
-    device: options.Device = None,
+    device: shared_options.Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cache: options.Cache = None,
-    as_json: options.Json = False,
+    cache: shared_options.Cache = None,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Speed, memory and their bounds, dense and pruned in turn in one run."""
     from selfpruner import api
@@ -182,7 +182,7 @@ def benchmark(
     return 0
 
 
-def criteria(as_json: options.Json = False) -> int:
+def criteria(as_json: shared_options.Json = False) -> int:
     """What can decide what stays: every criterion with its patterns, what it needs beyond the weights, and its source."""
     from selfpruner import criteria as registry
 
@@ -209,22 +209,22 @@ def criteria(as_json: options.Json = False) -> int:
 
 
 def compare(
-    output: options.Output,
+    output: shared_options.Output,
     more: Annotated[list[str] | None, typer.Argument(metavar="[RATE]...", help="Further rates.", show_default=False)] = None,
     rates: Annotated[str, typer.Option(help="Uniform rates: 0.2,0.3,0.5.")] = "0.2,0.3,0.5",
-    model: options.Model = None,
+    model: shared_options.Model = None,
     patterns: Annotated[str, typer.Option(help=f"Which of {', '.join(names.PATTERNS)}.")] = "structured",
     criteria: Annotated[str | None, typer.Option(help="Which criteria, by commas.", show_default="all of the patterns")] = None,
     compensations: Annotated[str | None, typer.Option(help="Which compensations, by commas.", show_default="all")] = None,
-    calibration: options.Calibration = None,
+    calibration: shared_options.Calibration = None,
     text: Text = None,
     sequences: Annotated[int, typer.Option(min=1, max=65_536, help="Sequences of the held-out text.")] = 32,
     length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
-    device: options.Device = None,
-    config: options.ConfigFile = None,
-    settings: options.Settings = None,
-    cache: options.Cache = None,
-    as_json: options.Json = False,
+    device: shared_options.Device = None,
+    config: shared_options.ConfigFile = None,
+    settings: shared_options.Settings = None,
+    cache: shared_options.Cache = None,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Every criterion with every compensation at uniform rates, on held-out text. The same call again goes on where it stopped."""
     import asyncio
@@ -236,14 +236,14 @@ def compare(
 
     wanted = _numbers([*rates.split(","), *(more or [])])
     methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)
-    body = options.read_config(config, settings, calibration=calibration, model=model, device=device)
+    body = shared_options.read_config(config, settings, calibration=calibration, model=model, device=device)
     report: dict[str, Any] = {"sequences": sequences, "length": length}
     if text:
         report["sources"] = [{"source": name} for name in text]
     checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})
     places.writable_folder(output)
     files.look_at(checked, ("report",))
-    results = side_by_side.Results(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
+    results = side_by_side.ComparisonFile(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
     place, where = cache or api.default_cache(), checked.device
     with shown(True) as tell:
         asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=tell))

@@ -9,40 +9,40 @@ from typing import Annotated, Any
 
 import typer
 
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 from selfpruner.cli.show import print_pruned, print_report
 from selfpruner.errors import ConfigError
 
 
 def search(
-    output: options.Output,
-    model: options.Model = None,
-    rate: options.Rate = None,
-    objective: options.Objective = None,
-    rates: options.Rates = None,
-    preset: options.Preset = None,
-    pattern: options.Pattern = None,
-    criterion: options.Criterion = None,
-    compensation: options.Compensation = None,
-    calibration: options.Calibration = None,
-    generations: options.Generations = None,
-    population: options.Population = None,
-    proposer: options.Proposer = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    memory: options.Memory = None,
-    config: options.ConfigFile = None,
-    settings: options.Settings = None,
-    cache: options.Cache = None,
+    output: shared_options.Output,
+    model: shared_options.Model = None,
+    rate: shared_options.Rate = None,
+    objective: shared_options.Objective = None,
+    rates: shared_options.Rates = None,
+    preset: shared_options.Preset = None,
+    pattern: shared_options.Pattern = None,
+    criterion: shared_options.Criterion = None,
+    compensation: shared_options.Compensation = None,
+    calibration: shared_options.Calibration = None,
+    generations: shared_options.Generations = None,
+    population: shared_options.Population = None,
+    proposer: shared_options.Proposer = None,
+    seed: shared_options.Seed = None,
+    device: shared_options.Device = None,
+    memory: shared_options.Memory = None,
+    config: shared_options.ConfigFile = None,
+    settings: shared_options.Settings = None,
+    cache: shared_options.Cache = None,
     again: Annotated[bool, typer.Option("--again", help="Search once more in a folder that has a search, beside it.")] = False,
-    as_json: options.Json = False,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Search in this process, without a server. The same call again goes on where it was interrupted, or shows what was found."""
     from selfpruner import api
-    from selfpruner.jobs.live import account
+    from selfpruner.jobs.live_view import account
     from selfpruner.proposers.settings import from_environment
 
-    body = options.read_config(
+    body = shared_options.read_config(
         config,
         settings,
         calibration=calibration,
@@ -78,28 +78,28 @@ def search(
 
 
 def prune(
-    output: options.Output,
-    model: options.Model = None,
-    rate: options.Rate = None,
+    output: shared_options.Output,
+    model: shared_options.Model = None,
+    rate: shared_options.Rate = None,
     plan: Annotated[
         Path | None, typer.Option(help='JSON with "levels", or "rates" per layer or block; a checkpoint\'s plan.json will do.')
     ] = None,
-    pattern: options.Pattern = None,
-    criterion: options.Criterion = None,
-    compensation: options.Compensation = None,
-    calibration: options.Calibration = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    memory: options.Memory = None,
-    config: options.ConfigFile = None,
-    settings: options.Settings = None,
-    cache: options.Cache = None,
-    as_json: options.Json = False,
+    pattern: shared_options.Pattern = None,
+    criterion: shared_options.Criterion = None,
+    compensation: shared_options.Compensation = None,
+    calibration: shared_options.Calibration = None,
+    seed: shared_options.Seed = None,
+    device: shared_options.Device = None,
+    memory: shared_options.Memory = None,
+    config: shared_options.ConfigFile = None,
+    settings: shared_options.Settings = None,
+    cache: shared_options.Cache = None,
+    as_json: shared_options.Json = False,
 ) -> int:
     """Apply one plan without a search: a uniform rate, or the levels or rates of a file."""
     from selfpruner import api
 
-    body = options.read_config(
+    body = shared_options.read_config(
         config,
         settings,
         calibration=calibration,
@@ -119,7 +119,7 @@ def prune(
 
 
 def _plan_file(path: Path) -> dict[str, Any]:
-    body = options.read_object(path, "plan", '{"levels": [...]}')
+    body = shared_options.read_object(path, "plan", '{"levels": [...]}')
     for key in ("levels", "rates"):
         if isinstance(body.get(key), list) and body[key]:
             if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in body[key]):

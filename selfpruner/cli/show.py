@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from selfpruner.cli import options
+from selfpruner.cli import shared_options
 
 if TYPE_CHECKING:
     from selfpruner.api import Pruned
@@ -34,7 +34,7 @@ def print_pruned(result: Pruned, as_json: bool) -> int:
     return 0
 
 
-def fields(as_json: options.Json = False) -> int:
+def fields(as_json: shared_options.Json = False) -> int:
     """Every field of a search, for --set, --config, JSON requests and Python; with --json the JSON Schema."""
     from pydantic import BaseModel
     from pydantic_core import to_json

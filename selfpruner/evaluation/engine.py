@@ -21,7 +21,7 @@ from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.divergence import Divergences, divergences
-from selfpruner.evaluation.lanes import Lanes
+from selfpruner.evaluation.parallel import Lanes
 from selfpruner.evaluation.pieces import divergences_in_pieces
 from selfpruner.evaluation.race import Race, segments
 from selfpruner.planning.space import Plan
@@ -48,7 +48,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PassCount:
     """What a walk cost: block passes really made, and how many there would be without sharing."""
 
     passes: int
@@ -129,7 +129,7 @@ class Engine:
         self.logit_bytes = memory * 3 // 8 if logit_bytes is None else logit_bytes
         self.held_bytes = memory // 10
         self.cache = LevelCache(memory // 8 if cache_bytes is None else cache_bytes)
-        self.work = Work(0, 0)
+        self.work = PassCount(0, 0)
 
     def weights(self, block: int, level: int) -> Weights:
         prunable = self.blocks[block]
@@ -217,7 +217,7 @@ class Engine:
             passes += len(pairs)
             node = [place[node[row], levels[block]] for row, levels in enumerate(rows)]
             streams = after
-        self.work = Work(self.work.passes + passes, self.work.passes_without_sharing + len(rows) * len(self.blocks))
+        self.work = PassCount(self.work.passes + passes, self.work.passes_without_sharing + len(rows) * len(self.blocks))
         return streams[node[0]], [streams[index] for index in node[1:]]
 
     def _pass(self, block: int, streams: Sequence[tuple[int, Tensor]], rope: tuple[Tensor, Tensor]) -> None:

@@ -7,7 +7,7 @@ gets to the same state.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,15 @@ from selfpruner.files.cache_folder import discard, use
 from selfpruner.models import LoadedModel
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning.blocks import held_bytes, prepare_blocks
-from selfpruner.pruning.options import expected_space, space_of
 from selfpruner.pruning.patterns import (
     Prunable,
     PrunableMasked,
     masked,
 )
+from selfpruner.pruning.search_space import expected_space, space_of
 from selfpruner.pruning.signals import spectral_exponents
-
-Progress = Callable[[str], None]
-Cancelled = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Prepared:
     engine: Engine
     seconds: float
 
-    def text(self, role: Role, progress: Progress = lambda _: None, cancelled: Cancelled = lambda: False) -> TokenBatches:
+    def text(self, role: Role, progress: OnProgress = lambda _: None, cancelled: Cancelled = lambda: False) -> TokenBatches:
         """The token batches of a role, made when they are first asked for."""
         if role not in self.texts:
             # A text that the model writes is to be the same whatever was done with the model before.
@@ -66,7 +64,7 @@ class Prepared:
 
 
 def text_of(
-    config: SearchConfig, role: Role, loaded: LoadedModel, cache: Path, progress: Progress, cancelled: Cancelled
+    config: SearchConfig, role: Role, loaded: LoadedModel, cache: Path, progress: OnProgress, cancelled: Cancelled
 ) -> TokenBatches:
     wanted: dict[Role, TextConfig] = {
         "calibration": config.calibration,
@@ -81,7 +79,7 @@ def prepare(
     loaded: LoadedModel,
     cache: Path,
     roles: Sequence[Role],
-    progress: Progress,
+    progress: OnProgress,
     cancelled: Cancelled,
     plan: Plan | None = None,
 ) -> Prepared:
@@ -125,7 +123,7 @@ def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[Prunab
     return Engine(arch, blocks, memory_bytes=left // 2)
 
 
-def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Prepared:
+def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Prepared:
     """The same model, texts and target with another criterion or compensation (``changes`` of the config).
 
     Takes the place of ``prepared``, whose engine is emptied first.

@@ -21,7 +21,7 @@ from selfpruner.operators import CLASSICAL, CROSSOVERS, Context, Offspring, Oper
 from selfpruner.operators.llm import OPERATORS, Select
 from selfpruner.operators.reflect import Reflect
 from selfpruner.planning.space import Plan
-from selfpruner.proposers.channel import LlmChannel
+from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Candidate
 
 # Classical operators draw again when their children are known already; this many times before a slot stays empty.

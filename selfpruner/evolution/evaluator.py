@@ -108,7 +108,7 @@ class Evaluator:
         self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))
         return {name: float(rate) for name, rate in result["repetition"].items()}
 
-    async def foresee(
+    async def predict_changes(
         self, plan: Plan, moves: Mapping[tuple[int, int], float], window: Window
     ) -> tuple[float, dict[tuple[int, int], float]] | None:
         """The plan's KL, and the expected change of it by every move (block, level) away from ``plan``, in nats, all from one walk

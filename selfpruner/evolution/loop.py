@@ -21,7 +21,7 @@ from selfpruner.errors import ConfigError, SelfprunerError
 from selfpruner.evolution.breeding import Breeder
 from selfpruner.evolution.evaluator import Evaluator, Fitness
 from selfpruner.evolution.front import front_tokens
-from selfpruner.evolution.generation import probe
+from selfpruner.evolution.generation_probe import probe_writing
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.state import Mark, State, standing
 from selfpruner.evolution.survey import Surveyor
@@ -30,8 +30,8 @@ from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators import Offspring
 from selfpruner.planning.landscape import Landscape, spearman
 from selfpruner.planning.space import Plan, SearchSpace
-from selfpruner.proposers.channel import LlmChannel
 from selfpruner.proposers.in_flight import in_flight
+from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Candidate, Progress, Recorder, Window
 
 
@@ -340,7 +340,9 @@ class Search:
             raise SelfprunerError("No plan could be scored on the final tokens.", code="no_feasible_plan")
         best, repetition, not_written = finalists[0], dict[str, float](), None
         if self.config.generation_probe:
-            best, repetition, not_written = await probe(finalists, scores, self.evaluator, self.recorder, self.windows.final)
+            best, repetition, not_written = await probe_writing(
+                finalists, scores, self.evaluator, self.recorder, self.windows.final
+            )
         foreseen = self._correlations.values()
         correlation = sum(foreseen) / len(foreseen) if foreseen else None
         self.recorder.event(

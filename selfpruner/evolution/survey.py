@@ -98,7 +98,7 @@ class Surveyor:
         tokens = len(window.sequences) * self._windows.length
         moves = {move: landscape.weights[move[0]] for move in steps(self._space, harder)}
         before = self._evaluator.seconds
-        foreseen = await self._evaluator.foresee(harder, moves, window)
+        foreseen = await self._evaluator.predict_changes(harder, moves, window)
         if foreseen is None:
             around, how = here, "probed"
             count, tokens, seconds = await self._probe_around(here, landscape, number, generation)

@@ -10,10 +10,10 @@ from typing import Any
 
 import transformers
 
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 
 _auto: Any = transformers
-for _form in FORMS.values():
+for _form in MODELING_FILES.values():
     _auto.AutoConfig.register(str(_form.config.model_type), _form.config, exist_ok=True)
     # By the names for itself a model that is saved from here brings its modelling file along, as one does that was loaded with the
     # folder's own code.

@@ -15,7 +15,7 @@ from selfpruner.export.build import build, shapes_of
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import opened, write
 from selfpruner.export.folder import ExportResult
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.models import saved
 
 
@@ -26,7 +26,7 @@ def adopt(source: Path, directory: Path, *, cancelled: Callable[[], bool] = lamb
     """
     held = opened(source, torch.device("cpu"))
     model = held.model
-    if type(model) not in {form.causal_lm for form in FORMS.values()}:
+    if type(model) not in {form.causal_lm for form in MODELING_FILES.values()}:
         model = build(model, shapes_of(model.config), {})
     card = CardInfo(base_model=source.resolve().name, rate=None, made_from={"model": saved.fingerprint(source)[:16]})
     return write(model, held.tokenizer, source, directory, card, cancelled=cancelled)

@@ -39,11 +39,11 @@ from selfpruner.errors import FormatError
 from selfpruner.files import manifest
 from selfpruner.files.tensors import TensorFile
 from selfpruner.models.checks import weight_files
-from selfpruner.pruning.shape import LayerShape
+from selfpruner.pruning.layer_shapes import LayerShape
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class FinishedCheckpoint:
     """A finished checkpoint on disk. ``config``, ``plan`` and ``manifest`` are the content of its JSON files; ``tensors`` has the
     open file of every tensor by name, in the files' order (Llama's names; no lm_head.weight when it is tied)."""
 
@@ -54,7 +54,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorFile]
 
     @classmethod
-    def open(cls, folder: Path, go_on: Callable[[], None] = lambda: None) -> Checkpoint:
+    def open(cls, folder: Path, go_on: Callable[[], None] = lambda: None) -> FinishedCheckpoint:
         """Read every file and compare its sha256. Raises as :func:`selfpruner.files.manifest.check`, and FormatError for a folder
         that is an export already."""
         made = manifest.read(folder)["export"]["format"]
@@ -98,16 +98,16 @@ class Format(ABC):
     relation: ClassVar[str] = "finetune"
     quantizations: ClassVar[tuple[str, ...]] = ()
 
-    def foresee(self, origin: Origin, quantize: str | None) -> None:  # noqa: B027
+    def precheck(self, origin: Origin, quantize: str | None) -> None:  # noqa: B027
         """Raise FormatError, as :meth:`check` would, for what is known before the checkpoint of a search is made."""
 
     @abstractmethod
-    def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:
+    def check(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> None:
         """Raise FormatError for a plan or a model that the runtime cannot take: the reason, and the option of the search that would
         have avoided it. ``quantize`` is one of ``quantizations`` or None."""
 
     @abstractmethod
-    def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:
+    def write(self, checkpoint: FinishedCheckpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:
         """Write the format's files into ``folder`` and return the parameters of what was written, tied ones once.
 
         ``go_on`` is called between tensors or files; it raises CancelledTaskError. What an OSError or a library raises becomes an
@@ -115,7 +115,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:
+    def use(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> str:
         """Markdown: how what was written is loaded."""
 
     @abstractmethod

@@ -19,10 +19,10 @@ from transformers.models.auto import CONFIG_MAPPING, AutoModelForCausalLM
 
 from selfpruner.calibration.soundness import finite
 from selfpruner.errors import ExportError
-from selfpruner.export.forms import form_of, own_fields
-from selfpruner.models.layouts import LAYOUTS, family_of, layout_of
+from selfpruner.export.modeling_files import modeling_file_of, own_fields
+from selfpruner.models.family_layouts import LAYOUTS, family_of, layout_of
 from selfpruner.models.streaming import compute_tables
-from selfpruner.pruning.shape import LayerShape
+from selfpruner.pruning.layer_shapes import LayerShape
 
 
 def build(
@@ -74,7 +74,7 @@ def outline(base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable
     except (ValueError, StrictDataclassError) as error:
         raise ExportError(f"These layer shapes make no model: {error}") from error
     with torch.device("meta"):
-        cls: Any = form_of(base.config).causal_lm
+        cls: Any = modeling_file_of(base.config).causal_lm
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=base.config._attn_implementation)
     model.generation_config = base.generation_config
     model.train(False)
@@ -176,7 +176,7 @@ def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, **biases:
 def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]) -> PreTrainedConfig:
     """The base config with what differs by layer in ``per_layer_config``; a value that all layers share becomes global."""
     config: Any = base.config
-    layout, form = layout_of(config), form_of(config)
+    layout, form = layout_of(config), modeling_file_of(config)
     channels = layout.channels_key
     heads = config.num_attention_heads
     width = base.get_parameter(f"{layout.layer(0)}.{layout.attention['o']}.weight").shape[1]

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 
 from selfpruner.export.older import requirement
-from selfpruner.pruning.shape import LayerShape
+from selfpruner.pruning.layer_shapes import LayerShape
 
 # What a base model's card says that holds for what is made from it, too.
 _TERMS = ("license", "license_name", "license_link", "language")

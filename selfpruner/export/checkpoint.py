@@ -27,15 +27,15 @@ from selfpruner.export import verify as verify_script
 from selfpruner.export.build import build, count_parameters, expected_parameters, plain_config, shapes_of
 from selfpruner.export.card import CardInfo, model_card, plan, with_terms
 from selfpruner.export.folder import ExportResult, write_folder
-from selfpruner.export.forms import form_of
+from selfpruner.export.modeling_files import modeling_file_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.files import manifest
 from selfpruner.files.tensors import held_shapes, write_tensors
 from selfpruner.models import LoadedModel, ModelSource, quiet, saved
 from selfpruner.models.checks import weight_files
 from selfpruner.models.streaming import WeightFiles
-from selfpruner.progress import Watch
-from selfpruner.pruning.shape import KeptUnits, LayerShape
+from selfpruner.progress import OnProgress
+from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 
 SHARD_BYTES = 5_000_000_000
 # Terms that travel with the weights.
@@ -68,7 +68,7 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     source: TensorSource | None = None,
     cancelled: Callable[[], bool] = lambda: False,
-    progress: Watch = lambda _: None,
+    progress: OnProgress = lambda _: None,
 ) -> ExportResult:
     """Write ``model`` (made by :func:`selfpruner.export.build.build`) to ``directory``, verified.
 
@@ -197,7 +197,7 @@ def _write_config(model: PreTrainedModel, folder: Path, card: CardInfo, shapes: 
     body = model.config.to_diff_dict() if plain is None else with_older_fields(plain.to_diff_dict())
     body["dtype"] = str(model.dtype).removeprefix("torch.")
     if plain is None:
-        form = form_of(model.config)
+        form = modeling_file_of(model.config)
         body["architectures"] = [form.causal_lm.__name__]
         body["auto_map"] = form.auto_map
         shutil.copyfile(form.code, folder / form.code.name)

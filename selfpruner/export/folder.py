@@ -20,7 +20,7 @@ from typing import Any
 from selfpruner.config import differences
 from selfpruner.errors import ConflictError, ExportError, SelfprunerError, disk_errors
 from selfpruner.files import manifest, places
-from selfpruner.progress import Watch
+from selfpruner.progress import OnProgress
 
 WEIGHTS = (".safetensors", ".gguf")
 
@@ -47,7 +47,7 @@ def write_folder(
     fill: Callable[[Path], int],
     prove: Callable[[Path], dict[str, Any]],
     go_on: Callable[[], None],
-    progress: Watch = lambda _: None,
+    progress: OnProgress = lambda _: None,
 ) -> ExportResult:
     """Make ``directory``: ``fill`` writes its files and returns its parameters, ``prove`` looks at them and raises or returns
     what it found.

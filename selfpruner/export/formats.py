@@ -15,7 +15,7 @@ from typing import Any
 from selfpruner import names
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import proof
-from selfpruner.export.base import Checkpoint, Format
+from selfpruner.export.base import FinishedCheckpoint, Format
 from selfpruner.export.card import converted
 from selfpruner.export.checkpoint import copy_terms, stopper
 from selfpruner.export.folder import ExportResult, write_folder
@@ -23,7 +23,7 @@ from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.files import manifest
-from selfpruner.progress import Watch, shown
+from selfpruner.progress import OnProgress, shown
 
 # One class per format, imported above.
 FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Transformers, Masked, Gguf)}
@@ -57,7 +57,7 @@ def convert(
     tensor_parallel: int = 1,
     device: str = "cpu",
     cancelled: Callable[[], bool] = lambda: False,
-    progress: Watch = lambda _: None,
+    progress: OnProgress = lambda _: None,
 ) -> ExportResult:
     """Write the checkpoint in ``source`` to ``directory`` in the format ``name``, verified on ``device``.
 
@@ -70,7 +70,7 @@ def convert(
     form, folder, go_on = asked(name, quantize, tensor_parallel), Path(source), stopper(cancelled)
     if Path(directory).resolve() == folder.resolve():
         raise ExportError(f"{folder} is the checkpoint itself; choose another folder for the export.")
-    checkpoint = Checkpoint.open(folder, go_on)
+    checkpoint = FinishedCheckpoint.open(folder, go_on)
     form.check(checkpoint, quantize)
     if tensor_parallel > 1:
         _check_ranks(checkpoint, tensor_parallel)
@@ -96,7 +96,7 @@ def convert(
     return write_folder(Path(directory), fill=fill, prove=prove, **how)
 
 
-def _check_ranks(checkpoint: Checkpoint, ranks: int) -> None:
+def _check_ranks(checkpoint: FinishedCheckpoint, ranks: int) -> None:
     for layer, shape in enumerate(checkpoint.shapes):
         # Where there are fewer KV heads than ranks, runtimes give every rank a copy.
         whole = shape.kv_groups == 0 or shape.kv_groups % ranks == 0 or ranks % shape.kv_groups == 0
@@ -114,7 +114,7 @@ def verify(
     device: str = "cpu",
     memory: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
-    progress: bool | Watch = True,
+    progress: bool | OnProgress = True,
 ) -> dict[str, Any]:
     """Prove an export again: the sha256 of every file, then, in a fresh process, that it loads and computes what it did in memory
     when it was made. Code that the folder brings is run only where it is this version's own.

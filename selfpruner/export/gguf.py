@@ -38,10 +38,10 @@ from transformers.models.auto import AutoConfig, AutoTokenizer
 from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
-from selfpruner.export.base import Checkpoint, Format, Origin
+from selfpruner.export.base import FinishedCheckpoint, Format, Origin
 from selfpruner.models import quiet
-from selfpruner.models.layouts import LAYOUTS
-from selfpruner.pruning.shape import LayerShape
+from selfpruner.models.family_layouts import LAYOUTS
+from selfpruner.pruning.layer_shapes import LayerShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # Written here; the others are llama.cpp's own quantiser's.
@@ -85,7 +85,7 @@ class _Tensor:
     values: Tensor | float = 0.0
     head_dim: int = 0
 
-    def rows(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    def rows(self, checkpoint: FinishedCheckpoint) -> Iterator[Tensor]:
         """The tensor in runs of whole heads, or rows, of about ``_PIECE`` numbers."""
         unit = self.head_dim or 1
         step = max(_PIECE // prod(self.shape[1:]) // unit, 1) * unit
@@ -116,13 +116,13 @@ class Gguf(Format):
     relation: ClassVar[str] = "quantized"  # what the hub calls every GGUF file
     quantizations: ClassVar[tuple[str, ...]] = (*_OWN, *_QUANTISER)
 
-    def foresee(self, origin: Origin, quantize: str | None) -> None:
+    def precheck(self, origin: Origin, quantize: str | None) -> None:
         _check_family(origin.family)
         if LAYOUTS[origin.family].qk_norm and origin.pattern == "structured" and COMPENSATIONS[origin.compensation].adds_bias:
             raise _biased()
         self._check_quantiser(quantize)
 
-    def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:
+    def check(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> None:
         _outline(checkpoint)
         self._check_quantiser(quantize)
 
@@ -134,7 +134,7 @@ class Gguf(Format):
                 param="quantize",
             )
 
-    def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:
+    def write(self, checkpoint: FinishedCheckpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:
         outline = _outline(checkpoint)
         path = folder / _file_name(checkpoint, quantize)
         if quantize not in _QUANTISER:
@@ -146,7 +146,7 @@ class Gguf(Format):
             plain.unlink()
         return sum(prod(tensor.shape) for tensor in outline.tensors if tensor.name != "rope_freqs.weight")
 
-    def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:
+    def use(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> str:
         outline, kind = _outline(checkpoint), quantize or _own_type(checkpoint)
         name = _file_name(checkpoint, quantize)
         text = (
@@ -167,23 +167,23 @@ class Gguf(Format):
         return ["-m", verify_gguf.__name__, str(folder), str(reference), "--device", device]
 
 
-def _base(checkpoint: Checkpoint) -> str:
+def _base(checkpoint: FinishedCheckpoint) -> str:
     return str(checkpoint.plan["base_model"]).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
 
 
-def _file_name(checkpoint: Checkpoint, quantize: str | None) -> str:
+def _file_name(checkpoint: FinishedCheckpoint, quantize: str | None) -> str:
     base = re.sub(r"[^\w.-]+", "-", _base(checkpoint))
     pruned = "" if checkpoint.plan["rate"] is None else "-pruned"
     return f"{base}{pruned}-{(quantize or _own_type(checkpoint)).upper()}.gguf"
 
 
-def _own_type(checkpoint: Checkpoint) -> str:
+def _own_type(checkpoint: FinishedCheckpoint) -> str:
     dtype = getattr(torch, checkpoint.plan["dtype"])
     return next(name for name, known in _PLAIN.items() if known == dtype)
 
 
 # -- what the file says ------------------------------------------------------------------------------------------------
-def _outline(checkpoint: Checkpoint) -> _Outline:
+def _outline(checkpoint: FinishedCheckpoint) -> _Outline:
     """Raises FormatError for what llama.cpp cannot run."""
     with quiet():
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
@@ -249,7 +249,7 @@ def _refusal(what: str, param: str = "format") -> FormatError:
     return FormatError(f"As GGUF a model {what}", param=param)
 
 
-def _architecture(checkpoint: Checkpoint, config: Any, family: str, shapes: list[LayerShape], scaled: bool) -> str:
+def _architecture(checkpoint: FinishedCheckpoint, config: Any, family: str, shapes: list[LayerShape], scaled: bool) -> str:
     """llama.cpp's name of the architecture to write. ``scaled``: the rotation has a factor per dimension."""
     uniform = len(set(shapes)) == 1 and shapes[0].heads > 0 and shapes[0].channels > 0
     biased = any(name.endswith(("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")) for name in checkpoint.tensors)
@@ -276,7 +276,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerShape]], architecture: str) -> list[_Tensor]:
+def _tensors(checkpoint: FinishedCheckpoint, config: Any, kept: list[tuple[int, LayerShape]], architecture: str) -> list[_Tensor]:
     """The file's tensors in order."""
     paired, fused, head_dim = architecture in ("deci", "llama"), architecture == "openelm", _head_dim(config)
     tensors: list[_Tensor] = []
@@ -320,7 +320,7 @@ def _tensors(checkpoint: Checkpoint, config: Any, kept: list[tuple[int, LayerSha
     return tensors
 
 
-def _places(checkpoint: Checkpoint, head_dim: int) -> dict[str, tuple[str, int, int]]:
+def _places(checkpoint: FinishedCheckpoint, head_dim: int) -> dict[str, tuple[str, int, int]]:
     """Where the checkpoint has each tensor, by Llama's name for it: (tensor, first row, rows). A matrix of several parts is several
     of Llama's."""
     layout, llama = LAYOUTS[checkpoint.plan["family"]], LAYOUTS["llama"]
@@ -370,7 +370,7 @@ def _context(config: Any) -> int:
     return int(config.max_position_embeddings)
 
 
-def _ends(checkpoint: Checkpoint) -> list[int]:
+def _ends(checkpoint: FinishedCheckpoint) -> list[int]:
     """The ids at which generation ends, from the generation config, or else the config."""
     generation = checkpoint.folder / "generation_config.json"
     body: Mapping[str, Any] = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
@@ -379,7 +379,7 @@ def _ends(checkpoint: Checkpoint) -> list[int]:
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
-def _write(outline: _Outline, checkpoint: Checkpoint, path: Path, kind: str, go_on: Callable[[], None]) -> None:
+def _write(outline: _Outline, checkpoint: FinishedCheckpoint, path: Path, kind: str, go_on: Callable[[], None]) -> None:
     """Write the file with matrices as ``kind``, one of ``_OWN``, holding one tensor at a time."""
     writer = GGUFWriter(path, outline.architecture)
     try:

@@ -38,7 +38,7 @@ def quantize(source: Path, target: Path, file_type: int, go_on: Callable[[], Non
         raise ExportError(f"llama.cpp could not quantise the model: {'; '.join(found['problems'])}")
 
 
-class Runtime:
+class LlamaCpp:
     """A GGUF file loaded by llama.cpp on the CPU, with a float32 KV cache, so that rounding is the file's own."""
 
     def __init__(self, path: Path, context: int, *, flash_attention: bool = False) -> None:

@@ -21,29 +21,29 @@ from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig
 
 from selfpruner.errors import FormatError
-from selfpruner.export.base import Checkpoint, Origin
+from selfpruner.export.base import FinishedCheckpoint, Origin
 from selfpruner.export.build import count_parameters, ordinary
 from selfpruner.export.card import loading
 from selfpruner.export.checkpoint import SHARD_BYTES, stored, write_json, write_shards
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.export.older import with_older_fields
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.models import quiet
-from selfpruner.models.layouts import LAYOUTS, Layout
-from selfpruner.pruning.shape import KeptUnits, LayerShape
+from selfpruner.models.family_layouts import LAYOUTS, Layout
+from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 
 
 class Masked(Transformers):
     name: ClassVar[str] = "masked"
 
-    def foresee(self, origin: Origin, quantize: str | None) -> None:  # noqa: ARG002
+    def precheck(self, origin: Origin, quantize: str | None) -> None:  # noqa: ARG002
         _check_pattern(origin.pattern)
 
-    def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:  # noqa: ARG002
+    def check(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> None:  # noqa: ARG002
         _check_pattern(checkpoint.plan["pattern"])
         self._twin(checkpoint)
 
-    def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:  # noqa: ARG002
+    def write(self, checkpoint: FinishedCheckpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:  # noqa: ARG002
         twin = self._twin(checkpoint)
         units, layout = _units(checkpoint), LAYOUTS[checkpoint.plan["family"]]
         width = int(getattr(twin.config, "head_dim", None) or twin.config.hidden_size // twin.config.num_attention_heads)
@@ -68,7 +68,7 @@ class Masked(Transformers):
         write_shards(outline, folder, parameters, SHARD_BYTES, tensor, go_on)
         return parameters
 
-    def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:  # noqa: ARG002
+    def use(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> str:  # noqa: ARG002
         where = (
             "in the base model's shapes, with zeros where units were removed"
             if _file(checkpoint).is_file()
@@ -80,7 +80,7 @@ class Masked(Transformers):
             f"{loading(self._twin(checkpoint).config.to_diff_dict())}"
         )
 
-    def _twin(self, checkpoint: Checkpoint) -> PreTrainedModel:
+    def _twin(self, checkpoint: FinishedCheckpoint) -> PreTrainedModel:
         """The ordinary model, on the meta device, that has a place for every tensor of the checkpoint. Raises FormatError."""
         with quiet():
             config: Any = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
@@ -89,7 +89,7 @@ class Masked(Transformers):
         layout = LAYOUTS[family]
         blocks = {found[1] for name in checkpoint.tensors if name.endswith(".bias") and (found := layout.block_of(name))}
         full = not getattr(config, "sliding_window", None) and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-        like_llama = full and FORMS[family] is FORMS["llama"]
+        like_llama = full and MODELING_FILES[family] is MODELING_FILES["llama"]
         missing: set[str] = set()
         for name in dict.fromkeys((family, "llama") if like_llama else (family,)):
             twin = ordinary(config, name, base, attention_bias=0 in blocks, mlp_bias=1 in blocks)
@@ -116,18 +116,18 @@ def _check_pattern(pattern: str) -> None:
         )
 
 
-def _file(checkpoint: Checkpoint) -> Path:
+def _file(checkpoint: FinishedCheckpoint) -> Path:
     return checkpoint.folder / "units.json"
 
 
-def _units(checkpoint: Checkpoint) -> KeptUnits:
+def _units(checkpoint: FinishedCheckpoint) -> KeptUnits:
     """Where the kept units were. Where that is not recorded (a model that was trained further and saved has no units.json), the
     first places of the widest layer's, which compute the same."""
     if _file(checkpoint).is_file():
         return KeptUnits.from_dict(json.loads(_file(checkpoint).read_text("utf-8")))
     shapes = checkpoint.shapes
     groups, per_group = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "heads_per_group"))
-    if not FORMS[checkpoint.plan["family"]].has_kv_heads:  # heads that share the hidden size out among them
+    if not MODELING_FILES[checkpoint.plan["family"]].has_kv_heads:  # heads that share the hidden size out among them
         groups = int(checkpoint.config["hidden_size"]) // int(checkpoint.config["head_dim"])
     base = LayerShape(max(groups, 1), max(per_group, 1), max(*(shape.channels for shape in shapes), 1))
     kept = []

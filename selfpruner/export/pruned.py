@@ -21,13 +21,13 @@ from selfpruner.export.checkpoint import TensorSource
 from selfpruner.models import LoadedModel, as_written
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.blocks import held_bytes
-from selfpruner.pruning.options import whole_shape
+from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 from selfpruner.pruning.patterns import (
     PrunableAttention,
     PrunableFfn,
     PrunableMasked,
 )
-from selfpruner.pruning.shape import KeptUnits, LayerShape
+from selfpruner.pruning.search_space import whole_shape
 
 
 def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], dict[str, Tensor]]:

@@ -8,19 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from selfpruner.export.base import Checkpoint, Format
+from selfpruner.export.base import FinishedCheckpoint, Format
 from selfpruner.export.card import loading
 from selfpruner.export.checkpoint import verifier
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 
 
 class Transformers(Format):
     name: ClassVar[str] = "transformers"
 
-    def check(self, checkpoint: Checkpoint, quantize: str | None) -> None:
+    def check(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> None:
         """Nothing is refused."""
 
-    def write(self, checkpoint: Checkpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:  # noqa: ARG002
+    def write(self, checkpoint: FinishedCheckpoint, folder: Path, quantize: str | None, go_on: Callable[[], None]) -> int:  # noqa: ARG002
         for name in checkpoint.manifest["files"]:
             target = folder / name
             if not target.exists():
@@ -29,7 +29,7 @@ class Transformers(Format):
                 shutil.copyfile(checkpoint.folder / name, target)
         return int(checkpoint.manifest["parameters"])
 
-    def use(self, checkpoint: Checkpoint, quantize: str | None) -> str:  # noqa: ARG002
+    def use(self, checkpoint: FinishedCheckpoint, quantize: str | None) -> str:  # noqa: ARG002
         return loading(checkpoint.config)
 
     def verifier(self, folder: Path, reference: Path, device: str, memory: int | None = None) -> list[str]:
@@ -38,11 +38,11 @@ class Transformers(Format):
 
 def _is_ours(folder: Path) -> bool:
     """Whether what code the folder brings is one of this version's modeling files, byte for byte, so that running it is safe."""
-    ours = {form.code.name: form for form in FORMS.values()}
+    ours = {form.code.name: form for form in MODELING_FILES.values()}
     brought = [path for path in folder.rglob("*") if path.suffix in (".py", ".so", ".pyc")]
     known = all(
         path.parent == folder and path.name in ours and path.read_bytes() == ours[path.name].code.read_bytes() for path in brought
     )
-    maps = [form.auto_map for form in FORMS.values()]
+    maps = [form.auto_map for form in MODELING_FILES.values()]
     bodies = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")]
     return known and all(body["auto_map"] in maps for body in bodies if isinstance(body, dict) and "auto_map" in body)

@@ -81,7 +81,7 @@ def verify(folder: Path, reference: str, device: str) -> dict[str, Any]:
     del model
     version = None
     if gguf_runtime.installed():
-        runtime = gguf_runtime.Runtime(path, tokens.shape[1])
+        runtime = gguf_runtime.LlamaCpp(path, tokens.shape[1])
         version = runtime.version
         logits = torch.stack([torch.from_numpy(runtime.logits(row)) for row in tokens.tolist()])
         numbers["llama_cpp_"] = compare(logits, " in llama.cpp", problems)

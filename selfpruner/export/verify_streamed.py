@@ -22,7 +22,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from selfpruner.export.forms import FORMS
+from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.models.checks import read_header, weight_files
 from selfpruner.models.memory import peak_mib
 from selfpruner.models.streaming import stream
@@ -57,7 +57,7 @@ def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, 
     return {
         "problems": problems,
         "class": type(model).__name__,
-        "code": type(model).__module__ if type(model) in {form.causal_lm for form in FORMS.values()} else "transformers",
+        "code": type(model).__module__ if type(model) in {form.causal_lm for form in MODELING_FILES.values()} else "transformers",
         "device": device,
         "dtype": facts["dtype"],
         "streamed": True,

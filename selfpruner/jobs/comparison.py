@@ -1,6 +1,6 @@
 """Criteria and compensations side by side: uniform plans of one model at several rates, each method in a process of its own.
 
-Results are kept one by one in ``compare.json`` of the output folder, so the same call goes on where it stopped; the table
+ComparisonFile are kept one by one in ``compare.json`` of the output folder, so the same call goes on where it stopped; the table
 (``compare.md``) and the picture (``compare.svg``) are made of what is there.
 """
 
@@ -19,7 +19,7 @@ from selfpruner.config import Part, SearchConfig, differences
 from selfpruner.errors import ConfigError, SelfprunerError, disk_errors
 from selfpruner.jobs.run import session_of
 from selfpruner.planning.space import Plan, SearchSpace
-from selfpruner.workers.process import ProcessPool
+from selfpruner.workers.process_pool import ProcessPool
 
 PlainRow = dict[str, Any]
 # Fields of a config that the figures of a method at a rate depend on: what is prepared, but for the method, the rate, the text that
@@ -40,7 +40,7 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ComparisonRow:
     """One method at one rate, or ``error``. ``parameters`` that are not zero; ``kl`` in nats per token from the dense model;
     ``seconds`` from the text to the levels (0 where they were in the cache already); ``peak_mib`` of the whole process."""
 
@@ -80,7 +80,7 @@ def methods_of(
     return found
 
 
-class Results:
+class ComparisonFile:
     """What was measured with these ``settings``, on disk after every row."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Results:
         same = (row for row in self.rows if (row["pattern"], row["criterion"], row["compensation"], row["rate"]) == key)
         return next((row for row in same if row["error"] is None), None)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ComparisonRow) -> None:
         key = (row.pattern, row.criterion, row.compensation, row.rate)
         self.rows = [r for r in self.rows if (r["pattern"], r["criterion"], r["compensation"], r["rate"]) != key]
         self.rows.append(asdict(row))
@@ -126,7 +126,7 @@ async def measure(
     config: SearchConfig,
     methods: Sequence[Method],
     rates: Sequence[float],
-    results: Results,
+    results: ComparisonFile,
     *,
     cache: Path,
     device: str,
@@ -144,7 +144,7 @@ async def measure(
                 results.add(row)
         except SelfprunerError as error:
             for rate in missing:
-                results.add(Row(**asdict(method), rate=rate, error=error.message))
+                results.add(ComparisonRow(**asdict(method), rate=rate, error=error.message))
         finally:
             await pool.close()
 
@@ -154,7 +154,7 @@ async def _rows(
     config: SearchConfig,
     method: Method,
     rates: Sequence[float],
-    results: Results,
+    results: ComparisonFile,
     cache: Path,
     progress: Callable[[str], None],
 ) -> Any:
@@ -175,7 +175,7 @@ async def _rows(
             space = SearchSpace.from_dict({**prepared["space"], "rate": rate})
             uniform[rate] = space, space.project([rate] * space.layers)
         except SelfprunerError as error:
-            yield Row(**asdict(method), rate=rate, error=error.message)
+            yield ComparisonRow(**asdict(method), rate=rate, error=error.message)
     if not uniform:
         return
     whole = [] if results.dense is not None else [[0] * len(prepared["space"]["blocks"])]
@@ -186,7 +186,7 @@ async def _rows(
     if whole:
         results.dense = {"parameters": dense, "perplexity": round(math.exp(scores.pop(0)["nll"]), 3)}
     for (rate, (space, plan)), row in zip(uniform.items(), scores, strict=True):
-        yield Row(
+        yield ComparisonRow(
             **asdict(method),
             rate=rate,
             parameters=dense - space.removed(plan),
@@ -203,7 +203,7 @@ DASHES = {"none": [1, 3], "bias": [5, 3], "least_squares": [1, 0], "least_square
 COLUMNS = ("criterion", "compensation", "parameters", "KL", "perplexity", "seconds", "peak MiB")
 
 
-def sections(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]], list[str]]]:
+def sections(results: ComparisonFile) -> Iterator[tuple[str, list[tuple[str, ...]], list[str]]]:
     """(heading, rows of cells, why those failed that did) per pattern and rate, the best KL first, failures last."""
     groups = dict.fromkeys((row["pattern"], row["rate"]) for row in results.rows)
     for pattern, rate in sorted(groups, key=lambda group: (list(names.PATTERNS).index(group[0]), group[1])):
@@ -221,7 +221,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (row["criterion"], row["compensation"], f"{row['parameters']:,}", *quality, *cost)
 
 
-def markdown(results: Results) -> str:
+def markdown(results: ComparisonFile) -> str:
     """The table as Markdown."""
     lines = []
     if results.dense is not None:
@@ -233,7 +233,7 @@ def markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
-def chart(results: Results) -> Any:
+def chart(results: ComparisonFile) -> Any:
     """KL over the rate, a line per method, a panel per pattern. Altair."""
     import altair as alt
 

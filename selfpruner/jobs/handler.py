@@ -39,16 +39,15 @@ from selfpruner.models import LoadedModel
 from selfpruner.models.checks import sampled_digest
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Plan
+from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning.blocks import held_bytes
-from selfpruner.pruning.options import expected_space
+from selfpruner.pruning.search_space import expected_space
 from selfpruner.workers.base import Json, Session
 
-Progress = Callable[[str], None]
-Cancelled = Callable[[], bool]
 ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
 
 
-class Runtime:
+class SessionHandler:
     """Does tasks on one device, one at a time. ``model_root`` bounds local model folders (None: any)."""
 
     def __init__(self, device: str = "auto", *, model_root: Path | None = None) -> None:
@@ -57,7 +56,7 @@ class Runtime:
         self._loaded: tuple[tuple[str, str, str, int | None], LoadedModel] | None = None
         self._prepared: tuple[str, Prepared] | None = None
         self._files: dict[str, str] = {}  # of its texts, as they were then
-        self._tasks: dict[str, Callable[[Session, Mapping[str, Any], Progress, Cancelled], Json]] = {
+        self._tasks: dict[str, Callable[[Session, Mapping[str, Any], OnProgress, Cancelled], Json]] = {
             "prepare": self._prepare,
             "expect": self._expect,
             "evaluate": self._evaluate,
@@ -70,7 +69,7 @@ class Runtime:
             "export": self._export,
         }
 
-    def handle(self, session: Session, kind: str, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def handle(self, session: Session, kind: str, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         """Do one task. Raises typed errors; a device out of memory is an OutOfMemoryError."""
         if kind not in self._tasks:
             raise ConfigError(f"Unknown task {kind!r}. Known: {', '.join(self._tasks)}.")
@@ -88,7 +87,7 @@ class Runtime:
             release()
 
     # -- holding -----------------------------------------------------------------------------------------------------
-    def _model(self, config: SearchConfig, cache: Path, progress: Progress) -> LoadedModel:
+    def _model(self, config: SearchConfig, cache: Path, progress: OnProgress) -> LoadedModel:
         device = self.device if config.device == "auto" else config.device
         key = (config.model, device, config.dtype, config.memory)
         if self._loaded is None or self._loaded[0] != key:
@@ -99,7 +98,7 @@ class Runtime:
         return self._loaded[1]
 
     def _session(
-        self, session: Session, progress: Progress, cancelled: Cancelled, roles: Sequence[Role] = (), output: str | None = None
+        self, session: Session, progress: OnProgress, cancelled: Cancelled, roles: Sequence[Role] = (), output: str | None = None
     ) -> Prepared:
         if self._prepared is None or self._prepared[0] != session.key:
             self._prepared = None
@@ -135,7 +134,7 @@ class Runtime:
             self._prepared = None
 
     # -- tasks -------------------------------------------------------------------------------------------------------
-    def _prepare(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _prepare(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         roles = payload.get("texts", ROLES)
         if "output" in payload:
             refuse_place(Path(payload["output"]))
@@ -174,18 +173,18 @@ class Runtime:
             "seconds": prepared.seconds,
         }
 
-    def _expect(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:  # noqa: ARG002
+    def _expect(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:  # noqa: ARG002
         """The space before anything is measured."""
         if "output" in payload:
             refuse_place(Path(payload["output"]))
         config, cache = self._looked_at(session, ())
         return {"space": expected_space(config, describe(self._model(config, cache, progress).model)).to_dict()}
 
-    def _evaluate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _evaluate(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
         return _scores(prepared, payload, cancelled)
 
-    def _slopes(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _slopes(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
         started = time.perf_counter()
         plan = Plan(tuple(payload["plan"]))
@@ -196,7 +195,7 @@ class Runtime:
         found = slopes(prepared.engine, plan, moves, tokens, cancelled=cancelled)
         return {**asdict(found), "seconds": time.perf_counter() - started}
 
-    def _baseline(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _baseline(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``. Gives up the session."""
         prepared = self._session(session, progress, cancelled)
         self._prepared = None
@@ -206,7 +205,7 @@ class Runtime:
         dense = prepared.arch.model_parameters()
         return {**result["rows"][0], "parameters": dense - other.space.removed(uniform), "seconds": result["seconds"]}
 
-    def _propose(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _propose(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         from selfpruner.proposers import constrained
 
         config = SearchConfig.model_validate(dict(session.config))
@@ -229,7 +228,7 @@ class Runtime:
         )
         return {"model": config.model, **reply}
 
-    def _measure(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _measure(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         """Parameters and speed of ``{plans: {name: levels}}``, with ``decode`` false of reading only; all-zero levels are the dense
         model itself. Without speed where the models would not fit the memory there is: ``not_timed`` then says so."""
         prepared = self._session(session, progress, cancelled)
@@ -252,7 +251,7 @@ class Runtime:
         }
         return {"rows": timed}
 
-    def _generate(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _generate(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         """How much ``{plans: {name: levels}}`` repeat themselves; all-zero levels are the dense model itself. One after another."""
         started = time.perf_counter()
         prepared = self._session(session, progress, cancelled)
@@ -274,12 +273,12 @@ class Runtime:
             del model  # before the next is built
         return {"repetition": rates, "seconds": time.perf_counter() - started}
 
-    def _time_blocks(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _time_blocks(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
         progress("timing blocks")
         return asdict(time_blocks(prepared, int(payload["tokens"]), cancelled=cancelled))
 
-    def _export(self, session: Session, payload: Mapping[str, Any], progress: Progress, cancelled: Cancelled) -> Json:
+    def _export(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
         prepared = self._session(session, progress, cancelled)
         plan = Plan(tuple(payload["plan"]))
         progress("writing the checkpoint")
@@ -326,7 +325,7 @@ def _plan_of(session: Session) -> Plan | None:
     return None if session.plan is None else Plan(tuple(session.plan))
 
 
-class ServedRuntime(Runtime):
+class ServedSessionHandler(SessionHandler):
     """A server's: its requests name models below ``SELFPRUNER_MODEL_ROOT`` only. Other processes do not read that variable."""
 
     def __init__(self, device: str = "auto") -> None:

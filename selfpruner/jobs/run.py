@@ -26,7 +26,7 @@ from selfpruner.jobs.front_report import front_rows, latencies_of
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import FORESEEN
 from selfpruner.proposers import ProposerSettings, create
-from selfpruner.proposers.channel import LlmChannel
+from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Progress, Recorder
 from selfpruner.workers.base import Json, Session, WorkerPool
 

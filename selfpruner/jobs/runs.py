@@ -50,7 +50,7 @@ def refuse(folder: Path, config: SearchConfig) -> None:
     something else where a first checkpoint would go. Where there is a search already the rest is :func:`find`'s to say: what it
     found is shown although its model may be gone."""
     if not (folder / DATABASE).is_file():
-        models.foresee(config.model)
+        models.precheck(config.model)
     places.writable_folder(folder)
     place = folder / CHECKPOINT
     if not (folder / DATABASE).is_file() and place.exists() and not (place.is_dir() and not any(place.iterdir())):
@@ -59,23 +59,24 @@ def refuse(folder: Path, config: SearchConfig) -> None:
 
 def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Run:
     """The job that a call with ``config`` means, made if there is none. Raises ConfigError for a folder whose search has other
-    settings, unless ``again`` asks for one beside it, and what :func:`selfpruner.models.foresee` does where there is work to do."""
+    settings, unless ``again`` asks for one beside it, and where there is work to do what
+    :func:`selfpruner.models.precheck` does."""
     jobs = store.jobs(limit=_ALL).data
     mine = [job for job in jobs if _settings(job.config) == config.model_dump(mode="json")]
     waiting = next((job for job in mine if not job.finished), None)
     if waiting is not None:
-        models.foresee(config.model)
+        models.precheck(config.model)
         return _run(folder, waiting)
     if not again:
         for job in mine:
             if job.status == "succeeded":
                 done = _intact(store, job, folder / _name(job))
                 if done is None:
-                    models.foresee(config.model)
+                    models.precheck(config.model)
                 return _run(folder, job, done)
         if others := [job for job in jobs if job.status == "succeeded" or (not job.finished and store.candidates(job.id).data)]:
             raise ConfigError(_other(folder, others[0], config), code="other_settings", param="output")
-    models.foresee(config.model)
+    models.precheck(config.model)
     job, _ = store.create_job(config, metadata={CHECKPOINT: _free(folder, jobs)})
     if not again and (failed := next((job for job in mine if job.status == "failed"), None)) is not None:
         store.take_over(job.id, failed.id)

@@ -39,7 +39,7 @@ _VERSION = 1  # of how outcomes are computed: another one is another setting
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class MeasuredModel:
     """A model under evaluation, in memory."""
 
     model: PreTrainedModel
@@ -85,26 +85,26 @@ class Place:
         stored = checks.stored_dtype(Path(self.name) if self.own else self.source.folder)
         return models.choose_dtype(self.dtype, self.device, stored=stored)
 
-    def parameters(self, subject: Subject) -> int:
+    def parameters(self, subject: MeasuredModel) -> int:
         """Of the model; of a checkpoint without the zeros of its pattern."""
         if (Path(self.name) / manifest.NAME).is_file():
             return manifest.kept(manifest.read(Path(self.name))["plan"])
         return sum(parameter.numel() for parameter in subject.model.parameters())
 
-    def load(self) -> Subject:
+    def load(self) -> MeasuredModel:
         """Raises the errors of loading, and OutOfMemoryError where the model does not fit the device whole."""
         if self.own:
             from selfpruner.export import checkpoint
 
             own = checkpoint.opened(Path(self.name), self.device, self.torch_dtype)
-            return Subject(own.model, own.tokenizer, self.cache)
+            return MeasuredModel(own.model, own.tokenizer, self.cache)
         loaded = models.load(self.source, str(self.device), str(self.torch_dtype).removeprefix("torch."))
         if loaded.streamed:
             raise OutOfMemoryError(
                 f"{self.name} does not fit {self.device} whole, and tasks and texts are not streamed. Use another device.",
                 param="device",
             )
-        return Subject(loaded.model, loaded.tokenizer, self.cache)
+        return MeasuredModel(loaded.model, loaded.tokenizer, self.cache)
 
 
 class Measure(Protocol):
@@ -114,7 +114,7 @@ class Measure(Protocol):
     @property
     def setting(self) -> Json: ...
 
-    def run(self, subject: Subject, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
         """The result: figures with standard errors, and ``outcomes``."""
 
 
@@ -135,7 +135,7 @@ class Task:
         source = "hub" if self._local is None else f"local:{self._local.digest}"
         return {"task": self.name, "source": source, "limit": self.limit, "lm_eval": harness_version(), "version": _VERSION}
 
-    def run(self, subject: Subject, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
         from selfpruner.judging import harness
 
         def progress(done: int, total: int) -> None:
@@ -180,7 +180,7 @@ class Perplexity:
         what = {"text": self.text, "seqlen": self.seqlen, "windows": self.windows}
         return {**what, "source": found.source, "digest": found.digest, "version": _VERSION}
 
-    def run(self, subject: Subject, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
         from selfpruner.calibration.soundness import not_numbers
         from selfpruner.judging import corpora, perplexity
 
@@ -208,7 +208,7 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class Generation:
+class RepetitionProbe:
     """How a model goes on, greedily, from fixed prompts."""
 
     new_tokens: int = NEW_TOKENS
@@ -224,7 +224,7 @@ class Generation:
         digest = hashlib.sha256(json.dumps(PROMPTS).encode()).hexdigest()[:16]
         return {"generation": digest, "new_tokens": self.new_tokens, "version": _VERSION}
 
-    def run(self, subject: Subject, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
         from selfpruner.judging import repetition
 
         tell(f"writing after {len(repetition.PROMPTS)} prompts")

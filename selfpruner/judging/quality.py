@@ -27,7 +27,7 @@ Record = dict[str, Any]
 _FORMAT = "selfpruner evaluate 1"
 
 
-class Results:
+class MeasurementFile:
     """The records in ``file``. Raises ConfigError where it holds something else."""
 
     def __init__(self, file: Path) -> None:
@@ -69,7 +69,7 @@ class Quality:
     found: Mapping[str, Mapping[str, Record]]
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[MeasurementRow]:
         return list(_rows(self))
 
 
@@ -82,7 +82,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MeasurementRow:
     """One figure of all models. ``kind`` says how it is read: ``share`` (0 to 1, differences in the same), ``perplexity``
     (differences of the NLL in nats), ``plain``."""
 
@@ -93,7 +93,11 @@ class Row:
 
 
 def measure(
-    places: Sequence[Place], measures: Sequence[Measure], results: Results, *, progress: Callable[[str], None] = lambda _: None
+    places: Sequence[Place],
+    measures: Sequence[Measure],
+    results: MeasurementFile,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, dict[str, Record]]:
     """Fill ``results`` with what is missing, model by model; a model is loaded only if something is. Raises what measuring raises:
     what is finished stays."""
@@ -127,19 +131,19 @@ def measure(
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------------
-def _rows(quality: Quality) -> Iterator[Row]:
+def _rows(quality: Quality) -> Iterator[MeasurementRow]:
     measures = list(quality.found[quality.models[0]])
     tasks = [name for name in measures if "acc" in quality.found[quality.models[0]][name]["result"]]
 
-    def row(name: str, kind: str, better: bool, of: Callable[[Record], Sequence[float]], measure: str) -> Row:
+    def row(name: str, kind: str, better: bool, of: Callable[[Record], Sequence[float]], measure: str) -> MeasurementRow:
         reference = of(quality.found[quality.against][measure])
         cells = []
         for model in quality.models:
             values = of(quality.found[model][measure])
             cells.append(Cell(mean(values), None if model == quality.against else paired(values, reference)))
-        return Row(name, kind, better, tuple(cells))
+        return MeasurementRow(name, kind, better, tuple(cells))
 
-    chosen: dict[str, list[Row]] = {"acc": [], "acc_norm": []}
+    chosen: dict[str, list[MeasurementRow]] = {"acc": [], "acc_norm": []}
     for task in tasks:
         metrics = [metric for metric in ("acc", "acc_norm") if metric in quality.found[quality.against][task]["result"]]
         for metric in metrics:
@@ -155,7 +159,7 @@ def _rows(quality: Quality) -> Iterator[Row]:
                 differences = [d for part in parts if (d := part.cells[index].difference) is not None]
                 value = average([part.cells[index].value for part in parts])
                 cells.append(Cell(value, average(differences) if differences else None))
-            yield Row(f"mean of {len(parts)} {name}", "share", True, tuple(cells))
+            yield MeasurementRow(f"mean of {len(parts)} {name}", "share", True, tuple(cells))
     for name in measures:
         if "nll" in quality.found[quality.against][name]["result"]:
             yield row(name, "perplexity", False, lambda record: record["result"]["outcomes"]["nll"], name)
@@ -164,11 +168,11 @@ def _rows(quality: Quality) -> Iterator[Row]:
         results = [quality.found[model]["generation"]["result"] for model in quality.models]
         for key in (key for key in results[0] if key.startswith("distinct_")):
             cells = [Cell(Estimate(result[key], None)) for result in results]
-            yield Row(key.replace("_", "-"), "plain", True, tuple(cells))
+            yield MeasurementRow(key.replace("_", "-"), "plain", True, tuple(cells))
         base = quality.found[quality.against]["generation"]["result"]["outcomes"]["text"]
         same = [Cell(mean([agreement(a, b) for a, b in zip(r["outcomes"]["text"], base, strict=True)])) for r in results]
         label = labels(quality.models)[quality.models.index(quality.against)]
-        yield Row(f"words as {label}", "share", True, tuple(same))
+        yield MeasurementRow(f"words as {label}", "share", True, tuple(same))
 
 
 def _digits(metric: str) -> Callable[[Record], Sequence[float]]:

@@ -9,8 +9,8 @@ from selfpruner.models.loading import load as load
 from selfpruner.models.loading import read_config as read_config
 from selfpruner.models.sources import ModelSource as ModelSource
 from selfpruner.models.sources import embedded_file as embedded_file
-from selfpruner.models.sources import foresee as foresee
 from selfpruner.models.sources import hub_available as hub_available
 from selfpruner.models.sources import hub_offline as hub_offline
+from selfpruner.models.sources import precheck as precheck
 from selfpruner.models.sources import quiet as quiet
 from selfpruner.models.sources import resolve as resolve

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner.errors import ModelError, ModelNotFoundError, UnsafeModelError, UnsupportedModelError
-from selfpruner.models.layouts import LAYOUTS, Widths
+from selfpruner.models.family_layouts import LAYOUTS, Widths
 
 SUPPORTED_MODEL_TYPES = tuple(LAYOUTS)
 INDEX_NAME = "model.safetensors.index.json"

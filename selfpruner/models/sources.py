@@ -102,7 +102,7 @@ def _local(name: str, allowed_root: Path | None) -> Path | None:
     return resolved
 
 
-def foresee(name: str) -> None:
+def precheck(name: str) -> None:
     """Raise what :func:`resolve` would for the model called ``name``, as far as that can be known at once: from the headers of a
     folder or file, from the configuration of a hub model that was fetched before or can be fetched now. Imports no torch."""
     if name in EMBEDDED_MODELS:

@@ -26,7 +26,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from selfpruner.errors import ModelError
 from selfpruner.files.tensors import TensorFile
-from selfpruner.models.layouts import layout_of
+from selfpruner.models.family_layouts import layout_of
 
 HEAD = "lm_head.weight"
 # What is read at once: small on a CPU, where it only has to outweigh a system call; large enough for the bus of a GPU.

@@ -23,7 +23,7 @@ from selfpruner.operators.base import Context, Offspring, Rejected
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed
 from selfpruner.planning.space import Plan
 from selfpruner.proposers.base import CallError
-from selfpruner.proposers.channel import LlmChannel
+from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Candidate
 
 HEAT_PER_STALE_GENERATION = 0.1

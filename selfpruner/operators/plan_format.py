@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from selfpruner.planning.space import SearchSpace
-from selfpruner.proposers.channel import explain
+from selfpruner.proposers.llm_calls import explain
 
 
 class Answer(BaseModel):

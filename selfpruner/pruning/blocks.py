@@ -30,8 +30,8 @@ from selfpruner.files.tensors import TensorFile
 from selfpruner.models import LoadedModel
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Plan
+from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning import outlook
-from selfpruner.pruning.options import attention_choices, ffn_choices, sparsity_levels
 from selfpruner.pruning.patterns import (
     Prunable,
     PrunableMasked,
@@ -42,10 +42,8 @@ from selfpruner.pruning.patterns import (
     measure_ffn,
 )
 from selfpruner.pruning.patterns.stored import factor_files, read_factors, write_factors
+from selfpruner.pruning.search_space import attention_choices, ffn_choices, sparsity_levels
 from selfpruner.pruning.signals import gather, layer_facts, layer_signals, weight_facts
-
-Progress = Callable[[str], None]
-Cancelled = Callable[[], bool]
 
 
 def prepare_blocks(
@@ -54,7 +52,7 @@ def prepare_blocks(
     loaded: LoadedModel,
     calibration: TokenBatches,
     cache: Path,
-    progress: Progress,
+    progress: OnProgress,
     cancelled: Cancelled,
     plan: Plan | None = None,
 ) -> tuple[list[Prunable], dict[str, Any]]:
@@ -74,7 +72,7 @@ def prepare_blocks(
     use(files[0].parent, loaded.source.name, f"{config.criterion}, {config.compensation} on {sources}")
     if not all(file.exists() for file in files):
         refitted = config.compensation.startswith("least_squares")
-        text.foresee(
+        text.announce(
             criterion,
             OUTPUTS,
             outlook.factor_bytes(arch, refitted=refitted),
@@ -121,10 +119,10 @@ class _Calibration:
     folder: Path
     fingerprint: str
     sources: str
-    progress: Progress
+    progress: OnProgress
     cancelled: Cancelled
 
-    def foresee(self, criterion: Criterion, sites: Sequence[Site], disk: int, more: Callable[[], float] | None) -> None:
+    def announce(self, criterion: Criterion, sites: Sequence[Site], disk: int, more: Callable[[], float] | None) -> None:
         """Say what measuring for ``criterion`` will take, and see that there is room for it; ``disk`` bytes and ``more`` seconds,
         where they are known, come on top for what is made of the statistics."""
         missing = missing_sites(self.arch, self.folder, self.fingerprint, sites)
@@ -200,7 +198,7 @@ def _masked_blocks(
                 "sparsity_step, compensation none, or allow more.",
                 param="level_bytes",
             )
-        text.foresee(criterion, SITES, size, None)
+        text.announce(criterion, SITES, size, None)
         gradients = text.gradients(criterion)
         for layer, found in enumerate(text.statistics(SITES)):
             if text.cancelled():

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlmodel import col, select
 
 from selfpruner.errors import StoreError
-from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress
+from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity
 from selfpruner.store.database import Database
 from selfpruner.store.tables import CandidateRow, EvaluationRow, Event, LlmCallRow
 from selfpruner.store.transaction import Transaction, storable
@@ -94,7 +94,7 @@ class JobRecorder:
                 elif candidate.status != "pending":
                     row.sqlmodel_update(_score(candidate))
 
-    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:
         with self._transactions() as write:
             write.event(self.job_id, key, type, message, level=level, data=data)
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
 from selfpruner.proposers.base import OUTCOMES
-from selfpruner.records import CandidateStatus, Level
+from selfpruner.records import CandidateStatus, Severity
 
 REVISION = "0002"
 
@@ -199,7 +199,7 @@ class Event(Table, table=True):
     __tablename__: ClassVar[str] = "event"
     __table_args__: ClassVar[Any] = (
         UniqueConstraint("job_id", "key", name="event_key"),
-        check("event_level", one_of("level", get_args(Level))),
+        check("event_level", one_of("level", get_args(Severity))),
         check("event_sequence", "sequence >= 1"),
         check("event_data_json", json("data", "object")),
     )

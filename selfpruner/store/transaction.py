@@ -13,7 +13,7 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from selfpruner.errors import ConflictError, NotFoundError, StoreError
-from selfpruner.records import Level
+from selfpruner.records import Severity
 from selfpruner.store.tables import TRANSITIONS, Event, Job, JobStatus
 
 
@@ -58,7 +58,7 @@ class Transaction:
             self.event(job.id, f"status/{number}", f"job.{job.status}", f"Job {job.status}.")
 
     def event(
-        self, job_id: str, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None
+        self, job_id: str, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None
     ) -> None:
         """Append an event under the job's next sequence number, unless ``key`` was used before."""
         if self.session.exec(select(Event.sequence).where(Event.job_id == job_id, Event.key == key)).first() is not None:

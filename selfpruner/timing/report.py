@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
 
-from selfpruner.timing.work import Work, decode_bound, prefill_bound
+from selfpruner.timing.model_cost import ModelCost, decode_bound, prefill_bound
 
 # Share of intervals that contain the true median, at least, where there are repetitions enough.
 COVERAGE = 0.95
@@ -27,7 +27,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class TimedModel:
     """One model and what was seen of it. ``seconds``: per measure, one value a repetition; ``tokens`` likewise.
 
     ``peak_mib`` is of the whole process, of which ``base_mib`` were there before the model was loaded, or with ``peak_of`` "device"
@@ -35,7 +35,7 @@ class Subject:
     """
 
     name: str
-    work: Work
+    work: ModelCost
     device: str
     dtype: str
     threads: int | None
@@ -74,13 +74,13 @@ class Report:
     """All models of one run, in the order in which they were timed; the first is what the others are compared with."""
 
     settings: Settings
-    subjects: tuple[Subject, ...]
+    subjects: tuple[TimedModel, ...]
 
     @property
     def measures(self) -> tuple[str, ...]:
         return ("prefill", "first_token", *(decode(batch) for batch in self.settings.batches))
 
-    def ratio(self, subject: Subject, measure: str) -> Ratio:
+    def ratio(self, subject: TimedModel, measure: str) -> Ratio:
         """``subject`` against the first model."""
         dense, asked = self.subjects[0], self.settings
         pairs = zip(subject.rates(measure), dense.rates(measure), strict=True)
@@ -182,13 +182,13 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return best
 
 
-def _rows(report: Report) -> list[tuple[str, Callable[[Subject], str], str | None]]:
+def _rows(report: Report) -> list[tuple[str, Callable[[TimedModel], str], str | None]]:
     """Title, how a model's cell is written, and the measure whose ratio follows."""
 
-    def speed(measure: str) -> Callable[[Subject], str]:
+    def speed(measure: str) -> Callable[[TimedModel], str]:
         return lambda subject: _figure(subject.rate(measure))
 
-    rows: list[tuple[str, Callable[[Subject], str], str | None]] = [
+    rows: list[tuple[str, Callable[[TimedModel], str], str | None]] = [
         (f"prefill of {report.settings.prompt_tokens} tokens, tokens/s", speed("prefill"), "prefill"),
         ("time to first token, ms", lambda s: _figure(1e3 * statistics.median(s.seconds["first_token"])), "first_token"),
     ]

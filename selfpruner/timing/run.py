@@ -6,22 +6,25 @@ runs already does (``vllm``). One round warms up; the others are paired repetiti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from selfpruner import names
 from selfpruner.errors import ConfigError
-from selfpruner.timing.report import Report, Settings, Subject, decode
-from selfpruner.timing.work import Attention, Work
+from selfpruner.progress import OnProgress
+from selfpruner.timing.model_cost import Attention, ModelCost
+from selfpruner.timing.report import Report, Settings, TimedModel, decode
 from selfpruner.workers.base import Json, Session
-from selfpruner.workers.process import ProcessPool
+from selfpruner.workers.process_pool import ProcessPool
 
-Watch = Callable[[str], None]
 # A name, a folder, a file, or the fields of a config, whose model gets random weights.
 Model = str | Mapping[str, Any]
-_RUNTIMES = {"transformers": "selfpruner.timing.held:Runtime", "llamacpp": "selfpruner.timing.llamacpp:Runtime"}
+_RUNTIMES = {
+    "transformers": "selfpruner.timing.transformers_model:TransformersTimer",
+    "llamacpp": "selfpruner.timing.llamacpp_model:LlamaCppTimer",
+}
 # Tokens written by the round that warms up.
 _WARM = 4
 
@@ -34,7 +37,7 @@ class Timed(Protocol):
         ...
 
     async def run(self, kind: str, payload: Json) -> Json:
-        """``prefill`` or ``decode``, see :mod:`selfpruner.timing.held`."""
+        """``prefill`` or ``decode``, see :mod:`selfpruner.timing.transformers_model`."""
         ...
 
     async def memory(self) -> Json:
@@ -44,10 +47,10 @@ class Timed(Protocol):
     async def close(self) -> None: ...
 
 
-class InProcess:
+class TimedProcess:
     """A model in a child process. Its libraries start with their own settings, not with a worker's: what users get is timed."""
 
-    def __init__(self, backend: str, device: str, config: Json, cache: Path, progress: Watch) -> None:
+    def __init__(self, backend: str, device: str, config: Json, cache: Path, progress: OnProgress) -> None:
         self._pool = ProcessPool([device], runtime=_RUNTIMES[backend], max_attempts=1, environment={})
         self._session = Session(str(config), config, str(cache))
         self._progress = progress
@@ -69,7 +72,7 @@ class Served:
     """A model behind a server. ``facts`` come from its own folder, since a server does not tell them."""
 
     def __init__(self, url: str, name: str, facts: Json, vocabulary: int, key: str | None) -> None:
-        from selfpruner.timing.served import Server
+        from selfpruner.timing.served_model import Server
 
         self._facts = facts
         self._server = Server(url, name, vocabulary, key=key)
@@ -89,7 +92,7 @@ class Served:
 
 
 async def measure(
-    subjects: Mapping[str, Timed], settings: Settings, *, shorten: bool = False, progress: Watch = lambda _: None
+    subjects: Mapping[str, Timed], settings: Settings, *, shorten: bool = False, progress: OnProgress = lambda _: None
 ) -> Report:
     """Time all ``subjects`` (by name, the first is what the others are compared with).
 
@@ -135,9 +138,9 @@ async def measure(
     rows = []
     for name, subject in subjects.items():
         held, memory = facts[name], await subject.memory()
-        work = Work(**{**held["work"], "attention": tuple(Attention(**layer) for layer in held["work"]["attention"])})
+        work = ModelCost(**{**held["work"], "attention": tuple(Attention(**layer) for layer in held["work"]["attention"])})
         rows.append(
-            Subject(
+            TimedModel(
                 name=name,
                 work=work,
                 device=held["device"],
@@ -163,7 +166,7 @@ async def run(
     dtype: str = "auto",
     cache: Path,
     shorten: bool = False,
-    progress: Watch = lambda _: None,
+    progress: OnProgress = lambda _: None,
 ) -> Report:
     """Time models by name. ``urls``: of ``vllm``'s servers, one for each model or one for all; ``key`` is sent to them.
 
@@ -180,7 +183,7 @@ async def run(
                 subjects[name] = _gguf(name, settings, device, dtype, cache, progress)
             else:
                 config = {"model": model, "dtype": dtype, "compiled": settings.compiled}
-                subjects[name] = InProcess("transformers", device, config, cache, progress)
+                subjects[name] = TimedProcess("transformers", device, config, cache, progress)
         return await measure(subjects, settings, shorten=shorten, progress=progress)
     finally:
         for subject in subjects.values():
@@ -206,24 +209,24 @@ def check(models: Mapping[str, Model], settings: Settings, urls: Sequence[str]) 
         raise ConfigError("Only --backend transformers can be compiled.", param="compile")
 
 
-def _gguf(name: str, settings: Settings, device: str, dtype: str, cache: Path, progress: Watch) -> InProcess:
-    from selfpruner.timing import llamacpp
+def _gguf(name: str, settings: Settings, device: str, dtype: str, cache: Path, progress: OnProgress) -> TimedProcess:
+    from selfpruner.timing import llamacpp_model
 
     if dtype != "auto":
         raise ConfigError("A GGUF file has its own types; leave --dtype out, or export it with another --quantize.", param="dtype")
     config = {
-        "model": str(llamacpp.file_of(name)),
+        "model": str(llamacpp_model.file_of(name)),
         "sequences": max(settings.batches),
         "context": settings.prompt_tokens + settings.new_tokens,
     }
-    return InProcess("llamacpp", "cpu" if device == "auto" else device, config, cache, progress)
+    return TimedProcess("llamacpp", "cpu" if device == "auto" else device, config, cache, progress)
 
 
 def _served(url: str, model: Model, dtype: str, cache: Path, key: str | None) -> Served:
     """Counts are those of the model's folder on this machine, in ``dtype`` or its own."""
-    from selfpruner.timing import held
+    from selfpruner.timing import transformers_model
 
     if not isinstance(model, str):
         raise ConfigError("A server has no model of random weights; name what it serves.", param="models")
-    facts, vocabulary = held.outline(model, dtype, cache)
+    facts, vocabulary = transformers_model.outline(model, dtype, cache)
     return Served(url, model, facts, vocabulary, key)

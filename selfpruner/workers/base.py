@@ -32,8 +32,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from selfpruner.progress import OnProgress
+
 Json = dict[str, Any]
-OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class WorkerPool(Protocol):
     async def close(self) -> None: ...
 
 
-class TaskRuntime(Protocol):
+class TaskHandler(Protocol):
     """The torch side. Blocking; one call at a time. ``cancelled`` is polled between layers and steps."""
 
     def handle(

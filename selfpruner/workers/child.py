@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from selfpruner.errors import CancelledTaskError
 from selfpruner.models.memory import peak_mib
-from selfpruner.workers.base import Json, Session, TaskRuntime
+from selfpruner.workers.base import Json, Session, TaskHandler
 from selfpruner.workers.failures import is_expected, to_wire
 
 
@@ -43,7 +43,7 @@ class Child:
         self._sink = sink
         self._runtime_path = runtime
         self._device = device
-        self._runtime: TaskRuntime | None = None
+        self._runtime: TaskHandler | None = None
         self._tasks: queue.Queue[Json] = queue.Queue()
         self._cancelled: set[int] = set()
         self._writing = threading.Lock()
@@ -108,10 +108,10 @@ class Child:
             _leave()
 
 
-def load_runtime(path: str, device: str) -> TaskRuntime:
+def load_runtime(path: str, device: str) -> TaskHandler:
     """Import ``package.module:Class`` and construct it with the device."""
     module, _, name = path.partition(":")
-    runtime: TaskRuntime = getattr(importlib.import_module(module), name)(device=device)
+    runtime: TaskHandler = getattr(importlib.import_module(module), name)(device=device)
     return runtime
 
 

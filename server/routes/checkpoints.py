@@ -20,7 +20,7 @@ from selfpruner.files import manifest
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint
 from server.errors import responses
-from server.ranges import Part, reply
+from server.ranges import FilePart, reply
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
 from server.schemas import CheckpointObject, FileObject, ListObject
 
@@ -86,24 +86,24 @@ def retrieve_archive(request: Request, job: OwnJob, checkpoint_id: CheckpointId,
     parts = []
     for file in _files(row).values():
         parts += [_header(row, file), _part(FilePath(row.path), file), _padding(file.bytes)]
-    parts.append(Part(2 * tarfile.BLOCKSIZE, bytes(2 * tarfile.BLOCKSIZE)))
+    parts.append(FilePart(2 * tarfile.BLOCKSIZE, bytes(2 * tarfile.BLOCKSIZE)))
     return reply(request, parts, tag=row.manifest_sha256, media_type="application/x-tar", filename=f"{row.id}.tar")
 
 
-def _header(row: Checkpoint, file: FileObject) -> Part:
+def _header(row: Checkpoint, file: FileObject) -> FilePart:
     entry = tarfile.TarInfo(f"{row.id}/{file.id}")
     entry.size, entry.mtime, entry.mode = file.bytes, row.created_at, 0o644
     data = entry.tobuf(tarfile.PAX_FORMAT)
-    return Part(len(data), data)
+    return FilePart(len(data), data)
 
 
-def _padding(size: int) -> Part:
-    return Part(-size % tarfile.BLOCKSIZE, bytes(-size % tarfile.BLOCKSIZE))
+def _padding(size: int) -> FilePart:
+    return FilePart(-size % tarfile.BLOCKSIZE, bytes(-size % tarfile.BLOCKSIZE))
 
 
-def _part(folder: FilePath, file: FileObject) -> Part:
+def _part(folder: FilePath, file: FileObject) -> FilePart:
     _check(folder / file.id, file.sha256)
-    return Part(file.bytes, path=folder / file.id)
+    return FilePart(file.bytes, path=folder / file.id)
 
 
 def _row(job_id: str, checkpoint_id: str, store: Store) -> Checkpoint:

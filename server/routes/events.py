@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from selfpruner.errors import ConfigError
 from selfpruner.store.store import Store
 from server.errors import responses
-from server.news import News
+from server.notifications import News
 from server.routes.dependencies import Limit, OwnJob, TheRunner, TheStore
 from server.runner import Runner
 from server.schemas import EventObject, JobObject, ListObject

@@ -13,8 +13,8 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from selfpruner.architectures import FAMILIES, Architecture, describe
 from selfpruner.errors import UnsupportedModelError
-from selfpruner.export.forms import FORMS
-from selfpruner.models.layouts import LAYOUTS
+from selfpruner.export.modeling_files import MODELING_FILES
+from selfpruner.models.family_layouts import LAYOUTS
 from tests.pruned import layers_of, load_tiny, ready, tokens_of
 
 Shapes = dict[str, dict[str, Any]]
@@ -267,7 +267,7 @@ def test_forms_of_a_family_that_are_refused(family: str, options: dict[str, Any]
 
 
 def test_every_family_has_its_suite() -> None:
-    assert {suite.family for suite in ArchitectureSuite.__subclasses__()} == set(FAMILIES) == set(LAYOUTS) == set(FORMS)
+    assert {suite.family for suite in ArchitectureSuite.__subclasses__()} == set(FAMILIES) == set(LAYOUTS) == set(MODELING_FILES)
 
 
 def test_windows_matter() -> None:

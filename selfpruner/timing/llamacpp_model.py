@@ -1,8 +1,8 @@
 """One GGUF file in a process of its own, run by llama.cpp: the worker behind ``benchmark --backend llamacpp``.
 
-Tasks are those of :mod:`selfpruner.timing.held`; the session's config is ``{model, sequences, context}``: a file, and how many
-sequences of how many tokens there is room for, each with keys and values of its own. It needs the package llama-cpp-python, whose
-low-level functions are llama.cpp's own.
+Tasks are those of :mod:`selfpruner.timing.transformers_model`; the session's config is ``{model, sequences, context}``: a file, and
+how many sequences of how many tokens there is room for, each with keys and values of its own. It needs the package
+llama-cpp-python, whose low-level functions are llama.cpp's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from selfpruner import models
 from selfpruner.errors import BenchmarkError, ConfigError, ModelError
 from selfpruner.models.memory import peak_mib
 from selfpruner.names import EMBEDDED_MODELS
-from selfpruner.timing.work import Attention, Work
+from selfpruner.timing.model_cost import Attention, ModelCost
 from selfpruner.workers.base import Json, Session
 
 PACKAGE = "llama_cpp"
@@ -52,8 +52,8 @@ def file_of(name: str) -> Path:
     return found[0].resolve()
 
 
-class Runtime:
-    """A :class:`~selfpruner.workers.base.TaskRuntime` that holds one file and one context."""
+class LlamaCppTimer:
+    """A :class:`~selfpruner.workers.base.TaskHandler` that holds one file and one context."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -169,7 +169,7 @@ class Runtime:
         self._lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
 
 
-def work_of(path: Path) -> tuple[Work, str]:
+def work_of(path: Path) -> tuple[ModelCost, str]:
     """Count a file's matrices and bytes, as stored; with the name of the type that holds most of its bytes. Sliding windows are
     not looked at."""
     from gguf import GGUFReader
@@ -181,7 +181,7 @@ def work_of(path: Path) -> tuple[Work, str]:
     held: dict[str, int] = {}
     for tensor in tensors.values():
         held[tensor.tensor_type.name] = held.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    work = Work(
+    work = ModelCost(
         parameters=sum(int(tensor.n_elements) for tensor in tensors.values()),
         matrices=sum(int(t.n_elements) for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) == 2),
         head=prod(int(size) for size in head.shape),

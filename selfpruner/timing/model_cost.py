@@ -29,7 +29,7 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ModelCost:
     """One model. ``matrices``: weights of all matrices that every token goes through, ``head``: those of the output head;
     ``weight_bytes`` of the whole model, ``step_bytes`` of those that a decode step reads."""
 
@@ -56,11 +56,11 @@ class Work:
         return new_tokens * self.step_bytes + batch * cache
 
 
-def prefill_bound(dense: Work, other: Work, tokens: int) -> float:
+def prefill_bound(dense: ModelCost, other: ModelCost, tokens: int) -> float:
     """How many times faster ``other`` can read a prompt where operations are all that counts."""
     return dense.prefill_operations(tokens) / other.prefill_operations(tokens)
 
 
-def decode_bound(dense: Work, other: Work, batch: int, prompt: int, new_tokens: int) -> float:
+def decode_bound(dense: ModelCost, other: ModelCost, batch: int, prompt: int, new_tokens: int) -> float:
     """How many times faster ``other`` can write where bytes are all that counts."""
     return dense.decode_bytes(batch, prompt, new_tokens) / other.decode_bytes(batch, prompt, new_tokens)

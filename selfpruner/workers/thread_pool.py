@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from selfpruner.errors import CancelledTaskError, WorkerError
 from selfpruner.models.memory import peak_mib
-from selfpruner.workers.base import Json, OnProgress, Session, TaskRuntime
+from selfpruner.progress import OnProgress
+from selfpruner.workers.base import Json, Session, TaskHandler
 from selfpruner.workers.failures import classify, is_expected
 
 _log = logging.getLogger(__name__)
@@ -24,9 +25,9 @@ _log = logging.getLogger(__name__)
 class InProcessPool:
     """A :class:`~selfpruner.workers.base.WorkerPool` of one thread; ``runtime_factory`` is called there, with the first task."""
 
-    def __init__(self, runtime_factory: Callable[[], TaskRuntime]) -> None:
+    def __init__(self, runtime_factory: Callable[[], TaskHandler]) -> None:
         self._factory = runtime_factory
-        self._runtime: TaskRuntime | None = None
+        self._runtime: TaskHandler | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="selfpruner-worker")
         self._flags: set[threading.Event] = set()
         self._closed = False

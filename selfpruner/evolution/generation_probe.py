@@ -1,4 +1,4 @@
-"""The generation probe: whether the plan that won the final also writes well, asked of the few that could take its place.
+"""The generation probe_writing: whether the plan that won the final also writes well, asked of the few that could take its place.
 
 KL says how near a plan's next-token distributions are to the dense model's on given text; a model that writes goes on from its
 own words, where small errors feed each other until it runs in circles. The best plan stays the best unless it repeats itself much
@@ -20,7 +20,7 @@ ENTRANTS, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 8, 32, 48
 CLOSE, TOO_MUCH, LESS = 0.02, 0.1, 0.05
 
 
-async def probe(
+async def probe_writing(
     finalists: Sequence[Candidate], scores: Mapping[str, Fitness], evaluator: Evaluator, recorder: Recorder, window: Window
 ) -> tuple[Candidate, dict[str, float], str | None]:
     """The plan to take of ``finalists`` (best first, at least one), and repetition rates by plan hash and ``dense``: empty where

@@ -19,11 +19,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
-from selfpruner.progress import Estimate, Teller, Watch, counts, duration, printable
+from selfpruner.progress import OnProgress, Teller, TimeLeft, counts, duration, printable
 from selfpruner.tables import Screen, Table
 
 if TYPE_CHECKING:
-    from selfpruner.records import Candidate, Evaluation, Level, LlmCall, Progress, Recorder
+    from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Recorder, Severity
 
 BAR = 30  # columns
 MARKS = {"info": ("·", "dim"), "warn": ("!", "yellow"), "error": ("x", "red")}
@@ -38,7 +38,7 @@ class LiveView:
         self._status = ""
         self._progress: Mapping[str, Any] = {}
         self._started = time.monotonic()
-        self._estimate = Estimate()
+        self._estimate = TimeLeft()
         self._lines = Teller(self.console.file)
         self._live = Live(self, console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
 
@@ -152,7 +152,7 @@ def account(report: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def watched(title: str, progress: bool | Watch) -> Iterator[Callable[[Recorder], Recorder]]:
+def watched(title: str, progress: bool | OnProgress) -> Iterator[Callable[[Recorder], Recorder]]:
     """What to wrap a search's recorder in: for True it shows a live view, for a function it calls that with a line of text."""
     if callable(progress):
         yield lambda recorder: Watched(recorder, lambda _: None, lambda now: progress(facts(now, "running").plain))
@@ -188,7 +188,7 @@ class Watched:
     def save_candidates(self, rows: Sequence[Candidate]) -> None:
         self._inner.save_candidates(rows)
 
-    def event(self, key: str, type: str, message: str, *, level: Level = "info", data: Mapping[str, Any] | None = None) -> None:
+    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:
         self._inner.event(key, type, message, level=level, data=data)
         self._event({"level": level, "message": message})
 

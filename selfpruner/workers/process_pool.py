@@ -19,8 +19,9 @@ from pathlib import Path
 
 from selfpruner.errors import ConfigError, WorkerError, from_dict
 from selfpruner.models.memory import ENVIRONMENT
-from selfpruner.workers.base import Json, OnProgress, Session
-from selfpruner.workers.link import Link
+from selfpruner.progress import OnProgress
+from selfpruner.workers.base import Json, Session
+from selfpruner.workers.worker_process import Link
 
 CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 5.0  # seconds before a worker that died twice in a row starts again
@@ -65,7 +66,7 @@ class ProcessPool:
         self,
         devices: Sequence[str],
         *,
-        runtime: str = "selfpruner.jobs.handler:Runtime",
+        runtime: str = "selfpruner.jobs.handler:SessionHandler",
         log_dir: Path | None = None,
         max_attempts: int = 3,
         task_timeout: float | None = None,

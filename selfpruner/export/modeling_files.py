@@ -14,11 +14,11 @@ from selfpruner.export import modeling_selfpruner as llama
 from selfpruner.export import modeling_selfpruner_gemma as gemma
 from selfpruner.export import modeling_selfpruner_opt as opt
 from selfpruner.export import modeling_selfpruner_phi3 as phi3
-from selfpruner.models.layouts import family_of
+from selfpruner.models.family_layouts import family_of
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ModelingFile:
     """``switches`` gives what the form's config has beyond the base family's, from the base config and the names of all tensors;
     what both have is taken over. By layer differ the config's ``num_attention_heads``, ``num_key_value_heads`` where it has such,
     the layout's ``channels_key``, ``o_proj_bias`` and ``down_proj_bias``."""
@@ -71,7 +71,7 @@ def _llama_switches(config: Any, names: Collection[str]) -> dict[str, Any]:
     }
 
 
-_LLAMA = Form(
+_LLAMA = ModelingFile(
     llama.SelfPrunerConfig,
     llama.SelfPrunerModel,
     llama.SelfPrunerForCausalLM,
@@ -79,30 +79,30 @@ _LLAMA = Form(
     llama.SelfPrunerForTokenClassification,
     _llama_switches,
 )
-FORMS: Mapping[str, Form] = {
+MODELING_FILES: Mapping[str, ModelingFile] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    "gemma2": Form(
+    "gemma2": ModelingFile(
         gemma.SelfPrunerGemma2Config,
         gemma.SelfPrunerGemma2Model,
         gemma.SelfPrunerGemma2ForCausalLM,
         gemma.SelfPrunerGemma2ForSequenceClassification,
         gemma.SelfPrunerGemma2ForTokenClassification,
     ),
-    "gemma3_text": Form(
+    "gemma3_text": ModelingFile(
         gemma.SelfPrunerGemma3Config,
         gemma.SelfPrunerGemma3Model,
         gemma.SelfPrunerGemma3ForCausalLM,
         gemma.SelfPrunerGemma3ForSequenceClassification,
         gemma.SelfPrunerGemma3ForTokenClassification,
     ),
-    "phi3": Form(
+    "phi3": ModelingFile(
         phi3.SelfPrunerPhi3Config,
         phi3.SelfPrunerPhi3Model,
         phi3.SelfPrunerPhi3ForCausalLM,
         phi3.SelfPrunerPhi3ForSequenceClassification,
         phi3.SelfPrunerPhi3ForTokenClassification,
     ),
-    "opt": Form(
+    "opt": ModelingFile(
         opt.SelfPrunerOPTConfig,
         opt.SelfPrunerOPTModel,
         opt.SelfPrunerOPTForCausalLM,
@@ -112,5 +112,5 @@ FORMS: Mapping[str, Form] = {
 }
 
 
-def form_of(config: Any) -> Form:
-    return FORMS[family_of(config)]
+def modeling_file_of(config: Any) -> ModelingFile:
+    return MODELING_FILES[family_of(config)]

@@ -29,15 +29,15 @@ from selfpruner.evaluation import speed
 from selfpruner.export.build import shapes_of
 from selfpruner.models import checks, saved, streaming
 from selfpruner.models.memory import peak_mib
-from selfpruner.timing.work import Attention, Work
+from selfpruner.timing.model_cost import Attention, ModelCost
 from selfpruner.workers.base import Json, Session
 
 # Spread of random weights: what initialisers give, far from what denormal numbers would cost.
 _SPREAD = 0.02
 
 
-class Runtime:
-    """A :class:`~selfpruner.workers.base.TaskRuntime` that holds one model."""
+class TransformersTimer:
+    """A :class:`~selfpruner.workers.base.TaskHandler` that holds one model."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -182,7 +182,7 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
     return model
 
 
-def work_of(model: PreTrainedModel) -> Work:
+def work_of(model: PreTrainedModel) -> ModelCost:
     """Count a model's matrices and bytes; its modules may be on the meta device."""
     head: Any = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
@@ -192,7 +192,7 @@ def work_of(model: PreTrainedModel) -> Work:
         if isinstance(module, nn.Embedding) and module.weight is not head.weight
     }
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    return Work(
+    return ModelCost(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         matrices=sum(module.weight.numel() for module in linear),
         head=head.weight.numel(),
