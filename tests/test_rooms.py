@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground upward. A room uses rooms below it, and files at the top level count as rooms.
 ROOMS = (
-    *("errors", "names", "environment", "records", "progress", "tables", "config", "files"),
+    *("errors", "names", "environment", "records", "progress", "redaction", "tables", "config", "files"),
     *("models", "architectures", "calibration", "compensation", "criteria", "planning", "pruning"),
     *("workers", "evaluation", "export", "timing", "judging", "proposers", "operators", "evolution"),
     *("store", "jobs", "api", "client", "cli", "__main__"),
