@@ -323,12 +323,3 @@ def test_a_local_search_does_not_read_a_servers_settings(
     monkeypatch.setenv("SELFPRUNER_PROPOSERS", '{"gpt": {"kind": "openai", "model": "gpt-4o"}}')
     assert cli.run([*command, "-s", "preset=default", "-s", "proposer=gtp"]) == 2
     assert "Did you mean 'gpt'" in capsys.readouterr().err
-
-
-def test_a_hub_model_that_is_not_here_is_refused_at_once_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelNotFoundError, match="offline mode is on"):
-        models.precheck("nobody/nothing")
-    with pytest.raises(ModelNotFoundError, match="offline mode is on"):
-        api.search(0.2, tmp_path / "out", model="nobody/nothing", preset="evolution", cache=tmp_path / "cache")
-    assert not (tmp_path / "out").exists()

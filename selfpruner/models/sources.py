@@ -118,7 +118,7 @@ def precheck(name: str) -> None:
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
             checks.check_config(Path(cached).parent)
-        elif hub_offline() or hub_available():
+        elif hub_available():
             _hub_config(name)
 
 
