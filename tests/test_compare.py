@@ -80,6 +80,15 @@ def test_rates_that_are_none(call: Any, tmp_path: Path, rates: str, capsys: pyte
     assert "between 0 and 1" in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_be_pruned_is_refused_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert cli.run(["compare", "-m", str(tmp_path / "model"), "--rates", "0.2", "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "gpt2" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_the_list_of_criteria(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["criteria", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from selfpruner import names
+from selfpruner import models, names
 from selfpruner.calibration import files
 from selfpruner.cli import shared_options
 from selfpruner.config import Share
@@ -244,6 +244,8 @@ def compare(
     places.writable_folder(output)
     files.look_at(checked, ("report",))
     results = side_by_side.ComparisonFile(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
+    if not results.rows:
+        models.precheck(checked.model)  # else every method would find out for itself
     place, where = cache or api.default_cache(), checked.device
     with shown(True) as tell:
         asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=tell))
