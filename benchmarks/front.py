@@ -29,6 +29,7 @@ from selfpruner.evolution.windows import Windows, report_windows
 from selfpruner.jobs.front_report import front_rows, latencies_of
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
+from selfpruner.jobs.running_job import RunningJob
 from selfpruner.planning.allocation import cheapest, predicted_losses
 from selfpruner.planning.landscape import spearman
 from selfpruner.planning.space import Plan, SearchSpace
@@ -69,19 +70,19 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
     outcome = await search.run()
     console.print(f"search at {config.rate:g}: {outcome.tokens:,} tokens")
     whole, members = await front.make(search.state, outcome, latencies, console.print)
-    rows = await front_rows(
-        members,
-        best=whole.best.plan_hash,
-        metric=config.fitness,
+    job = RunningJob(
+        id="",
+        config=config,
+        pool=subject.pool,
+        session=subject.session,
+        recorder=search.recorder,
         prepared=subject.prepared,
         space=search.space,
         evaluator=search.evaluator,
-        windows=subject.held_out,
-        pool=subject.pool,
-        session=subject.session,
-        tell=console.print,
         extras=Extras(search.recorder),
+        outcome=whole,
     )
+    rows = await front_rows(job, members, subject.held_out)
     losses = predicted_losses(search.space, search.state.sensitivities, search.state.probe_levels)
     rates: dict[str, dict[str, Any]] = {}
     for rate, space in front.spaces.items():

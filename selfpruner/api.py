@@ -25,6 +25,7 @@ from selfpruner.files import manifest, places
 from selfpruner.files.cache_folder import default_cache as default_cache
 from selfpruner.files.manifest import NAME as MANIFEST
 from selfpruner.jobs import runs
+from selfpruner.jobs.card import card
 from selfpruner.jobs.run import JobResult, run_job, session_of
 from selfpruner.models import saved
 from selfpruner.models.memory import ENVIRONMENT
@@ -477,20 +478,8 @@ async def _write(
     """The checkpoint of the one plan that ``choose`` takes from the space, for which no other is made ready."""
     session, prepared, plan = await _ready(pool, config, cache, choose, directory, progress)
     space = SearchSpace.from_dict(prepared["space"])
-    card = {
-        "base_model": prepared["model"]["name"],
-        "rate": config.rate if space.meets_budget(plan) else space.removed(plan) / space.total,
-        "of": config.of,
-        "pattern": config.pattern,
-        "criterion": config.criterion,
-        "compensation": config.compensation,
-        "calibration": [share["source"] for share in prepared["texts"]["calibration"]["sources"]],
-        "plan_hash": plan.hash,
-        "levels": list(plan.levels),
-        "layer_rates": space.layer_rates(plan),
-        "job_id": job,
-    }
-    result = await pool.run(session, "export", {"plan": list(plan.levels), "directory": str(directory), "card": card}, progress)
+    told = card(config, prepared, space, plan, job_id=job)
+    result = await pool.run(session, "export", {"plan": list(plan.levels), "directory": str(directory), "card": told}, progress)
     return Pruned(Path(result["path"]), result["parameters"], plan, space.layer_rates(plan), result["verification"])
 
 

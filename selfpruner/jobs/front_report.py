@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from selfpruner.evolution.evaluator import Evaluator
-from selfpruner.evolution.extras import Extras, finite
+from selfpruner.evolution.extras import finite
 from selfpruner.evolution.front import Latencies, Member
-from selfpruner.planning.space import SearchSpace
+from selfpruner.evolution.windows import report_windows
+from selfpruner.jobs.running_job import RunningJob
 from selfpruner.records import Window
 from selfpruner.workers.base import Json, Session, WorkerPool
 
@@ -17,30 +17,27 @@ from selfpruner.workers.base import Json, Session, WorkerPool
 TOGETHER = 3
 
 
-async def front_rows(
-    members: Sequence[Member],
-    *,
-    best: str,
-    metric: str,
-    prepared: Json,
-    space: SearchSpace,
-    evaluator: Evaluator,
-    windows: Sequence[Window],
-    pool: WorkerPool,
-    session: Session,
-    tell: Callable[[str], None],
-    extras: Extras,
-) -> list[dict[str, Any]]:
+async def front_report(job: RunningJob, members: Sequence[Member], latencies: Latencies | None) -> dict[str, Any]:
+    """``front`` (see :func:`front_rows`), and ``latency`` where that is an objective: what its predictions are made of."""
+    found: dict[str, Any] = {"front": await front_rows(job, members, report_windows(job.prepared["texts"]["report"]["sequences"]))}
+    if latencies is not None:
+        dense, rest = round(latencies.of(job.space.dense), 1), round(latencies.rest, 1)
+        found["latency"] = {"prompt_tokens": latencies.tokens, "dense_us": dense, "unpruned_us": rest}
+    return found
+
+
+async def front_rows(job: RunningJob, members: Sequence[Member], windows: Sequence[Window]) -> list[dict[str, Any]]:
     """One row per member, best quality first: ``plan``, ``operator``, ``levels``, ``layer_rates``, ``rate``, ``parameters``,
     ``fitness`` (where it was chosen), ``kl`` and ``perplexity`` (on ``windows``), ``best`` (whether it is the job's own plan).
 
     With latency also ``latency_us``, the sum of what its blocks take, and ``prefill_tps`` and ``speedup``, measured on the built
     model, the latter against the dense model in the same rounds; these two are missing where the models do not fit the memory.
     """
+    tell = job.teller("reporting")
     tell("front: scoring on the held-out text")
-    counted = evaluator.evaluations
-    scores = await evaluator.score([member.plan for member in members], windows)
-    evaluator.evaluations = counted  # the report's figures are no part of the search's cost
+    counted = job.evaluator.evaluations
+    scores = await job.evaluator.score([member.plan for member in members], windows)
+    job.evaluator.evaluations = counted  # the report's figures are no part of the search's cost
     rows = []
     for member in members:
         candidate, score = member.candidate, scores[member.candidate.plan_hash]
@@ -49,13 +46,13 @@ async def front_rows(
                 "plan": candidate.plan_hash,
                 "operator": candidate.operator,
                 "rate": member.rate,
-                "parameters": prepared["model"]["parameters"] - space.removed(member.plan),
-                "fitness": member.values(metric)[0],
+                "parameters": job.parameters(member.plan),
+                "fitness": member.values(job.config.fitness)[0],
                 "kl": finite(score.kl),
                 "perplexity": finite(score.perplexity),
                 "levels": list(candidate.levels),
-                "layer_rates": [round(rate, 4) for rate in space.layer_rates(member.plan)],
-                "best": candidate.plan_hash == best,
+                "layer_rates": [round(rate, 4) for rate in job.space.layer_rates(member.plan)],
+                "best": candidate.plan_hash == job.outcome.best.plan_hash,
                 **({} if member.latency is None else {"latency_us": round(member.latency, 1)}),
             }
         )
@@ -63,11 +60,10 @@ async def front_rows(
     for start in range(0, len(timed), TOGETHER):
         tell(f"front: timing plans {start + 1} to {min(start + TOGETHER, len(timed))} of {len(timed)}")
         part = {member.candidate.plan_hash: list(member.candidate.levels) for member in timed[start : start + TOGETHER]}
-        plans = {"dense": list(space.dense.levels), **part}
-        asked = {"plans": plans, "decode": False}
+        asked = {"plans": {"dense": list(job.space.dense.levels), **part}, "decode": False}
         nothing: Json = {}
-        tried = await extras.attempt("timing", "A front was not timed", partial(pool.run, session, "measure", asked, tell), nothing)
-        found = tried.get("rows", {})
+        time = partial(job.pool.run, job.session, "measure", asked, tell)
+        found = (await job.extras.attempt("timing", "A front was not timed", time, nothing)).get("rows", {})
         for row in rows:
             if "prefill_tps" in found.get(row["plan"], {}):
                 row["prefill_tps"] = found[row["plan"]]["prefill_tps"]

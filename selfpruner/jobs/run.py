@@ -6,9 +6,8 @@ is run again from the start and repeats nothing that was recorded.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,21 @@ from typing import Any
 from selfpruner import names
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError
-from selfpruner.evolution.evaluator import Evaluator, Fitness
-from selfpruner.evolution.extras import Extras, finite
+from selfpruner.evolution.evaluator import Evaluator
+from selfpruner.evolution.extras import Extras
 from selfpruner.evolution.front import Front, Latencies, Member
 from selfpruner.evolution.loop import Search
 from selfpruner.evolution.outcome import Outcome
-from selfpruner.evolution.windows import Windows, report_windows
-from selfpruner.jobs.front_report import front_rows, latencies_of
+from selfpruner.evolution.windows import Windows
+from selfpruner.jobs import card, report
+from selfpruner.jobs.front_report import front_report, latencies_of
+from selfpruner.jobs.running_job import RunningJob
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import FORESEEN
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Progress, Recorder
 from selfpruner.workers.base import Json, Session, WorkerPool
-
-# What is usual without retraining, as a reference in every report: uniform rates by FLAP's score and bias where units go, by
-# magnitude where weights do. Under which name it is reported, and what it changes of the config.
-BASELINES = {
-    "structured": ("uniform_flap_bias", {"criterion": "flap", "compensation": "bias"}),
-    "n_m": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
-    "unstructured": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,35 +111,27 @@ async def run_job(
     outcome = await search.run()
     if outcome.not_written is not None:
         extras.missing["generation_probe"] = outcome.not_written
-    members: list[Member] = []
-    if len(config.objective) > 1:
-        found = outcome
-
-        async def make_front() -> tuple[Outcome, list[Member]]:
-            return await front.make(search.state, found, latencies, _teller("searching", config, found, evaluator, recorder))
-
-        outcome, members = await extras.attempt("front", "The front was not made", make_front, (outcome, members))
-    report = await _report(config, prepared, space, outcome, evaluator, pool, session, recorder, extras)
+    job = RunningJob(
+        id=job_id,
+        config=config,
+        pool=pool,
+        session=session,
+        recorder=recorder,
+        prepared=prepared,
+        space=space,
+        evaluator=evaluator,
+        extras=extras,
+        outcome=outcome,
+    )
+    members = await _front(job, front, search, latencies)
+    found = await report.figures(job)
     if members:
-
-        async def front_report() -> dict[str, Any]:
-            return await _front(config, prepared, space, outcome, members, latencies, evaluator, pool, session, recorder, extras)
-
         nothing: dict[str, Any] = {}
-        report |= await extras.attempt("front", "The report has no front", front_report, nothing)
-    checkpoint = await _export(config, job_id, prepared, space, outcome, report, evaluator, pool, session, recorder, checkpoint_dir)
-    name, changes = BASELINES[config.pattern]
-    if {"criterion": config.criterion, "compensation": config.compensation} != changes:
-        _teller("reporting", config, outcome, evaluator, recorder)("scoring the uniform baseline")
-        baseline = await extras.attempt(
-            "baseline",
-            "The uniform baseline was not scored",
-            lambda: _baseline(changes, prepared, evaluator, pool, session),
-            None,
-        )
-        if baseline is not None:
-            report[name] = baseline
-    report |= {
+        found |= await extras.attempt("front", "The report has no front", lambda: front_report(job, members, latencies), nothing)
+    checkpoint = await _export(job, found, checkpoint_dir)
+    found |= await report.baseline(job)
+    outcome = job.outcome
+    found |= {
         "evaluations": evaluator.evaluations,
         "plans": len(search.state.candidates),
         "tokens": outcome.tokens,
@@ -155,14 +140,44 @@ async def run_job(
         "rank_correlation": None if outcome.rank_correlation is None else round(outcome.rank_correlation, 3),
         "seconds": round(time.monotonic() - started, 1),
         "peak_worker_mib": round(max(evaluator.peak_mib, float(checkpoint.pop("peak_mib", 0.0)))),
-        "operators": _operators(outcome),
+        "operators": report.operators(outcome),
         "checkpoint": checkpoint["path"],
         "verification": checkpoint["verification"],
     }
     if extras.missing:
-        report["missing"] = dict(extras.missing)
-    _teller("done", config, outcome, evaluator, recorder)(f"checkpoint {checkpoint['path']}")
-    return JobResult(report, checkpoint)
+        found["missing"] = dict(extras.missing)
+    job.teller("done")(f"checkpoint {checkpoint['path']}")
+    return JobResult(found, checkpoint)
+
+
+async def _front(job: RunningJob, front: Front, search: Search, latencies: Latencies | None) -> list[Member]:
+    """The front's members where it is asked for and can be made; making it may give the job a better plan."""
+    if len(job.config.objective) == 1:
+        return []
+
+    async def make() -> tuple[Outcome, list[Member]]:
+        return await front.make(search.state, job.outcome, latencies, job.teller("searching"))
+
+    without: tuple[Outcome, list[Member]] = (job.outcome, [])
+    job.outcome, members = await job.extras.attempt("front", "The front was not made", make, without)
+    return members
+
+
+async def _export(job: RunningJob, figures: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The verified checkpoint of the best plan, as :class:`JobResult` describes it."""
+    tell = job.teller("exporting")
+    tell("writing and verifying the checkpoint")
+    metrics = card.metrics(figures)
+    told = card.card(job.config, job.prepared, job.space, job.best, job_id=job.id, metrics=metrics)
+    asked = {"plan": list(job.best.levels), "directory": str(directory), "card": told}
+    result = await job.pool.run(job.session, "export", asked, tell)
+    job.recorder.event(
+        "exported",
+        "checkpoint.exported",
+        f"Checkpoint written, loaded again in a fresh process and compared: {result['parameters']:,} parameters.",
+        data={"plan": job.best.hash, "verification": result["verification"]},
+    )
+    return {**result, "plan_hash": job.best.hash, "metrics": metrics}
 
 
 def _refuse_other_inputs(before: Mapping[str, Any] | None, prepared: Json) -> None:
@@ -180,198 +195,5 @@ def _refuse_other_inputs(before: Mapping[str, Any] | None, prepared: Json) -> No
         )
 
 
-async def _report(
-    config: SearchConfig,
-    prepared: Json,
-    space: SearchSpace,
-    outcome: Outcome,
-    evaluator: Evaluator,
-    pool: WorkerPool,
-    session: Session,
-    recorder: Recorder,
-    extras: Extras,
-) -> dict[str, Any]:
-    """The figures on the held-out report text, for the dense model and the plans worth comparing."""
-
-    tell = _teller("reporting", config, outcome, evaluator, recorder)
-    tell("scoring on the held-out text")
-    plans = {"dense": space.dense, "uniform": Plan(outcome.uniform.levels), "best": Plan(outcome.best.levels)}
-    if outcome.ramp is not None:
-        plans["ramp"] = Plan(outcome.ramp.levels)
-    windows = report_windows(prepared["texts"]["report"]["sequences"])
-    counted = evaluator.evaluations
-    scores: dict[str, Fitness] = await extras.attempt(
-        "scores", "The plans were not scored on the held-out text", lambda: evaluator.score(list(plans.values()), windows), {}
-    )
-    evaluator.evaluations = counted  # the report's figures are no part of the search's cost
-    if reason := next((score.reason for score in scores.values() if score.reason is not None), None):
-        extras.note("scores", "Not all plans were scored on the held-out text", f"{reason}.")
-    tell("timing")
-    asked = {"plans": {name: list(plan.levels) for name, plan in plans.items()}}
-    nothing: Json = {}
-    timed = await extras.attempt("timing", "The models were not timed", lambda: pool.run(session, "measure", asked, tell), nothing)
-    if reason := timed.get("not_timed"):
-        extras.note("timing", "The models were not timed", f"{reason}.")
-    dense = int(prepared["model"]["parameters"])
-    report: dict[str, Any] = {}
-    for name, plan in plans.items():
-        report[name] = {"parameters": dense - space.removed(plan), **timed.get("rows", {}).get(name, {})}
-        if plan.hash in scores:
-            score = scores[plan.hash]
-            report[name] |= {"kl": finite(score.kl), "perplexity": finite(score.perplexity), "tokens": score.tokens}
-    for name, key in (("dense", "dense"), ("best", outcome.best.plan_hash)):
-        if key in outcome.repetition:
-            report[name]["repetition"] = round(outcome.repetition[key], 4)
-    report |= {
-        "texts": prepared["texts"],
-        "model": prepared["model"],
-        "dtype": prepared["dtype"],
-        "device": prepared["device"],
-        "target": {"rate": config.rate, "of": config.of, "parameters_to_remove": space.target},
-        "method": {
-            "pattern": config.pattern,
-            "criterion": config.criterion,
-            "compensation": config.compensation,
-            "preset": config.preset,
-        },
-        "best_plan": outcome.best.plan_hash,
-        "plan": {
-            "hash": outcome.best.plan_hash,
-            "operator": outcome.best.operator,
-            "levels": list(outcome.best.levels),
-            "layer_rates": [round(rate, 4) for rate in space.layer_rates(Plan(outcome.best.levels))],
-            "removed": space.removed(Plan(outcome.best.levels)),
-        },
-    }
-    return report
-
-
-async def _front(
-    config: SearchConfig,
-    prepared: Json,
-    space: SearchSpace,
-    outcome: Outcome,
-    members: Sequence[Member],
-    latencies: Latencies | None,
-    evaluator: Evaluator,
-    pool: WorkerPool,
-    session: Session,
-    recorder: Recorder,
-    extras: Extras,
-) -> dict[str, Any]:
-    """``front`` (see :func:`front_rows`), and ``latency`` where that is an objective: what its predictions are made of."""
-    rows = await front_rows(
-        members,
-        best=outcome.best.plan_hash,
-        metric=config.fitness,
-        prepared=prepared,
-        space=space,
-        evaluator=evaluator,
-        windows=report_windows(prepared["texts"]["report"]["sequences"]),
-        pool=pool,
-        session=session,
-        tell=_teller("reporting", config, outcome, evaluator, recorder),
-        extras=extras,
-    )
-    found: dict[str, Any] = {"front": rows}
-    if latencies is not None:
-        dense, rest = round(latencies.of(space.dense), 1), round(latencies.rest, 1)
-        found["latency"] = {"prompt_tokens": latencies.tokens, "dense_us": dense, "unpruned_us": rest}
-    return found
-
-
-async def _baseline(
-    changes: Mapping[str, str], prepared: Json, evaluator: Evaluator, pool: WorkerPool, session: Session
-) -> dict[str, Any]:
-    """The uniform baseline on the report text. The last task of a job, because the worker gives up the session for it."""
-    every = list(range(prepared["texts"]["report"]["sequences"]))
-    row = await pool.run(session, "baseline", {"changes": dict(changes), "text": "report", "sequences": every})
-    evaluator.peak_mib = max(evaluator.peak_mib, float(row.get("peak_mib", 0.0)))
-    return {
-        "kl": row["kl"],
-        "perplexity": None if row["nll"] is None else math.exp(min(row["nll"], 700.0)),
-        "tokens": row["tokens"],
-        "parameters": row["parameters"],
-    }
-
-
-async def _export(
-    config: SearchConfig,
-    job_id: str,
-    prepared: Json,
-    space: SearchSpace,
-    outcome: Outcome,
-    report: Mapping[str, Any],
-    evaluator: Evaluator,
-    pool: WorkerPool,
-    session: Session,
-    recorder: Recorder,
-    directory: Path,
-) -> dict[str, Any]:
-    tell = _teller("exporting", config, outcome, evaluator, recorder)
-    tell("writing and verifying the checkpoint")
-    metrics = {
-        name: {
-            key: report[name][key]
-            for key in ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")
-            if report[name].get(key) is not None
-        }
-        for name in ("dense", "uniform", "best")
-    }
-    plan = Plan(outcome.best.levels)
-    card = {
-        "base_model": prepared["model"]["name"],
-        "rate": config.rate,
-        "of": config.of,
-        "pattern": config.pattern,
-        "criterion": config.criterion,
-        "compensation": config.compensation,
-        "calibration": _source_names(prepared, "calibration"),
-        "plan_hash": plan.hash,
-        "levels": list(plan.levels),
-        "layer_rates": space.layer_rates(plan),
-        "metrics": metrics,
-        "job_id": job_id,
-    }
-    result = await pool.run(session, "export", {"plan": list(plan.levels), "directory": str(directory), "card": card}, tell)
-    recorder.event(
-        "exported",
-        "checkpoint.exported",
-        f"Checkpoint written, loaded again in a fresh process and compared: {result['parameters']:,} parameters.",
-        data={"plan": plan.hash, "verification": result["verification"]},
-    )
-    return {**result, "plan_hash": plan.hash, "metrics": metrics}
-
-
-def _teller(stage: str, config: SearchConfig, outcome: Outcome, evaluator: Evaluator, recorder: Recorder) -> Callable[[str], None]:
-    """Progress after the search: what was found stays in view."""
-
-    def tell(text: str) -> None:
-        recorder.progress(
-            Progress(
-                stage=stage,
-                generation=outcome.generations,
-                generations=config.generations,
-                evaluations=evaluator.evaluations,
-                plans=len(evaluator.plans),
-                best_fitness=outcome.best.fitness,
-                best_relative=outcome.best.relative,
-                best_plan=outcome.best.plan_hash,
-                message=text,
-                data={"operators": dict(outcome.made), "improved": dict(outcome.improved), "tokens": outcome.tokens},
-            )
-        )
-
-    return tell
-
-
-def _operators(outcome: Outcome) -> dict[str, dict[str, int]]:
-    return {name: {"made": made, "improved": outcome.improved.get(name, 0)} for name, made in sorted(outcome.made.items())}
-
-
-def _source_names(prepared: Json, role: str) -> list[str]:
-    return [str(source["source"]) for source in prepared["texts"][role]["sources"]]
-
-
 def _sources(prepared: Json, role: str) -> str:
-    return " + ".join(_source_names(prepared, role))
+    return " + ".join(str(source["source"]) for source in prepared["texts"][role]["sources"])

@@ -1,0 +1,45 @@
+"""What a checkpoint's model card is told of the job, or of the one plan, that it was made by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from selfpruner.config import SearchConfig
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.workers.base import Json
+
+# Figures of a report that the card and the database keep with the checkpoint, for these models.
+FIGURES = ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")
+MODELS = ("dense", "uniform", "best")
+
+
+def card(
+    config: SearchConfig,
+    prepared: Json,
+    space: SearchSpace,
+    plan: Plan,
+    *,
+    job_id: str | None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
+    """The fields of :class:`selfpruner.export.card.CardInfo`. ``rate`` is the one asked for where the plan meets it."""
+    return {
+        "base_model": prepared["model"]["name"],
+        "rate": config.rate if space.meets_budget(plan) else space.removed(plan) / space.total,
+        "of": config.of,
+        "pattern": config.pattern,
+        "criterion": config.criterion,
+        "compensation": config.compensation,
+        "calibration": [share["source"] for share in prepared["texts"]["calibration"]["sources"]],
+        "plan_hash": plan.hash,
+        "levels": list(plan.levels),
+        "layer_rates": space.layer_rates(plan),
+        "metrics": dict(metrics or {}),
+        "job_id": job_id,
+    }
+
+
+def metrics(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures of ``report`` that there are."""
+    return {name: {key: report[name][key] for key in FIGURES if report[name].get(key) is not None} for name in MODELS}

@@ -1,0 +1,124 @@
+"""The figures of a job: the dense model, the uniform plan, the best one, and the usual baseline, on the held-out text.
+
+The report is plain data; :func:`selfpruner.jobs.run.run_job` says what it holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from selfpruner.evolution.evaluator import Fitness
+from selfpruner.evolution.extras import finite
+from selfpruner.evolution.outcome import Outcome
+from selfpruner.evolution.windows import report_windows
+from selfpruner.jobs.running_job import RunningJob
+from selfpruner.planning.space import Plan
+from selfpruner.workers.base import Json
+
+# What is usual without retraining, as a reference in every report: uniform rates by FLAP's score and bias where units go, by
+# magnitude where weights do. Under which name it is reported, and what it changes of the config.
+BASELINES = {
+    "structured": ("uniform_flap_bias", {"criterion": "flap", "compensation": "bias"}),
+    "n_m": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
+    "unstructured": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
+}
+
+
+async def figures(job: RunningJob) -> dict[str, Any]:
+    """The dense model and the plans worth comparing, and what was pruned how."""
+    plans = {"dense": job.space.dense, "uniform": Plan(job.outcome.uniform.levels), "best": job.best}
+    if job.outcome.ramp is not None:
+        plans["ramp"] = Plan(job.outcome.ramp.levels)
+    scores, timed = await _scores(job, plans), await _speeds(job, plans)
+    report: dict[str, Any] = {}
+    for name, plan in plans.items():
+        report[name] = {"parameters": job.parameters(plan), **timed.get("rows", {}).get(name, {})}
+        if plan.hash in scores:
+            score = scores[plan.hash]
+            report[name] |= {"kl": finite(score.kl), "perplexity": finite(score.perplexity), "tokens": score.tokens}
+    for name, key in (("dense", "dense"), ("best", job.outcome.best.plan_hash)):
+        if key in job.outcome.repetition:
+            report[name]["repetition"] = round(job.outcome.repetition[key], 4)
+    config, best = job.config, job.outcome.best
+    return report | {
+        "texts": job.prepared["texts"],
+        "model": job.prepared["model"],
+        "dtype": job.prepared["dtype"],
+        "device": job.prepared["device"],
+        "target": {"rate": config.rate, "of": config.of, "parameters_to_remove": job.space.target},
+        "method": {
+            "pattern": config.pattern,
+            "criterion": config.criterion,
+            "compensation": config.compensation,
+            "preset": config.preset,
+        },
+        "best_plan": best.plan_hash,
+        "plan": {
+            "hash": best.plan_hash,
+            "operator": best.operator,
+            "levels": list(best.levels),
+            "layer_rates": [round(rate, 4) for rate in job.space.layer_rates(job.best)],
+            "removed": job.space.removed(job.best),
+        },
+    }
+
+
+async def _scores(job: RunningJob, plans: Mapping[str, Plan]) -> dict[str, Fitness]:
+    job.teller("reporting")("scoring on the held-out text")
+    windows = report_windows(job.prepared["texts"]["report"]["sequences"])
+    counted = job.evaluator.evaluations
+    scores: dict[str, Fitness] = await job.extras.attempt(
+        "scores",
+        "The plans were not scored on the held-out text",
+        lambda: job.evaluator.score(list(plans.values()), windows),
+        {},
+    )
+    job.evaluator.evaluations = counted  # the report's figures are no part of the search's cost
+    if reason := next((score.reason for score in scores.values() if score.reason is not None), None):
+        job.extras.note("scores", "Not all plans were scored on the held-out text", f"{reason}.")
+    return scores
+
+
+async def _speeds(job: RunningJob, plans: Mapping[str, Plan]) -> Json:
+    tell = job.teller("reporting")
+    tell("timing")
+    asked = {"plans": {name: list(plan.levels) for name, plan in plans.items()}}
+    nothing: Json = {}
+    timed = await job.extras.attempt(
+        "timing", "The models were not timed", lambda: job.pool.run(job.session, "measure", asked, tell), nothing
+    )
+    if reason := timed.get("not_timed"):
+        job.extras.note("timing", "The models were not timed", f"{reason}.")
+    return timed
+
+
+async def baseline(job: RunningJob) -> dict[str, dict[str, Any]]:
+    """The uniform baseline by its name; nothing where the job's own uniform plan is it, or it could not be scored. The last task of
+    a job, because the worker gives up the session for it."""
+    name, changes = BASELINES[job.config.pattern]
+    if {"criterion": job.config.criterion, "compensation": job.config.compensation} == changes:
+        return {}
+    every = list(range(job.prepared["texts"]["report"]["sequences"]))
+    asked = {"changes": dict(changes), "text": "report", "sequences": every}
+    job.teller("reporting")("scoring the uniform baseline")
+    row: Json | None = await job.extras.attempt(
+        "baseline", "The uniform baseline was not scored", lambda: job.pool.run(job.session, "baseline", asked), None
+    )
+    if row is None:
+        return {}
+    job.evaluator.peak_mib = max(job.evaluator.peak_mib, float(row.get("peak_mib", 0.0)))
+    return {
+        name: {
+            "kl": row["kl"],
+            "perplexity": None if row["nll"] is None else math.exp(min(row["nll"], 700.0)),
+            "tokens": row["tokens"],
+            "parameters": row["parameters"],
+        }
+    }
+
+
+def operators(outcome: Outcome) -> dict[str, dict[str, int]]:
+    """What each operator contributed."""
+    return {name: {"made": made, "improved": outcome.improved.get(name, 0)} for name, made in sorted(outcome.made.items())}
