@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.streaming import SHAPES
+from selfpruner.architectures.cost import model_parameters
 from selfpruner.workers.lifeline import tied
 
 METHODS = ("naive", "masked", "engine", "race")
@@ -270,7 +271,7 @@ def _memory_of(options: argparse.Namespace) -> dict[str, float]:
     release()
     case.held()
     run(plans, case.window(0, options.tokens // options.length))
-    model = case.arch.model_parameters() * case.arch.dtype.itemsize / 2**20
+    model = model_parameters(case.arch) * case.arch.dtype.itemsize / 2**20
     return {"model_mib": model, "added_mib": case.held() - model}
 
 

@@ -16,6 +16,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, describe
+from selfpruner.architectures.cost import decoder_parameters, ffn_cost
 from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
 from selfpruner.compensation.least_squares import FLOOR, RIDGE
 from selfpruner.evaluation.engine import Engine
@@ -106,9 +107,9 @@ def ready(
     kinds = ("attention", "ffn")
     space = SearchSpace(
         tuple(Block(i // 2, kinds[i % 2], block.options) for i, block in enumerate(blocks)),  # type: ignore[arg-type]
-        arch.decoder_parameters(),
+        decoder_parameters(arch),
         rate,
-        arch.ffn_cost(2 * step) - arch.ffn_cost(step),
+        ffn_cost(arch, 2 * step) - ffn_cost(arch, step),
     )
     return Ready(model, arch, statistics, blocks, space, Engine(arch, blocks, **engine), method, calibration)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfpruner.architectures.base import soft_cap, soft_cap_change
+from selfpruner.architectures.kernels import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation import divergence
 from selfpruner.evaluation.divergence import EXACT, SAMPLED, Divergences, choose, divergences

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import describe
+from selfpruner.architectures.order import reorder_channels
 from selfpruner.calibration import gradients
 from selfpruner.calibration.cache import cached_gradients
 from selfpruner.calibration.gradients import Gradients, layer_gradients
@@ -57,7 +58,7 @@ def test_streams_in_files_and_channels_in_another_order_change_nothing(tmp_path:
     arch, tokens = describe(load_tiny("llama")), tokens_of(4, 16)
     plain = dict(layer_gradients(arch, tokens))
     for layer in range(arch.layers):
-        arch.order_channels(layer, torch.arange(arch.channels).flip(0))
+        reorder_channels(arch, layer, torch.arange(arch.channels).flip(0))
     filed = dict(layer_gradients(arch, tokens, memory=1024, scratch=tmp_path))
     assert not list(tmp_path.iterdir()), "the files are gone"
     for layer, found in plain.items():

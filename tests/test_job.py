@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from selfpruner.architectures import describe
+from selfpruner.architectures.cost import decoder_parameters, model_parameters
 from selfpruner.config import SearchConfig
 from selfpruner.errors import BudgetError, ConfigError, SelfprunerError, TextError, UnknownNameError
 from selfpruner.evaluation.session import Prepared, prepare
@@ -157,20 +158,20 @@ def test_the_report(done: Done, prepared: Prepared) -> None:
         assert report[name]["decode_tps"] > 0
     assert {"parameters", "kl", "perplexity", "tokens"} == set(report["uniform_flap_bias"])
     assert report["dense"]["kl"] == 0
-    assert report["dense"]["parameters"] == arch.model_parameters()
+    assert report["dense"]["parameters"] == model_parameters(arch)
     assert report["dense"]["perplexity"] > 1
 
     space = prepared.space
-    whole = arch.decoder_parameters()
+    whole = decoder_parameters(arch)
     for name in ("uniform", "ramp", "best", "uniform_flap_bias"):
-        removed = arch.model_parameters() - report[name]["parameters"]
+        removed = model_parameters(arch) - report[name]["parameters"]
         assert RATE <= removed / whole < RATE + space.step / whole
         assert report[name]["kl"] > 0
-    assert report["plan"]["removed"] == arch.model_parameters() - report["best"]["parameters"]
+    assert report["plan"]["removed"] == model_parameters(arch) - report["best"]["parameters"]
     assert report["plan"]["hash"] == report["best_plan"] == Plan(tuple(report["plan"]["levels"])).hash
     assert report["target"] == {"rate": RATE, "of": "decoder", "parameters_to_remove": space.target}
     assert report["method"] == {"pattern": "structured", "criterion": "obs", "compensation": "least_squares", "preset": "evolution"}
-    assert report["model"]["parameters"] == arch.model_parameters()
+    assert report["model"]["parameters"] == model_parameters(arch)
     assert report["texts"]["report"]["sequences"] == 8
     assert report["plans"] == sum(row["made"] for row in report["operators"].values())
     assert report["evaluations"] > report["plans"]
@@ -240,7 +241,7 @@ def test_any_built_plan_scores_what_the_engine_says(place: Place, done: Done, pr
         dense = prepared.loaded.model(tokens).logits.double().log_softmax(-1)
         for plan, score in zip(plans, prepared.engine.evaluate(plans, tokens), strict=True):
             model = build(prepared.loaded.model, *pruned_tensors(prepared, plan))
-            assert count_parameters(model) == prepared.arch.model_parameters() - prepared.space.removed(plan)
+            assert count_parameters(model) == model_parameters(prepared.arch) - prepared.space.removed(plan)
             out = model(tokens, labels=tokens)
             pruned = out.logits.double().log_softmax(-1)
             assert score.kl == pytest.approx(float((dense.exp() * (dense - pruned)).sum(-1).mean()), abs=1e-5, rel=1e-4)

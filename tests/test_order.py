@@ -12,6 +12,7 @@ import torch
 from selfpruner import compensation, criteria, models
 from selfpruner.api import config_of
 from selfpruner.architectures import describe
+from selfpruner.architectures.order import channel_order, checkpoint_ffn, reorder_channels, restore_channels
 from selfpruner.calibration.statistics import layer_statistics
 from selfpruner.calibration.texts import TokenBatches
 from selfpruner.config import SearchConfig
@@ -41,17 +42,17 @@ def test_any_order_is_the_same_function(family: str) -> None:
     expected = model(tokens, use_cache=False).logits
     for seed in (1, 2):
         for layer, order in enumerate(orders_of(arch.layers, arch.channels, seed)):
-            arch.order_channels(layer, order)
+            reorder_channels(arch, layer, order)
             place, rows = rows_of(model, "up")
             up = before[f"{layout_of(model.config).layer(layer)}.{place}.weight"][rows]
             assert arch.ffn(layer).up.equal(up[order])
-            assert arch.checkpoint_ffn(layer).up.equal(up)
+            assert checkpoint_ffn(arch, layer).up.equal(up)
         found = model(tokens, use_cache=False).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert model.state_dict().keys() == before.keys(), "the order is no part of a checkpoint"
-    describe(model).restore_order()
+    restore_channels(describe(model))
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
-    assert describe(model).channel_order(0) is None
+    assert channel_order(describe(model), 0) is None
 
 
 def test_statistics_do_not_depend_on_the_order() -> None:
@@ -59,7 +60,7 @@ def test_statistics_do_not_depend_on_the_order() -> None:
     arch, tokens = describe(model), tokens_of(6, 16)
     first = list(layer_statistics(arch, tokens))
     for layer, order in enumerate(orders_of(arch.layers, arch.channels, 5)):
-        arch.order_channels(layer, order)
+        reorder_channels(arch, layer, order)
     for one, other in zip(first, layer_statistics(arch, tokens), strict=True):
         for a, b in zip(one.values(), other.values(), strict=True):
             assert all(getattr(a, part).equal(getattr(b, part)) for part in ("mean", "variance", "energy", "gram"))
@@ -142,7 +143,7 @@ def test_the_models_files_stay_as_they_are(tiny_llama: Path, tmp_path: Path) -> 
     loaded = loaded_from(tiny_llama)
     blocks = prepared_blocks(loaded, tmp_path, [])
     arch = describe(loaded.model)
-    assert arch.channel_order(0) is not None
+    assert channel_order(arch, 0) is not None
     Engine(arch, blocks).evaluate([Plan((0, 1) * 3)], tokens_of(1, 16))
     assert (tiny_llama / "model.safetensors").read_bytes() == before
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from selfpruner.architectures.order import checkpoint_ffn
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
@@ -107,7 +108,7 @@ def test_a_level_is_reached_where_that_many_units_lie_above_the_threshold() -> N
 
 def test_scores_are_flaps_standardised_over_the_block(case: Ready) -> None:
     attention, ffn = case.statistics[1]
-    W = case.arch.checkpoint_ffn(1).down.float()
+    W = checkpoint_ffn(case.arch, 1).down.float()
     channels = channel_scores(W, ffn)
     assert float(channels.mean()) == pytest.approx(0, abs=1e-5)
     assert float(channels.std()) == pytest.approx(1, abs=1e-5)

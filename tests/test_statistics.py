@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures import describe
+from selfpruner.architectures.order import restore_channels
 from selfpruner.calibration import cache, statistics
 from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.statistics import SITES, Accumulator, BlockStatistics, Site, layer_statistics
@@ -133,7 +134,7 @@ def orders(layers: list[dict[Site, BlockStatistics]], model: Any) -> list[Any]:
         how = criteria.create("obs"), compensation.create("least_squares")
         block = prepare_ffn(arch, layer, stats["ffn"], *how, ffn_widths(arch.channels, 8))
         found.append((block.order.tolist(), [option.error for option in block.options]))
-    arch.restore_order()
+    restore_channels(arch)
     return found
 
 

@@ -18,7 +18,9 @@ from transformers.models.auto import AutoConfig, AutoModelForCausalLM
 from selfpruner import models
 from selfpruner.api import config_of
 from selfpruner.architectures import describe
-from selfpruner.architectures.base import soft_cap
+from selfpruner.architectures.cost import decoder_parameters, model_parameters
+from selfpruner.architectures.kernels import soft_cap
+from selfpruner.architectures.order import checkpoint_ffn, reorder_channels
 from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.statistics import layer_statistics
 from selfpruner.config import SearchConfig
@@ -71,8 +73,8 @@ def test_scores_are_those_of_the_resident_model(tmp_path: Path, family: str, kin
     for a, b in zip(one.engine.evaluate(plans, tokens), other.engine.evaluate(plans, tokens), strict=True):
         assert b.kl == pytest.approx(a.kl, rel=1e-5, abs=1e-6)
         assert b.nll == pytest.approx(a.nll, rel=1e-5)
-    assert other.arch.model_parameters() == one.arch.model_parameters()
-    assert other.arch.decoder_parameters() == one.arch.decoder_parameters()
+    assert model_parameters(other.arch) == model_parameters(one.arch)
+    assert decoder_parameters(other.arch) == decoder_parameters(one.arch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,12 +101,12 @@ def test_layers_in_any_order(tmp_path: Path, family: str) -> None:
         assert sum(not next(p for p in one.parameters() if p.ndim > 1).is_meta for one in arch.decoder.layers) == 1
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     for layer in (0, 1, 3):  # in use, read ahead, neither
-        arch.order_channels(layer, order)
-        resident.order_channels(layer, order)
+        reorder_channels(arch, layer, order)
+        reorder_channels(resident, layer, order)
     for layer in (0, 1, 2, 3):
         for name in arch.ffn(layer).matrices:
             assert getattr(arch.ffn(layer), name).equal(getattr(resident.ffn(layer), name))
-        assert arch.checkpoint_ffn(layer).down.equal(resident.checkpoint_ffn(layer).down)
+        assert checkpoint_ffn(arch, layer).down.equal(checkpoint_ffn(resident, layer).down)
 
 
 def test_a_file_that_shrinks_is_an_error_not_a_wrong_score(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 from selfpruner import models
 from selfpruner.architectures import describe
-from selfpruner.architectures.base import soft_cap
+from selfpruner.architectures.kernels import soft_cap
 from selfpruner.api import config_of
 from selfpruner.calibration.texts import TokenBatches
 from selfpruner.evaluation.session import make_engine

@@ -19,13 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from selfpruner.architectures.kernels import LONG, QUERIES, causal_in_blocks, rms_norm, rotate, soft_cap
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.errors import UnsupportedModelError
 from selfpruner.models.family_layouts import LAYOUTS, Layout
 from selfpruner.models.streaming import LayerStream, StreamedHead
-
-# Query positions that attend at once on a CPU, and the length from which torch's own kernel is as good.
-QUERIES, LONG = 64, 768
 
 
 class Architecture:
@@ -48,12 +46,12 @@ class Architecture:
         if not len(layers):
             raise UnsupportedModelError("The model has no decoder layers.", param="model")
         self.head_dim = int(layers[0].self_attn.head_dim)
-        self.heads = int(self._module(0, "o").in_features) // self.head_dim
+        self.heads = int(self.module(0, "o").in_features) // self.head_dim
         self.kv_groups = int(getattr(self.config, "num_key_value_heads", None) or self.heads)
         if self.heads % self.kv_groups:
             raise UnsupportedModelError(f"{self.heads} query heads do not divide into {self.kv_groups} KV groups.", param="model")
         self.heads_per_group = self.heads // self.kv_groups
-        self.channels = int(self._module(0, "down").in_features)
+        self.channels = int(self.module(0, "down").in_features)
         self.hidden = int(self.config.hidden_size)
         self.vocabulary = int(self.config.vocab_size)
         self.layers = len(layers)
@@ -90,9 +88,10 @@ class Architecture:
     def ffn(self, layer: int) -> FfnWeights:
         if self.stream is not None:
             self.stream.present(layer)
-        return self._ffn(layer)
+        return self.present_ffn(layer)
 
-    def _ffn(self, layer: int) -> FfnWeights:
+    def present_ffn(self, layer: int) -> FfnWeights:
+        """The same without asking for a streamed layer: what of it is here."""
         rows = {"gate": self.channels, "up": self.channels, "down": self.hidden}
         weights, biases = self._parts(layer, self.layout.ffn, rows)
         return FfnWeights(weights.get("gate"), weights["up"], weights["down"], **biases)
@@ -112,51 +111,14 @@ class Architecture:
             biases[f"{part}_bias"] = None if module.bias is None else module.bias.detach()[start:stop]
         return weights, biases
 
-    def _module(self, layer: int, part: str) -> Any:
+    def module(self, layer: int, part: str) -> Any:
+        """The module of the matrix ``part`` (``q`` .. ``down``) of a layer."""
         place = {**self.layout.attention, **self.layout.ffn}[part]
         return self.decoder.layers[layer].get_submodule(place)
 
-    # -- the order of the channels -----------------------------------------------------------------------------------
-    def channel_order(self, layer: int) -> Tensor | None:
-        """(F,): the checkpoint's channel at each place of the layer's FFN; None while they are in the checkpoint's order.
-
-        It is a buffer of the output matrix's module, so that it stays with the weights, whoever describes the model next.
-        """
-        return getattr(self._module(layer, "down"), "channel_order", None)
-
-    def order_channels(self, layer: int, order: Tensor | None) -> None:
-        """Put the layer's FFN channels, in place, into the order of the checkpoint's channels ``order`` (F,); None restores the
-        checkpoint's own. The layer goes on computing the same function."""
-        current = self.channel_order(layer)
-        if current is order:
-            return
-        if current is None or order is None or not torch.equal(current, order):
-            if self.stream is not None:
-                self.stream.drop(layer)  # its matrices come in the new order next time; only biases are here
-            target = torch.arange(self.channels, device=self.device) if order is None else order
-            places = target if current is None else torch.argsort(current)[target]
-            own = self._ffn(layer)
-            axes = ((own.gate, 0), (own.up, 0), (own.down, 1), (own.gate_bias, 0), (own.up_bias, 0))
-            here = [(tensor, axis) for tensor, axis in axes if tensor is not None and not tensor.is_meta]
-            # All of it first: where memory ends here, the layer is still as it was.
-            new = [tensor.index_select(axis, places) for tensor, axis in here]
-            for (tensor, _), moved in zip(here, new, strict=True):
-                tensor.copy_(moved)
-        self._module(layer, "down").register_buffer("channel_order", order, persistent=False)
-
-    def checkpoint_ffn(self, layer: int) -> FfnWeights:
-        """The layer's FFN with its channels in the checkpoint's order: the model's own weights, or a copy where they moved."""
-        order = self.channel_order(layer)
-        return self.ffn(layer) if order is None else self.ffn(layer).in_order(torch.argsort(order))
-
-    def restore_order(self) -> None:
-        """Put the channels of every layer back into the checkpoint's order."""
-        for layer in range(self.layers):
-            self.order_channels(layer, None)
-
     def has_bias(self, layer: int, part: str) -> bool:
         """Whether the matrix ``part`` (``o``, ``down``) of a layer has a bias."""
-        return self._module(layer, part).bias is not None
+        return self.module(layer, part).bias is not None
 
     def window(self, layer: int) -> int | None:
         """Sliding-window length of the layer's attention, None for full causal attention."""
@@ -172,35 +134,6 @@ class Architecture:
     def positions(self) -> int:
         """How many tokens the model was made to see at once; with learned positions there are no more."""
         return int(self.config.max_position_embeddings)
-
-    # -- counting ----------------------------------------------------------------------------------------------------
-    def model_parameters(self) -> int:
-        """All parameters, tied ones once."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    def decoder_parameters(self) -> int:
-        """Parameters of the decoder layers: attention, FFN and their norms; no embeddings, no final norm, no head."""
-        return sum(p.numel() for p in self.decoder.layers.parameters())
-
-    def attention_cost(self, kv_groups: int, heads_per_group: int) -> int:
-        """Parameters of an attention block of this shape with its norms; 0 for a block that is dropped."""
-        a = self.attention(0)
-        heads, h, d = kv_groups * heads_per_group, self.head_dim, self.hidden
-        if heads == 0:
-            return 0
-        biases = sum(n for b, n in ((a.q_bias, heads * h), (a.k_bias, kv_groups * h), (a.v_bias, kv_groups * h)) if b is not None)
-        norms = self._norms(self.layout.attention_norms) + sum(h for norm in (a.q_norm, a.k_norm) if norm is not None)
-        return 2 * heads * h * d + 2 * kv_groups * h * d + biases + norms + (0 if a.o_bias is None else d)
-
-    def ffn_cost(self, channels: int) -> int:
-        """Parameters of an FFN of this width with its norms; 0 for a block that is dropped."""
-        m, d = self.ffn(0), self.hidden
-        biases = sum(channels for b in (m.gate_bias, m.up_bias) if b is not None) + (0 if m.down_bias is None else d)
-        return 0 if channels == 0 else len(m.matrices) * channels * d + biases + self._norms(self.layout.ffn_norms)
-
-    def _norms(self, places: tuple[str, ...]) -> int:
-        """Parameters of the norms that go with a block."""
-        return sum(p.numel() for place in places for p in self.decoder.layers[0].get_submodule(place).parameters())
 
     # -- computing ---------------------------------------------------------------------------------------------------
     def embed(self, tokens: Tensor) -> Tensor:
@@ -275,7 +208,7 @@ class Architecture:
             i = torch.arange(length, device=q.device)
             mask = (i[:, None] >= i) & (i[:, None] - i < window)
         if mask is None and q.device.type == "cpu" and QUERIES < length < LONG:
-            return _causal_in_blocks(q, k, v, self.softmax_scale).flatten(2)
+            return causal_in_blocks(q, k, v, self.softmax_scale).flatten(2)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=q.shape[1] > k.shape[1]
         )
@@ -321,65 +254,6 @@ class Architecture:
     def feed_forward(self, layer: int, x: Tensor, w: FfnWeights | None) -> Tensor:
         """The residual stream after the FFN block; None is a block that was dropped."""
         return x if w is None else x + self.ffn_update(layer, x, w)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 and returned in ``dtype`` (x's own)."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    if torch.is_grad_enabled():  # the backward pass needs what would be overwritten
-        scale = (norm.square() / x.shape[-1] + eps).rsqrt()
-    else:
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight).to(dtype or x.dtype)
-
-
-def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap), which never exceeds ``cap``; None leaves them as they are."""
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def soft_cap_change(change: Tensor, capped: Tensor, cap: float | None) -> Tensor:
-    """What ``change`` of logits makes of them when they are ``capped`` already, relative to the change and not to the logits:
-
-    cap * (tanh(a + b) - tanh(a))  =  cap * tanh(b) (1 - tanh(a)^2) / (1 + tanh(a) tanh(b))
-    """
-    if cap is None:
-        return change
-    a, b = capped / cap, torch.tanh(change / cap)
-    return cap * b * (1 - a * a) / (1 + a * b)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding of x (B, S, heads, h), half-split convention, in float32. A narrower table turns the first part."""
-    width = rope[0].shape[-1]
-    if width < x.shape[-1]:
-        return torch.cat((rotate(x[..., :width], rope), x[..., width:].float()), -1)
-    cos, sin = (table[:, None] for table in rope)
-    half = x.shape[-1] // 2
-    # rotate_half(x) * sin with the sign on the sines: one pass over x less.
-    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-    y = x.float()
-    return (y * cos).addcmul_(y.roll(half, -1), signed)
-
-
-def _causal_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of q (B, K*r, S, h) on k and v (B, K, S, h), as (B, S, K*r, h).
-
-    On short sequences torch's kernel for CPUs computes what the mask hides, and reads the keys once per query head. With QUERIES
-    positions at a time only the keys before them are there, and the heads of a group are rows of one product: 20 to 36 % less
-    time at 256 and 512 positions.
-    """
-    batch, heads, length, width = q.shape
-    groups = k.shape[1]
-    grouped = q.unflatten(1, (groups, heads // groups))
-    out = q.new_empty(batch, length, groups, heads // groups, width)
-    for start in range(0, length, QUERIES):
-        stop = min(start + QUERIES, length)
-        rows = grouped[:, :, :, start:stop].flatten(2, 3)
-        hidden = q.new_full((stop - start, stop), -torch.inf).triu_(start + 1).repeat(heads // groups, 1)
-        part = F.scaled_dot_product_attention(rows, k[:, :, :stop], v[:, :, :stop], attn_mask=hidden, scale=scale)
-        out[:, start:stop] = part.unflatten(2, (-1, stop - start)).permute(0, 3, 1, 2, 4)
-    return out.flatten(2, 3)
 
 
 def _weight(module: Any) -> Tensor | None:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfpruner.architectures.base import QUERIES, Architecture, rms_norm, soft_cap
+from selfpruner.architectures.base import Architecture
+from selfpruner.architectures.kernels import QUERIES, rms_norm, soft_cap
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.models.streaming import StreamedEmbedding
 

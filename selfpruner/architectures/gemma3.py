@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from selfpruner.architectures.base import Architecture, rotate
+from selfpruner.architectures.base import Architecture
 from selfpruner.architectures.gemma2 import Gemma2
+from selfpruner.architectures.kernels import rotate
 from selfpruner.architectures.weights import AttentionWeights
 
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, in_float32
-from selfpruner.architectures.base import soft_cap
+from selfpruner.architectures.cost import model_parameters
+from selfpruner.architectures.kernels import soft_cap
+from selfpruner.architectures.order import checkpoint_ffn
 from selfpruner.calibration.statistics import Stream, stream_file
 from selfpruner.errors import CancelledTaskError, ConfigError, disk_errors
 
@@ -76,11 +78,11 @@ def layer_gradients(
         raise ConfigError("Gradients need sequences of two tokens at least.", param="calibration")
     stride = math.isqrt(arch.layers - 1) + 1
     size = tokens.numel() * arch.hidden * 4 * 2 * stride
-    most = min(memory or 1 << 60, arch.model_parameters() * arch.dtype.itemsize)
+    most = min(memory or 1 << 60, model_parameters(arch) * arch.dtype.itemsize)
     rope = arch.rope(tokens.shape[1])
 
     def blocks(layer: int) -> tuple[AttentionWeights, FfnWeights]:
-        pair = arch.attention(layer), arch.checkpoint_ffn(layer)
+        pair = arch.attention(layer), checkpoint_ffn(arch, layer)
         # Gradients of a small loss fall below what float16 can say.
         return (in_float32(pair[0]), in_float32(pair[1])) if arch.dtype == torch.float16 else pair
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface, StaticCache
 
-from selfpruner.architectures.base import soft_cap
+from selfpruner.architectures.kernels import soft_cap
 from selfpruner.calibration.openings import opening
 from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError, disk_errors

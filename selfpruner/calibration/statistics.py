@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture
+from selfpruner.architectures.order import checkpoint_ffn
 from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError, disk_errors
 from selfpruner.files.tensors import tensor_bytes
@@ -182,7 +183,7 @@ def layer_statistics(
         for layer in range(arch.layers):
             if cancelled():
                 raise CancelledTaskError("Cancelled while collecting statistics.")
-            a, f = arch.attention(layer), arch.checkpoint_ffn(layer)
+            a, f = arch.attention(layer), checkpoint_ffn(arch, layer)
             widths = {"qkv": arch.hidden, "attention": a.o.shape[1], "gate_up": arch.hidden, "ffn": f.down.shape[1]}
             judged = OUTPUTS if len(tokens) >= JUDGES else ()  # only output matrices are fitted
             seen = {site: _Site(widths[site], arch.device, judged=site in judged) for site in SITES if site in sites}

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfpruner.architectures.base import soft_cap, soft_cap_change
+from selfpruner.architectures.kernels import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError
 
 EXACT, SAMPLED = 384, 128

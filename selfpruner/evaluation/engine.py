@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.architectures.cost import model_parameters
 from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.divergence import Divergences, divergences
@@ -297,4 +298,4 @@ def _estimate(partial: Score, last: Score, last_partial: Score) -> Score:
 def _default_memory(arch: Architecture) -> int:
     if arch.device.type == "cuda":
         return max(64 << 20, torch.cuda.mem_get_info(arch.device)[0] // 4)
-    return max(64 << 20, arch.model_parameters() * arch.dtype.itemsize // 4)
+    return max(64 << 20, model_parameters(arch) * arch.dtype.itemsize // 4)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfpruner.architectures.base import soft_cap, soft_cap_change
+from selfpruner.architectures.kernels import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.divergence import Divergences
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, describe
+from selfpruner.architectures.order import restore_channels
 from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.calibration.texts import Role, TokenBatches, token_batches
 from selfpruner.config import SearchConfig, TextConfig
@@ -52,7 +53,7 @@ class Prepared:
         """The token batches of a role, made when they are first asked for."""
         if role not in self.texts:
             # A text that the model writes is to be the same whatever was done with the model before.
-            self.arch.restore_order()
+            restore_channels(self.arch)
             self.texts[role] = text_of(self.config, role, self.loaded, self.cache, progress, cancelled)
         return self.texts[role]
 
@@ -88,7 +89,7 @@ def prepare(
     started = time.perf_counter()
     arch = describe(loaded.model)
     _check_head(arch)
-    arch.restore_order()  # what an earlier session left; a text that the model writes does not depend on it
+    restore_channels(arch)  # what an earlier session left; a text that the model writes does not depend on it
     # A budget that cannot be met, or a text that is too short, is found before minutes are spent on statistics.
     expected_space(config, arch)
     wanted: tuple[Role, ...] = ("calibration", *roles)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import FfnWeights
-from selfpruner.architectures.base import soft_cap, soft_cap_change
+from selfpruner.architectures.kernels import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine, Weights
 from selfpruner.planning.space import Plan

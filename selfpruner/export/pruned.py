@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from selfpruner import compensation
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, describe, in_float32
-from selfpruner.architectures.base import soft_cap
+from selfpruner.architectures.kernels import soft_cap
+from selfpruner.architectures.order import checkpoint_ffn, restore_channels
 from selfpruner.calibration.soundness import finite
 from selfpruner.errors import ExportError
 from selfpruner.evaluation.session import Prepared, make_engine
@@ -36,7 +37,7 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
     shapes, tensors = [], {}
     if isinstance(prepared.engine.blocks[0], PrunableMasked):
         arch = prepared.arch
-        arch.restore_order()  # what was left dense is written as it was
+        restore_channels(arch)  # what was left dense is written as it was
         return [LayerShape(*whole_shape(arch), arch.channels)] * arch.layers, dict(_masked_tensors(prepared, plan))
     for layer in range(prepared.arch.layers):
         levels = plan.levels[2 * layer], plan.levels[2 * layer + 1]
@@ -47,7 +48,7 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
             if level:
                 tensors.update(_named(prepared.arch, layer, prepared.engine.weights(index, level)))
             elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
-                tensors.update(_named(prepared.arch, layer, prepared.arch.checkpoint_ffn(layer)))
+                tensors.update(_named(prepared.arch, layer, checkpoint_ffn(prepared.arch, layer)))
     return shapes, tensors
 
 

@@ -18,6 +18,7 @@ import torch
 
 from selfpruner import models
 from selfpruner.architectures import describe
+from selfpruner.architectures.cost import decoder_parameters, model_parameters
 from selfpruner.calibration import files
 from selfpruner.calibration.texts import Role
 from selfpruner.config import SearchConfig
@@ -155,8 +156,8 @@ class SessionHandler:
                 "kv_groups": arch.kv_groups,
                 "head_dim": arch.head_dim,
                 "channels": arch.channels,
-                "parameters": arch.model_parameters(),
-                "decoder_parameters": arch.decoder_parameters(),
+                "parameters": model_parameters(arch),
+                "decoder_parameters": decoder_parameters(arch),
             },
             "texts": {
                 role: {
@@ -202,7 +203,7 @@ class SessionHandler:
         other = baseline_engine(prepared, payload["changes"], progress, cancelled)
         uniform = other.space.project([other.space.rate] * other.space.layers)
         result = _scores(other, {**payload, "plans": [list(uniform.levels)]}, cancelled)
-        dense = prepared.arch.model_parameters()
+        dense = model_parameters(prepared.arch)
         return {**result["rows"][0], "parameters": dense - other.space.removed(uniform), "seconds": result["seconds"]}
 
     def _propose(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
@@ -234,7 +235,7 @@ class SessionHandler:
         prepared = self._session(session, progress, cancelled)
         plans = {name: Plan(tuple(levels)) for name, levels in payload["plans"].items()}
         if not _fit(prepared, len(plans)):
-            dense = prepared.arch.model_parameters()
+            dense = model_parameters(prepared.arch)
             rows = {name: {"parameters": dense - prepared.space.removed(plan)} for name, plan in plans.items()}
             return {"rows": rows, "not_timed": "the models to be timed do not fit the memory there is at once"}
         base = prepared.loaded.model
@@ -245,7 +246,7 @@ class SessionHandler:
         longest, new_tokens = speed.fitting(prompt.numel(), 32 if payload.get("decode", True) else 0, prepared.arch.positions)
         progress(f"timing {len(built)} models")
         speeds = speed.measure(built, prompt[:longest], new_tokens=new_tokens, cancelled=cancelled)
-        dense = prepared.arch.model_parameters()
+        dense = model_parameters(prepared.arch)
         timed: Json = {
             name: {"parameters": dense - prepared.space.removed(plan)} | speeds[name].figures for name, plan in plans.items()
         }
@@ -287,7 +288,7 @@ class SessionHandler:
             model, source = streamed_export(prepared, plan)
         else:
             model = build(prepared.loaded.model, *pruned_tensors(prepared, plan), dtype=prepared.loaded.written)
-        wanted = prepared.arch.model_parameters() - prepared.space.removed(plan)
+        wanted = model_parameters(prepared.arch) - prepared.space.removed(plan)
         found = count_parameters(model)
         origin = prepared.loaded.source
         card = with_origin(

@@ -6,7 +6,7 @@ runs the modules works, from the evaluation engine to the model's own forward pa
 so passes should be wide. Embeddings are gathered row by row. The output head is multiplied a piece of the vocabulary at
 a time where it takes more than a quarter of the memory there is, else it is loaded.
 
-A matrix that was put into another order (see ``Architecture.order_channels``) gets it while it is copied, and its dtype as well.
+A matrix that was put into another order (:mod:`selfpruner.architectures.order`) gets it while it is copied, and its dtype too.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture
+from selfpruner.architectures.order import restore_channels
 from selfpruner.calibration.cache import (
     cached_gradients,
     cached_statistics,
@@ -215,7 +216,7 @@ def _masked_blocks(
             text.progress(f"levels of layer {layer + 1}/{arch.layers} made by {config.criterion}")
     blocks: list[Prunable] = []
     measured = []
-    arch.restore_order()
+    restore_channels(arch)
     for layer, file in enumerate(files):
         text.progress(f"reading levels of layer {layer + 1}/{arch.layers}")
         choices, facts = masked.read_facts(file)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture
+from selfpruner.architectures.cost import attention_cost, ffn_cost
 from selfpruner.calibration.cache import strip_rows
 from selfpruner.calibration.statistics import JUDGES, OUTPUTS, TOKENS_PER_STEP, Site, layer_statistics
 from selfpruner.files.cache_folder import size
@@ -57,7 +58,7 @@ def statistics_bytes(arch: Architecture, sites: Collection[Site], sequences: int
 
 def gradient_bytes(arch: Architecture) -> int:
     """What three sums of every weight's gradients take on disk, in bfloat16."""
-    return arch.layers * 6 * (arch.attention_cost(arch.kv_groups, arch.heads_per_group) + arch.ffn_cost(arch.channels))
+    return arch.layers * 6 * (attention_cost(arch, arch.kv_groups, arch.heads_per_group) + ffn_cost(arch, arch.channels))
 
 
 def factor_bytes(arch: Architecture, *, refitted: bool) -> int:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from selfpruner.architectures import Architecture
+from selfpruner.architectures.cost import attention_cost, decoder_parameters, ffn_cost, model_parameters
 from selfpruner.config import SearchConfig
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.planning.space import Block, Option, SearchSpace, attention_shapes, default_ffn_step, ffn_widths
@@ -54,8 +55,8 @@ def _free_block(config: SearchConfig, arch: Architecture, index: int) -> Block:
         options = masked.block_options(arch, index // 2, index % 2, sparsity_levels(config))
         return Block(index // 2, _kind(index), options[:1] if config.attention == "none" and index % 2 == 0 else options)
     if index % 2:
-        return Block(index // 2, "ffn", tuple(Option(arch.ffn_cost(width), channels=width) for width in ffn_choices(config, arch)))
-    sizes = sorted({arch.attention_cost(*shape) for shape in attention_choices(config, arch)}, reverse=True)
+        return Block(index // 2, "ffn", tuple(Option(ffn_cost(arch, width), channels=width) for width in ffn_choices(config, arch)))
+    sizes = sorted({attention_cost(arch, *shape) for shape in attention_choices(config, arch)}, reverse=True)
     return Block(index // 2, "attention", tuple(Option(size) for size in sizes))
 
 
@@ -66,7 +67,7 @@ def _space(config: SearchConfig, arch: Architecture, blocks: Sequence[Block]) ->
         sizes = [option.parameters for option in blocks[1].options]
         step = max(before - after for before, after in pairwise(sizes))
         return SearchSpace(tuple(blocks), whole, config.rate, step, config.granularity)
-    total = arch.decoder_parameters() if config.of == "decoder" else arch.model_parameters()
+    total = decoder_parameters(arch) if config.of == "decoder" else model_parameters(arch)
     channels = config.ffn_step or default_ffn_step(arch.channels, config.tensor_parallel)
-    step = arch.ffn_cost(2 * channels) - arch.ffn_cost(channels)
+    step = ffn_cost(arch, 2 * channels) - ffn_cost(arch, channels)
     return SearchSpace(tuple(blocks), total, config.rate, step, config.granularity)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.architectures.order import checkpoint_ffn
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
@@ -32,7 +33,7 @@ OUTLIER_M = 5.0
 
 def layer_facts(arch: Architecture, layer: int, statistics: tuple[BlockStatistics, BlockStatistics]) -> dict[str, Any]:
     """What the signals of one layer are made of, whatever its levels; ``statistics`` are those of (attention, ffn)."""
-    W = [matrix.float() for matrix in (arch.attention(layer).o, arch.checkpoint_ffn(layer).down)]
+    W = [matrix.float() for matrix in (arch.attention(layer).o, checkpoint_ffn(arch, layer).down)]
     outputs = [Matrix(name, w, stats) for name, w, stats in zip(("o", "down"), W, statistics, strict=True)]
     heads = Heads(arch.kv_groups, arch.heads_per_group, arch.head_dim)
     return {
@@ -105,7 +106,7 @@ def spectral_exponents(arch: Architecture, file: Path, cancelled: Callable[[], b
     for layer in range(arch.layers):
         if cancelled():
             raise CancelledTaskError("Cancelled while looking at spectra.")
-        blocks: tuple[AttentionWeights | FfnWeights, ...] = (arch.attention(layer), arch.checkpoint_ffn(layer))
+        blocks: tuple[AttentionWeights | FfnWeights, ...] = (arch.attention(layer), checkpoint_ffn(arch, layer))
         matrices = [getattr(weights, name) for weights in blocks for name in weights.matrices]
         found.append(round(fmean(hill_exponent(W) for W in matrices), 6))
     with disk_errors(file):

@@ -12,6 +12,7 @@ from transformers import GPT2Config, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
 from selfpruner.architectures import FAMILIES, Architecture, describe
+from selfpruner.architectures.cost import attention_cost, decoder_parameters, ffn_cost, model_parameters
 from selfpruner.errors import UnsupportedModelError
 from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.models.family_layouts import LAYOUTS
@@ -86,12 +87,12 @@ class ArchitectureSuite:
     def test_costs_are_the_parameters_there_are(self, shape: str) -> None:
         model = load_tiny(self.family, **self.shapes[shape])
         arch = describe(model)
-        assert arch.attention_cost(arch.kv_groups, arch.heads_per_group) == parameters(model, *self.attention)
-        assert arch.ffn_cost(arch.channels) == parameters(model, *self.ffn)
-        assert arch.decoder_parameters() == sum(p.numel() for p in layers_of(model).parameters())
-        assert arch.layers * (parameters(model, *self.attention) + parameters(model, *self.ffn)) == arch.decoder_parameters()
-        assert arch.model_parameters() == model.num_parameters()
-        assert arch.attention_cost(0, 0) == arch.ffn_cost(0) == 0
+        assert attention_cost(arch, arch.kv_groups, arch.heads_per_group) == parameters(model, *self.attention)
+        assert ffn_cost(arch, arch.channels) == parameters(model, *self.ffn)
+        assert decoder_parameters(arch) == sum(p.numel() for p in layers_of(model).parameters())
+        assert arch.layers * (parameters(model, *self.attention) + parameters(model, *self.ffn)) == decoder_parameters(arch)
+        assert model_parameters(arch) == model.num_parameters()
+        assert attention_cost(arch, 0, 0) == ffn_cost(arch, 0) == 0
 
     def test_fewer_units_cost_what_their_tensors_have(self) -> None:
         case = ready(load_tiny(self.family), method="none")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.architectures.order import checkpoint_ffn, reorder_channels
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import BlockStatistics, Site
 from selfpruner.compensation.base import output_energy
@@ -84,7 +85,7 @@ class PrunableMasked:
         return dense * unpacked(stored, dense.shape[1]).to(dense)
 
     def _base(self) -> AttentionWeights | FfnWeights:
-        self.arch.order_channels(self.layer, None)
+        reorder_channels(self.arch, self.layer, None)
         return self.arch.ffn(self.layer) if self.block else self.arch.attention(self.layer)
 
 
@@ -267,4 +268,4 @@ def sparsities(pattern: str, group: int, step: float, *, drop: bool) -> list[Spa
 
 
 def _block(arch: Architecture, layer: int, block: int) -> AttentionWeights | FfnWeights:
-    return arch.checkpoint_ffn(layer) if block else arch.attention(layer)
+    return checkpoint_ffn(arch, layer) if block else arch.attention(layer)

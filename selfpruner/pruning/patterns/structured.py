@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.architectures.cost import attention_cost, ffn_cost
+from selfpruner.architectures.order import checkpoint_ffn, reorder_channels
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.compensation import Compensation, NestedRepair, SubsetRepair
@@ -89,7 +91,7 @@ class PrunableFfn:
 
     def _base(self) -> FfnWeights:
         # Another session may have used the model with an order of its own; or it may be a layer that was just read.
-        self.arch.order_channels(self.layer, self.order)
+        reorder_channels(self.arch, self.layer, self.order)
         return self.arch.ffn(self.layer)
 
 
@@ -141,7 +143,7 @@ def measure_ffn(
 ) -> FfnFactors:
     """Order the channels and make the repair. ``gradients`` by matrix name, for criteria that need them."""
     release()  # large matrices come and go here and before; what the last ones left must not add to the next ones
-    base = arch.checkpoint_ffn(layer)
+    base = checkpoint_ffn(arch, layer)
     W = base.down.to(stats.mean)
     whole = max(output_energy(W, stats), torch.finfo(torch.float32).tiny)
     order = criterion.order_channels(Evidence(W, stats, _coupled(base, stats, gradients)))
@@ -183,14 +185,14 @@ def ffn_block(arch: Architecture, layer: int, factors: FfnFactors, widths: Seque
     errors = factors.errors.tolist()
     options = tuple(
         Option(
-            parameters=arch.ffn_cost(width) + (extra if 0 < width < arch.channels else 0),
+            parameters=ffn_cost(arch, width) + (extra if 0 < width < arch.channels else 0),
             error=errors[width],
             channels=width,
         )
         for width in widths
     )
     order = factors.order.to(arch.device)
-    arch.order_channels(layer, order)
+    reorder_channels(arch, layer, order)
     return PrunableFfn(arch, layer, order, factors.repair, options)
 
 
@@ -203,7 +205,7 @@ def attention_block(
     options = []
     for groups, per_group in shapes:
         error = factors.errors[groups, per_group] if groups else 1.0
-        parameters = arch.attention_cost(groups, per_group)
+        parameters = attention_cost(arch, groups, per_group)
         parameters += extra if groups and (groups, per_group) != dense else 0
         options.append(Option(parameters, error, kv_groups=groups, heads_per_group=per_group))
     chosen = without_dominated(options)
