@@ -26,6 +26,7 @@ from rich.console import Console
 
 from benchmarks import summary
 from selfpruner.errors import SelfprunerError
+from selfpruner.files import atomic
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.tables import Screen
 
@@ -135,10 +136,7 @@ class Store:
         return found
 
     def save(self, file: Path, result: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(result) + "\n", "utf-8")
-        aside.replace(file)
+        atomic.write_text(file, json.dumps(result) + "\n")
 
 
 class Judge:

@@ -11,7 +11,6 @@ makes the same plans.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -24,6 +23,7 @@ from selfpruner.architectures import Architecture
 from selfpruner.calibration.gradients import Gradients, layer_gradients
 from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, check_finite, layer_statistics, mirror
 from selfpruner.errors import disk_errors
+from selfpruner.files import atomic
 from selfpruner.files.tensors import TensorFile
 from selfpruner.models.memory import release
 
@@ -175,13 +175,8 @@ def _mapped(n: int, folder: Path) -> Tensor:
 
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with disk_errors(file):
-            save_file(tensors, aside, metadata=metadata)
-            aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic.replacing(file) as aside:
+        save_file(tensors, aside, metadata=metadata)
 
 
 def _read(file: Path, sites: Collection[Site], device: torch.device) -> dict[Site, BlockStatistics]:

@@ -11,7 +11,6 @@ kept on disk, so an interrupted run goes on where it was.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,8 @@ from transformers import AttentionInterface, StaticCache
 from selfpruner.architectures.kernels import soft_cap
 from selfpruner.calibration.openings import opening
 from selfpruner.calibration.soundness import finite, not_finite
-from selfpruner.errors import CancelledTaskError, disk_errors
+from selfpruner.errors import CancelledTaskError
+from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
 from selfpruner.models import check_ids
 
@@ -108,11 +108,8 @@ def write(
             progress(f"model writes text for {stream}: {first * length + step * rows_now:,} of {count * length:,} tokens")
 
         part = _write_rows(loaded, [f"{seed}/{stream}/{row}" for row in rows], length, list(separator), told, cancelled)
-        with disk_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
+        with atomic.replacing(path) as aside:
             save_file({"tokens": part.int()}, aside)
-            aside.replace(path)
         parts.append(part)
     return torch.cat(parts)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +34,8 @@ from selfpruner.calibration import files, pydoc, selftext
 from selfpruner.calibration.encoding import encode
 from selfpruner.calibration.files import TextFile
 from selfpruner.config import TextConfig
-from selfpruner.errors import CancelledTaskError, TextError, disk_errors
+from selfpruner.errors import CancelledTaskError, TextError
+from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
 from selfpruner.models import check_ids, hub_available, quiet
 from selfpruner.models.checks import sampled_digest
@@ -136,12 +136,9 @@ def _token_batches(
     places = [((row + 0.5) / len(part), index, row) for index, part in enumerate(parts) for row in range(len(part))]
     tokens = torch.stack([parts[index][row] for _, index, row in sorted(places)])
     shares = tuple(SourceShare(name, weight, count) for (name, weight), count in zip(weights.items(), counts, strict=True))
-    with disk_errors(kept):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_suffix(f".{os.getpid()}.tmp")
-        listed = [{"source": s.source, "weight": s.weight, "sequences": s.sequences} for s in shares]
+    listed = [{"source": s.source, "weight": s.weight, "sequences": s.sequences} for s in shares]
+    with atomic.replacing(kept) as aside:
         save_file({"tokens": tokens.int()}, aside, metadata={"sources": json.dumps(listed)})
-        aside.replace(kept)
     return _batches(tokens, shares)
 
 

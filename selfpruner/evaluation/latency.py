@@ -21,6 +21,7 @@ from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.session import Prepared
 from selfpruner.evaluation.speed import wait
+from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
 from selfpruner.planning.space import Block, Option
 
@@ -62,10 +63,7 @@ def time_blocks(prepared: Prepared, tokens: int, *, cancelled: Callable[[], bool
         tuple(round(1e6 * seconds[_shape(block, option)], 1) for option in block.options) for block in prepared.space.blocks
     )
     times = BlockTimes(tokens, blocks, round(1e6 * rest, 1))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(asdict(times)))
-    part.replace(file)
+    atomic.write_text(file, json.dumps(asdict(times)))
     return times
 
 

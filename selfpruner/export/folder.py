@@ -20,6 +20,7 @@ from typing import Any
 from selfpruner.config import differences
 from selfpruner.errors import ConflictError, ExportError, SelfprunerError, disk_errors
 from selfpruner.files import manifest, places
+from selfpruner.files.atomic import sync
 from selfpruner.progress import OnProgress
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -66,7 +67,7 @@ def write_folder(
         progress("writing the files")
         parameters = fill(temporary)
         for path in temporary.rglob("*"):
-            manifest.sync(path)
+            sync(path)
         written = time.perf_counter()
         progress("loading them in a fresh process and comparing")
         verification = prove(temporary)
@@ -175,7 +176,7 @@ def _into_place(temporary: Path, directory: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(directory)
-    manifest.sync(directory.parent)
+    sync(directory.parent)
 
 
 @contextmanager

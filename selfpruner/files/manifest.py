@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from selfpruner.errors import CorruptCheckpointError, ExportError
+from selfpruner.files.atomic import sync
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -26,15 +26,6 @@ CHECKPOINT: Mapping[str, Any] = {"format": "transformers"}  # what a search expo
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 
 from selfpruner import names
 from selfpruner.config import Part, SearchConfig, differences
-from selfpruner.errors import ConfigError, SelfprunerError, disk_errors
+from selfpruner.errors import ConfigError, SelfprunerError
+from selfpruner.files import atomic
 from selfpruner.jobs.run import session_of
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.workers.process_pool import ProcessPool
@@ -114,12 +114,7 @@ class ComparisonFile:
 
     def save(self) -> None:
         body = {"settings": self.settings, "dense": self.dense, "rows": self.rows}
-        place = self.file.resolve()  # a link stays one
-        aside = place.with_suffix(f".{os.getpid()}.tmp")
-        with disk_errors(self.file):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(body, indent=1) + "\n", "utf-8")
-            aside.replace(place)
+        atomic.write_text(self.file, json.dumps(body, indent=1) + "\n")
 
 
 async def measure(

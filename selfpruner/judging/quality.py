@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfpruner.errors import ConfigError, disk_errors
+from selfpruner.errors import ConfigError
+from selfpruner.files import atomic
 from selfpruner.judging.estimates import Estimate, average, mean, paired
 
 if TYPE_CHECKING:
@@ -52,12 +52,7 @@ class MeasurementFile:
         self.records.append(record)
         # A record is a line, so that differences between versions of the file can be read.
         lines = ",\n".join(json.dumps(record, allow_nan=False) for record in self.records)
-        place = self.file.resolve()  # a link stays one
-        aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        with disk_errors(self.file):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(f'{{"format": {json.dumps(_FORMAT)}, "records": [\n{lines}\n]}}\n', "utf-8")
-            aside.replace(place)
+        atomic.write_text(self.file, f'{{"format": {json.dumps(_FORMAT)}, "records": [\n{lines}\n]}}\n')
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import copy
 import io
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from selfpruner.errors import ModelError, UnsupportedModelError, disk_errors
+from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
 from selfpruner.models.checks import refuse_pointer, sampled_digest
 
@@ -62,7 +62,8 @@ def convert(gguf: Path, models: Path) -> Path:
                 aside.mkdir()
                 try:
                     _write(gguf, aside)
-                    _sync(aside)
+                    for path in (*aside.iterdir(), aside):
+                        atomic.sync(path)
                     aside.rename(target)
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
@@ -124,15 +125,6 @@ def _first_scalars(file: BinaryIO) -> dict[str, Any]:
             break
         facts[key] = string() if kind == _GGUF_STRING else number(_GGUF_NUMBERS[kind])
     return facts
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _metadata(gguf: Path) -> tuple[dict[str, Any], Any, str]:

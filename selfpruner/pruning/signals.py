@@ -8,7 +8,6 @@ for.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +23,8 @@ from selfpruner.calibration.statistics import BlockStatistics
 from selfpruner.criteria.base import Evidence, Heads, Matrix
 from selfpruner.criteria.flap import Flap
 from selfpruner.criteria.masks import Sparsity
-from selfpruner.errors import CancelledTaskError, disk_errors
+from selfpruner.errors import CancelledTaskError
+from selfpruner.files import atomic
 from selfpruner.planning.space import Option
 
 # OWL calls a weight an outlier when |W_ij| * ||X_j|| is above M times the layer's mean.
@@ -109,11 +109,7 @@ def spectral_exponents(arch: Architecture, file: Path, cancelled: Callable[[], b
         blocks: tuple[AttentionWeights | FfnWeights, ...] = (arch.attention(layer), checkpoint_ffn(arch, layer))
         matrices = [getattr(weights, name) for weights in blocks for name in weights.matrices]
         found.append(round(fmean(hill_exponent(W) for W in matrices), 6))
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(found), "utf-8")
-        aside.replace(file)
+    atomic.write_text(file, json.dumps(found))
     return found
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from selfpruner.compensation.base import output_energy
 from selfpruner.compensation.sweep import factor, sweep
 from selfpruner.criteria import Matrix, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
-from selfpruner.errors import disk_errors
+from selfpruner.files import atomic
 from selfpruner.files.tensors import TensorFile, write_tensors
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Option, Plan
@@ -165,16 +164,9 @@ def write_levels(
                 release()
         return ready.pop(key)
 
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(aside, shapes, tensor)
-            aside.replace(file)
-            aside.write_text(json.dumps({"errors": errors, "kept": counts, "facts": dict(facts)}), "utf-8")
-            aside.replace(facts_file(file))
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic.replacing(file) as aside:
+        write_tensors(aside, shapes, tensor)
+    atomic.write_text(facts_file(file), json.dumps({"errors": errors, "kept": counts, "facts": dict(facts)}))
 
 
 def _numbers(count: int, only: int | None) -> list[int]:

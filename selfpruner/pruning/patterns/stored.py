@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from selfpruner.architectures import Architecture
 from selfpruner.compensation import Compensation
 from selfpruner.criteria import Criterion
-from selfpruner.errors import disk_errors
+from selfpruner.files import atomic
 from selfpruner.files.tensors import HeldParts, StoredParts, TensorFile, held_shapes, write_tensors
 from selfpruner.pruning.patterns.structured import AttentionFactors, FfnFactors
 
@@ -43,14 +42,8 @@ def write_factors(file: Path, attention: AttentionFactors, ffn: FfnFactors, fact
         tensors |= {name + part: tensor for part, tensor in repair.parts.items()}
     shapes = [[*shape, list(heads), attention.errors[shape]] for shape, heads in attention.heads.items()]
     metadata = {"attention": json.dumps(shapes), "facts": json.dumps(dict(facts))}
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(aside, held_shapes(tensors), tensors.__getitem__, metadata)
-            aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic.replacing(file) as aside:
+        write_tensors(aside, held_shapes(tensors), tensors.__getitem__, metadata)
 
 
 def read_factors(
