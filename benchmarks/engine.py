@@ -327,7 +327,7 @@ def random_case(shape: dict[str, int], options: argparse.Namespace, device: Any,
     from selfpruner.architectures import describe
     from selfpruner.calibration.statistics import BlockStatistics
     from selfpruner.planning.space import attention_shapes, ffn_widths
-    from selfpruner.pruning.patterns import prepare_attention, prepare_ffn
+    from selfpruner.pruning.patterns import attention_block, ffn_block, measure_attention, measure_ffn
     from selfpruner.pruning.search_space import space_of
 
     memory = Memory(device)
@@ -345,8 +345,9 @@ def random_case(shape: dict[str, int], options: argparse.Namespace, device: Any,
             zero, one = torch.zeros(width, device=device), torch.ones(width, device=device)
             moments.append(BlockStatistics(1, 1, zero, one, one, torch.eye(width, device=device)))
         shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, "all")
-        blocks.append(prepare_attention(arch, layer, moments[0], *how, shapes))
-        blocks.append(prepare_ffn(arch, layer, moments[1], *how, ffn_widths(arch.channels)))
+        attention, ffn = measure_attention(arch, layer, moments[0], *how), measure_ffn(arch, layer, moments[1], *how)
+        blocks.append(attention_block(arch, layer, attention, shapes, adds_bias=False))
+        blocks.append(ffn_block(arch, layer, ffn, ffn_widths(arch.channels), adds_bias=False))
     config = config_of({"rate": options.rate, "preset": "evolution"})
     tokens = torch.randint(arch.vocabulary, (512, options.length), generator=torch.Generator().manual_seed(0))
     return Case(arch, blocks, space_of(config, arch, blocks), tokens, memory.peak)

@@ -287,8 +287,9 @@ def default_run_job() -> RunJob:
 def default_pool(settings: ServerSettings) -> WorkerPool:
     from selfpruner.workers.process_pool import ProcessPool
 
-    if settings.model_root is not None:
-        os.environ["SELFPRUNER_MODEL_ROOT"] = str(settings.model_root)  # workers inherit the limit, wherever it was set
+    for variable, root in (("SELFPRUNER_MODEL_ROOT", settings.model_root), ("SELFPRUNER_TEXT_ROOT", settings.text_root)):
+        if root is not None:
+            os.environ[variable] = str(root)  # workers inherit the limit, wherever it was set
     return ProcessPool(settings.devices, runtime="selfpruner.jobs.handler:ServedSessionHandler", log_dir=settings.logs)
 
 

@@ -18,11 +18,13 @@ from selfpruner import compensation, criteria
 from selfpruner.architectures import Architecture, describe
 from selfpruner.architectures.cost import decoder_parameters, ffn_cost
 from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
+from selfpruner.compensation import Compensation
 from selfpruner.compensation.least_squares import FLOOR, RIDGE
+from selfpruner.criteria import UnitCriterion
 from selfpruner.evaluation.engine import Engine
 from selfpruner.models.family_layouts import Widths, layout_of
 from selfpruner.planning.space import Block, Plan, SearchSpace, attention_shapes, ffn_widths
-from selfpruner.pruning.patterns import PrunableAttention, PrunableFfn, prepare_attention, prepare_ffn
+from selfpruner.pruning.patterns import PrunableAttention, PrunableFfn, attention_block, ffn_block, measure_attention, measure_ffn
 from tests.tiny_models import tiny_model
 
 torch.set_num_threads(1)
@@ -76,6 +78,32 @@ class Ready:
     engine: Engine
     compensation: str
     calibration: Tensor
+
+
+def prepare_ffn(
+    arch: Architecture,
+    layer: int,
+    stats: BlockStatistics,
+    criterion: UnitCriterion,
+    compensation: Compensation,
+    widths: Sequence[int],
+) -> PrunableFfn:
+    """:func:`measure_ffn` and :func:`ffn_block` in one."""
+    factors = measure_ffn(arch, layer, stats, criterion, compensation)
+    return ffn_block(arch, layer, factors, widths, adds_bias=compensation.adds_bias)
+
+
+def prepare_attention(
+    arch: Architecture,
+    layer: int,
+    stats: BlockStatistics,
+    criterion: UnitCriterion,
+    compensation: Compensation,
+    shapes: Sequence[tuple[int, int]],
+) -> PrunableAttention:
+    """:func:`measure_attention` and :func:`attention_block` in one."""
+    factors = measure_attention(arch, layer, stats, criterion, compensation)
+    return attention_block(arch, layer, factors, shapes, adds_bias=compensation.adds_bias)
 
 
 def ready(

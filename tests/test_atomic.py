@@ -24,9 +24,14 @@ def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:
 def test_what_fails_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     file = tmp_path / "facts.json"
     atomic.write_text(file, "before")
-    with pytest.raises(DiskFullError, match=r"facts\.json"), atomic.replacing(file) as aside:
-        aside.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail() -> None:
+        with atomic.replacing(file) as aside:
+            aside.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFullError, match=r"facts\.json"):
+        fail()
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
 

@@ -314,8 +314,9 @@ def test_a_local_search_does_not_read_a_servers_settings(
     config.write_text(json.dumps(fields))
     command = ["search", "-c", str(config), "--rate", "0.2", "-o", str(run), "--cache", str(cache)]
     assert cli.run(command) == 0
-    assert SessionHandler("cpu").model_root is None, "a server's bound is a server's"
-    assert ServedSessionHandler("cpu").model_root == Path("/no/such/folder")
+    own, served = SessionHandler("cpu"), ServedSessionHandler("cpu")
+    assert (own.model_root, own.text_root) == (None, None), "a server's bounds are a server's"
+    assert served.model_root == served.text_root == Path("/no/such/folder")
     # Where an LLM is asked its variable matters, and no other.
     capsys.readouterr()
     assert cli.run([*command, "-s", "preset=default"]) == 2

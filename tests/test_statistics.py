@@ -18,8 +18,7 @@ from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.statistics import SITES, Accumulator, BlockStatistics, Site, layer_statistics
 from selfpruner.errors import CancelledTaskError, DiskFullError
 from selfpruner.planning.space import ffn_widths
-from selfpruner.pruning.patterns import prepare_ffn
-from tests.pruned import inputs_of, load_tiny, tokens_of
+from tests.pruned import inputs_of, load_tiny, prepare_ffn, tokens_of
 from tests.tiny_models import FAMILIES
 
 

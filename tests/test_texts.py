@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from selfpruner.calibration import openings, pydoc, selftext, texts
 from selfpruner.calibration.texts import Role, TokenBatches, apportion, separator, token_batches
-from selfpruner.config import Source, TextConfig
-from selfpruner.errors import CancelledTaskError, TextError
+from selfpruner.config import SearchConfig, Source, TextConfig
+from selfpruner.errors import CancelledTaskError, ModelNotFoundError, TextError
+from selfpruner.jobs.handler import ServedSessionHandler
 from selfpruner.models import LoadedModel, load, resolve
+from selfpruner.workers.base import Session
 from tests.tiny_models import tiny_model
 
 ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
@@ -292,15 +294,30 @@ def test_length_beyond_the_context(loaded: LoadedModel, numbered: Path, tmp_path
         ask(loaded, tmp_path, str(numbered), sequences=1, length=513)
 
 
-def test_allowed_root(loaded: LoadedModel, numbered: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", FIELDS.values())
+def test_a_worker_of_a_server_reads_texts_below_its_root_only(
+    field: str, numbered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (root / "in.txt").write_bytes(numbered.read_bytes())
-    assert ask(loaded, tmp_path, "in.txt", allowed_root=root).tokens.shape == (4, 32)
     (root / "link.txt").symlink_to(numbered)
-    for name in (str(numbered), "../numbered.txt", "link.txt"):
-        with pytest.raises(TextError, match="inside the folder"):
-            ask(loaded, tmp_path, name, allowed_root=root)
+    monkeypatch.setenv("SELFPRUNER_TEXT_ROOT", str(root))
+    handler = ServedSessionHandler("cpu")
+
+    def prepare(name: str) -> None:
+        text = {"sources": [{"source": name}], "sequences": 4, "length": 32}
+        asked = SearchConfig.model_validate({"rate": 0.2, "model": "nobody/nothing", "preset": "evolution", field: text})
+        session = Session("key", asked.model_dump(mode="json"), str(tmp_path / "cache"))
+        handler.handle(session, "prepare", {"texts": []}, lambda _: None, lambda: False)
+
+    for name in (str(numbered), "../numbered.txt", str(root / "link.txt")):
+        with pytest.raises(TextError, match="inside the folder") as caught:
+            prepare(name)
+        assert caught.value.param == field
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelNotFoundError):  # comes after the texts
+        prepare(str(root / "in.txt"))
 
 
 def test_changed_file_is_read_again(loaded: LoadedModel, numbered: Path, tmp_path: Path) -> None:

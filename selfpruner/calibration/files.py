@@ -84,21 +84,21 @@ def _existing(source: str, root: Path | None) -> Path | None:
         return None
 
 
-def look_at(config: SearchConfig, roles: Collection[str]) -> None:
+def look_at(config: SearchConfig, roles: Collection[str], root: Path | None = None) -> None:
     """Raise TextError, whose ``param`` is the field, for a file of ``config`` that cannot be read for one of the ``roles`` or for
-    calibration: before a model is loaded, converted or fetched."""
+    calibration, and for any file that is not below ``root``: before a model is loaded, converted or fetched."""
     for field, role in (("calibration", "calibration"), ("fitness_text", "fitness"), ("report_text", "report")):
-        if role in ("calibration", *roles):
+        if root is not None or role in ("calibration", *roles):
             text: TextConfig = getattr(config, field)
-            check(text, field)
+            check(text, field, root)
 
 
-def check(text: TextConfig, param: str) -> None:
-    """Raise TextError with that ``param`` for a file of ``text`` that cannot be read."""
+def check(text: TextConfig, param: str, root: Path | None = None) -> None:
+    """Raise TextError with that ``param`` for a file of ``text`` that cannot be read or is not below ``root``."""
     try:
         for source in text.sources:
             if is_file_name(source.source):
-                find(source.source).check()
+                find(source.source, root).check()
     except TextError as error:
         error.param = param
         raise

@@ -83,16 +83,14 @@ def token_batches(
     seed: int,
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
-    *,
-    allowed_root: Path | None = None,
 ) -> TokenBatches:
     """The token batches of ``role``. ``seed`` draws the sequences of calibration and fitness, and the model's own text; report
-    text is the same for every seed. With ``allowed_root``, files are relative to it and must lie inside it.
+    text is the same for every seed.
 
     Raises :class:`TextError` whose ``param`` is the request's field, :class:`CancelledTaskError`, :class:`DiskFullError`.
     """
     try:
-        return _token_batches(config, role, loaded, cache, seed, progress, cancelled, allowed_root)
+        return _token_batches(config, role, loaded, cache, seed, progress, cancelled)
     except TextError as error:
         error.param = _FIELDS[role]
         raise
@@ -106,12 +104,11 @@ def _token_batches(
     seed: int,
     progress: Callable[[str], None],
     cancelled: Callable[[], bool],
-    allowed_root: Path | None,
 ) -> TokenBatches:
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     if context is not None and config.length > context:
         raise TextError(f"Sequences of {config.length} tokens are longer than the model's context of {context}. Lower length.")
-    named = {s.source: files.find(s.source, allowed_root) for s in config.sources if files.is_file_name(s.source)}
+    named = {s.source: files.find(s.source) for s in config.sources if files.is_file_name(s.source)}
     for file in named.values():
         file.check()
     asked = {

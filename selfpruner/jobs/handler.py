@@ -49,11 +49,12 @@ ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
 
 
 class SessionHandler:
-    """Does tasks on one device, one at a time. ``model_root`` bounds local model folders (None: any)."""
+    """Does tasks on one device, one at a time. ``model_root`` bounds local models and ``text_root`` text files (None: any)."""
 
-    def __init__(self, device: str = "auto", *, model_root: Path | None = None) -> None:
+    def __init__(self, device: str = "auto", *, model_root: Path | None = None, text_root: Path | None = None) -> None:
         self.device = device
         self.model_root = model_root
+        self.text_root = text_root
         self._loaded: tuple[tuple[str, str, str, int | None], LoadedModel] | None = None
         self._prepared: tuple[str, Prepared] | None = None
         self._files: dict[str, str] = {}  # of its texts, as they were then
@@ -120,7 +121,7 @@ class SessionHandler:
         cache_folder.limit()
         models.choose_device(self.device if config.device == "auto" else config.device)
         places.writable_folder(cache, param="cache")
-        files.look_at(config, roles)
+        files.look_at(config, roles, self.text_root)
         return config, cache
 
     def _forget_what_changed(self, session: Session) -> None:
@@ -327,11 +328,14 @@ def _plan_of(session: Session) -> Plan | None:
 
 
 class ServedSessionHandler(SessionHandler):
-    """A server's: its requests name models below ``SELFPRUNER_MODEL_ROOT`` only. Other processes do not read that variable."""
+    """A server's: its requests name models below ``SELFPRUNER_MODEL_ROOT`` and texts below ``SELFPRUNER_TEXT_ROOT`` only. Other
+    processes do not read these variables."""
 
     def __init__(self, device: str = "auto") -> None:
-        root = os.environ.get("SELFPRUNER_MODEL_ROOT")
-        super().__init__(device, model_root=Path(root) if root else None)
+        model_root, text_root = (os.environ.get(f"SELFPRUNER_{kind}_ROOT") for kind in ("MODEL", "TEXT"))
+        super().__init__(
+            device, model_root=Path(model_root) if model_root else None, text_root=Path(text_root) if text_root else None
+        )
 
 
 def _digests(config: SearchConfig) -> dict[str, str]:

@@ -93,7 +93,6 @@ class Context:
     reflections: Reflections = Reflections()
     hints: Sequence[Hint] = ()
     landscape: Landscape | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
     signals: Mapping[str, Any] = field(default_factory=dict)
 
     def snapshot(self) -> Context:

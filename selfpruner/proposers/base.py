@@ -25,6 +25,10 @@ OUTCOMES: Mapping[str, str] = {
     "invalid": "JSON that does not fit the schema: wrong length, out of range, NaN",
     "no_new_plan": "valid, but every plan was known already",
 }
+# What a repair turn may mend, and what is a verdict on a text, which a replay reaches again. The other outcomes come from the
+# transport, and a replay repeats them as they are.
+REPAIRABLE = ("not_json", "invalid")
+VERDICTS = (*REPAIRABLE, "ok", "repaired", "no_new_plan")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 import prompts
 from selfpruner.config import LlmLimits
 from selfpruner.errors import ConflictError, ProposerError
-from selfpruner.proposers.base import CallError, Proposer, Reply, Request
+from selfpruner.proposers.base import REPAIRABLE, VERDICTS, CallError, Proposer, Reply, Request
 from selfpruner.proposers.reply import NotJsonError, extract
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.records import LlmCall, Recorder
@@ -33,9 +33,6 @@ Chat = tuple[Mapping[str, str], ...]
 
 FAILURES_IN_A_ROW = 3
 MAX_TEMPERATURE = 1.4
-_REPAIRABLE = ("not_json", "invalid")
-# Outcomes that are a verdict on a text; the others come from the transport and are replayed as they are.
-_VERDICTS = (*_REPAIRABLE, "ok", "repaired", "no_new_plan")
 _DETAIL = 500  # characters of remarks on one reply
 
 
@@ -133,12 +130,12 @@ class LlmChannel:
                 try:
                     answer = await self._call(question, chat, "ok")
                 except CallError as error:
-                    if error.code not in _REPAIRABLE or error.reply is None or self.exhausted:
+                    if error.code not in REPAIRABLE or error.reply is None or self.exhausted:
                         raise
                     second = prompts.repair(chat, error.reply.text, error.message)
                     answer = await self._call(question, second, "repaired")
             except CallError as error:
-                if vital or error.code not in _VERDICTS:
+                if vital or error.code not in VERDICTS:
                     self._failed(generation, error)
                 raise
             finally:
@@ -251,6 +248,6 @@ def explain(error: ValidationError) -> str:
 
 def _replayed(call: LlmCall) -> Reply:
     reply = Reply(call.reply, call.model, call.prompt_tokens, call.completion_tokens, call.seconds, call.cost)
-    if call.outcome not in _VERDICTS:
+    if call.outcome not in VERDICTS:
         raise CallError(call.detail, code=call.outcome, reply=reply)
     return reply

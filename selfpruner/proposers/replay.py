@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner.errors import ConfigError
-from selfpruner.proposers.base import OUTCOMES, CallError, Reply, Request
-
-# What the transport said. The others are verdicts on a text, which the reader of the reply reaches again.
-_VERDICTS = ("ok", "repaired", "not_json", "invalid", "no_new_plan")
+from selfpruner.proposers.base import OUTCOMES, VERDICTS, CallError, Reply, Request
 
 
 class ReplayProposer:
@@ -42,7 +39,7 @@ class ReplayProposer:
             0.0,
         )
         outcome = str(call.get("outcome", "ok"))
-        if outcome not in _VERDICTS:
+        if outcome not in VERDICTS:
             raise CallError(str(call.get("detail") or "as recorded"), code=outcome, reply=reply)
         return reply
 

@@ -11,8 +11,6 @@ from selfpruner.pruning.patterns.structured import (
     ffn_block,
     measure_attention,
     measure_ffn,
-    prepare_attention,
-    prepare_ffn,
 )
 
 Prunable = PrunableAttention | PrunableFfn | PrunableMasked
@@ -28,6 +26,4 @@ __all__ = [
     "ffn_block",
     "measure_attention",
     "measure_ffn",
-    "prepare_attention",
-    "prepare_ffn",
 ]

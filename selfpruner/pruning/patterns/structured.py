@@ -213,32 +213,6 @@ def attention_block(
     return PrunableAttention(arch, layer, factors.repair, heads, chosen)
 
 
-def prepare_ffn(
-    arch: Architecture,
-    layer: int,
-    stats: BlockStatistics,
-    criterion: UnitCriterion,
-    compensation: Compensation,
-    widths: Sequence[int],
-) -> PrunableFfn:
-    """:func:`measure_ffn` and :func:`ffn_block` in one."""
-    factors = measure_ffn(arch, layer, stats, criterion, compensation)
-    return ffn_block(arch, layer, factors, widths, adds_bias=compensation.adds_bias)
-
-
-def prepare_attention(
-    arch: Architecture,
-    layer: int,
-    stats: BlockStatistics,
-    criterion: UnitCriterion,
-    compensation: Compensation,
-    shapes: Sequence[tuple[int, int]],
-) -> PrunableAttention:
-    """:func:`measure_attention` and :func:`attention_block` in one."""
-    factors = measure_attention(arch, layer, stats, criterion, compensation)
-    return attention_block(arch, layer, factors, shapes, adds_bias=compensation.adds_bias)
-
-
 def _coupled(
     weights: AttentionWeights | FfnWeights, stats: BlockStatistics, gradients: Mapping[str, Gradients] | None
 ) -> dict[str, Matrix]:
