@@ -97,8 +97,8 @@ test-oldest: install $(OLDEST)/installed ## ordinary checkpoints in the oldest t
 # A folder for each version, which goes before .venv on the path of the process that tries it.
 $(OLDEST)/installed: constraints-oldest.txt | $(INSTALLED)
 	rm -rf $(OLDEST)
-	grep -v '^#' constraints-oldest.txt | while read -r version packages; do \
-		$(PIP) install --quiet --no-deps --target "$(OLDEST)/$$version" $$packages || exit 1; done
+	@{ grep -v '^#' constraints-oldest.txt | while read -r version packages; do \
+		$(PIP) install --quiet --no-deps --target "$(OLDEST)/$$version" $$packages || exit 1; done; } $(ONCE)
 	@touch $@
 
 test-vllm: install $(VLLM)/installed ## pruned checkpoints in vLLM on the CPU (Linux; downloads 0.65 GB)
