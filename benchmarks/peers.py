@@ -179,7 +179,7 @@ class Product:
         async def method(run: Run) -> Plan:
             windows = Windows.of(config)
             channel = None
-            if config.uses_llm and proposer is not None:
+            if "llm" in config.needs and proposer is not None:
                 client = create(config.proposer, proposer, pool=run.pool, session=run.session)
                 channel = LlmChannel(client, run.recorder, config.limits, proposer, config.seed)
             within = config if self.first else config.model_copy(update={**BUDGETED, "budget_tokens": run.budget})

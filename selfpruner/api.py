@@ -101,7 +101,7 @@ def search(
 
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
-    if config.uses_llm:
+    if "llm" in config.needs:
         names.check_proposer(config.proposer, named)
     folder, place = Path(directory), cache or default_cache()
     runs.refuse(folder, config)

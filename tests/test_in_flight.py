@@ -12,7 +12,7 @@ import pytest
 from selfpruner.config import LlmLimits
 from selfpruner.errors import ProposerError
 from selfpruner.operators.base import Context, Offspring
-from selfpruner.operators.llm import OPERATORS
+from selfpruner.operators.llm import Crossover, Mutate, Select
 from selfpruner.operators.reflect import Reflect
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.proposers.in_flight import in_flight
@@ -53,11 +53,11 @@ async def questions(channel: LlmChannel, on: Context) -> list[Offspring]:
     """All the questions of one generation, one after the other."""
     rng = random.Random(0)
     lessons = await Reflect(channel).reflect(on, rng)
-    on = replace(on, reflections=lessons, parents=await OPERATORS["select"](channel).select(on, 2, rng))  # type: ignore[union-attr]
+    on = replace(on, reflections=lessons, parents=await Select(channel).select(on, 2, rng))
     made: list[Offspring] = []
-    for name in ("crossover", "mutate"):
+    for kind in (Crossover, Mutate):
         try:
-            made += await OPERATORS[name](channel).propose(on, 3, rng)  # type: ignore[union-attr]
+            made += await kind(channel).propose(on, 3, rng)
         except ProposerError:
             continue
     return made
@@ -203,7 +203,7 @@ def test_two_that_ask_at_once_wait_for_each_other() -> None:
     async def story() -> None:
         gate, recorder = Gate(), MemoryRecorder()
         channel = channel_of(gate, recorder)
-        asking = [asyncio.create_task(OPERATORS[n](channel).propose(wide(), 2, random.Random(0))) for n in ("mutate", "crossover")]  # type: ignore[union-attr]
+        asking = [asyncio.create_task(kind(channel).propose(wide(), 2, random.Random(0))) for kind in (Mutate, Crossover)]
         await asyncio.sleep(0.01)
         assert gate.under_way == [1]
         gate.open.set()
@@ -252,7 +252,7 @@ def test_a_call_over_http_is_cut_when_it_is_cancelled(fake_openai: FakeOpenAI) -
     lab = Lab(fake_openai)
 
     async def story() -> None:
-        async with in_flight(OPERATORS["crossover"](lab.channel).propose(wide(), 1, random.Random(0))):  # type: ignore[union-attr]
+        async with in_flight(Crossover(lab.channel).propose(wide(), 1, random.Random(0))):
             while not fake_openai.requests:
                 await asyncio.sleep(0.01)
 

@@ -13,9 +13,8 @@ import pytest
 
 from selfpruner.config import LlmLimits
 from selfpruner.errors import ConflictError, ProposerError
-from selfpruner.names import LLM_OPERATORS
 from selfpruner.operators.base import Context
-from selfpruner.operators.llm import OPERATORS, Crossover, Initialize
+from selfpruner.operators.llm import Crossover, Initialize, Mutate, Select
 from selfpruner.operators.plan_format import PlanFormat
 from selfpruner.operators.prompt_facts import score
 from selfpruner.planning.space import Block, Option, Plan, SearchSpace, ffn_widths
@@ -26,6 +25,7 @@ from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.records import Candidate, LlmCall
 from tests.fake_openai import FakeOpenAI
 
+OPERATORS: dict[str, Any] = {operator.name: operator for operator in (Initialize, Select, Crossover, Mutate)}
 KEY = "sk-very-secret-0123456789"
 
 
@@ -429,8 +429,3 @@ def test_scores_are_relative_where_a_uniform_plan_is_known() -> None:
     bare = replace(on.history[0], relative=None, fitness=3.0)
     assert score(on, on.history[1]) == "93"
     assert score(replace(on, history=[bare, replace(bare, fitness=2.0)], population=[]), bare) == "150"
-
-
-def test_registry_and_names_agree() -> None:
-    assert set(OPERATORS) == set(LLM_OPERATORS)
-    assert all(make.name == name for name, make in OPERATORS.items())  # type: ignore[attr-defined]

@@ -62,7 +62,7 @@ def search(
         memory=memory,
     )
     checked = api.config_of(body)
-    proposers = from_environment() if checked.uses_llm else {}
+    proposers = from_environment() if "llm" in checked.needs else {}
     rest = {key: value for key, value in body.items() if key != "rate"}
     result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, **rest)
     if result.reused:

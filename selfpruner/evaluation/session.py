@@ -96,7 +96,7 @@ def prepare(
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     release()  # what writing text needed is gone before the factors come
     blocks, signals = prepare_blocks(config, arch, loaded, texts["calibration"], cache, progress, cancelled, plan)
-    if config.uses_spectra:
+    if "spectra" in config.needs:
         progress("looking at spectra")
         file = cache / "spectra" / f"{loaded.source.fingerprint}-{arch.dtype}.json"
         use(file, loaded.source.name, "spectra of its weights")

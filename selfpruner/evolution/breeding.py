@@ -16,9 +16,18 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import ProposerError
 from selfpruner.evolution.bandit import Bandit
 from selfpruner.evolution.state import NOTES_SHOWN, State
-from selfpruner.names import LLM_OPERATORS
-from selfpruner.operators import CLASSICAL, CROSSOVERS, Context, Offspring, Operator, ParentSelection, Rejected
-from selfpruner.operators.llm import OPERATORS, Select
+from selfpruner.operators import (
+    CLASSICAL,
+    OPERATORS,
+    Context,
+    LlmOperator,
+    Offspring,
+    Operator,
+    ParentSelection,
+    Rejected,
+)
+from selfpruner.operators.closed_form import Random, Uniform
+from selfpruner.operators.evolution import LevelSwitch
 from selfpruner.operators.reflect import Reflect
 from selfpruner.planning.space import Plan
 from selfpruner.proposers.llm_calls import LlmChannel
@@ -28,6 +37,10 @@ from selfpruner.records import Candidate
 REDRAWS = 20
 # The LLM reflects on every second generation: lessons change slowly, and a question costs as much as asking for plans.
 REFLECT_EVERY = 2
+# How many plans of the first population a closed-form operator is asked for that does not draw them.
+AT_FIRST = 8
+# Who fills what others left empty, in the first population and later.
+FIRST_FILLER, FILLER = Random, LevelSwitch
 
 
 class Breeder:
@@ -37,33 +50,36 @@ class Breeder:
         self.config = config
         self.state = state
         self.channel = channel
-        self.bandit = Bandit([name for name in config.operators if name != "select"])
-        self.llm_only = all(name in LLM_OPERATORS for name in (*config.initial, *config.operators))
+        self._makers = [name for name in config.operators if issubclass(OPERATORS[name], Operator)]
+        self.bandit = Bandit(self._makers)
+        self.llm_only = all("llm" in OPERATORS[name].needs for name in (*config.initial, *config.operators))
         self._uniform = uniform
         self._llm: dict[str, Operator] = {}
         self._select: ParentSelection | None = None
         self._reflect: Reflect | None = None
         if channel is not None:
-            self._llm = {name: OPERATORS[name](channel) for name in LLM_OPERATORS if name != "select"}  # type: ignore[misc]
-            self._select = Select(channel) if "select" in config.operators else None
+            named = dict.fromkeys((*config.initial, *config.operators))
+            asked = [cls(channel) for cls in (OPERATORS[name] for name in named) if issubclass(cls, LlmOperator)]
+            self._llm = {operator.name: operator for operator in asked if isinstance(operator, Operator)}
+            self._select = next((operator for operator in asked if isinstance(operator, ParentSelection)), None)
             self._reflect = None if self.llm_only else Reflect(channel)
 
     # -- initial plans -------------------------------------------------------------------------------------------------
     async def initial(self) -> list[Offspring]:
         """Plans of the closed-form operators, then the LLM's until the population is full (half of it more with both)."""
         config = self.config
-        found: dict[str, Offspring] = {self._uniform.hash: Offspring(self._uniform, "uniform")}
+        found: dict[str, Offspring] = {self._uniform.hash: Offspring(self._uniform, Uniform.name)}
         for name in config.initial:
-            if name in LLM_OPERATORS:
-                only = all(other in LLM_OPERATORS for other in config.initial)
+            if name in self._llm:
+                only = all(other in self._llm for other in config.initial)
                 count = config.population if only else max(2, config.population // 2)
                 await self._ask(self._llm[name], self.state.context(0), count, found)
             else:
-                await self._draw(name, 0, config.population if name == "random" else 8, found)
+                await self._draw(CLASSICAL[name], 0, config.population if CLASSICAL[name].endless else AT_FIRST, found)
         short = config.population - len(found)
         if short > 0 and self.llm_only:
             # An LLM that is down, or repeats itself, must not leave the population empty.
-            await self._draw("random", 0, short, found)
+            await self._draw(FIRST_FILLER, 0, short, found)
         return list(found.values())
 
     # -- children ------------------------------------------------------------------------------------------------------
@@ -95,14 +111,14 @@ class Breeder:
         assert self.channel is not None
         self.channel.new_generation(generation)
         known = self.state.context(generation, pending=pending).snapshot()
-        wanted = {name: share for name, share in self.shares(generation).items() if name in LLM_OPERATORS and share}
+        wanted = {name: share for name, share in self.shares(generation).items() if name in self._llm and share}
         if not wanted:
             return []
         if self._reflect is not None and generation % REFLECT_EVERY == 0:
             self.state.reflections = await self._reflect.reflect(known, self._rng(generation, "reflect"))
             known = replace(known, reflections=self.state.reflections)
         found: dict[str, Offspring] = {}
-        if "crossover" in wanted:
+        if any(self._llm[name].crosses for name in wanted):
             known = replace(known, parents=await self._parents(known))
         for name, share in wanted.items():
             await self._ask(self._llm[name], known, share, found)
@@ -116,14 +132,14 @@ class Breeder:
         if self.channel is not None and not self.channel.overlaps:
             arrived = await self._consult(generation)
         self._add(arrived, found)
-        shares = {name: share for name, share in self.shares(generation).items() if name not in LLM_OPERATORS}
+        shares = {name: share for name, share in self.shares(generation).items() if name not in self._llm}
         missing, whole = self.offspring - len(found), sum(shares.values())
         for name, share in shares.items():
             # What the LLM did not deliver goes to the others in proportion.
             count = -(-missing * share // whole) if whole else 0
-            await self._draw(name, generation, min(count, self.offspring - len(found)), found)
+            await self._draw(CLASSICAL[name], generation, min(count, self.offspring - len(found)), found)
         # An operator that finds nothing new leaves its slots to the one that always does.
-        await self._draw("level_switch", generation, self.offspring - len(found), found)
+        await self._draw(FILLER, generation, self.offspring - len(found), found)
         return list(found.values())
 
     async def _paper(self, generation: int) -> list[Offspring]:
@@ -133,23 +149,23 @@ class Breeder:
         parents = await self._parents(self.state.context(generation))
         for crosses, count in ((True, self.config.crossover_offspring), (False, self.config.mutation_offspring)):
             want = len(found) + count
-            for name in self.config.operators:
-                if name != "select" and (name in CROSSOVERS) == crosses and len(found) < want:
+            for name in self._makers:
+                if self._llm[name].crosses == crosses and len(found) < want:
                     context = self.state.context(generation, parents)
                     await self._ask(self._llm[name], context, want - len(found), found)
             if len(found) < want and not self.channel.open:
-                await self._draw("level_switch", generation, want - len(found), found)
+                await self._draw(FILLER, generation, want - len(found), found)
         return list(found.values())
 
     async def _parents(self, context: Context) -> list[tuple[Candidate, Candidate]]:
         """The pairs that the LLM selects; none where it does not."""
         if self._select is None:
             return []
-        rng = self._rng(context.generation, "select")
+        rng = self._rng(context.generation, self._select.name)
         try:
             return await self._select.select(context, max(self.config.crossover_offspring, 1), rng)
         except ProposerError as error:
-            self._note("select", error)
+            self._note(self._select.name, error)
             return []
 
     async def _ask(self, operator: Operator, context: Context, want: int, found: dict[str, Offspring]) -> None:
@@ -174,12 +190,12 @@ class Breeder:
             if len(found) == before or not self.llm_only:
                 return
 
-    async def _draw(self, name: str, generation: int, want: int, found: dict[str, Offspring]) -> None:
+    async def _draw(self, kind: type[Operator], generation: int, want: int, found: dict[str, Offspring]) -> None:
         """``want`` new plans of a classical operator; the landscape picks them from several times as many."""
-        operator = CLASSICAL[name]()
+        operator = kind()
         start = len(found)
-        rng = self._rng(generation, name)
-        choosy = generation > 0 and self.state.landscape is not None and operator.name not in ("reallocate", "random")
+        rng = self._rng(generation, operator.name)
+        choosy = generation > 0 and self.state.landscape is not None and operator.picked
         more = self.config.oversample if choosy else 1
         for _ in range(REDRAWS):
             missing = want - (len(found) - start)

@@ -26,8 +26,8 @@ from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.state import Mark, State, standing
 from selfpruner.evolution.survey import Surveyor
 from selfpruner.evolution.windows import Windows
-from selfpruner.names import LLM_OPERATORS
-from selfpruner.operators import Offspring
+from selfpruner.operators import OPERATORS, Offspring
+from selfpruner.operators.closed_form import Ramp, Uniform
 from selfpruner.planning.landscape import Landscape, spearman
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers.in_flight import in_flight
@@ -65,7 +65,7 @@ class Search:
 
     async def run(self) -> Outcome:
         """Probe, search, decide. Raises SelfprunerError when no plan at all could be scored."""
-        if self._needs_probes():
+        if "probes" in self.config.needs or len(self.config.objective) > 1:
             await self._probe()
         children = await self.breeder.initial()
         self._check_budget(len(children))
@@ -84,10 +84,6 @@ class Search:
         return await self._final(stopped)
 
     # -- probes --------------------------------------------------------------------------------------------------------
-    def _needs_probes(self) -> bool:
-        names = (*self.config.initial, *self.config.operators)
-        return "sensitivity" in names or "reallocate" in names or self.config.uses_llm or len(self.config.objective) > 1
-
     async def _probe(self) -> None:
         """The sensitivity of every block of the dense model: where the landscape starts."""
         self._report("probing", f"measuring the sensitivity of {len(self.space.blocks)} blocks")
@@ -98,7 +94,8 @@ class Search:
     async def _survey(self) -> None:
         """Show the landscape what every block's next levels would do, where that is due and tokens are left for it."""
         leader, landscape = self.state.leader, self.state.landscape
-        wanted = "reallocate" in self.config.operators and self.surveyor.made < self.config.surveys and self.config.fitness == "kl"
+        askers = [name for name in self.config.operators if "surveys" in OPERATORS[name].needs]
+        wanted = askers and self.surveyor.made < self.config.surveys and self.config.fitness == "kl"
         if leader is None or landscape is None or not wanted:
             return
         if not self._affordable(self.surveyor.tokens + self._generation_tokens()):
@@ -107,7 +104,9 @@ class Search:
         if place is None:
             return
         self._report("probing", f"generation {self.generation}: looking around the best plan")
-        self._thinking["reallocate"] += await self.surveyor.around(place, Plan(leader.levels), landscape, self.generation)
+        seconds = await self.surveyor.around(place, Plan(leader.levels), landscape, self.generation)
+        for name in askers:
+            self._thinking[name] += seconds / len(askers)
         landscape.fit(self.generation)
 
     # -- scoring plans -------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ class Search:
 
     def _may_stay(self, candidate: Candidate) -> bool:
         """The uniform plan is a reference for all, and a member of the population only where the config starts with it."""
-        return candidate.plan_hash != self.uniform.hash or "uniform" in self.config.initial
+        return candidate.plan_hash != self.uniform.hash or Uniform.name in self.config.initial
 
     def _credit(self, fresh: Sequence[Candidate], lowest: float | None) -> None:
         """Who improved on the best so far, in the order the plans were made."""
@@ -243,7 +242,7 @@ class Search:
         hidden behind the scoring."""
         if self.channel is None:
             return
-        arms = [name for name in self.breeder.bandit.arms if name in LLM_OPERATORS]
+        arms = [name for name in self.breeder.bandit.arms if "llm" in OPERATORS[name].needs]
         for name, seconds in self.channel.take_seconds().items():
             # Selecting parents and reflecting serve all of them.
             for arm in [name] if name in arms else arms:
@@ -254,7 +253,7 @@ class Search:
         self._thinking.clear()
         if self.channel is not None and self.channel.overlaps:
             hidden = sum(seconds.values())
-            thinking = {n: max(0.0, s - hidden) if n in LLM_OPERATORS else s for n, s in thinking.items()}
+            thinking = {n: max(0.0, s - hidden) if "llm" in OPERATORS[n].needs else s for n, s in thinking.items()}
         self.breeder.bandit.reward(gains, seconds, thinking, Counter(c.operator for c in fresh))
 
     def _check_budget(self, children: int) -> None:
@@ -325,7 +324,7 @@ class Search:
                 },
             )
         self._report("searching", "final: re-scoring the best plans on unseen tokens")
-        ramps = [c for c in state.context(number).history if c.operator == "ramp"]
+        ramps = [c for c in state.context(number).history if c.operator == Ramp.name]
         ramp = ramps[0] if ramps else None
         uniform = state.candidates[self.uniform.hash]
         entrants = {c.plan_hash: c for c in (*state.population, *([ramp] if ramp else []), uniform)}

@@ -73,7 +73,7 @@ async def run_job(
     for a proposer the settings do not name and ConfigError for a fitness text too short for the stages, both before any work.
     """
     started = time.monotonic()
-    if config.uses_llm:
+    if "llm" in config.needs:
         names.check_proposer(config.proposer, proposer_settings)
     session = session_of(config, cache)
     windows = Windows.of(config)
@@ -98,7 +98,7 @@ async def run_job(
     evaluator = Evaluator(pool, session, recorder)
     evaluator.peak_mib = float(prepared.get("peak_mib", 0.0))
     channel = None
-    if config.uses_llm:
+    if "llm" in config.needs:
         settings = proposer_settings[config.proposer]
         proposer = create(config.proposer, settings, pool=pool, session=session)
         channel = LlmChannel(proposer, recorder, config.limits, settings, config.seed)

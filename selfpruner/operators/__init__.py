@@ -1,36 +1,23 @@
-"""Operators. To add one: its own file, a line in a table here and in ``names``, a subclass of the conformance test."""
+"""Operators. To add one: its own file, a line in ``names.OPERATORS``, a subclass of the conformance test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from selfpruner.operators.allocation import Alpha, FlapGlobal, Owl
+from selfpruner import names
 from selfpruner.operators.base import Context, Hint, Offspring, Operator, ParentSelection, Reflections, Rejected
-from selfpruner.operators.closed_form import Ramp, Random, Sensitivity, Uniform
-from selfpruner.operators.evolution import LevelSwitch, Recombine
-from selfpruner.operators.reallocate import Reallocate
+from selfpruner.operators.llm import LlmOperator
 
-CLASSICAL: dict[str, Callable[[], Operator]] = {
-    "uniform": Uniform,
-    "ramp": Ramp,
-    "sensitivity": Sensitivity,
-    "random": Random,
-    "owl": Owl,
-    "alpha": Alpha,
-    "flap_global": FlapGlobal,
-    "level_switch": LevelSwitch,
-    "recombine": Recombine,
-    "reallocate": Reallocate,
+OPERATORS: dict[str, type[Operator | ParentSelection]] = {name: entry.load() for name, entry in names.OPERATORS.items()}
+# Made without arguments; those of the LLM take its channel.
+CLASSICAL: dict[str, type[Operator]] = {
+    name: cls for name, cls in OPERATORS.items() if issubclass(cls, Operator) and not issubclass(cls, LlmOperator)
 }
-
-# What makes one plan of two.
-CROSSOVERS = ("crossover", "recombine")
 
 __all__ = [
     "CLASSICAL",
-    "CROSSOVERS",
+    "OPERATORS",
     "Context",
     "Hint",
+    "LlmOperator",
     "Offspring",
     "Operator",
     "ParentSelection",

@@ -6,7 +6,8 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from selfpruner.operators.base import Context, Offspring
+from selfpruner.names import OPERATORS
+from selfpruner.operators.base import Context, Offspring, Operator
 from selfpruner.planning.space import Plan, SearchSpace
 
 # OWL: no layer's rate is further than this from the highest-rated layer's half-way point (the paper's lambda).
@@ -16,7 +17,7 @@ OWL_LAMBDA = 0.08
 ALPHA_BAND = 0.3
 
 
-class Owl:
+class Owl(Operator):
     """Layers with more outliers keep more: rates linear in the outlier ratio, within 2 lambda of each other (arXiv 2310.05175)."""
 
     name = "owl"
@@ -36,10 +37,11 @@ def owl_rates(ratios: Sequence[float], rate: float, band: float = OWL_LAMBDA) ->
     return [rate + mean - share for share in kept]
 
 
-class Alpha:
+class Alpha(Operator):
     """Layers with heavier-tailed spectra keep more: rates linear in the exponents (AlphaPruning, arXiv 2410.10912)."""
 
     name = "alpha"
+    needs = OPERATORS[name].needs
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:  # noqa: ARG002
         exponents = context.signals.get("spectral_exponents")
@@ -55,7 +57,7 @@ def alpha_rates(exponents: Sequence[float], rate: float, band: float = ALPHA_BAN
     return [rate * share * len(shares) / sum(shares) for share in shares]
 
 
-class FlapGlobal:
+class FlapGlobal(Operator):
     """One threshold on the standardised scores of all units of the model (FLAP's AL-AM, arXiv 2312.11983)."""
 
     name = "flap_global"

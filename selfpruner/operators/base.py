@@ -7,12 +7,14 @@ LLM operators and classical ones are alike to the loop.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from selfpruner.names import OperatorNeed
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate
 
@@ -104,20 +106,32 @@ class Context:
         return replace(self, population=of["population"], history=of["history"], pending=of["pending"], parents=pairs)
 
 
-class Operator(Protocol):
-    """``propose`` returns at most about ``count`` offspring, all legal and within budget; fewer, or none, is allowed.
+class Operator(ABC):
+    """Makes plans. A class says what the search has to know about it:
 
-    Raises ProposerError when an LLM gave nothing usable; the loop counts such failures.
+    ``needs``: what must be there for it to say anything. ``crosses``: it makes one plan of two. ``endless``: it always has as many
+    new plans as it is asked for. ``picked``: of several times as many proposals the landscape's model picks the most promising.
     """
 
-    name: str
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[OperatorNeed]] = frozenset()
+    crosses: ClassVar[bool] = False
+    endless: ClassVar[bool] = False
+    picked: ClassVar[bool] = True
 
-    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]: ...
+    @abstractmethod
+    async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
+        """At most about ``count`` offspring, all legal and within budget; fewer, or none, is allowed.
+
+        Raises ProposerError when an LLM gave nothing usable; the loop counts such failures.
+        """
 
 
-class ParentSelection(Protocol):
-    """An operator that chooses parents instead of making plans (the LLM's ``select``)."""
+class ParentSelection(ABC):
+    """Chooses parents instead of making plans (the LLM's ``select``)."""
 
-    name: str
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[OperatorNeed]] = frozenset()
 
+    @abstractmethod
     async def select(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, Candidate]]: ...

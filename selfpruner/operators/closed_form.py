@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 
-from selfpruner.operators.base import Context, Offspring
+from selfpruner.names import OPERATORS
+from selfpruner.operators.base import Context, Offspring, Operator
 from selfpruner.planning.allocation import cheapest, predicted_losses, ramp
 
 # End-to-end change of the rate over the depth, as a share of the target rate: early layers keep more when positive.
 SLOPES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, -0.2, -0.4, -0.6)
 
 
-class Uniform:
+class Uniform(Operator):
     """The target rate everywhere."""
 
     name = "uniform"
@@ -20,7 +21,7 @@ class Uniform:
         return [Offspring(context.space.project([context.space.rate] * context.space.layers), self.name)]
 
 
-class Ramp:
+class Ramp(Operator):
     """Rates linear in depth, one plan per slope (ATP, peers.md: a grid of at most nine). Slope 0 is the uniform plan."""
 
     name = "ramp"
@@ -30,10 +31,12 @@ class Ramp:
         return [Offspring(space.project(ramp(space, slope)), self.name) for slope in SLOPES[1 : count + 1]]
 
 
-class Random:
+class Random(Operator):
     """Rates drawn around the target: normal with a spread of half of it."""
 
     name = "random"
+    endless = True
+    picked = False  # what is known of the landscape has no say here
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
         space = context.space
@@ -42,13 +45,14 @@ class Random:
         ]
 
 
-class Sensitivity:
+class Sensitivity(Operator):
     """The plan of smallest predicted KL under the budget, and less trusting mixtures of it with the uniform plan.
 
     A block's predicted KL at a level is its probe's KL times the level's error over the probed level's error; blocks add up.
     """
 
     name = "sensitivity"
+    needs = OPERATORS[name].needs
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:  # noqa: ARG002
         if not context.sensitivities:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from selfpruner.errors import BudgetError
-from selfpruner.operators.base import Context, Offspring
+from selfpruner.operators.base import Context, Offspring, Operator
 from selfpruner.planning.space import Plan, SearchSpace
 
 # Three times out of four the children of one call keep all blocks before a common one, drawn from this part of the plan: the engine
@@ -15,11 +15,12 @@ KEPT = (0.3, 0.9)
 KEEPING = 0.75
 
 
-class LevelSwitch:
+class LevelSwitch(Operator):
     """Some dials one setting up, as many down, budget repaired; min of two draws from 1..3 exchanges, as in EvoPress. A call's
     children mostly differ from their parents behind a common block only, another one every time."""
 
     name = "level_switch"
+    endless = True
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
         if not context.population:
@@ -34,10 +35,11 @@ class LevelSwitch:
         return found
 
 
-class Recombine:
+class Recombine(Operator):
     """Every layer's rates from one of two parents, then the budget is repaired."""
 
     name = "recombine"
+    crosses = True
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
         if len(context.population) < 2:

@@ -11,15 +11,16 @@ children carry ``informed_by``. An operator asked by two coroutines at once woul
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from selfpruner.errors import BudgetError, ProposerError
+from selfpruner.names import OPERATORS
 from selfpruner.operators import prompt_facts as facts
-from selfpruner.operators.base import Context, Offspring, Rejected
+from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Rejected
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed
 from selfpruner.planning.space import Plan
 from selfpruner.proposers.base import CallError
@@ -35,7 +36,7 @@ _OFF_TARGET = 5.0  # percentage points of the average rate that are worth a note
 class LlmOperator:
     """What all questions have in common: the channel, the facts of a prompt, notes on what was rejected."""
 
-    name: str
+    name: ClassVar[str]
 
     def __init__(self, channel: LlmChannel) -> None:
         self.rejected: list[Rejected] = []
@@ -78,7 +79,7 @@ class LlmOperator:
         return HEAT_PER_STALE_GENERATION * context.stale_generations
 
 
-class _PlanMaker(LlmOperator, ABC):
+class _PlanMaker(LlmOperator, Operator):
     """An operator whose replies are plans: as many questions as it takes, a few plans each."""
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
@@ -207,6 +208,7 @@ class Initialize(_PlanMaker):
     """Plans from target and sensitivities alone."""
 
     name = "initialize"
+    needs = OPERATORS[name].needs
 
     def _advice(self, context: Context, plans: PlanFormat) -> dict[str, Any]:  # noqa: ARG002
         return {"lessons": []}
@@ -222,6 +224,8 @@ class Crossover(_PlanMaker):
     """One plan from two parents."""
 
     name = "crossover"
+    needs = OPERATORS[name].needs
+    crosses = True
 
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:
         if context.parents:
@@ -235,6 +239,7 @@ class Mutate(_PlanMaker):
     """One plan from one parent: the answer holds only what changes."""
 
     name = "mutate"
+    needs = OPERATORS[name].needs
 
     def _example(self, plans: PlanFormat, count: int) -> str:
         return plans.example_of_changes(count)
@@ -260,10 +265,11 @@ class Pairs(Answer):
     pairs: list[list[int]] = Field(min_length=1)
 
 
-class Select(LlmOperator):
+class Select(LlmOperator, ParentSelection):
     """The LLM chooses which candidates become parents."""
 
     name = "select"
+    needs = OPERATORS[name].needs
 
     async def select(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, Candidate]]:
         """At most ``count`` pairs of different candidates of the population. Raises ProposerError when none came back."""
@@ -299,11 +305,6 @@ class Select(LlmOperator):
                 break
             shown.append(candidate)
         return shown
-
-
-OPERATORS: dict[str, Callable[[LlmChannel], Initialize | Crossover | Mutate | Select]] = {
-    operator.name: operator for operator in (Initialize, Select, Crossover, Mutate)
-}
 
 
 def _score_of(context: Context, plan: Plan) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from selfpruner.operators.base import Context, Offspring
+from selfpruner.names import OPERATORS
+from selfpruner.operators.base import Context, Offspring, Operator
 from selfpruner.planning.allocation import cheapest
 from selfpruner.planning.space import Plan
 
@@ -12,12 +13,14 @@ from selfpruner.planning.space import Plan
 RADII = (0.1, 0.05, 0.2)
 
 
-class Reallocate:
+class Reallocate(Operator):
     """Of several children the first takes the losses as expected, of levels near the leader's and of all that were measured or
     foreseen somewhere; the others a draw each from what is still possible (Thompson sampling over plans), in turn within narrow and
     wide bounds."""
 
     name = "reallocate"
+    needs = OPERATORS[name].needs
+    picked = False  # its plans are what the landscape promises already
 
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
         if context.landscape is None or not context.population:

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfpruner import names
-from selfpruner.operators import CLASSICAL, CROSSOVERS, Context, Offspring, Operator, closed_form
+from selfpruner.config import SearchConfig
+from selfpruner.operators import CLASSICAL, OPERATORS, Context, LlmOperator, Offspring, Operator
 from selfpruner.operators.allocation import Alpha, FlapGlobal, Owl, alpha_rates, below_threshold, owl_rates
 from selfpruner.operators.closed_form import SLOPES, Ramp, Random, Sensitivity, Uniform
 from selfpruner.operators.evolution import LevelSwitch, Recombine, switch
-from selfpruner.operators.llm import OPERATORS
 from selfpruner.operators.reallocate import RADII, Reallocate
+from selfpruner.planning import allocation
 from selfpruner.planning.allocation import cheapest, predicted_losses, ramp
 from selfpruner.planning.landscape import Landscape
 from selfpruner.planning.space import Plan, SearchSpace
@@ -59,10 +60,10 @@ def context_of(space: SearchSpace, members: int = 5, **changes: Any) -> Context:
 
 
 class OperatorSuite:
-    """Subclass it with ``operator``; ``needs`` is how many members of the population it needs to say anything."""
+    """Subclass it with ``operator``; ``members``: how many of the population it needs to say anything."""
 
     operator: ClassVar[type[Operator]]
-    needs: ClassVar[int] = 0
+    members: ClassVar[int] = 0
 
     def propose(self, context: Context, count: int, seed: int = 0) -> list[Offspring]:
         return asyncio.run(self.operator().propose(context, count, random.Random(seed)))
@@ -75,7 +76,7 @@ class OperatorSuite:
         space = space_of(**SPACES[name])
         context = context_of(space)
         children = self.propose(context, 9)
-        assert children or len(context.population) < self.needs
+        assert children or len(context.population) < self.members
         known = {member.plan_hash for member in context.population}
         for child in children:
             space.check(child.plan)
@@ -94,8 +95,22 @@ class OperatorSuite:
         assert len(self.propose(context, 1)) <= 1
 
     def test_too_small_a_population_gives_nothing(self) -> None:
-        for members in range(self.needs):
+        for members in range(self.members):
             assert self.propose(context_of(space_of(), members), 3) == []
+
+    def test_says_nothing_without_what_it_needs_and_can_do_without_the_rest(self) -> None:
+        context = context_of(space_of(**SPACES["smollm"]))
+        signals = {name: values for name, values in context.signals.items() if name != "spectral_exponents"}
+        for need, without in (("probes", {"sensitivities": (), "probe_levels": ()}), ("spectra", {"signals": signals})):
+            assert bool(self.propose(replace(context, **without), 3)) == (need not in self.operator.needs)
+
+    def test_as_many_as_asked_where_it_has_no_end(self) -> None:
+        if self.operator.endless:
+            assert len(self.propose(context_of(space_of(**SPACES["smollm"])), 40)) == 40
+
+    def test_two_parents_where_it_crosses(self) -> None:
+        children = self.propose(context_of(space_of(**SPACES["smollm"])), 4)
+        assert self.operator.crosses == all(len(child.parents) == 2 for child in children)
 
     def test_no_global_randomness(self) -> None:
         before = random.getstate()
@@ -230,7 +245,7 @@ class TestFlapGlobal(OperatorSuite):
 
 class TestLevelSwitch(OperatorSuite):
     operator = LevelSwitch
-    needs = 1
+    members = 1
 
     def test_children_are_neighbours(self) -> None:
         space = space_of(**SPACES["smollm"])
@@ -276,7 +291,7 @@ class TestLevelSwitch(OperatorSuite):
 
 class TestRecombine(OperatorSuite):
     operator = Recombine
-    needs = 2
+    members = 2
 
     def test_both_parents_are_named_and_differ(self) -> None:
         for child in self.propose(context_of(space_of(**SPACES["smollm"])), 6):
@@ -291,14 +306,11 @@ class TestRecombine(OperatorSuite):
 
 class TestReallocate(OperatorSuite):
     operator = Reallocate
-    needs = 1
+    members = 1
 
     def propose(self, context: Context, count: int, seed: int = 0) -> list[Offspring]:
-        landscape = Landscape(context.space, context.sensitivities, context.probe_levels)
+        landscape = Landscape(context.space, context.sensitivities, context.probe_levels) if context.sensitivities else None
         return super().propose(replace(context, landscape=landscape), count, seed)
-
-    def test_without_a_landscape_it_says_nothing(self) -> None:
-        assert super().propose(context_of(space_of()), 3) == []
 
     def test_the_first_child_is_the_best_expected_one_within_reach(self) -> None:
         context = context_of(space_of(**SPACES["smollm"]))
@@ -370,7 +382,7 @@ def test_coarse_counting_costs_little(monkeypatch: pytest.MonkeyPatch) -> None:
         return sum(curve[level] for curve, level in zip(losses, plan.levels, strict=True))
 
     fine = spent()
-    monkeypatch.setattr(closed_form, "CELLS", 2000)
+    monkeypatch.setattr(allocation, "CELLS", 2000)
     assert fine * 0.999 <= spent() <= fine * 1.02
 
 
@@ -389,9 +401,17 @@ def test_predicted_losses_follow_the_errors() -> None:
     assert predicted_losses(space, [0.7, -0.3], [0, 2])[1] == [0.0] * 4
 
 
-def test_the_registries_and_the_tables_of_names_agree() -> None:
+def test_every_operator_is_what_its_line_says() -> None:
     assert {suite.operator for suite in OperatorSuite.__subclasses__()} == set(CLASSICAL.values())
-    assert set(CLASSICAL) == set(names.CLOSED_FORM_OPERATORS) | set(names.EVOLUTION_OPERATORS)
-    assert set(OPERATORS) == set(names.LLM_OPERATORS)
-    assert all(name == operator.name for name, operator in CLASSICAL.items())  # type: ignore[attr-defined]
-    assert set(CROSSOVERS) < set(names.OFFSPRING_OPERATORS)
+    for name, operator in OPERATORS.items():
+        assert operator.name == name
+        assert operator.needs == names.OPERATORS[name].needs
+        assert issubclass(operator, LlmOperator) == ("llm" in operator.needs)
+
+
+@pytest.mark.parametrize("name", names.OPERATORS)
+def test_a_config_needs_what_its_operators_need(name: str) -> None:
+    entry = names.OPERATORS[name]
+    named = {"initial": ("uniform", name)} if entry.initial else {"initial": ("uniform",), "operators": (name,)}
+    config = SearchConfig(rate=0.2, **{"operators": (), **named})
+    assert config.needs == entry.needs
