@@ -69,7 +69,7 @@ test-slow: install ## the heavy tests
 	$(TIED) -m pytest -q -m slow --timeout 1800
 
 test-llamacpp: install $(LLAMACPP)/installed ## exports in llama.cpp, which is compiled first (minutes)
-	OMP_NUM_THREADS=1 $(LLAMACPP)/bin/python -m pytest -q --timeout 1800 tests/test_gguf_llamacpp.py
+	OMP_NUM_THREADS=1 $(LLAMACPP)/bin/python -m pytest -q --timeout 1800 tests/service/test_gguf_llamacpp.py
 
 # llama.cpp and what only it needs; all else is taken from .venv. `make test-llamacpp JOBS=8` compiles on so many cores.
 $(LLAMACPP)/installed: constraints-llamacpp.txt | $(INSTALLED)
@@ -89,10 +89,10 @@ $(EVALUATE)/installed: $(INSTALLED) constraints-evaluate.txt
 	@touch $@
 
 test-evaluate: $(EVALUATE)/installed ## zero-shot tasks with lm-evaluation-harness
-	OMP_NUM_THREADS=1 $(EVALUATE)/bin/python -m pytest -q tests/test_harness.py
+	OMP_NUM_THREADS=1 $(EVALUATE)/bin/python -m pytest -q tests/service/test_harness.py
 
 test-oldest: install $(OLDEST)/installed ## ordinary checkpoints in the oldest transformers that read them (downloads 0.1 GB)
-	SELFPRUNER_OLDEST=$(abspath $(OLDEST)) OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m slow --timeout 1800 tests/test_old_transformers.py
+	SELFPRUNER_OLDEST=$(abspath $(OLDEST)) OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m slow --timeout 1800 tests/service/test_old_transformers.py
 
 # A folder for each version, which goes before .venv on the path of the process that tries it.
 $(OLDEST)/installed: constraints-oldest.txt | $(INSTALLED)
@@ -102,7 +102,7 @@ $(OLDEST)/installed: constraints-oldest.txt | $(INSTALLED)
 	@touch $@
 
 test-vllm: install $(VLLM)/installed ## pruned checkpoints in vLLM on the CPU (Linux; downloads 0.65 GB)
-	SELFPRUNER_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/pytest -q -s -m slow --timeout 3600 tests/test_vllm.py
+	SELFPRUNER_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/pytest -q -s -m slow --timeout 3600 tests/service/test_vllm.py
 
 # selfpruner comes without its dependencies: beside vLLM it is a plugin, which needs nothing more than vLLM has.
 $(VLLM)/installed: constraints-vllm.txt pyproject.toml | $(INSTALLED)

@@ -17,8 +17,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from selfpruner.workers import lifeline
-from tests.fake_openai import FakeOpenAI
+pytest.register_assert_rewrite("tests.helpers")
+
+from selfpruner.workers import lifeline  # noqa: E402
+from tests.helpers.fake_openai import FakeOpenAI  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     lifeline.hold(os.getppid())  # a run of the tests that is killed takes its processes along
@@ -29,7 +31,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama folder: 3 layers, hidden 32, 4 query heads, 2 KV heads of 8, FFN 64, vocabulary 128, tied. Read only."""
     import torch
 
-    from tests.tiny_models import tiny_model
+    from tests.helpers.tiny_models import tiny_model
 
     torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny_llama"), "llama")
@@ -38,7 +40,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sample_text() -> Callable[[int, int], str]:
     """``sample_text(n_words, seed)``: reproducible English-like text."""
-    from tests.tiny_models import sample_text
+    from tests.helpers.tiny_models import sample_text
 
     return sample_text
 
@@ -71,7 +73,7 @@ def fake_openai() -> Iterator[FakeOpenAI]:
 def warm_verifier() -> Iterator[None]:
     """Verifications that this process starts are forks of one that has torch loaded."""
     from selfpruner.export import proof
-    from tests.warm_verifier import WarmProcess
+    from tests.helpers.warm_verifier import WarmProcess
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "subprocess", SimpleNamespace(Popen=WarmProcess, DEVNULL=subprocess.DEVNULL))

@@ -16,7 +16,7 @@ from selfpruner.architectures.cost import attention_cost, decoder_parameters, ff
 from selfpruner.errors import UnsupportedModelError
 from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.models.family_layouts import LAYOUTS
-from tests.pruned import layers_of, load_tiny, ready, tokens_of
+from tests.helpers.pruned import layers_of, load_tiny, ready, tokens_of
 
 Shapes = dict[str, dict[str, Any]]
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}

@@ -26,7 +26,7 @@ from selfpruner.compensation.least_squares import (
 )
 from selfpruner.compensation.none import Nothing, complement
 from selfpruner.errors import UnknownNameError
-from tests.blocks import Sample, output_error, sample, statistics_of
+from tests.helpers.blocks import Sample, output_error, sample, statistics_of
 
 KINDS = ("white", "correlated", "low_rank", "offset")
 

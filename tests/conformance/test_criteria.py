@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ from selfpruner.criteria.obs import Obs, eliminate_channels
 from selfpruner.criteria.taylor import Taylor, TaylorMixed, TaylorSecond, TaylorVector
 from selfpruner.criteria.wanda import WandaSp
 from selfpruner.errors import ConfigError, UnknownNameError
-from tests.blocks import Sample, sample, statistics_of, with_gradients
+from tests.helpers.blocks import Sample, sample, statistics_of, with_gradients
+from tests.helpers.suites import suites_of
 
 KINDS = ("white", "correlated", "low_rank", "offset")
 
@@ -338,12 +339,6 @@ def test_the_registry_and_the_table_of_names_agree() -> None:
         assert isinstance(criterion(), WeightCriterion) == bool({"n_m", "unstructured"} & set(criterion.patterns))
     units = {cls for cls in criteria.CRITERIA.values() if "structured" in cls.patterns}
     assert {suite.criterion for suite in suites_of(CriterionSuite)} == units, "every criterion for units has its suite here"
-
-
-def suites_of(suite: type[Any]) -> list[type[Any]]:
-    """All below ``suite`` that name a criterion."""
-    below = [found for child in suite.__subclasses__() for found in (child, *suites_of(child))]
-    return [found for found in below if hasattr(found, "criterion")]
 
 
 def test_an_unknown_name_lists_the_known() -> None:

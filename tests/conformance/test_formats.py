@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 from transformers.models.auto import AutoTokenizer
 
-import tests.tiny_models as tiny
+import tests.helpers.tiny_models as tiny
 from selfpruner import names
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, ExportError, FormatError, UnknownNameError
 from selfpruner.export import formats, proof
@@ -24,7 +24,8 @@ from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.files import manifest
-from tests.test_export import CARD, ROOT, folder, prune, units_of
+from tests.helpers import ROOT
+from tests.helpers.cut_models import CARD, folder, prune, units_of
 
 CONVERTER = """
 import sys

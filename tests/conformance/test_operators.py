@@ -25,7 +25,7 @@ from selfpruner.planning.allocation import cheapest, predicted_losses, ramp
 from selfpruner.planning.landscape import Landscape
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate
-from tests.spaces import positions, shape, space_of
+from tests.helpers.spaces import positions, shape, space_of
 
 SPACES: dict[str, dict[str, Any]] = {
     "blocks": {"rate": 0.2},

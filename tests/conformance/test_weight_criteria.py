@@ -23,17 +23,11 @@ from selfpruner.criteria.taylor import Taylor
 from selfpruner.criteria.wanda import Wanda
 from selfpruner.criteria.zpruner import ZPruner, ZPrunerRows
 from selfpruner.errors import CalibrationError, ConfigError
-from tests.blocks import gradients_of, sample, statistics_of
-from tests.conformance.test_criteria import suites_of
+from tests.helpers.blocks import gradients_of, matrix, sample, statistics_of
+from tests.helpers.suites import suites_of
 
 HALVES = [Sparsity.n_m(kept, 4) for kept in (3, 2, 1)]
 SHARES = [Sparsity(share) for share in (0.1, 0.5, 0.55, 0.9)]
-
-
-def matrix(out: int = 24, width: int = 32, seed: int = 0, kind: str = "correlated") -> Matrix:
-    block = sample(width, out, seed=seed, kind=kind)
-    g = torch.Generator().manual_seed(seed + 100)
-    return Matrix("up", block.W.float(), block.stats, gradients_of(torch.randn(5, out, width, generator=g)))
 
 
 class WeightSuite:
