@@ -342,6 +342,8 @@ def evaluate(
     wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
     files.check(wanted, "text")
     places.writable_folder(place, param="cache")
+    for name in (str(model), *([] if against is None else [against])):
+        saved.precheck(name)
     with shown(progress) as tell:
         tell(f"loading {model}")
         if saved.is_pruned(folder):
@@ -414,6 +416,8 @@ def quality(
     results = MeasurementFile(Path(file))
     compared = str(against) if against is not None else str(subjects[0])
     asked = tuple(dict.fromkeys((compared, *map(str, subjects))))
+    for name in asked:
+        saved.precheck(name)
     where = models.choose_device(device)
     kept = cache or default_cache()
     with shown(progress) as tell:

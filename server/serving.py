@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from selfpruner.errors import ConfigError, disk_errors
-from selfpruner.files import places
+from selfpruner.files import cache_folder, places
 from selfpruner.store.store import Store
 from server.app import create_app
 from server.runner import Runner
@@ -59,6 +59,7 @@ def serve(settings: ServerSettings, ready: Callable[[str], None]) -> int:
 
     Raises ConfigError when the address or the home folder cannot be had, StoreError when another server owns the home folder.
     """
+    cache_folder.limit()  # or every job would find that it is no size
     places.writable_folder(settings.home, param="home")
     for folder in (settings.home, settings.cache, settings.checkpoints, settings.logs):
         with disk_errors(folder):

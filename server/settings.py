@@ -64,6 +64,13 @@ class ServerSettings(BaseSettings):
                 raise ValueError(error.message) from None
         return value
 
+    @field_validator("home", "model_root", "text_root", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value == "":  # pathlib takes it for the folder the server was started in
+            raise ValueError("is empty; name a folder, or leave the variable out")
+        return value
+
     @field_validator("home", "model_root", "text_root", mode="after")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:

@@ -70,6 +70,8 @@ def find(source: str, root: Path | None = None) -> TextFile:
             f"Unknown source of text {source!r}. Use {', '.join(WORDS)}, hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], or the path of a "
             "text file or of JSON lines."
         )
+    if root is None and (what := _other(Path(source))):
+        raise NoFileError(f"{source} is {what}.")
     raise NoFileError(
         f"There is no text file {source!r}. Check the path"
         + (" (it must lie inside the folder this server allows)." if root else ".")
@@ -82,6 +84,18 @@ def _existing(source: str, root: Path | None) -> Path | None:
         return path if path.is_file() and (root is None or path.is_relative_to(root.resolve())) else None
     except (OSError, ValueError, RuntimeError):  # null bytes, over-long names, loops of links
         return None
+
+
+def _other(path: Path) -> str:
+    """What there is in the place of a file, and what to do."""
+    try:
+        if path.expanduser().is_dir():
+            return "a folder; name a file in it, or several by repeating the option"
+        return (
+            "no ordinary file, and it is read more than once: write what it gives to a file" if path.expanduser().exists() else ""
+        )
+    except (OSError, ValueError, RuntimeError):
+        return ""
 
 
 def look_at(config: SearchConfig, roles: Collection[str], root: Path | None = None) -> None:

@@ -76,6 +76,8 @@ def read(directory: Path) -> dict[str, Any]:
 def _absent(directory: Path) -> ExportError:
     """Why there is no manifest, and what to do."""
     no = f"{directory} holds no {NAME}: "
+    if directory.is_file():
+        return ExportError(f"{directory} is a file; name the folder of a checkpoint.")
     if not directory.is_dir():
         return ExportError(f"{no}there is no such folder.")
     if (directory / "plan.json").exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from selfpruner.errors import ConfigError, DiskFullError, disk_errors
@@ -19,7 +20,16 @@ SPARE = 64 << 20
 def writable_folder(folder: Path, *, param: str = "output") -> None:
     """Raises ConfigError where ``folder`` is no folder, NoPermissionError where it, or what it would be made in, cannot be written,
     and DiskFullError for a full disk."""
-    place = _nearest(folder)
+    try:
+        str(folder).encode()  # in SQLite, JSON and safetensors a path is UTF-8
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            folder.expanduser().lstat()  # what _nearest asks is silent of names that are too long
+        place = _nearest(folder)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"The name {str(folder)!a} is not UTF-8. Name another folder.", param=param) from error
+    except (OSError, ValueError) as error:  # a name too long, a null byte
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{str(folder)[:100]!r} cannot be made: {why}. Name another folder.", param=param) from error
     if not place.is_dir():
         what = f"{folder} is a file" if place == folder else f"{folder} cannot be made, because {place} is a file"
         raise ConfigError(f"{what}; name a folder.", param=param)

@@ -49,9 +49,9 @@ def refuse(folder: Path, config: SearchConfig) -> None:
     """Raise what can be raised before anything is written: for a model that cannot be pruned, a folder that cannot be, or with
     something else where a first checkpoint would go. Where there is a search already the rest is :func:`find`'s to say: what it
     found is shown although its model may be gone."""
+    places.writable_folder(folder)
     if not (folder / DATABASE).is_file():
         models.precheck(config.model)
-    places.writable_folder(folder)
     place = folder / CHECKPOINT
     if not (folder / DATABASE).is_file() and place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ConfigError(f"{place} is there already, and no search in {folder} made it; name another folder.", param="output")

@@ -53,6 +53,15 @@ _BOUNDS = {
     "vocab_size": 1 << 23,
     "max_position_embeddings": 1 << 31,
 }
+# What transformers can be asked for by name (a test compares them with its own tables, which only torch can open).
+ACTIVATIONS = frozenset(
+    (
+        *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh"),
+        *("hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid"),
+        *("silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
+    )
+)
+ROPES = frozenset(("default", "dynamic", "linear", "llama3", "longrope", "proportional", "su", "yarn"))
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
@@ -84,6 +93,28 @@ def _check_numbers(path: Path, body: Mapping[str, Any]) -> None:
             )
         inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         left += [(f"{place}.{name}", item) for name, item in inner]
+
+
+def _check_functions(path: Path, config: Mapping[str, Any], activation: str) -> None:
+    """Raise :class:`ModelError` for an activation or a rotary table that no version of transformers can make."""
+    asked = [(activation, config.get(activation), ACTIVATIONS)]
+    for place in ("rope_parameters", "rope_scaling"):
+        value = config.get(place)
+        if value is not None and not isinstance(value, dict):
+            raise ModelError(
+                f"{path} says {place} = {value!r}; an object or null is possible. Download the model again.", param="model"
+            )
+        # Models whose layers differ have one for each kind of layer.
+        for part in (value, *value.values()) if value else ():
+            if isinstance(part, dict):
+                asked += [(f"{place}.{key}", part.get(key), ROPES) for key in ("rope_type", "type")]
+    for place, name, known in asked:
+        if name is not None and not (isinstance(name, str) and name in known):
+            raise ModelError(
+                f"{path} says {place} = {name!r}, which transformers does not know. Known: {', '.join(sorted(known))}. Compare it "
+                "with the file the model was published with.",
+                param="model",
+            )
 
 
 def refuse_pointer(path: Path) -> None:
@@ -163,6 +194,7 @@ def check_config(folder: Path) -> dict[str, Any]:
                 "The file is damaged or hostile: download the model again.",
                 param="model",
             )
+    _check_functions(path, config, layout.activation_key)
     pad, vocabulary = config.get("pad_token_id"), config["vocab_size"]
     if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocabulary <= pad < vocabulary):
         raise ModelError(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selfpruner.errors import ModelError, UnsupportedModelError
 from selfpruner.files import manifest
-from selfpruner.models import checks
+from selfpruner.models import checks, sources
 
 FORM = "selfpruner"  # what the model types of the modelling files begin with
 
@@ -44,6 +44,15 @@ def check(folder: Path) -> None:
             )
         for file in checks.weight_files(folder):
             checks.read_header(file)
+
+
+def precheck(name: str) -> None:
+    """Raise what can be known at once of a model or checkpoint that will be measured: :func:`selfpruner.models.precheck`."""
+    if is_pruned(Path(name)):
+        if not is_saved(Path(name)):
+            manifest.read(Path(name))
+    else:
+        sources.precheck(name)
 
 
 def fingerprint(folder: Path) -> str:

@@ -156,9 +156,9 @@ def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
             # Some templates know no system message (Mistral, Gemma): its text opens the first user message instead.
             merged = {"role": "user", "content": "\n\n".join(message["content"] for message in chat)}
             text = tokenizer.apply_chat_template([merged], tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     text = "".join(f"{message['role']}:\n{message['content']}\n\n" for message in chat) + "assistant:\n"
-    return list(tokenizer(text)["input_ids"])
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _fit(prompt: list[int], window: int | None, room: int) -> list[int]:

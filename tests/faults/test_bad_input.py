@@ -393,6 +393,8 @@ def test_admission_of_devices_and_proposers() -> None:
         ),
         ({"PROPOSERS": "{KEY"}, "JSON"),
         ({"MODEL_ROOT": "/no/such/folder"}, "not a folder"),
+        ({"MODEL_ROOT": ""}, "SELFPRUNER_MODEL_ROOT: is empty"),
+        ({"HOME": ""}, "SELFPRUNER_HOME: is empty"),
         ({"DEVICES": ","}, "SELFPRUNER_DEVICES"),
     ],
 )

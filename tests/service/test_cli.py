@@ -113,6 +113,10 @@ def test_no_wait_then_cancel(capsys: pytest.CaptureFixture[str]) -> None:
         ("serve --host 0.0.0.0", 2, "needs a token"),
         ("serve --model-root /no/such", 2, "not a folder"),
         ("serve --host 203.0.113.1", 2, "needs a token"),
+        ("serve --home /dev/null --port 0", 2, "/dev/null is a file; name a folder"),
+        ("serve --home /proc --port 0", 2, "/proc cannot be written"),
+        ("verify /dev/null", 1, "/dev/null holds no manifest.json"),
+        (f"verify {__file__}", 1, "test_cli.py is a file; name the folder of a checkpoint"),
     ],
 )
 def test_errors_are_one_line(line: str, code: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +124,16 @@ def test_errors_are_one_line(line: str, code: int, says: str, capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert out == ""
     assert says in one_line(err)
+
+
+def test_a_server_does_not_start_with_a_cache_limit_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SELFPRUNER_CACHE_LIMIT", "lots")
+    monkeypatch.setattr("server.serving._Server.run", lambda *_, **__: pytest.fail("it started"))
+    assert cli.run(["serve", "--port", "0", "--home", str(tmp_path / "home")]) == 2
+    assert "SELFPRUNER_CACHE_LIMIT is 'lots'" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "home").exists()
 
 
 def test_help_names_every_command_and_choice(capsys: pytest.CaptureFixture[str]) -> None:

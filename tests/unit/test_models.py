@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2CLS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import AutoTokenizer
 
 import selfpruner
@@ -244,6 +246,17 @@ def change(**changes: Any) -> Callable[[Path], None]:
         (change(rope_parameters={"rope_theta": math.inf}), ModelError, r"rope_parameters\.rope_theta = inf"),
         (change(eos_token_id=[2, {"__float__": "NaN"}]), ModelError, r"eos_token_id\.1 = NaN"),
         (lambda folder: edit(folder / "generation_config.json", temperature=math.nan), ModelError, "temperature = nan"),
+        (change(hidden_act="nonsense"), ModelError, "hidden_act = 'nonsense', which transformers does not know"),
+        (change(model_type="opt", ffn_dim=64, activation_function=5), ModelError, "activation_function = 5"),
+        (change(model_type="gemma2", hidden_activation="x"), ModelError, "hidden_activation = 'x'"),
+        (
+            change(rope_parameters={"rope_type": "nonsense", "rope_theta": 1.0}),
+            ModelError,
+            r"rope_parameters\.rope_type = 'nonsense'",
+        ),
+        (change(rope_parameters={"full_attention": {"rope_type": "x"}}), ModelError, r"rope_parameters\.rope_type = 'x'"),
+        (change(rope_scaling={"type": ["yarn"], "factor": 2.0}), ModelError, r"rope_scaling\.type = \['yarn'\]"),
+        (change(rope_parameters=5), ModelError, "rope_parameters = 5; an object or null"),
         (change(head_dim=16), ModelError, "has shape .* but config.json means"),
         (change(num_hidden_layers=4), ModelError, r"no tensor model\.layers\.3"),
         (change(tie_word_embeddings=False), ModelError, "lm_head"),
@@ -268,6 +281,11 @@ def test_refused_folders(
         resolve(str(folder), tmp_path)
     assert type(caught.value) is error
     assert caught.value.param == "model"
+
+
+def test_functions_that_a_config_may_name() -> None:
+    assert set(ACT2CLS) == checks.ACTIVATIONS
+    assert {*ROPE_INIT_FUNCTIONS, "default", "su"} == checks.ROPES  # Phi-3 was published with su, read as longrope
 
 
 F32 = {"dtype": "F32", "shape": [2]}

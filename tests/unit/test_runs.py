@@ -26,6 +26,7 @@ from selfpruner.errors import (
     NoPermissionError,
     TextError,
 )
+from selfpruner.export import checkpoint
 from selfpruner.files import places
 from selfpruner.jobs.handler import ServedSessionHandler, SessionHandler
 from selfpruner.jobs.run import JobResult
@@ -282,6 +283,43 @@ def test_texts_are_looked_at_before_the_model(fields: dict[str, Any], tmp_path: 
             call()
         assert caught.value.param == field
     assert [path.name for path in tmp_path.iterdir()] == ["model.raw"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "q\udcff", "a\0b"])
+def test_folders_whose_names_cannot_be(name: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfpruner.models.resolve", lambda *_, **__: pytest.fail("a model was read"))
+    calls: list[Callable[[Path], object]] = [
+        lambda place: api.search(0.2, place, cache=tmp_path / "c", **fields),
+        lambda place: api.prune(place, rate=0.2, cache=tmp_path / "c", **fields),
+        lambda place: api.prune(tmp_path / "o", rate=0.2, cache=place, **fields),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match="Name another folder"):
+            call(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_model_is_looked_at_before_one_is_measured(
+    fields: dict[str, Any], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded or fetched")
+
+    monkeypatch.setattr(checkpoint, "opened", loaded)
+    for name in ("selfpruner.models.resolve", "selfpruner.jobs.comparison.measure"):
+        monkeypatch.setattr(name, loaded)
+    (tmp_path / "text.txt").write_text("Some words. " * 1000)
+    missing, text, cache = str(tmp_path / "missing"), [str(tmp_path / "text.txt")], tmp_path / "c"
+    for call in (
+        lambda: api.evaluate(run / "checkpoint", text=text, against=missing, cache=cache),
+        lambda: api.evaluate(missing, text=text, against=fields["model"], cache=cache),
+        lambda: api.quality([run / "checkpoint", missing], tmp_path / "q.json", generation=True, cache=cache),
+        lambda: api.quality([fields["model"]], tmp_path / "q.json", generation=True, against=missing, cache=cache),
+    ):
+        with pytest.raises(ModelNotFoundError, match=r"There is no model .*missing"):
+            call()
+    assert cli.run(["compare", "-m", missing, "--rates", "0.2", "-o", str(tmp_path / "compare"), "--calibration", *text]) == 2
+    assert "There is no model" in capsys.readouterr().err
 
 
 def test_a_disk_without_room_is_found_before_the_work(
