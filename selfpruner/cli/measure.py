@@ -242,7 +242,6 @@ def compare(
         report["sources"] = [{"source": name} for name in text]
     checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})
     places.writable_folder(output)
-    models.precheck(checked.model)
     files.look_at(checked, ("report",))
     results = side_by_side.ComparisonFile(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
     if not results.rows:
