@@ -186,9 +186,14 @@ def check_proposer(name: str, known: Iterable[str]) -> None:
 
 
 @cache
-def plugins(group: str) -> Mapping[str, EntryPoint]:
+def plugins(group: str) -> dict[str, EntryPoint]:
     """What installed packages offer in a group of entry points, by name; nothing is imported."""
     return {point.name: point for point in entry_points(group=group)}
+
+
+def add_plugin(group: str, name: str, value: str) -> None:
+    """Make ``package.module:Class`` known in this process, as an installed package's entry point would be."""
+    plugins(group)[name] = EntryPoint(name, value, group)
 
 
 def plugin(group: str, name: str) -> Any:
