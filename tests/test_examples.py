@@ -82,7 +82,7 @@ def test_your_criterion(tiny_llama: Path, fields: Callable[..., Path], tmp_path:
 
 def test_your_llm(tiny_llama: Path, fields: Callable[..., Path], fake_openai: FakeOpenAI, tmp_path: Path) -> None:
     settings = {"LLM_URL": fake_openai.base_url, "LLM_MODEL": "scripted", "LLM_KEY": "sk-mine"}
-    printed = run("your_llm", tiny_llama, tmp_path / "out", fields(preset="self-pruner", population=4, offspring=2), **settings)
+    printed = run("your_llm", tiny_llama, tmp_path / "out", fields(preset="self-pruner", population=4, crossover_offspring=2, mutation_offspring=2), **settings)
     assert "the LLM as initialize: " in printed
     assert set(fake_openai.keys) == {"Bearer sk-mine"}
 

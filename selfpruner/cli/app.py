@@ -90,24 +90,9 @@ def serve(
 
 # -- jobs on a server --------------------------------------------------------------------------------------------------
 @app.command()
+@shared_options.spread
 def submit(
-    model: shared_options.Model = None,
-    rate: shared_options.Rate = None,
-    objective: shared_options.Objective = None,
-    rates: shared_options.Rates = None,
-    preset: shared_options.Preset = None,
-    pattern: shared_options.Pattern = None,
-    criterion: shared_options.Criterion = None,
-    compensation: shared_options.Compensation = None,
-    calibration: shared_options.Calibration = None,
-    generations: shared_options.Generations = None,
-    population: shared_options.Population = None,
-    proposer: shared_options.Proposer = None,
-    seed: shared_options.Seed = None,
-    device: shared_options.Device = None,
-    memory: shared_options.Memory = None,
-    config: shared_options.ConfigFile = None,
-    settings: shared_options.Settings = None,
+    options: shared_options.SearchOptions,
     metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Kept with the job; repeatable.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key twice is one job.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job and exit by its result.")] = True,
@@ -118,25 +103,7 @@ def submit(
 
     The exit code is 0 when the job succeeded. Ctrl-C leaves it running.
     """
-    body = shared_options.read_config(
-        config,
-        settings,
-        calibration=calibration,
-        model=model,
-        rate=rate,
-        objective=objective,
-        rates=rates,
-        preset=preset,
-        pattern=pattern,
-        criterion=criterion,
-        compensation=compensation,
-        generations=generations,
-        population=population,
-        proposer=proposer,
-        seed=seed,
-        device=device,
-        memory=memory,
-    )
+    body = options.body()
     with shared_options.client(url) as client:
         job = client.submit(body, metadata=_pairs(metadata), idempotency_key=idempotency_key)
         if not wait:

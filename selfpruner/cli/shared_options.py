@@ -1,16 +1,19 @@
-"""What command lines have in common: a server's address, and the search they ask for, from options, a JSON file, and ``--set
-key=value`` for every other field.
+"""What commands have in common: a server's address, and the fields of a search.
 
-Later ones win: file, then options, then ``--set``. The result is what a JSON request holds; SearchConfig judges it.
+The fields come from a JSON file, then from options, then from ``--set key=value``, which reaches every field; later ones win. The
+result is what a JSON request holds; SearchConfig judges it.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -80,6 +83,63 @@ Settings = Annotated[
         help="Any other field, JSON or text, dots for nested ones: -s limits.calls=50; see `selfpruner fields`.",
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneOptions:
+    """The options of whatever prunes a model."""
+
+    model: Model = None
+    rate: Rate = None
+    pattern: Pattern = None
+    criterion: Criterion = None
+    compensation: Compensation = None
+    calibration: Calibration = None
+    seed: Seed = None
+    device: Device = None
+    memory: Memory = None
+    config: ConfigFile = None
+    settings: Settings = None
+
+    def body(self) -> dict[str, Any]:
+        """The request as plain JSON data. Raises ConfigError as :func:`read_config` does."""
+        given = asdict(self)
+        return read_config(given.pop("config"), given.pop("settings"), **given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions(PruneOptions):
+    """The options of a search, here or on a server."""
+
+    objective: Objective = None
+    rates: Rates = None
+    preset: Preset = None
+    generations: Generations = None
+    population: Population = None
+    proposer: Proposer = None
+
+
+def spread(command: Callable[..., int]) -> Callable[..., int]:
+    """``command`` with the fields of its options class as parameters of its own, which is where typer looks for options."""
+    hints = get_type_hints(command, include_extras=True)
+    ((name, kind),) = [(name, kind) for name, kind in hints.items() if is_dataclass(kind)]
+    own = get_type_hints(kind, include_extras=True)
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name != name:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        for field in fields(kind):
+            parameters.append(inspect.Parameter(field.name, parameter.kind, default=field.default, annotation=own[field.name]))
+
+    @functools.wraps(command)
+    def spread_out(**given: Any) -> int:
+        options = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        return command(**{name: options}, **given)
+
+    spread_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread_out.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spread_out
 
 
 def client(url: str) -> Client:

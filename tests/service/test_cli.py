@@ -200,7 +200,7 @@ def test_interrupt_leaves_the_job_running(server: Running) -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    line = f"{sys.executable} -m selfpruner.cli submit --help | head -1"
+    line = f"{sys.executable} -m selfpruner submit --help | head -1"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env=os.environ)
     assert done.stderr == ""
 
