@@ -14,10 +14,11 @@ import pytest
 
 from selfpruner.files import manifest
 from server.settings import ServerSettings
-from tests.fake_openai import FakeOpenAI
-from tests.serving import running_server
+from tests.helpers import ROOT
+from tests.helpers.fake_openai import FakeOpenAI
+from tests.helpers.serving import running_server
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *arguments: object, **environment: str) -> str:
@@ -82,7 +83,8 @@ def test_your_criterion(tiny_llama: Path, fields: Callable[..., Path], tmp_path:
 
 def test_your_llm(tiny_llama: Path, fields: Callable[..., Path], fake_openai: FakeOpenAI, tmp_path: Path) -> None:
     settings = {"LLM_URL": fake_openai.base_url, "LLM_MODEL": "scripted", "LLM_KEY": "sk-mine"}
-    printed = run("your_llm", tiny_llama, tmp_path / "out", fields(preset="self-pruner", population=4, crossover_offspring=2, mutation_offspring=2), **settings)
+    few = fields(preset="self-pruner", population=4, crossover_offspring=2, mutation_offspring=2)
+    printed = run("your_llm", tiny_llama, tmp_path / "out", few, **settings)
     assert "the LLM as initialize: " in printed
     assert set(fake_openai.keys) == {"Bearer sk-mine"}
 
