@@ -122,7 +122,8 @@ class SearchOptions(PruneOptions):
 def spread(command: Callable[..., int]) -> Callable[..., int]:
     """``command`` with the fields of its options class as parameters of its own, which is where typer looks for options."""
     hints = get_type_hints(command, include_extras=True)
-    ((name, kind),) = [(name, kind) for name, kind in hints.items() if is_dataclass(kind)]
+    (name,) = [name for name, hint in hints.items() if is_dataclass(hint)]
+    kind: Any = hints[name]
     own = get_type_hints(kind, include_extras=True)
     parameters = []
     for parameter in inspect.signature(command).parameters.values():
