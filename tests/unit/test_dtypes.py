@@ -16,7 +16,7 @@ from selfpruner.errors import ExportError
 from selfpruner.export import formats
 from selfpruner.export.build import build, shapes_of
 from selfpruner.files import manifest
-from selfpruner.models import checks
+from selfpruner.models import checks, loading
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny_models import sample_text, tiny_model
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_has_its_models_type(
     stored: str, fast: bool, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``fast``: where bfloat16 is, it is what is computed in."""
-    monkeypatch.setattr(models, "_bfloat16_is_fast", lambda: fast)
+    monkeypatch.setattr(loading, "_bfloat16_is_fast", lambda: fast)
     folder = model(tmp_path / "model", stored, vocab=400)
     computed = torch.bfloat16 if fast else torch.float32
     assert models.load(models.resolve(str(folder), tmp_path), "cpu").dtype == computed
@@ -97,7 +97,7 @@ def test_a_checkpoint_has_its_models_type(
 def test_families_that_are_computed_in_less_than_they_have(
     family: str, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_bfloat16_is_fast", lambda: True)
+    monkeypatch.setattr(loading, "_bfloat16_is_fast", lambda: True)
     folder = tiny_model(tmp_path / "model", family)
     options: dict[str, Any] = {"calibration": text, "device": "cpu", "cache": tmp_path / "cache", "ffn_step": 8}
     made = api.prune(tmp_path / "out", rate=0.3, model=str(folder), **options)
@@ -122,7 +122,7 @@ def test_numbers_that_float16_does_not_hold(tiny_llama: Path, tmp_path: Path) ->
 def test_zeros_in_place(
     compensation: str, memory: str | None, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_bfloat16_is_fast", lambda: True)
+    monkeypatch.setattr(loading, "_bfloat16_is_fast", lambda: True)
     folder = model(tmp_path / "model", "float32", **(LARGE if memory else {}))
     options: dict[str, Any] = {"model": str(folder), "calibration": text, "device": "cpu", "cache": tmp_path / "cache"}
     options["memory"] = memory
@@ -138,7 +138,7 @@ def test_zeros_in_place(
 
 @pytest.mark.parametrize(("stored", "fast"), [("float32", True), ("float16", False)])
 def test_a_streamed_model(stored: str, fast: bool, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_bfloat16_is_fast", lambda: fast)
+    monkeypatch.setattr(loading, "_bfloat16_is_fast", lambda: fast)
     folder = model(tmp_path / "model", stored, tied=False, **LARGE)
     options: dict[str, Any] = {"model": str(folder), "calibration": text, "device": "cpu", "cache": tmp_path / "cache"}
     made = api.prune(tmp_path / "out", rates=[0.0] + [0.3] * 23, memory="30MiB", **options)

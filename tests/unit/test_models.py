@@ -21,7 +21,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import AutoTokenizer
 
 import selfpruner
-from selfpruner import models
 from selfpruner.calibration.texts import token_batches
 from selfpruner.config import Source, TextConfig
 from selfpruner.errors import (
@@ -32,7 +31,7 @@ from selfpruner.errors import (
     UnsafeModelError,
     UnsupportedModelError,
 )
-from selfpruner.models import LoadedModel, checks, choose_device, choose_dtype, gguf, hub_available, load, resolve
+from selfpruner.models import LoadedModel, checks, choose_device, choose_dtype, gguf, hub_available, load, loading, resolve
 from selfpruner.proposers import constrained
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny_models import CHAT_TEMPLATE, FAMILIES, sample_text, tiny_model, tiny_tokenizer
@@ -439,13 +438,13 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
         resolve(str(tmp_path / "x.gguf"), tmp_path)
 
 
-def _die_while_writing(gguf: Path, cache: Path) -> None:
-    def write(_gguf: Path, aside: Path) -> None:
+def _die_while_writing(file: Path, cache: Path) -> None:
+    def write(_file: Path, aside: Path) -> None:
         (aside / "model.safetensors").write_bytes(b"half")
         os._exit(9)
 
     gguf._write = write
-    gguf.convert(gguf, cache)
+    gguf.convert(file, cache)
 
 
 def test_killed_conversion_leaves_nothing_that_counts(tiny_llama: Path, tmp_path: Path) -> None:
@@ -487,7 +486,7 @@ def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, mps, cuda = torch.device("cpu"), torch.device("mps"), torch.device("cuda:0")
     assert choose_dtype("float16", cpu) == torch.float16
     for fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(models, "_bfloat16_is_fast", lambda fast=fast: fast)
+        monkeypatch.setattr(loading, "_bfloat16_is_fast", lambda fast=fast: fast)
         assert choose_dtype("auto", cpu, stored="float16") == expected
     assert choose_dtype("auto", cuda, stored="float16") == torch.float16
     assert choose_dtype("auto", mps, stored="float32") == torch.float32
@@ -499,16 +498,16 @@ def test_choose_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bfloat16_probe_without_cpu_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_: "processor: 0\n")
-    assert models._bfloat16_is_fast.__wrapped__() in (True, False)
+    assert loading._bfloat16_is_fast.__wrapped__() in (True, False)
 
 
 def test_two_at_once_convert_once(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "a.gguf", tiny_llama)
     real, calls = gguf._write, []
 
-    def write(gguf: Path, aside: Path) -> None:
-        calls.append(gguf)
-        real(gguf, aside)
+    def write(file: Path, aside: Path) -> None:
+        calls.append(file)
+        real(file, aside)
 
     monkeypatch.setattr(gguf, "_write", write)
     with ThreadPoolExecutor(2) as pool:
