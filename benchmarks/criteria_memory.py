@@ -99,7 +99,7 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
         loaded.model(batches.tokens[:1])  # every kernel and its scratch space once
     rule = criteria.create(criterion, pattern)
     fingerprint = f"{loaded.source.fingerprint}:{batches.fingerprint}"
-    sites = OUTPUTS if pattern == "structured" else SITES
+    sites = SITES if names.PATTERNS[pattern].zeros else OUTPUTS
     widths = {"qkv": arch.hidden, "attention": arch.heads * arch.head_dim, "gate_up": arch.hidden, "ffn": arch.channels}
     statistics = sum(8 * widths[site] ** 2 for site in sites)
     if "gradients" in rule.needs:

@@ -503,7 +503,7 @@ async def _ready(
     """
     whole = session_of(config, cache)
     asked = {"texts": ["calibration"], "output": str(directory)}
-    if config.pattern != "structured":
+    if names.PATTERNS[config.pattern].zeros:
         space = SearchSpace.from_dict((await pool.run(whole, "expect", {"output": str(directory)}, progress))["space"])
         for _ in range(3):
             plan = choose(space)

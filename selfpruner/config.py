@@ -245,8 +245,9 @@ class SearchConfig(Strict):
             preset = PRESETS.get(str(data.get("preset", "default")))
             if preset is not None:
                 data = {**preset, **data}
-            if "criterion" not in data and data.get("pattern", "structured") != "structured":
-                data = {**data, "criterion": MASK_CRITERION}
+            pattern = names.PATTERNS.get(str(data.get("pattern")))
+            if "criterion" not in data and pattern is not None:
+                data = {**data, "criterion": pattern.criterion}
         return data
 
     @model_validator(mode="after")
@@ -255,8 +256,8 @@ class SearchConfig(Strict):
         names.check("pattern", self.pattern, names.PATTERNS)
         names.check_criterion(self.criterion, self.pattern)
         names.check("compensation", self.compensation, names.COMPENSATIONS)
-        if self.pattern != "structured":
-            self._fits_masks()
+        if names.PATTERNS[self.pattern].zeros:
+            self._fits_zeros()
         for name in self.initial:
             names.check("initial operator", name, names.INITIAL_OPERATORS, param="initial")
         for name in self.operators:
@@ -275,11 +276,11 @@ class SearchConfig(Strict):
             raise ValueError("model contains a null byte")
         return self
 
-    def _fits_masks(self) -> None:
+    def _fits_zeros(self) -> None:
         """Refuse what makes no sense where shapes stay as they are."""
-        if self.compensation not in names.MASK_COMPENSATIONS:
+        if self.compensation not in (able := names.compensations_of(self.pattern)):
             raise ValueError(
-                f"the compensation {self.compensation} is for whole units; with {self.pattern} use none or least_squares, which "
+                f"the compensation {self.compensation} is for whole units; with {self.pattern} use {' or '.join(able)}, which "
                 "adds no bias there"
             )
         if "latency" in self.objective:
@@ -356,9 +357,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if one.get(key) != other.get(key) or (key in one) != (key in other)
     ]
 
-
-# What chooses weights where the request does not say.
-MASK_CRITERION = "sparsegpt"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -16,10 +16,52 @@ from typing import Any, Literal
 
 from selfpruner.errors import ConfigError, UnknownNameError
 
-PATTERNS: Mapping[str, str] = {
-    "structured": "whole FFN channels, query heads and KV groups are cut out (default)",
-    "n_m": "of every M consecutive inputs of an output N stay; N by block",
-    "unstructured": "single weights become zero; how many by block",
+
+@dataclass(frozen=True, slots=True)
+class PatternEntry:
+    """A pattern in one line, the class behind it, and what differs for those who ask for it.
+
+    ``zeros``: weights become zero and shapes stay, so that every level is work of its own; else units are cut out. ``criterion``
+    chooses where the request names none. ``baseline``: uniform rates as is usual without retraining, a reference in every report:
+    under which name it is reported, and what it changes of the config.
+    """
+
+    text: str
+    where: str
+    zeros: bool
+    criterion: str
+    baseline: tuple[str, Mapping[str, str]]
+
+    def load(self) -> Any:
+        """The class, imported."""
+        return resolve_name(self.where)
+
+
+_PATTERNS = "selfpruner.pruning.patterns"
+_BY_MAGNITUDE = ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"})
+
+PATTERNS: Mapping[str, PatternEntry] = {
+    "structured": PatternEntry(
+        "whole FFN channels, query heads and KV groups are cut out (default)",
+        f"{_PATTERNS}.structured:Structured",
+        zeros=False,
+        criterion="obs",
+        baseline=("uniform_flap_bias", {"criterion": "flap", "compensation": "bias"}),
+    ),
+    "n_m": PatternEntry(
+        "of every M consecutive inputs of an output N stay; N by block",
+        f"{_PATTERNS}.n_m:NM",
+        zeros=True,
+        criterion="sparsegpt",
+        baseline=_BY_MAGNITUDE,
+    ),
+    "unstructured": PatternEntry(
+        "single weights become zero; how many by block",
+        f"{_PATTERNS}.unstructured:Unstructured",
+        zeros=True,
+        criterion="sparsegpt",
+        baseline=_BY_MAGNITUDE,
+    ),
 }
 
 CRITERIA: Mapping[str, str] = {
@@ -67,8 +109,14 @@ COMPENSATIONS: Mapping[str, str] = {
     "least_squares": "kept output weights are refitted to the dense block's output, with a bias (default)",
     "least_squares_weights": "the same without a bias, which not every family and runtime has a place for",
 }
-# Where weights are zeroed; the others are for whole units.
-MASK_COMPENSATIONS = ("none", "least_squares")
+# The others are for whole units.
+_OF_ZEROS = ("none", "least_squares")
+
+
+def compensations_of(pattern: str) -> list[str]:
+    """The compensations there are for a pattern."""
+    return [name for name in COMPENSATIONS if not PATTERNS[pattern].zeros or name in _OF_ZEROS]
+
 
 # What a benchmark runs models with.
 BACKENDS: Mapping[str, str] = {

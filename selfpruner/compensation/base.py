@@ -53,11 +53,13 @@ class SubsetRepair(Protocol):
 
 
 class Compensation(Protocol):
-    """``adds_bias``: whether a pruned block gets an output bias, which counts in its parameters."""
+    """``adds_bias``: whether a pruned block gets an output bias, which counts in its parameters. ``refits``: whether kept weights
+    change."""
 
     name: ClassVar[str]
     source: ClassVar[str]
     adds_bias: ClassVar[bool]
+    refits: ClassVar[bool]
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedRepair:
         """W (d, n) in the model's order; ``order`` (n,) is keep-first."""

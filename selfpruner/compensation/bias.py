@@ -18,6 +18,7 @@ class Bias:
     name: ClassVar[str] = "bias"
     source: ClassVar[str] = "An et al. 2023, arXiv 2312.11983"
     adds_bias: ClassVar[bool] = True
+    refits: ClassVar[bool] = False
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         left = suffix_energies(W, stats.scatter, order)

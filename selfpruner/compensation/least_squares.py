@@ -225,6 +225,7 @@ class LeastSquares:
     name: ClassVar[str] = "least_squares"
     source: ClassVar[str] = "normal equations; nested by Cholesky"
     adds_bias: ClassVar[bool] = True
+    refits: ClassVar[bool] = True
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedLeastSquares:
         stats = self._moments(stats)

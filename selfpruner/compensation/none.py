@@ -58,6 +58,7 @@ class Nothing:
     name: ClassVar[str] = "none"
     source: ClassVar[str] = "-"
     adds_bias: ClassVar[bool] = False
+    refits: ClassVar[bool] = False
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> Slice:
         return Slice(HeldParts(left=suffix_energies(W, stats.scatter, order, stats.mean.to(W), stats.tokens)))

@@ -25,7 +25,8 @@ from selfpruner.models import LoadedModel
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import Cancelled, OnProgress
-from selfpruner.pruning.blocks import held_bytes, prepare_blocks
+from selfpruner.pruning.blocks import prepare_blocks
+from selfpruner.pruning.measurements import held_bytes
 from selfpruner.pruning.patterns import (
     Prunable,
     PrunableMasked,

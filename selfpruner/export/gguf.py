@@ -41,6 +41,7 @@ from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
 from selfpruner.export.base import FinishedCheckpoint, Format, Origin
 from selfpruner.models import quiet
 from selfpruner.models.family_layouts import LAYOUTS
+from selfpruner.names import PATTERNS
 from selfpruner.pruning.layer_shapes import LayerShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -118,7 +119,8 @@ class Gguf(Format):
 
     def precheck(self, origin: Origin, quantize: str | None) -> None:
         _check_family(origin.family)
-        if LAYOUTS[origin.family].qk_norm and origin.pattern == "structured" and COMPENSATIONS[origin.compensation].adds_bias:
+        biased = COMPENSATIONS[origin.compensation].adds_bias and not PATTERNS[origin.pattern].zeros
+        if biased and LAYOUTS[origin.family].qk_norm:
             raise _biased()
         self._check_quantiser(quantize)
 

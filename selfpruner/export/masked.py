@@ -30,6 +30,7 @@ from selfpruner.export.older import with_older_fields
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.models import quiet
 from selfpruner.models.family_layouts import LAYOUTS, Layout
+from selfpruner.names import PATTERNS
 from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 
 
@@ -108,7 +109,7 @@ _TOKENIZER = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json
 
 
 def _check_pattern(pattern: str) -> None:
-    if pattern != "structured":
+    if PATTERNS[pattern].zeros:
         raise FormatError(
             f"A plan of the pattern {pattern} has its zeros in the original shapes already, and its checkpoint loads everywhere as "
             "it is. Use the format transformers.",

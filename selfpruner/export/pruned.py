@@ -21,8 +21,8 @@ from selfpruner.export.build import outline
 from selfpruner.export.checkpoint import TensorSource
 from selfpruner.models import LoadedModel, as_written
 from selfpruner.planning.space import Plan
-from selfpruner.pruning.blocks import held_bytes
 from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
+from selfpruner.pruning.measurements import held_bytes
 from selfpruner.pruning.patterns import (
     PrunableAttention,
     PrunableFfn,

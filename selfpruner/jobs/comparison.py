@@ -74,9 +74,8 @@ def methods_of(
         for criterion in criteria or names.CRITERIA:
             if pattern not in names.CRITERION_PATTERNS.get(criterion, names.PATTERNS):
                 continue
-            for compensation in compensations or names.COMPENSATIONS:
-                if pattern == "structured" or compensation in names.MASK_COMPENSATIONS:
-                    found.append(Method(pattern, criterion, compensation))
+            able = names.compensations_of(pattern)
+            found += [Method(pattern, criterion, name) for name in compensations or able if name in able]
     return found
 
 

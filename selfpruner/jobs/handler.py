@@ -39,9 +39,10 @@ from selfpruner.judging.repetition import repetition
 from selfpruner.models import LoadedModel
 from selfpruner.models.checks import sampled_digest
 from selfpruner.models.memory import release
+from selfpruner.names import PATTERNS
 from selfpruner.planning.space import Plan
 from selfpruner.progress import Cancelled, OnProgress
-from selfpruner.pruning.blocks import held_bytes
+from selfpruner.pruning.measurements import held_bytes
 from selfpruner.pruning.search_space import expected_space
 from selfpruner.workers.base import Json, Session
 
@@ -299,7 +300,7 @@ class SessionHandler:
             base_model=prepared.config.base_model,
             license=prepared.config.license,
         )
-        if prepared.config.pattern != "structured":
+        if PATTERNS[prepared.config.pattern].zeros:
             # Shapes stay. A kept weight may be zero by chance, a removed one is nothing else.
             found -= zeros(prepared, plan)
             card = replace(card, nonzeros=wanted)

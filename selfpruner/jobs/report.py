@@ -14,16 +14,9 @@ from selfpruner.evolution.extras import finite
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import report_windows
 from selfpruner.jobs.running_job import RunningJob
+from selfpruner.names import PATTERNS
 from selfpruner.planning.space import Plan
 from selfpruner.workers.base import Json
-
-# What is usual without retraining, as a reference in every report: uniform rates by FLAP's score and bias where units go, by
-# magnitude where weights do. Under which name it is reported, and what it changes of the config.
-BASELINES = {
-    "structured": ("uniform_flap_bias", {"criterion": "flap", "compensation": "bias"}),
-    "n_m": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
-    "unstructured": ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"}),
-}
 
 
 async def figures(job: RunningJob) -> dict[str, Any]:
@@ -97,7 +90,7 @@ async def _speeds(job: RunningJob, plans: Mapping[str, Plan]) -> Json:
 async def baseline(job: RunningJob) -> dict[str, dict[str, Any]]:
     """The uniform baseline by its name; nothing where the job's own uniform plan is it, or it could not be scored. The last task of
     a job, because the worker gives up the session for it."""
-    name, changes = BASELINES[job.config.pattern]
+    name, changes = PATTERNS[job.config.pattern].baseline
     if {"criterion": job.config.criterion, "compensation": job.config.compensation} == changes:
         return {}
     every = list(range(job.prepared["texts"]["report"]["sequences"]))

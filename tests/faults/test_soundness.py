@@ -53,7 +53,7 @@ def test_every_criterion_and_compensation(pattern: str, text: Path, tmp_path: Pa
     for criterion in known:
         with pytest.raises(CalibrationError, match="not finite on the calibration text"):
             prepare(folder, text, tmp_path / "cache", pattern=pattern, criterion=criterion)
-    for compensation in names.COMPENSATIONS if pattern == "structured" else names.MASK_COMPENSATIONS:
+    for compensation in names.compensations_of(pattern):
         with pytest.raises(CalibrationError, match="not finite on the calibration text"):
             prepare(folder, text, tmp_path / "cache", pattern=pattern, criterion="magnitude", compensation=compensation)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 import selfpruner
 from selfpruner import api, criteria
 from selfpruner.config import SearchConfig
-from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import ConfigError
 from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export.build import build
@@ -24,7 +23,8 @@ from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job
 from selfpruner.models import load, resolve
 from selfpruner.pruning.patterns import PrunableMasked
-from selfpruner.pruning.patterns.masked import database_bytes, packed, sparsities, unpacked
+from selfpruner.pruning.patterns.masked import database_bytes, packed, unpacked
+from selfpruner.pruning.patterns.n_m import NM
 from selfpruner.store.store import Store
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers.pruned import random_plans
@@ -101,7 +101,7 @@ def test_the_database_is_read_and_not_made_again(tmp_path: Path, text: Path, mon
     first = prepared_of(tmp_path, text, pattern="n_m", criterion="wanda", compensation="least_squares")
     files = sorted((tmp_path / "cache" / "levels").rglob("*.safetensors"))
     assert len(files) == first.arch.layers
-    foreseen = database_bytes(first.arch, sparsities("n_m", 4, 0.05, drop=False), repaired=True)
+    foreseen = database_bytes(first.arch, NM(first.config, first.arch).levels(), repaired=True)
     assert foreseen == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)
     monkeypatch.setattr("selfpruner.pruning.patterns.masked.write_levels", None)
     second = prepared_of(tmp_path, text, pattern="n_m", criterion="wanda", compensation="least_squares")
@@ -141,7 +141,7 @@ def test_one_plan_makes_only_its_own_levels(
                 yield mask
 
     monkeypatch.setattr(criteria, "create", lambda *names: Counting(create(*names)))
-    monkeypatch.setattr("selfpruner.pruning.blocks.WeightCriterion", object)
+    monkeypatch.setattr("selfpruner.pruning.patterns.zeros.WeightCriterion", object)
     model = tiny_model(tmp_path / "model", "llama")
     fields = {"pattern": pattern, "criterion": criterion, "compensation": compensation}
     config = config_of(model, text, rate=rate, **fields).model_dump(exclude={"rate", "rates", "preset"})
@@ -168,14 +168,6 @@ def test_one_plan_makes_only_its_own_levels(
 def test_masks_survive_their_packing() -> None:
     mask = torch.rand(5, 37, generator=torch.Generator().manual_seed(0)) < 0.4
     assert torch.equal(unpacked(packed(mask), 37), mask)
-
-
-def test_levels_of_a_pattern() -> None:
-    assert sparsities("n_m", 4, 0.05, drop=False) == [Sparsity.n_m(kept, 4) for kept in (4, 3, 2, 1)]
-    assert sparsities("n_m", 2, 0.05, drop=True)[-1].pruned(64) == 64
-    shares = [level.share for level in sparsities("unstructured", 4, 0.25, drop=True)]
-    assert shares == [0, 0.25, 0.5, 0.75, 1]
-    assert len(sparsities("unstructured", 4, 0.05, drop=False)) == 20
 
 
 @pytest.mark.parametrize("pattern", ["n_m", "unstructured"])

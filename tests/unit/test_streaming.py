@@ -34,7 +34,7 @@ from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.models import LoadedModel, checks, streaming
 from selfpruner.planning.space import Plan
-from selfpruner.pruning.blocks import held_bytes
+from selfpruner.pruning.measurements import held_bytes
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers import ROOT
 from tests.helpers.pruned import random_plans, ready, tokens_of

@@ -1,8 +1,14 @@
-"""Patterns: the shapes of what is removed. ``structured`` cuts out whole units, and its blocks run narrower matrices; ``n_m`` and
-``unstructured`` make weights zero. To the engine a block of either is a :class:`Prunable`: a level is a level."""
+"""Patterns: the shapes of what is removed. To add one: its own file, a line in ``names.PATTERNS``, a subclass of the conformance
+suite."""
 
+from __future__ import annotations
+
+from selfpruner import names
+from selfpruner.architectures import Architecture
+from selfpruner.config import SearchConfig
+from selfpruner.pruning.patterns.base import Pattern, Prunable
 from selfpruner.pruning.patterns.masked import PrunableMasked
-from selfpruner.pruning.patterns.structured import (
+from selfpruner.pruning.patterns.units import (
     AttentionFactors,
     FfnFactors,
     PrunableAttention,
@@ -13,16 +19,25 @@ from selfpruner.pruning.patterns.structured import (
     measure_ffn,
 )
 
-Prunable = PrunableAttention | PrunableFfn | PrunableMasked
+PATTERNS: dict[str, type[Pattern]] = {name: entry.load() for name, entry in names.PATTERNS.items()}
+
+
+def create(config: SearchConfig, arch: Architecture) -> Pattern:
+    """The pattern that ``config`` asks for."""
+    return PATTERNS[config.pattern](config, arch)
+
 
 __all__ = [
+    "PATTERNS",
     "AttentionFactors",
     "FfnFactors",
+    "Pattern",
     "Prunable",
     "PrunableAttention",
     "PrunableFfn",
     "PrunableMasked",
     "attention_block",
+    "create",
     "ffn_block",
     "measure_attention",
     "measure_ffn",

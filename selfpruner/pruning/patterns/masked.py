@@ -250,14 +250,5 @@ class LayerMatrices(Mapping[str, Matrix]):
         return Matrix(name, W, self.statistics[SITE_OF[name]], None if self.gradients is None else self.gradients[name])
 
 
-def sparsities(pattern: str, group: int, step: float, *, drop: bool) -> list[Sparsity]:
-    """The levels of a pattern, dense first: N = M, M - 1, ... of every ``group`` M, or shares a ``step`` apart; the last one,
-    where nothing stays, only with ``drop``."""
-    if pattern == "n_m":
-        return [Sparsity.n_m(kept, group) for kept in range(group, -1 if drop else 0, -1)]
-    shares = [round(count * step, 6) for count in range(int(1 / step) + 1)]
-    return [Sparsity(share) for share in shares if share < 1] + ([Sparsity(1.0)] if drop else [])
-
-
 def _block(arch: Architecture, layer: int, block: int) -> AttentionWeights | FfnWeights:
     return checkpoint_ffn(arch, layer) if block else arch.attention(layer)

@@ -19,7 +19,7 @@ from selfpruner.compensation import Compensation
 from selfpruner.criteria import Criterion
 from selfpruner.files import atomic
 from selfpruner.files.tensors import HeldParts, StoredParts, TensorFile, held_shapes, write_tensors
-from selfpruner.pruning.patterns.structured import AttentionFactors, FfnFactors
+from selfpruner.pruning.patterns.units import AttentionFactors, FfnFactors
 
 # Raise it when a criterion, a compensation or the layout changes what is in the files.
 _FORMAT = 3

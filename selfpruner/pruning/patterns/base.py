@@ -1,0 +1,46 @@
+"""The contract of a pattern: the shape of what is removed. To the engine a block of any is a :class:`Prunable`: a level is a level.
+
+One made of a config and a model knows its levels before anything is measured, and makes the blocks of every layer at each of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from selfpruner.architectures import Architecture
+from selfpruner.config import SearchConfig
+from selfpruner.planning.space import Block, Option, Plan
+from selfpruner.pruning.measurements import Measurements
+from selfpruner.pruning.patterns.masked import PrunableMasked
+from selfpruner.pruning.patterns.units import PrunableAttention, PrunableFfn
+
+Prunable = PrunableAttention | PrunableFfn | PrunableMasked
+
+
+class Pattern(ABC):
+    """What those who ask for a pattern need to know of it without torch is its line in ``names.PATTERNS``."""
+
+    name: ClassVar[str]
+
+    def __init__(self, config: SearchConfig, arch: Architecture) -> None:
+        self.config = config
+        self.arch = arch
+
+    @abstractmethod
+    def expected(self, layer: int, block: int) -> Sequence[Option]:
+        """A block's levels, dense first, with what each should keep and without errors; ``block`` is 0 for attention, 1 for the
+        FFN. Nothing is measured."""
+
+    @abstractmethod
+    def whole(self, blocks: Sequence[Block]) -> int:
+        """The parameters that the rate is a share of."""
+
+    @abstractmethod
+    def step(self, blocks: Sequence[Block]) -> int:
+        """The parameters of the smallest step, within which a plan meets its budget."""
+
+    @abstractmethod
+    def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], dict[str, Any]]:
+        """Every block at every level, in plan order, and the model's signals. With a ``plan`` only its levels need be made."""
