@@ -103,9 +103,9 @@ def search(
     named = {"local": ProposerSettings(), **(proposers or {})}
     if "llm" in config.needs:
         names.check_proposer(config.proposer, named)
-    folder, place = Path(directory), cache or default_cache()
+    folder, cache_dir = Path(directory), cache or default_cache()
     runs.refuse(folder, config)
-    places.writable_folder(place, param="cache")
+    places.writable_folder(cache_dir, param="cache")
     files.look_at(config, ("fitness", "report"))
     with Store(folder / runs.DATABASE) as store:
         run = runs.find(store, folder, config, again=again)
@@ -129,7 +129,7 @@ def search(
                 pool=pool,
                 proposer_settings=named,
                 recorder=view(watch(store.recorder(job.id))),
-                cache=place,
+                cache=cache_dir,
                 checkpoint_dir=run.checkpoint,
             )
 
@@ -337,11 +337,11 @@ def evaluate(
     from selfpruner.export.build import count_parameters
     from selfpruner.judging import perplexity
 
-    place = cache or default_cache()
+    cache_dir = cache or default_cache()
     folder = Path(model)
     wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
     files.check(wanted, "text")
-    places.writable_folder(place, param="cache")
+    places.writable_folder(cache_dir, param="cache")
     for name in (str(model), *([] if against is None else [against])):
         saved.precheck(name)
     with shown(progress) as tell:
@@ -351,18 +351,18 @@ def evaluate(
                 raise ConfigError("The dense model writes the text `self`: name it with --against.", param="against")
             subject = checkpoint.opened(folder, models.choose_device(device))
         else:
-            subject = models.load(models.resolve(str(model), place), device)
-        base = subject if against is None else models.load(models.resolve(against, place), device)
-        batches = token_batches(wanted, "report", base, place, 0, tell)
+            subject = models.load(models.resolve(str(model), cache_dir), device)
+        base = subject if against is None else models.load(models.resolve(against, cache_dir), device)
+        batches = token_batches(wanted, "report", base, cache_dir, 0, tell)
         reference = base.model if against is not None else None
-        found = perplexity.score(subject.model, batches.tokens, reference, progress=tell)
+        score = perplexity.score(subject.model, batches.tokens, reference, progress=tell)
     return ModelScore(
         str(model),
         [share.source for share in batches.sources],
         manifest.kept(manifest.read(folder)["plan"]) if (folder / MANIFEST).is_file() else count_parameters(subject.model),
-        found.tokens,
-        found.perplexity,
-        None if math.isnan(found.kl) else found.kl,
+        score.tokens,
+        score.perplexity,
+        None if math.isnan(score.kl) else score.kl,
     )
 
 
@@ -402,10 +402,12 @@ def quality(
     if any(length < 2 for length in seqlen) or not seqlen:
         raise ConfigError("seqlen must be windows of two tokens or more, such as 128,512,2048.", param="seqlen")
     folder = data if data is not None else os.environ.get("SELFPRUNER_DATA")
-    place = Path(folder) if folder else None
-    wanted: list[measures.Measure] = [measures.Task(name, limit, place) for name in dict.fromkeys(tasks)]
+    data_folder = Path(folder) if folder else None
+    wanted: list[measures.Measure] = [measures.Task(name, limit, data_folder) for name in dict.fromkeys(tasks)]
     wanted += [
-        measures.Perplexity(text, length, windows, place) for text in dict.fromkeys(perplexity) for length in dict.fromkeys(seqlen)
+        measures.Perplexity(text, length, windows, data_folder)
+        for text in dict.fromkeys(perplexity)
+        for length in dict.fromkeys(seqlen)
     ]
     wanted += [measures.RepetitionProbe()] if generation else []
     if not wanted or not subjects:
@@ -421,8 +423,8 @@ def quality(
     where = models.choose_device(device)
     kept = cache or default_cache()
     with shown(progress) as tell:
-        found = measure([measures.Place(name, kept, where, dtype) for name in asked], wanted, results, progress=tell)
-    return Quality(asked, compared, found)
+        measured = measure([measures.Place(name, kept, where, dtype) for name in asked], wanted, results, progress=tell)
+    return Quality(asked, compared, measured)
 
 
 def benchmark(

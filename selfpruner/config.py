@@ -318,10 +318,10 @@ class SearchConfig(Strict):
 
 
 def _part(name: str, field: FieldInfo) -> Part:
-    found = [mark for mark in field.metadata if isinstance(mark, Part)]
-    if len(found) != 1:
+    marks = [mark for mark in field.metadata if isinstance(mark, Part)]
+    if len(marks) != 1:
         raise TypeError(f"{name} must be declared as one of Preparation[...], Search[...] and Report[...]")
-    return found[0]
+    return marks[0]
 
 
 SearchConfig.fields_of()  # a field without its part is found at once
@@ -329,22 +329,22 @@ SearchConfig.fields_of()  # a field without its part is found at once
 
 def field_names(model: type[BaseModel] = SearchConfig) -> list[str]:
     """Every field of a search, in order, with dots for nested ones and without those of lists: ``limits.calls``."""
-    found = []
+    known = []
     for name, field in model.model_fields.items():
-        found.append(name)
+        known.append(name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += [f"{name}.{inner}" for inner in field_names(field.annotation)]
-    return found
+            known += [f"{name}.{inner}" for inner in field_names(field.annotation)]
+    return known
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Which fields two configs in plain JSON data differ in, in words: ``rate 0.2 then, 0.3 now``. Empty for equal ones."""
 
     def flat(body: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for key, value in body.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-        return found
+            fields |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        return fields
 
     def shown(value: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value)

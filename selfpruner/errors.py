@@ -183,12 +183,12 @@ class NoPermissionError(SelfprunerError):
 def of_system(error: OSError, path: Path | str | None = None) -> SelfprunerError | None:
     """What the operating system refused, as an error of ours that names the folder or file; None for what is no such refusal.
     ``path`` is where it happened, where the system does not say."""
-    place = error.filename if isinstance(error.filename, str) and error.filename else path
+    where = error.filename if isinstance(error.filename, str) and error.filename else path
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"No space left while writing {place or 'a file'}. Free some space and resume the job.")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and place is not None:
+        return DiskFullError(f"No space left while writing {where or 'a file'}. Free some space and resume the job.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and where is not None:
         what = "is on a disk that can only be read" if error.errno == errno.EROFS else "is closed to this user (permission denied)"
-        return NoPermissionError(f"{place} {what}. Name another place, or change who may read and write there.")
+        return NoPermissionError(f"{where} {what}. Name another place, or change who may read and write there.")
     return None
 
 
@@ -225,8 +225,8 @@ def from_dict(body: dict[str, Any]) -> SelfprunerError:
 
     known = list(classes(SelfprunerError))
     named = (cls for cls in known if cls.__name__ == body.get("class"))
-    found = next(named, None) or next((cls for cls in known if cls.code == code), SelfprunerError)
-    error = found.__new__(found)
+    kind = next(named, None) or next((cls for cls in known if cls.code == code), SelfprunerError)
+    error = kind.__new__(kind)
     SelfprunerError.__init__(error, str(body.get("message", "")), code=code, param=body.get("param"))
     return error
 

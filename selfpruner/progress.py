@@ -55,12 +55,12 @@ class TimeLeft:
 
     def see(self, text: str) -> None:
         """Take in the last ``3/12`` or ``3 of 12`` in ``text``; what stands before it, numbers aside, is the stage."""
-        found = _DONE.search(text)
-        if found is None:
+        match = _DONE.search(text)
+        if match is None:
             self._now = None
             return
-        done, total = (int(group.replace(",", "")) for group in found.groups())
-        key, now = (re.sub(r"[\d.,]+", "", text[: found.start()]), total), self._clock()
+        done, total = (int(group.replace(",", "")) for group in match.groups())
+        key, now = (re.sub(r"[\d.,]+", "", text[: match.start()]), total), self._clock()
         stage = self._stages.get(key)
         if stage is None or done < stage.done:
             stage = self._stages[key] = _Stage(total, done, now, done, now)

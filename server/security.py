@@ -31,13 +31,13 @@ def owner_of(token: str | None, settings: ServerSettings) -> str:
     """The owner of ``token``; raises AuthenticationError."""
     if not settings.owners:
         return LOCAL_OWNER
-    given, found = (token or "").encode(), None
+    given, matching_owner = (token or "").encode(), None
     for owner, secret in settings.owners.items():
         if hmac.compare_digest(given, secret.get_secret_value().encode()):
-            found = owner
-    if found is None:
+            matching_owner = owner
+    if matching_owner is None:
         raise AuthenticationError("A valid token is needed: send the header 'Authorization: Bearer TOKEN' (CLI: SELFPRUNER_TOKEN).")
-    return found
+    return matching_owner
 
 
 def trusted_host(host_header: str, settings: ServerSettings) -> bool:

@@ -58,12 +58,12 @@ def _capped_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float,
     """
     length, groups = q.shape[2], k.shape[1]
     grouped = q.unflatten(1, (groups, -1))
-    place = torch.arange(length, device=q.device)
+    positions = torch.arange(length, device=q.device)
     parts = []
     for start in range(0, length, QUERIES):
         stop = min(start + QUERIES, length)
         first = 0 if window is None else max(0, start - window + 1)
-        i, j = place[start:stop, None], place[first:stop]
+        i, j = positions[start:stop, None], positions[first:stop]
         hidden = (j > i) if window is None else (j > i) | (i - j >= window)
         scores = (grouped[:, :, :, start:stop] @ k[:, :, None, first:stop].transpose(3, 4)).float() * scale
         weights = soft_cap(scores, cap).masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)

@@ -52,25 +52,25 @@ def cached_statistics(
     collecting, see :func:`layer_statistics`; ``on`` is where the statistics go, by default the model's device.
     """
     on = on or arch.device
-    place = statistics_place(arch, folder, fingerprint)
+    stored_in = statistics_place(arch, folder, fingerprint)
     kinds = [kind for kind, own in _FILES.items() if set(own) & set(sites)]
-    missing = [kind for kind in kinds if not _complete(place, kind, arch.layers)]
+    missing = [kind for kind in kinds if not _complete(stored_in, kind, arch.layers)]
     collected = None
     if missing:
-        place.mkdir(parents=True, exist_ok=True)
+        stored_in.mkdir(parents=True, exist_ok=True)
         asked = [site for kind in missing for site in _FILES[kind]]
-        collected = layer_statistics(arch, tokens, asked, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
+        collected = layer_statistics(arch, tokens, asked, memory=memory, scratch=stored_in, progress=progress, cancelled=cancelled)
     for layer in range(arch.layers):
         if collected is None:
             progress(f"reading statistics of layer {layer + 1}/{arch.layers}")
         else:
-            found = next(collected)
+            statistics = next(collected)
             for kind in missing:
-                _write(_files(place, kind, arch.layers)[layer], {site: found.pop(site) for site in _FILES[kind]})
+                _write(_files(stored_in, kind, arch.layers)[layer], {site: statistics.pop(site) for site in _FILES[kind]})
             release()
         read: dict[Site, BlockStatistics] = {}
         for kind in kinds:
-            read |= _read(_files(place, kind, arch.layers)[layer], [site for site in _FILES[kind] if site in sites], on)
+            read |= _read(_files(stored_in, kind, arch.layers)[layer], [site for site in _FILES[kind] if site in sites], on)
         check_finite(arch, layer, read)
         yield read
 
@@ -87,15 +87,15 @@ def cached_gradients(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Callable[[int], dict[str, Gradients]]:
     """What reads a layer's gradients by matrix name, once all of them are on disk; see :func:`cached_statistics`."""
-    place, target = statistics_place(arch, folder, fingerprint), on or arch.device
-    files = _files(place, "gradients", arch.layers)
-    if not _complete(place, "gradients", arch.layers):
-        place.mkdir(parents=True, exist_ok=True)
-        collected = layer_gradients(arch, tokens, memory=memory, scratch=place, progress=progress, cancelled=cancelled)
-        for layer, found in collected:
-            tensors = {f"{name}.{part}": getattr(sums, part).bfloat16().cpu() for name, sums in found.items() for part in _SUMS}
+    stored_in, target = statistics_place(arch, folder, fingerprint), on or arch.device
+    files = _files(stored_in, "gradients", arch.layers)
+    if not _complete(stored_in, "gradients", arch.layers):
+        stored_in.mkdir(parents=True, exist_ok=True)
+        collected = layer_gradients(arch, tokens, memory=memory, scratch=stored_in, progress=progress, cancelled=cancelled)
+        for layer, gradients in collected:
+            tensors = {f"{name}.{part}": getattr(sums, part).bfloat16().cpu() for name, sums in gradients.items() for part in _SUMS}
             _save(files[layer], tensors, {"sequences": str(tokens.shape[0])})
-            del found, tensors
+            del gradients, tensors
             release()
 
     def read(layer: int) -> dict[str, Gradients]:
@@ -126,8 +126,8 @@ def _complete(place: Path, kind: str, layers: int) -> bool:
 
 def missing_sites(arch: Architecture, folder: Path, fingerprint: str, sites: Collection[Site]) -> list[Site]:
     """Those whose statistics would have to be collected."""
-    place = statistics_place(arch, folder, fingerprint)
-    missing = [own for kind, own in _FILES.items() if set(own) & set(sites) and not _complete(place, kind, arch.layers)]
+    stored_in = statistics_place(arch, folder, fingerprint)
+    missing = [own for kind, own in _FILES.items() if set(own) & set(sites) and not _complete(stored_in, kind, arch.layers)]
     return [site for own in missing for site in own]
 
 

@@ -49,9 +49,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]
 
 def _tokens(encoder: Any, text: str, first: int) -> list[tuple[int, int, int]]:
     with quiet():
-        found = encoder(text[first : first + PIECE], add_special_tokens=False, return_offsets_mapping=True)
-    places = found["offset_mapping"]
-    return [(token, first + begin, first + end) for token, (begin, end) in zip(found["input_ids"], places, strict=True)]
+        encoded = encoder(text[first : first + PIECE], add_special_tokens=False, return_offsets_mapping=True)
+    places = encoded["offset_mapping"]
+    return [(token, first + begin, first + end) for token, (begin, end) in zip(encoded["input_ids"], places, strict=True)]
 
 
 def _joint(before: list[tuple[int, int, int]], after: list[tuple[int, int, int]], middle: int) -> tuple[int, int] | None:
@@ -65,11 +65,11 @@ def _joint(before: list[tuple[int, int, int]], after: list[tuple[int, int, int]]
     for index in range(len(before) - AGREED, -1, -1):
         if before[index][1] < middle - OVERLAP:
             break
-        found = runs.get(tuple(before[index : index + AGREED]))
-        if found is not None:
+        match = runs.get(tuple(before[index : index + AGREED]))
+        if match is not None:
             distance = abs(before[index + AGREED // 2][1] - middle)
             if best is None or distance < best[0]:
-                best = distance, index + AGREED // 2, found + AGREED // 2
+                best = distance, index + AGREED // 2, match + AGREED // 2
     return None if best is None else best[1:]
 
 

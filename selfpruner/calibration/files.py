@@ -203,7 +203,7 @@ class TextFile:
                 yield self._record(self._decoded(line, "utf-8", 0), f"The line before byte {at:,} of")
         if content:
             # Where a long line was cut, a character may have been: what there is of it is left out.
-            cut = next((place for place in range(3) if content[place : place + 1] and content[place] & 0xC0 != 0x80), 3)
+            cut = next((index for index in range(3) if content[index : index + 1] and content[index] & 0xC0 != 0x80), 3)
             yield self._decoded(bytes(content[cut:]), "utf-8", 0, final=False)
 
     def _open(self) -> BinaryIO:

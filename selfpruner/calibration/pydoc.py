@@ -66,8 +66,8 @@ def _pages() -> Iterator[str]:
     for folder in (library, *(library / name for name in packages)):
         for file in sorted(folder.glob("*.py")):
             with contextlib.suppress(OSError):
-                found = _DOCSTRING.findall(file.read_text(encoding="utf-8", errors="replace"))
-                yield "\n\n".join(textwrap.dedent(text) for text in found)
+                docstrings = _DOCSTRING.findall(file.read_text(encoding="utf-8", errors="replace"))
+                yield "\n\n".join(textwrap.dedent(text) for text in docstrings)
 
 
 def prose(page: str) -> list[str]:

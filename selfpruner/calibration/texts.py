@@ -289,13 +289,13 @@ class _Reader:
                 first, last = (begin + (end - begin) * tenth // 10 for tenth in _PARTS[self.role])
                 yield first, last
 
-        found = torch.empty(0, self.length, dtype=torch.int64)
+        rows = torch.empty(0, self.length, dtype=torch.int64)
         for part, goal in zip(file.parts(places()), goals, strict=True):
-            if len(found) < goal:
-                lacking = goal - len(found)
-                found = torch.cat([found, self._cut(self._stream(part, lacking))[:lacking]])
-                self.progress(f"{self.role} text: {len(found):,} of {goals[-1]:,} sequences")
-        return found
+            if len(rows) < goal:
+                lacking = goal - len(rows)
+                rows = torch.cat([rows, self._cut(self._stream(part, lacking))[:lacking]])
+                self.progress(f"{self.role} text: {len(rows):,} of {goals[-1]:,} sequences")
+        return rows
 
     def _streamed(self, source: str, documents: Iterable[str], count: int) -> Tensor:
         first, last = _PARTS[self.role]

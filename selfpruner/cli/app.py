@@ -184,8 +184,8 @@ def events(
     from selfpruner.progress import printable
 
     with shared_options.client(url) as client:
-        found = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
-        for event in found:
+        stream = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
+        for event in stream:
             when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
             line = f"{event['id']:>5} {when} {event['level']:5} {event['type']}: {event['message']}"
             print(json.dumps(event) if as_json else printable(line).replace("\n", " "), flush=True)
@@ -205,11 +205,11 @@ def download(
     an interrupted one stopped.
     """
     with shared_options.client(url) as client:
-        found = list(client.checkpoints(job_id))
-        if not found:
+        exported = list(client.checkpoints(job_id))
+        if not exported:
             raise NotFoundError(f"Job {job_id} has no checkpoint: it is {client.get(job_id)['status']}.")
-        client.download(job_id, found[-1]["id"], folder)
-    print(json.dumps({"path": str(folder), **found[-1]}) if as_json else folder)
+        client.download(job_id, exported[-1]["id"], folder)
+    print(json.dumps({"path": str(folder), **exported[-1]}) if as_json else folder)
     return 0
 
 

@@ -30,20 +30,20 @@ def cache(context: typer.Context, folder: Folder = None, as_json: shared_options
     """List what is kept on disk between jobs, the longest unused first; SELFPRUNER_CACHE_LIMIT (20GiB, say) bounds it."""
     if context.invoked_subcommand is not None:
         return 0
-    place = folder or default_cache()
-    found, most = entries(place), limit()
+    cache_dir = folder or default_cache()
+    listed, most = entries(cache_dir), limit()
     if as_json:
-        rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-        print(json.dumps({"folder": str(place), "limit": most, "bytes": sum(entry.bytes for entry in found), "entries": rows}))
+        rows = [{**asdict(entry), "path": str(entry.path)} for entry in listed]
+        print(json.dumps({"folder": str(cache_dir), "limit": most, "bytes": sum(entry.bytes for entry in listed), "entries": rows}))
         return 0
-    for entry in found:
+    for entry in listed:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         what = f"{entry.model or 'unknown'}  {entry.what}".rstrip()
         print(f"{used}  {size(entry.bytes):>10}  {entry.kind:10}  {what}  {entry.path.name}")
     bound = f"of {size(most)} allowed" if most is not None else "without a limit (SELFPRUNER_CACHE_LIMIT)"
-    print(f"{size(sum(entry.bytes for entry in found))} {bound} in {place}")
+    print(f"{size(sum(entry.bytes for entry in listed))} {bound} in {cache_dir}")
     server = Path("~/.selfpruner/cache").expanduser()
-    if folder is None and server != place and server.is_dir():
+    if folder is None and server != cache_dir and server.is_dir():
         print(f"A server's own: selfpruner cache --folder {server}")
     return 0
 

@@ -72,11 +72,11 @@ def verify(
     if as_json:
         print(json.dumps(result))
     else:
-        found = result["verification"]
-        if "allowed_error" in found:
-            difference = f"{found['error']:.2g} of their spread (allowed {found['allowed_error']:.2g})"
+        verification = result["verification"]
+        if "allowed_error" in verification:
+            difference = f"{verification['error']:.2g} of their spread (allowed {verification['allowed_error']:.2g})"
         else:
-            difference = f"at most {found['max_difference']:.2g} (allowed {found['allowed_difference']:.2g})"
+            difference = f"at most {verification['max_difference']:.2g} (allowed {verification['allowed_difference']:.2g})"
         print(f"{folder}  {result['format']}, {result['parameters']:,} parameters, {result['files']} files unchanged")
         print(f"loaded in a fresh process: logits differ by {difference}")
     return 0
@@ -89,13 +89,13 @@ def _of_job(job: str, output: Path, url: str) -> Iterator[Path]:
     from selfpruner.files import manifest
 
     with shared_options.client(url) as client:
-        found = list(client.checkpoints(job))
-        if not found:
+        exported = list(client.checkpoints(job))
+        if not exported:
             raise NotFoundError(f"Job {job} has no checkpoint: it is {client.get(job)['status']}.")
-        here = Path(found[-1]["path"])
+        here = Path(exported[-1]["path"])
         listed = here / manifest.NAME
-        if listed.is_file() and manifest.sha256(listed) == found[-1]["manifest_sha256"]:
+        if listed.is_file() and manifest.sha256(listed) == exported[-1]["manifest_sha256"]:
             yield here
         else:
             with aside(output.absolute()) as scratch:
-                yield client.download(job, found[-1]["id"], scratch / "checkpoint")
+                yield client.download(job, exported[-1]["id"], scratch / "checkpoint")

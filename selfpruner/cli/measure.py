@@ -62,7 +62,7 @@ def evaluate(
     from selfpruner.judging import quality
     from selfpruner.tables import Screen, Table
 
-    found = api.quality(
+    quality_report = api.quality(
         model,
         output,
         tasks=wanted[0],
@@ -78,15 +78,15 @@ def evaluate(
         cache=cache,
     )
     if as_json:
-        print(json.dumps(quality.plain(found)))
+        print(json.dumps(quality.plain(quality_report)))
         return 0
-    heading, *rows = quality.cells(found)
+    heading, *rows = quality.cells(quality_report)
     table = Table(*heading, words=heading[:1])
     for row in rows:
         table.add_row(*row)
     console = Screen()
     console.print(table)
-    console.print(f"± one standard error; in brackets the difference from {found.against} on the same documents.")
+    console.print(f"± one standard error; in brackets the difference from {quality_report.against} on the same documents.")
     console.print("Percent, but for perplexities and distinct-n. A mean of acc_norm takes acc of tasks that have no acc_norm.")
     return 0
 
@@ -107,7 +107,7 @@ def _held_out(
 
     if len(model) > 1:
         raise ConfigError("Say what to measure on several models: --tasks, --perplexity or --generation.", param="tasks")
-    found = api.evaluate(
+    score = api.evaluate(
         model[0],
         text=tuple(text or ("auto",)),
         sequences=sequences,
@@ -117,10 +117,10 @@ def _held_out(
         cache=cache,
     )
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(score)))
     else:
-        kl = "" if found.kl is None else f"  kl {found.kl:.4f} nats/token"
-        print(f"{found.model}  {found.parameters:,} parameters  perplexity {found.perplexity:.2f}{kl}  ({found.tokens:,} tokens)")
+        kl = "" if score.kl is None else f"  kl {score.kl:.4f} nats/token"
+        print(f"{score.model}  {score.parameters:,} parameters  perplexity {score.perplexity:.2f}{kl}  ({score.tokens:,} tokens)")
     return 0
 
 
@@ -246,9 +246,9 @@ def compare(
     results = side_by_side.ComparisonFile(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
     if not results.rows:
         models.precheck(checked.model)  # else every method would find out for itself
-    place, where = cache or api.default_cache(), checked.device
+    cache_dir, where = cache or api.default_cache(), checked.device
     with shown(True) as tell:
-        asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=place, device=where, progress=tell))
+        asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=cache_dir, device=where, progress=tell))
     (output / "compare.md").write_text(side_by_side.markdown(results), "utf-8")
     no_picture = plots.draw(lambda: side_by_side.chart(results), output / "compare.svg")
     if as_json:
@@ -275,9 +275,9 @@ def _split(value: str | None) -> list[str]:
 def _numbers(values: Sequence[str]) -> list[float]:
     """Rates, ascending, each once. Raises ConfigError for what is none."""
     try:
-        found = sorted({TypeAdapter(Share).validate_python(value) for value in values if value.strip()})
+        shares = sorted({TypeAdapter(Share).validate_python(value) for value in values if value.strip()})
     except ValidationError as error:
         raise ConfigError(f"rates: {error.errors()[0]['msg'].removeprefix('Value error, ')}", param="rates") from None
-    if not found:
+    if not shares:
         raise ConfigError("Give rates between 0 and 1, such as 0.2,0.3,0.5.", param="rates")
-    return found
+    return shares

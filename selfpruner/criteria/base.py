@@ -51,13 +51,13 @@ class Matrix:
         """sqrt(q_j) = ||X_j|| / sqrt(sequences), (in,), in W's dtype. Raises CalibrationError where it is not finite."""
         if self.inputs is None:
             raise CalibrationError(f"{self.name} was scored without statistics of its inputs.")
-        found = self.inputs.norm.to(self.W)
-        if not bool(found.isfinite().all()):
+        norm = self.inputs.norm.to(self.W)
+        if not bool(norm.isfinite().all()):
             raise CalibrationError(
                 f"The inputs of {self.name} are not finite on the calibration text. Load the model in float32 or bfloat16, or use "
                 "another text."
             )
-        return found
+        return norm
 
     @property
     def gradient(self) -> Gradients:

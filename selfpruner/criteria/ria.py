@@ -66,13 +66,13 @@ def permutation(scores: Tensor, kept: int, group: int) -> Tensor:
     """
     count = grouped(scores, group).shape[1]
     ranked = torch.argsort(scores.sum(0), stable=True).view(group, count)
-    places = torch.stack([segment.flip(0) if place % 2 else segment for place, segment in enumerate(ranked)])
+    places = torch.stack([segment.flip(0) if index % 2 else segment for index, segment in enumerate(ranked)])
     if not 0 < kept < group or count == 1:
         return places.T.flatten()
-    for place in range(group):
+    for index in range(group):
         for start in range(0, count, BLOCKS_AT_ONCE):
             part = places[:, start : start + BLOCKS_AT_ONCE]
-            part[place] = part[place][_dealt(scores, part, place, kept)]
+            part[index] = part[index][_dealt(scores, part, index, kept)]
     return places.T.flatten()
 
 

@@ -41,10 +41,10 @@ class _Taylor(ScoreUnits):
         return score
 
     def score_groups(self, block: UnitBlock, heads: Heads) -> Tensor:
-        found = torch.zeros(heads.kv_groups, dtype=torch.float64, device=block.W.device)
+        scores = torch.zeros(heads.kv_groups, dtype=torch.float64, device=block.W.device)
         for name in ("k", "v"):
-            found += self.member(block.coupled[name], 1).view(heads.kv_groups, heads.head_dim).sum(1)
-        return found
+            scores += self.member(block.coupled[name], 1).view(heads.kv_groups, heads.head_dim).sum(1)
+        return scores
 
 
 class Taylor(_Taylor, ScoreWeights):

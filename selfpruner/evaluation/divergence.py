@@ -87,9 +87,9 @@ def divergences(
             if cancelled():
                 raise CancelledTaskError("Cancelled during an evaluation.")
             h = norm(reference[some])
-            changes = torch.stack([norm(streams[model][place]) for model, place in zip(whose, some, strict=True)]).sub_(h)
-            found, loss = _alone(head, h, changes, target[some].clamp_min(0), cap)
-            kl[whose, some], nll[whose, some] = found, loss * (target[some] >= 0)
+            changes = torch.stack([norm(streams[model][position]) for model, position in zip(whose, some, strict=True)]).sub_(h)
+            alone, loss = _alone(head, h, changes, target[some].clamp_min(0), cap)
+            kl[whose, some], nll[whose, some] = alone, loss * (target[some] >= 0)
     shape = (models, sequences, length)
     return Divergences(kl.view(shape).cpu(), nll.view(shape).cpu())
 

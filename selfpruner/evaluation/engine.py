@@ -173,8 +173,8 @@ class Engine:
                 dense, finals = self._walk([unique[index] for index in running], part, cancelled)
                 if not finite(dense):
                     raise not_numbers(self.arch.model)
-                found = self._compare(dense, finals, part, exact, cancelled)
-                kl[running, rows], nll[running, rows] = found.kl, found.nll
+                compared = self._compare(dense, finals, part, exact, cancelled)
+                kl[running, rows], nll[running, rows] = compared.kl, compared.nll
                 del dense, finals
                 done += count
                 for index in running:
@@ -207,16 +207,16 @@ class Engine:
             if cancelled():
                 raise CancelledTaskError("Cancelled during an evaluation.")
             pairs = list(dict.fromkeys((node[row], levels[block]) for row, levels in enumerate(rows)))
-            place = {pair: index for index, pair in enumerate(pairs)}
+            index_of = {pair: index for index, pair in enumerate(pairs)}
             # The first plan to follow a stream takes it over, the others take copies, all before anything is added.
             taken: set[int] = set()
             after = []
             for parent, _ in pairs:
                 after.append(streams[parent].clone() if parent in taken else streams[parent])
                 taken.add(parent)
-            self._pass(block, [(level, after[place[prefix, level]]) for prefix, level in pairs], rope)
+            self._pass(block, [(level, after[index_of[prefix, level]]) for prefix, level in pairs], rope)
             passes += len(pairs)
-            node = [place[node[row], levels[block]] for row, levels in enumerate(rows)]
+            node = [index_of[node[row], levels[block]] for row, levels in enumerate(rows)]
             streams = after
         self.work = PassCount(self.work.passes + passes, self.work.passes_without_sharing + len(rows) * len(self.blocks))
         return streams[node[0]], [streams[index] for index in node[1:]]

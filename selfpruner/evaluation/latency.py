@@ -87,7 +87,7 @@ def _measure(prepared: Prepared, tokens: int, cancelled: Callable[[], bool]) -> 
     for block in space.blocks:
         for option in block.options:
             layers.setdefault(_shape(block, option), []).append(block.layer)
-    chosen = {shape: _spread(found) for shape, found in layers.items()}
+    chosen = {shape: _spread(samples) for shape, samples in layers.items()}
     adds_bias = compensation.create(prepared.config.compensation).adds_bias
     rope = arch.rope(tokens)
     ids = torch.arange(tokens, device=arch.device)[None] % arch.vocabulary
@@ -111,7 +111,7 @@ def _measure(prepared: Prepared, tokens: int, cancelled: Callable[[], bool]) -> 
         wait(arch.device)
         return time.perf_counter() - started
 
-    found: dict[Shape, list[float]] = {shape: [] for shape in chosen}
+    samples: dict[Shape, list[float]] = {shape: [] for shape in chosen}
     rest = []
     for number in range(ROUNDS + 1):
         for shape, where in chosen.items():
@@ -119,17 +119,17 @@ def _measure(prepared: Prepared, tokens: int, cancelled: Callable[[], bool]) -> 
                 raise CancelledTaskError("Cancelled while timing blocks.")
             seconds = run(where[number % len(where)], shape)
             if number:  # the first round warms up
-                found[shape].append(seconds)
+                samples[shape].append(seconds)
         last = ends()
         if number:
             rest.append(last)
-    return {shape: statistics.median(times) for shape, times in found.items()}, statistics.median(rest)
+    return {shape: statistics.median(times) for shape, times in samples.items()}, statistics.median(rest)
 
 
 def _spread(layers: list[int]) -> list[int]:
     """At most ``LAYERS`` of them, over the whole depth."""
     count = min(LAYERS, len(layers))
-    return [layers[place * len(layers) // count] for place in range(count)]
+    return [layers[step * len(layers) // count] for step in range(count)]
 
 
 def _weights(arch: Architecture, layer: int, shape: Shape, adds_bias: bool) -> AttentionWeights | FfnWeights | None:

@@ -48,9 +48,9 @@ def divergences_in_pieces(
     for first, piece in head:
         if cancelled():
             raise CancelledTaskError("Cancelled during an evaluation.")
-        place = target - first
-        inside = known & (place >= 0) & (place < piece.shape[0])
-        index = place.clamp(0, piece.shape[0] - 1)[:, None]
+        offset = target - first
+        inside = known & (offset >= 0) & (offset < piece.shape[0])
+        index = offset.clamp(0, piece.shape[0] - 1)[:, None]
         for start in range(0, count, rows):
             part = slice(start, start + rows)
             h = norm(reference[part])

@@ -144,7 +144,7 @@ def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: On
 def forget_plan(prepared: Prepared) -> None:
     """Remove the levels that were made for one plan, once it is exported; a database of all levels stays."""
     blocks = prepared.engine.blocks
-    place = blocks[0].file.path.parent if blocks and isinstance(blocks[0], PrunableMasked) else None
-    if place is not None and place.name.startswith(masked.OF_PLAN):
+    database = blocks[0].file.path.parent if blocks and isinstance(blocks[0], PrunableMasked) else None
+    if database is not None and database.name.startswith(masked.OF_PLAN):
         prepared.engine.blocks.clear()
-        discard(place)
+        discard(database)

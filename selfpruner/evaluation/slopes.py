@@ -118,14 +118,14 @@ class _Walk:
 
     def _lanes(self, work: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
         """``work`` of every lane with its own of each list."""
-        found: list[Any] = [None] * len(lists[0])
+        results: list[Any] = [None] * len(lists[0])
 
         def task(lane: int) -> None:
             with torch.no_grad():
-                found[lane] = work(*(each[lane] for each in lists))
+                results[lane] = work(*(each[lane] for each in lists))
 
-        self.engine.lanes.run([partial(task, lane) for lane in range(len(found))])
-        return found
+        self.engine.lanes.run([partial(task, lane) for lane in range(len(results))])
+        return results
 
     def _dense(self, block: int, weights: Weights, stream: Tensor) -> float:
         """Add to the stream (B, S, d) what the block adds; the energy of that."""

@@ -30,8 +30,8 @@ class Speed:
     @property
     def figures(self) -> dict[str, float]:
         """As a report has them."""
-        found = {"prefill_tps": self.prefill, "decode_tps": self.decode}
-        return {name: round(value, 1) for name, value in found.items() if value is not None}
+        rates = {"prefill_tps": self.prefill, "decode_tps": self.decode}
+        return {name: round(value, 1) for name, value in rates.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

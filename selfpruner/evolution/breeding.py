@@ -68,19 +68,19 @@ class Breeder:
     async def initial(self) -> list[Offspring]:
         """Plans of the closed-form operators, then the LLM's until the population is full (half of it more with both)."""
         config = self.config
-        found: dict[str, Offspring] = {self._uniform.hash: Offspring(self._uniform, Uniform.name)}
+        offspring: dict[str, Offspring] = {self._uniform.hash: Offspring(self._uniform, Uniform.name)}
         for name in config.initial:
             if name in self._llm:
                 only = all(other in self._llm for other in config.initial)
                 count = config.population if only else max(2, config.population // 2)
-                await self._ask(self._llm[name], self.state.context(0), count, found)
+                await self._ask(self._llm[name], self.state.context(0), count, offspring)
             else:
-                await self._draw(CLASSICAL[name], 0, config.population if CLASSICAL[name].endless else AT_FIRST, found)
-        short = config.population - len(found)
+                await self._draw(CLASSICAL[name], 0, config.population if CLASSICAL[name].endless else AT_FIRST, offspring)
+        short = config.population - len(offspring)
         if short > 0 and self.llm_only:
             # An LLM that is down, or repeats itself, must not leave the population empty.
-            await self._draw(FIRST_FILLER, 0, short, found)
-        return list(found.values())
+            await self._draw(FIRST_FILLER, 0, short, offspring)
+        return list(offspring.values())
 
     # -- children ------------------------------------------------------------------------------------------------------
     @property
@@ -117,45 +117,45 @@ class Breeder:
         if self._reflect is not None and generation % REFLECT_EVERY == 0:
             self.state.reflections = await self._reflect.reflect(known, self._rng(generation, "reflect"))
             known = replace(known, reflections=self.state.reflections)
-        found: dict[str, Offspring] = {}
+        offspring: dict[str, Offspring] = {}
         if any(self._llm[name].crosses for name in wanted):
             known = replace(known, parents=await self._parents(known))
         for name, share in wanted.items():
-            await self._ask(self._llm[name], known, share, found)
-        return list(found.values())
+            await self._ask(self._llm[name], known, share, offspring)
+        return list(offspring.values())
 
     async def children(self, generation: int, arrived: Sequence[Offspring]) -> list[Offspring]:
         """A generation's children: those of the LLM that ``arrived``, and the classical operators' for the rest."""
         if self.llm_only:
             return await self._paper(generation)
-        found: dict[str, Offspring] = {}
+        offspring: dict[str, Offspring] = {}
         if self.channel is not None and not self.channel.overlaps:
             arrived = await self._consult(generation)
-        self._add(arrived, found)
+        self._add(arrived, offspring)
         shares = {name: share for name, share in self.shares(generation).items() if name not in self._llm}
-        missing, whole = self.offspring - len(found), sum(shares.values())
+        missing, whole = self.offspring - len(offspring), sum(shares.values())
         for name, share in shares.items():
             # What the LLM did not deliver goes to the others in proportion.
             count = -(-missing * share // whole) if whole else 0
-            await self._draw(CLASSICAL[name], generation, min(count, self.offspring - len(found)), found)
+            await self._draw(CLASSICAL[name], generation, min(count, self.offspring - len(offspring)), offspring)
         # An operator that finds nothing new leaves its slots to the one that always does.
-        await self._draw(FILLER, generation, self.offspring - len(found), found)
-        return list(found.values())
+        await self._draw(FILLER, generation, self.offspring - len(offspring), offspring)
+        return list(offspring.values())
 
     async def _paper(self, generation: int) -> list[Offspring]:
         assert self.channel is not None
         self.channel.new_generation(generation)
-        found: dict[str, Offspring] = {}
+        offspring: dict[str, Offspring] = {}
         parents = await self._parents(self.state.context(generation))
         for crosses, count in ((True, self.config.crossover_offspring), (False, self.config.mutation_offspring)):
-            want = len(found) + count
+            want = len(offspring) + count
             for name in self._makers:
-                if self._llm[name].crosses == crosses and len(found) < want:
+                if self._llm[name].crosses == crosses and len(offspring) < want:
                     context = self.state.context(generation, parents)
-                    await self._ask(self._llm[name], context, want - len(found), found)
-            if len(found) < want and not self.channel.open:
-                await self._draw(FILLER, generation, want - len(found), found)
-        return list(found.values())
+                    await self._ask(self._llm[name], context, want - len(offspring), offspring)
+            if len(offspring) < want and not self.channel.open:
+                await self._draw(FILLER, generation, want - len(offspring), offspring)
+        return list(offspring.values())
 
     async def _parents(self, context: Context) -> list[tuple[Candidate, Candidate]]:
         """The pairs that the LLM selects; none where it does not."""

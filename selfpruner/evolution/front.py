@@ -154,7 +154,7 @@ class Front:
         learnt = [landscape.losses(around=best, radius=radius) for radius in RADII]
         probed = predicted_losses(self.space, state.sensitivities, state.probe_levels)
         between = [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(landscape.losses(), probed, strict=True)]
-        found: dict[str, tuple[float, Plan]] = {}
+        proposals: dict[str, tuple[float, Plan]] = {}
         for rate, space in self.spaces.items():
             scaled, plans, curves = best, [], learnt
             if rate != self.config.rate:
@@ -168,11 +168,11 @@ class Front:
                 unit = max(whole, 1e-6) / latencies.of(scaled)
                 plans += [cheapest(space, _with_latency(losses, latencies, w * unit)) for w in WEIGHTS for losses in curves]
             for plan in plans:
-                found.setdefault(plan.hash, (rate, plan))
+                proposals.setdefault(plan.hash, (rate, plan))
         if latencies is not None:
             for plan in self._fast_known(state, latencies):
-                found.setdefault(plan.hash, (self.config.rate, plan))
-        return list(found.values())
+                proposals.setdefault(plan.hash, (self.config.rate, plan))
+        return list(proposals.values())
 
     def _fast_known(self, state: State, latencies: Latencies) -> list[Plan]:
         """Plans of the search that none beats both in standing and in latency."""
@@ -274,7 +274,7 @@ def _spread(items: Sequence[T], most: int) -> list[T]:
     """At most ``most`` of them, the first and the last among them, evenly spread."""
     if len(items) <= most:
         return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    return [items[round(step * (len(items) - 1) / (most - 1))] for step in range(most)]
 
 
 def _finite(fitness: Fitness) -> bool:

@@ -100,11 +100,11 @@ class Search:
             return
         if not self._affordable(self.surveyor.tokens + self._generation_tokens()):
             return
-        place = self.surveyor.place(landscape)
-        if place is None:
+        offset = self.surveyor.place(landscape)
+        if offset is None:
             return
         self._report("probing", f"generation {self.generation}: looking around the best plan")
-        seconds = await self.surveyor.around(place, Plan(leader.levels), landscape, self.generation)
+        seconds = await self.surveyor.around(offset, Plan(leader.levels), landscape, self.generation)
         for name in askers:
             self._thinking[name] += seconds / len(askers)
         landscape.fit(self.generation)

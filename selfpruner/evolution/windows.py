@@ -83,19 +83,19 @@ class Windows:
         """The tokens of survey ``number``, or a ``share`` of them; those of others as long as there are any left."""
         whole = min(self._survey, len(self._free))
         count = min(max(1, round(share * self._survey)), whole)
-        epoch, place = divmod(number, len(self._free) // whole)
+        epoch, index = divmod(number, len(self._free) // whole)
         order = list(self._free)
         random.Random(f"survey:{self._seed}:{epoch}").shuffle(order)
-        chosen = order[place * whole : place * whole + count]
+        chosen = order[index * whole : index * whole + count]
         return Window(f"survey.{number}" if share == 1.0 else f"survey.{number}.{count}", "fitness", tuple(sorted(chosen)))
 
     def generation(self, number: int) -> list[Window]:
         """One window per stage, disjoint: a stage adds its window to those before it."""
         per_epoch = len(self._free) // sum(self._steps)
-        epoch, place = divmod(number, per_epoch)
+        epoch, index = divmod(number, per_epoch)
         order = list(self._free)
         random.Random(f"windows:{self._seed}:{epoch}").shuffle(order)
-        start = place * sum(self._steps)
+        start = index * sum(self._steps)
         windows = []
         for stage, count in enumerate(self._steps):
             windows.append(Window(f"g{number}.{stage}", "fitness", tuple(sorted(order[start : start + count]))))

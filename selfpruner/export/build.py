@@ -45,8 +45,8 @@ def build(
     for name, place in wanted.items():
         tensor = weights[name].detach() if name in weights else dense.get(name)
         if tensor is None or tensor.shape != place.shape:
-            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise ExportError(f"{name} should have shape {tuple(place.shape)} but is {found}; give it in `weights`.")
+            problem = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise ExportError(f"{name} should have shape {tuple(place.shape)} but is {problem}; give it in `weights`.")
         tensors[name] = narrowed(name, tensor.to(base.device), dtype)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
@@ -56,10 +56,10 @@ def build(
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``. Raises ExportError where that cannot hold it: a repair may make weights larger."""
-    found = tensor.to(dtype)
-    if dtype == torch.float16 and found is not tensor and not finite(found):
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and cast is not tensor and not finite(cast):
         raise ExportError(f"{name} has numbers that float16 cannot hold. Ask for dtype bfloat16 or float32.", param="dtype")
-    return found
+    return cast
 
 
 def outline(base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable[str], *, dtype: torch.dtype) -> PreTrainedModel:

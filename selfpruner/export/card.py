@@ -71,11 +71,11 @@ def with_terms(info: CardInfo, folder: Path | None) -> CardInfo:
     """``info`` with what the base model's ``folder`` says: its own card, README.md, or the text of its licence. What cannot be read
     says nothing."""
     try:
-        found = (metadata_load(folder / "README.md") if folder else None) or {}
+        metadata = (metadata_load(folder / "README.md") if folder else None) or {}
     except Exception:  # whatever a stranger's file makes of a YAML parser
-        found = {}
-    terms = {key: found[key] for key in _TERMS if found.get(key)}
-    if not _on_hub(info.base_model) and (above := _repositories(found.get("base_model"))):
+        metadata = {}
+    terms = {key: metadata[key] for key in _TERMS if metadata.get(key)}
+    if not _on_hub(info.base_model) and (above := _repositories(metadata.get("base_model"))):
         terms["base_model"] = above  # the nearest of its ancestors that the hub has
     if "license" in info.terms:  # what was asked for; the name and link of another one say nothing of it
         terms = {key: value for key, value in terms.items() if not key.startswith("license")}

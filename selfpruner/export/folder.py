@@ -61,8 +61,8 @@ def write_folder(
     if kept := _existing(directory, plan, export, go_on):
         return kept
     # A link, say to a larger disk, stays one: what it leads to is made or replaced.
-    place = Path(os.path.realpath(directory))
-    with aside(place) as temporary:
+    target = Path(os.path.realpath(directory))
+    with aside(target) as temporary:
         started = time.perf_counter()
         progress("writing the files")
         parameters = fill(temporary)
@@ -75,7 +75,7 @@ def write_folder(
         go_on()
         digest = manifest.write(temporary, plan=plan, parameters=parameters, verification=verification, export=export)
         size = _weight_bytes(manifest.read(temporary))
-        _into_place(temporary, place)
+        _into_place(temporary, target)
     return ExportResult(
         directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2)
     )

@@ -298,8 +298,8 @@ def _tensors(checkpoint: FinishedCheckpoint, config: Any, kept: list[tuple[int, 
             tensors.append(_Tensor(f"{prefix}{name}.weight", shape, values=float("norm" in name)))
 
     copy("token_embd", "model.embed_tokens")
-    for place, (index, shape) in enumerate(kept):
-        block, layer = f"blk.{place}.", f"model.layers.{index}."
+    for position, (index, shape) in enumerate(kept):
+        block, layer = f"blk.{position}.", f"model.layers.{index}."
         if shape.heads and fused:
             copy(f"{block}attn_qkv", *(layer + _ATTENTION[name] for name in _QKV))
         for name, source in _ATTENTION.items() if shape.heads else ():
@@ -307,7 +307,7 @@ def _tensors(checkpoint: FinishedCheckpoint, config: Any, kept: list[tuple[int, 
         if not shape.heads and fused:
             norms = dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head_dim,))
             zeros(block, {"attn_norm": (hidden,), "attn_qkv": (3 * head_dim, hidden), **norms, "attn_output": (hidden, head_dim)})
-        elif not shape.heads and place == 0:
+        elif not shape.heads and position == 0:
             square = dict.fromkeys(_QKV, (head_dim, hidden))
             zeros(block, {"attn_norm": (hidden,), **square, "attn_output": (hidden, head_dim)})
         for name, source in _FFN.items() if shape.channels else ():
@@ -326,7 +326,7 @@ def _places(checkpoint: FinishedCheckpoint, head_dim: int) -> dict[str, tuple[st
     """Where the checkpoint has each tensor, by Llama's name for it: (tensor, first row, rows). A matrix of several parts is several
     of Llama's."""
     layout, llama = LAYOUTS[checkpoint.plan["family"]], LAYOUTS["llama"]
-    found = {name: (name, 0, file.shapes[name][1][0]) for name, file in checkpoint.tensors.items()}
+    sources = {name: (name, 0, file.shapes[name][1][0]) for name, file in checkpoint.tensors.items()}
     for index, shape in enumerate(checkpoint.shapes):
         queries, keys = shape.heads * head_dim, shape.kv_groups * head_dim
         rows = {"q": queries, "k": keys, "v": keys, "gate": shape.channels, "up": shape.channels}
@@ -337,11 +337,11 @@ def _places(checkpoint: FinishedCheckpoint, head_dim: int) -> dict[str, tuple[st
                     if len(parts) == 1 or whole not in checkpoint.tensors:
                         continue
                     first = 0
-                    del found[whole]
+                    del sources[whole]
                     for part in parts:
-                        found[f"{llama.layer(index)}.{names[part]}.{kind}"] = (whole, first, rows[part])
+                        sources[f"{llama.layer(index)}.{names[part]}.{kind}"] = (whole, first, rows[part])
                         first += rows[part]
-    return found
+    return sources
 
 
 def _rope(config: Any, head_dim: int) -> tuple[dict[str, Any], Tensor | None]:

@@ -33,9 +33,9 @@ def installed() -> bool:
 
 def quantize(source: Path, target: Path, file_type: int, go_on: Callable[[], None]) -> None:
     """Write ``source`` anew as ``target`` in llama.cpp's ``file_type``. ``go_on`` is polled and may raise. Raises ExportError."""
-    found = proof.prove(lambda _: ["-m", __name__, str(source), str(target), str(int(file_type))], "cpu", go_on)
-    if found["problems"]:
-        raise ExportError(f"llama.cpp could not quantise the model: {'; '.join(found['problems'])}")
+    made = proof.prove(lambda _: ["-m", __name__, str(source), str(target), str(int(file_type))], "cpu", go_on)
+    if made["problems"]:
+        raise ExportError(f"llama.cpp could not quantise the model: {'; '.join(made['problems'])}")
 
 
 class LlamaCpp:
@@ -68,11 +68,11 @@ class LlamaCpp:
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
         """The ``count`` most likely tokens one after the other, each through the cache, never stopping early."""
         last = self.logits(tokens)[-1]
-        found = [int(last.argmax())]
-        while len(found) < count:
-            self._model.eval(found[-1:])
-            found.append(int(self._model.scores[len(tokens) + len(found) - 1].argmax()))
-        return found
+        written = [int(last.argmax())]
+        while len(written) < count:
+            self._model.eval(written[-1:])
+            written.append(int(self._model.scores[len(tokens) + len(written) - 1].argmax()))
+        return written
 
     def tokenize(self, text: str) -> list[int]:
         """As :func:`selfpruner.export.gguf_tokenizer.encode`, by llama.cpp itself."""

@@ -180,11 +180,11 @@ def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequen
     spans = []
     for token in normal:
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        found = [ranks.get(pair, -1) for pair in pairs if pair[0] in normal and pair[1] in normal]
-        if found and min(found) < 0:
+        ranked = [ranks.get(pair, -1) for pair in pairs if pair[0] in normal and pair[1] in normal]
+        if ranked and min(ranked) < 0:
             raise _refusal(f"merges {token!r} from some pairs and not from others")
-        if found:
-            spans.append((min(found), max(found), token))
+        if ranked:
+            spans.append((min(ranked), max(ranked), token))
     scores: dict[str, float] = {}
     first = last = -1
     for start, end, token in sorted(spans):

@@ -82,8 +82,8 @@ def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[]
     """
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="selfpruner-verify-") as scratch:
-        for place in dict.fromkeys((device, "cpu")):
-            result = _run(arguments(place), Path(scratch), go_on)
+        for where in dict.fromkeys((device, "cpu")):
+            result = _run(arguments(where), Path(scratch), go_on)
             if not result.get("out_of_memory"):
                 break
     return result

@@ -76,8 +76,8 @@ def _masked_tensors(prepared: Prepared, plan: Plan) -> Iterator[tuple[str, Tenso
     """The matrices of the blocks that ``plan`` prunes by making weights zero, under their checkpoint names."""
     for block, level in enumerate(plan.levels):
         if level:
-            found = _named(prepared.arch, block // 2, prepared.engine.weights(block, level))
-            yield from ((name, tensor) for name, tensor in found.items() if name.endswith(".weight"))
+            tensors = _named(prepared.arch, block // 2, prepared.engine.weights(block, level))
+            yield from ((name, tensor) for name, tensor in tensors.items() if name.endswith(".weight"))
 
 
 def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, TensorSource]:
@@ -158,8 +158,8 @@ def _named(arch: Architecture, layer: int, weights: AttentionWeights | FfnWeight
     tensors = {}
     for place, parts in arch.layout.places(int(isinstance(weights, FfnWeights))).items():
         for kind, suffix in (("weight", ""), ("bias", "_bias")):
-            found = [tensor for part in parts if (tensor := getattr(weights, part + suffix)) is not None]
-            if found:
+            parts_here = [tensor for part in parts if (tensor := getattr(weights, part + suffix)) is not None]
+            if parts_here:
                 name = f"{arch.layout.layer(layer)}.{place}.{kind}"
-                tensors[name] = torch.cat(found) if len(found) > 1 else found[0].contiguous()
+                tensors[name] = torch.cat(parts_here) if len(parts_here) > 1 else parts_here[0].contiguous()
     return tensors

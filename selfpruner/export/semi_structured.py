@@ -38,9 +38,9 @@ def convert(model: nn.Module) -> list[str]:
         _check(torch.device(device))
     dtypes = {weight.dtype for weight in weights.values()}
     if not dtypes <= set(DTYPES):
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        types = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise FormatError(
-            f"Semi-structured weights are float16 or bfloat16, and the model's are {found}. Load it with dtype=torch.bfloat16."
+            f"Semi-structured weights are float16 or bfloat16, and the model's are {types}. Load it with dtype=torch.bfloat16."
         )
     chosen = {
         name
@@ -63,9 +63,9 @@ def _check(device: torch.device) -> None:
         raise FormatError(
             f"Semi-structured weights need an NVIDIA GPU, and the model is on {device}. The checkpoint works as it is."
         )
-    found = torch.cuda.get_device_capability(device)
-    if found < CAPABILITY:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
         raise FormatError(
             f"Semi-structured weights need a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or later, and {device} has "
-            f"{found[0]}.{found[1]}. The checkpoint works as it is."
+            f"{capability[0]}.{capability[1]}. The checkpoint works as it is."
         )

@@ -99,8 +99,8 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
         logits = model(tokens, use_cache=False).logits
         scale = float(expected.abs().max())
         bound = TOLERANCE * max(1.0, scale)
-        found = logits[:, -expected.shape[1] :].cpu()
-        difference = float((found - expected).abs().max())
+        computed = logits[:, -expected.shape[1] :].cpu()
+        difference = float((computed - expected).abs().max())
         if not difference <= bound:  # also when it is NaN
             problems.append(f"logits differ by {difference:.3g}, allowed {bound:.3g}")
 
@@ -120,7 +120,7 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
     rounding = 0.0
     if model.dtype != torch.float32:
         rounded = model(tokens, use_cache=False).logits[:, -expected.shape[1] :].float().cpu()
-        rounding = float(((rounded - found).std(-1) / found.std(-1)).median())
+        rounding = float(((rounded - computed).std(-1) / computed.std(-1)).median())
         if not bool(rounded.isfinite().all()):
             problems.append(f"logits are not finite in {_dtype(model)}")
         elif not rounding <= ROUNDING:

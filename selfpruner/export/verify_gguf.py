@@ -121,10 +121,10 @@ class _Comparison:
         difference = logits[:, -self._expected.shape[1] :] - self._expected
         spread = (self._expected - self._expected.mean(-1, keepdim=True)).pow(2).mean()
         error = (difference - difference.mean(-1, keepdim=True)).pow(2).mean()
-        found = {"max_difference": float(difference.abs().max()), "error": float((error / spread).sqrt())}
-        if not found["error"] <= self.allowed:  # also when it is NaN
-            problems.append(f"logits{where} differ by {found['error']:.3g} of their spread, allowed {self.allowed:.3g}")
-        return found
+        figures = {"max_difference": float(difference.abs().max()), "error": float((error / spread).sqrt())}
+        if not figures["error"] <= self.allowed:  # also when it is NaN
+            problems.append(f"logits{where} differ by {figures['error']:.3g} of their spread, allowed {self.allowed:.3g}")
+        return figures
 
 
 def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> Any:

@@ -20,13 +20,13 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Raises DiskFullError and NoPermissionError.
     """
-    place = file.resolve()  # a link stays one
-    aside = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+    target = file.resolve()  # a link stays one
+    aside = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     with disk_errors(file):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
-            aside.replace(place)
+            aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
 

@@ -90,7 +90,7 @@ def let_go(*, keep: Collection[Path] = ()) -> None:
 
 def entries(cache: Path) -> list[Entry]:
     """What is there, the longest unused first."""
-    found = []
+    listed = []
     for kind in KINDS:
         for path in _listed(cache / kind):
             if path.suffix in (".lock", ".tmp"):
@@ -102,8 +102,8 @@ def entries(cache: Path) -> list[Entry]:
                 about = json.loads(mark.read_text())
             with contextlib.suppress(OSError):  # another process may be removing it
                 used = path.stat().st_mtime if used is None else used
-                found.append(Entry(kind, path, _size(path), used, about.get("model", ""), about.get("what", "")))
-    return sorted(found, key=lambda entry: entry.used)
+                listed.append(Entry(kind, path, _size(path), used, about.get("model", ""), about.get("what", "")))
+    return sorted(listed, key=lambda entry: entry.used)
 
 
 def remove(entry: Entry) -> bool:

@@ -24,18 +24,18 @@ def writable_folder(folder: Path, *, param: str = "output") -> None:
         str(folder).encode()  # in SQLite, JSON and safetensors a path is UTF-8
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             folder.expanduser().lstat()  # what _nearest asks is silent of names that are too long
-        place = _nearest(folder)
+        nearest = _nearest(folder)
     except UnicodeEncodeError as error:
         raise ConfigError(f"The name {str(folder)!a} is not UTF-8. Name another folder.", param=param) from error
     except (OSError, ValueError) as error:  # a name too long, a null byte
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{str(folder)[:100]!r} cannot be made: {why}. Name another folder.", param=param) from error
-    if not place.is_dir():
-        what = f"{folder} is a file" if place == folder else f"{folder} cannot be made, because {place} is a file"
+    if not nearest.is_dir():
+        what = f"{folder} is a file" if nearest == folder else f"{folder} cannot be made, because {nearest} is a file"
         raise ConfigError(f"{what}; name a folder.", param=param)
     # A look at the mode bits says nothing of disks that can only be read, quotas and lists of who may write.
     try:
-        with disk_errors(place), tempfile.TemporaryDirectory(prefix=".tmp-", dir=place):
+        with disk_errors(nearest), tempfile.TemporaryDirectory(prefix=".tmp-", dir=nearest):
             pass
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}. Name another folder.", param=param) from error
@@ -60,10 +60,10 @@ def room_for(size: int, folder: Path, what: str) -> None:
 
 def _nearest(place: Path) -> Path:
     """``place``, or what exists of the way to it."""
-    place = Path(os.path.realpath(place.expanduser()))
-    while not os.path.lexists(place):
-        place = place.parent
-    return place
+    folder = Path(os.path.realpath(place.expanduser()))
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
 
 
 def _mib(size: int) -> str:

@@ -69,14 +69,14 @@ def methods_of(
         names.check_criterion(name)
         if name in names.CRITERION_PATTERNS and not set(names.CRITERION_PATTERNS[name]) & set(patterns):
             names.check_pattern(name, patterns[0], names.CRITERION_PATTERNS[name])
-    found = []
+    methods = []
     for pattern in patterns:
         for criterion in criteria or names.CRITERIA:
             if pattern not in names.CRITERION_PATTERNS.get(criterion, names.PATTERNS):
                 continue
             able = names.compensations_of(pattern)
-            found += [Method(pattern, criterion, name) for name in compensations or able if name in able]
-    return found
+            methods += [Method(pattern, criterion, name) for name in compensations or able if name in able]
+    return methods
 
 
 class ComparisonFile:

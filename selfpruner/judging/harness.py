@@ -70,11 +70,11 @@ class SharedContextLM(HFLM):
             ids = (*question.context, *(token for continuation in question.continuations for token in continuation))
             check_ids(ids, self.model, self.tokenizer, "A question")
         scored = likelihoods(self.model, questions, max_length=self.max_length, progress=self._progress, cancelled=self._cancelled)
-        found = [(0.0, False)] * len(requests)
+        answers = [(0.0, False)] * len(requests)
         for indexes, scores in zip(places.values(), scored, strict=True):
             for index, score in zip(indexes, scores, strict=True):
-                found[index] = score.logprob, score.greedy
-        return found
+                answers[index] = score.logprob, score.greedy
+        return answers
 
 
 def load_task(name: str, local: LocalTask | None, cache: Path) -> ConfigurableTask:
@@ -128,10 +128,10 @@ def run(task: ConfigurableTask, name: str, model: SharedContextLM, limit: int | 
     (key,) = instances[0].filtered_resps
     for number, document in task.doc_iterator(samples=chosen):
         asked = sorted(by_document[number], key=lambda instance: instance.idx)
-        found = task.process_results(document, [instance.filtered_resps[key] for instance in asked])
+        results = task.process_results(document, [instance.filtered_resps[key] for instance in asked])
         for metric in METRICS:
-            if metric in found:
-                metrics.setdefault(metric, []).append(int(found[metric]))
+            if metric in results:
+                metrics.setdefault(metric, []).append(int(results[metric]))
     return Outcomes(metrics, total)
 
 

@@ -94,7 +94,7 @@ def likelihoods(
         for index, continuation in enumerate(question.continuations):
             kept = max(1, longest + 1 - len(continuation))
             alone.append(_Row(question.context[-kept:], [continuation], number, index))
-    found = [[Likelihood(0.0, True)] * len(question.continuations) for question in questions]
+    answers = [[Likelihood(0.0, True)] * len(question.continuations) for question in questions]
     total, done = sum(row.length for row in (*shared, *alone)), 0
     wide = int(config.vocab_size) * 4
     for rows, sharing in ((shared, True), (alone, False)):
@@ -102,10 +102,10 @@ def likelihoods(
             if cancelled():
                 raise CancelledTaskError("Cancelled while scoring continuations.")
             for row, scores in zip(batch, _score(model, batch, sharing), strict=True):
-                found[row.owner][row.first : row.first + len(scores)] = scores
+                answers[row.owner][row.first : row.first + len(scores)] = scores
             done += sum(row.length for row in batch)
             progress(done, total)
-    return found
+    return answers
 
 
 def _rows(question: Question, owner: int, tokens: int) -> Iterator[_Row]:
@@ -203,7 +203,7 @@ def _chosen(model: PreTrainedModel, logits: Tensor, index: Tensor, target: Tenso
         part = logits[rows].float()
         logprobs.append(part.gather(1, wanted[:, None]).squeeze(1) - part.logsumexp(-1))
         greedy.append(part.argmax(-1) == wanted)
-    found = torch.cat(logprobs).double().cpu()
-    if found.isnan().any():
+    chosen = torch.cat(logprobs).double().cpu()
+    if chosen.isnan().any():
         raise not_numbers(model)
-    return found, torch.cat(greedy).cpu()
+    return chosen, torch.cat(greedy).cpu()

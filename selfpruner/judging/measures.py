@@ -143,15 +143,15 @@ class Task:
 
         tell(f"{self.name}: reading")
         task = harness.load_task(self.name, self._local, subject.cache)
-        found = harness.run(
+        outcome = harness.run(
             task, self.name, harness.SharedContextLM(subject.model, subject.tokenizer, progress=progress), self.limit
         )
-        result: Json = {"documents": len(found.metrics["acc"]), "of": found.total}
-        for metric, outcomes in found.metrics.items():
+        result: Json = {"documents": len(outcome.metrics["acc"]), "of": outcome.total}
+        for metric, outcomes in outcome.metrics.items():
             value = mean(outcomes)
             result |= {metric: round(value.value, 6), f"{metric}_stderr": _rounded(value.stderr, 6)}
         # A digit per document: a thousand of them are one line.
-        result["outcomes"] = {metric: "".join(map(str, outcomes)) for metric, outcomes in found.metrics.items()}
+        result["outcomes"] = {metric: "".join(map(str, outcomes)) for metric, outcomes in outcome.metrics.items()}
         return result
 
 
@@ -176,9 +176,9 @@ class Perplexity:
 
     @cached_property
     def setting(self) -> Json:
-        found = self._corpus
+        corpus = self._corpus
         what = {"text": self.text, "seqlen": self.seqlen, "windows": self.windows}
-        return {**what, "source": found.source, "digest": found.digest, "version": _VERSION}
+        return {**what, "source": corpus.source, "digest": corpus.digest, "version": _VERSION}
 
     def run(self, subject: MeasuredModel, tell: Tell) -> Json:
         from selfpruner.calibration.soundness import not_numbers

@@ -50,14 +50,14 @@ def losses(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[float]:
     """Mean NLL in nats of every sequence of ``tokens`` (sequences, length), over its length - 1 tokens that have one before."""
-    found = []
+    per_batch = []
     sequences, length = tokens.shape
     for index, row in enumerate(tokens):
         if cancelled():
             raise CancelledTaskError("Cancelled during an evaluation.")
-        found.append(_sums(model, row, None)[1] / (length - 1))
+        per_batch.append(_sums(model, row, None)[1] / (length - 1))
         progress(f"window {index + 1}/{sequences}")
-    return found
+    return per_batch
 
 
 @torch.inference_mode()

@@ -96,11 +96,11 @@ def measure(
 ) -> dict[str, dict[str, Record]]:
     """Fill ``results`` with what is missing, model by model; a model is loaded only if something is. Raises what measuring raises:
     what is finished stays."""
-    found: dict[str, dict[str, Record]] = {}
+    records: dict[str, dict[str, Record]] = {}
     for place in places:
         subject = None
         fingerprint = place.fingerprint
-        found[place.name] = {}
+        records[place.name] = {}
         for each in measures:
             setting = {**each.setting, "dtype": str(place.torch_dtype).removeprefix("torch."), "device": place.device.type}
             record = results.find(fingerprint, setting)
@@ -121,8 +121,8 @@ def measure(
                     "result": result,
                 }
                 results.add(record)
-            found[place.name][each.name] = record
-    return found
+            records[place.name][each.name] = record
+    return records
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------------

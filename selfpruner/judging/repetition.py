@@ -55,8 +55,8 @@ def repetition(
 
     Raises CancelledTaskError between tokens.
     """
-    found = [repeated(tokens) for tokens in continuations(model, prompts, new_tokens, cancelled)]
-    return sum(found) / len(found)
+    rates = [repeated(tokens) for tokens in continuations(model, prompts, new_tokens, cancelled)]
+    return sum(rates) / len(rates)
 
 
 def repeated(tokens: Sequence[int]) -> float:
@@ -110,9 +110,9 @@ def continuations(
         written.append(ids)
     ends = _ends(model)
     texts = torch.cat(written, 1).tolist()
-    return [text[: next((place for place, token in enumerate(text) if token in ends), None)] for text in texts]
+    return [text[: next((index for index, token in enumerate(text) if token in ends), None)] for text in texts]
 
 
 def _ends(model: PreTrainedModel) -> set[int]:
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return set() if found is None else {found} if isinstance(found, int) else set(found)
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

@@ -35,10 +35,10 @@ class LocalTask:
     @property
     def digest(self) -> str:
         """Identity of the task file and of the data files it names."""
-        found = hashlib.sha256(self.file.read_bytes())
+        digest = hashlib.sha256(self.file.read_bytes())
         for path in sorted(self._files(self._read())):
-            found.update(sampled_digest(path).encode())
-        return found.hexdigest()[:16]
+            digest.update(sampled_digest(path).encode())
+        return digest.hexdigest()[:16]
 
     def config(self, cache: Path) -> dict[str, Any]:
         """The task for the harness: data files by absolute paths, prepared under ``cache``. Raises TextError."""

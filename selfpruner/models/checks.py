@@ -82,17 +82,17 @@ def _check_numbers(path: Path, body: Mapping[str, Any]) -> None:
     """Raise :class:`ModelError` where the parsed JSON holds NaN or infinity, in any of the ways in which it may."""
     left: list[tuple[str, Any]] = list(body.items())
     while left:
-        place, value = left.pop()
+        key, value = left.pop()
         # transformers writes {"__float__": "Infinity"}.
         said = value["__float__"] if isinstance(value, dict) and "__float__" in value else value
         if said is not value or (isinstance(value, float) and not math.isfinite(value)):
             raise ModelError(
-                f"{path} says {place} = {said}, which is no number to compute with. Compare it with the file the model was "
+                f"{path} says {key} = {said}, which is no number to compute with. Compare it with the file the model was "
                 "published with.",
                 param="model",
             )
         inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        left += [(f"{place}.{name}", item) for name, item in inner]
+        left += [(f"{key}.{name}", item) for name, item in inner]
 
 
 def _check_functions(path: Path, config: Mapping[str, Any], activation: str) -> None:

@@ -45,10 +45,10 @@ class Layout:
 
     def places(self, block: int) -> dict[str, list[str]]:
         """The parts at every place of attention (block 0) or FFN (block 1), in order."""
-        found: dict[str, list[str]] = {}
+        parts_of: dict[str, list[str]] = {}
         for part, place in (self.ffn if block else self.attention).items():
-            found.setdefault(place, []).append(part)
-        return found
+            parts_of.setdefault(place, []).append(part)
+        return parts_of
 
     def block_of(self, name: str) -> tuple[int, int] | None:
         """(layer, block) of the matrix or bias that a tensor's name is of; None for any other tensor."""
@@ -56,14 +56,14 @@ class Layout:
         if not name.startswith(prefix):
             return None
         layer, _, local = name.removeprefix(prefix).partition(".")
-        place = local.rpartition(".")[0]
-        if place in self.attention.values():
+        module = local.rpartition(".")[0]
+        if module in self.attention.values():
             return int(layer), 0
-        return (int(layer), 1) if place in self.ffn.values() else None
+        return (int(layer), 1) if module in self.ffn.values() else None
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
-        found = config.get(key)
-        return self.defaults.get(key) if found is None else found
+        given = config.get(key)
+        return self.defaults.get(key) if given is None else given
 
     def refusal(self, config: Mapping[str, Any]) -> str | None:
         """Why a model of this configuration cannot be worked on, and what to do; None where it can."""

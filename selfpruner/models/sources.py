@@ -52,15 +52,15 @@ def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> Mode
     :class:`DiskFullError`.
     """
     if name in EMBEDDED_MODELS:
-        found = embedded_file(name)
+        path = embedded_file(name)
     else:
         local = _local(name, allowed_root)
-        found = local if local is not None else _from_hub(name, cache)
-    if found.is_file():
+        path = local if local is not None else _from_hub(name, cache)
+    if path.is_file():
         with quiet():
-            found = gguf.convert(found, cache / "models")
-    config = checks.check_folder(found)
-    return ModelSource(found, name, checks.fingerprint(found), str(config["model_type"]), config)
+            path = gguf.convert(path, cache / "models")
+    config = checks.check_folder(path)
+    return ModelSource(path, name, checks.fingerprint(path), str(config["model_type"]), config)
 
 
 def embedded_file(name: str) -> Path:

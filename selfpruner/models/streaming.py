@@ -397,8 +397,8 @@ class StreamedEmbedding(nn.Module):
 
     def rows(self, tokens: Tensor) -> Tensor:
         """The rows as they are in the files, without the scale."""
-        wanted, place = torch.unique(tokens, return_inverse=True)
-        return self._files.gather(self._name, wanted.tolist())[place]
+        wanted, inverse = torch.unique(tokens, return_inverse=True)
+        return self._files.gather(self._name, wanted.tolist())[inverse]
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = self.rows(tokens)

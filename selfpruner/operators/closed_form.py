@@ -61,8 +61,8 @@ class Sensitivity(Operator):
         losses = predicted_losses(space, context.sensitivities, context.probe_levels)
         best = cheapest(space, losses)
         uniform = space.project([space.rate] * space.layers)
-        found = [Offspring(best, self.name)]
+        offspring = [Offspring(best, self.name)]
         for trust in (0.75, 0.5, 0.25)[: max(0, count - 1)]:
             pairs = zip(space.rates(best), space.rates(uniform), strict=True)
-            found.append(Offspring(space.project([trust * a + (1 - trust) * b for a, b in pairs]), self.name))
-        return found
+            offspring.append(Offspring(space.project([trust * a + (1 - trust) * b for a, b in pairs]), self.name))
+        return offspring

@@ -25,14 +25,14 @@ class LevelSwitch(Operator):
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
         if not context.population:
             return []
-        found = []
+        offspring = []
         first = common_blocks(context.space, rng)
         for _ in range(count):
             # Better parents more often: the minimum of two draws.
             parent = context.population[min(rng.randrange(len(context.population)), rng.randrange(len(context.population)))]
             plan = switch(context.space, Plan(parent.levels), rng, min(rng.randint(1, 3), rng.randint(1, 3)), first)
-            found.append(Offspring(plan, self.name, (parent.plan_hash,)))
-        return found
+            offspring.append(Offspring(plan, self.name, (parent.plan_hash,)))
+        return offspring
 
 
 class Recombine(Operator):
@@ -44,7 +44,7 @@ class Recombine(Operator):
     async def propose(self, context: Context, count: int, rng: random.Random) -> list[Offspring]:
         if len(context.population) < 2:
             return []
-        found = []
+        offspring = []
         for _ in range(count):
             first, second = rng.sample(list(context.population), 2)
             space = context.space
@@ -52,8 +52,8 @@ class Recombine(Operator):
             take = [rng.random() < 0.5 for _ in range(space.layers)]
             layer_of = [space.blocks[dial.blocks[0]].layer for dial in space.dials]
             rates = [x if take[layer] else y for x, y, layer in zip(a, b, layer_of, strict=True)]
-            found.append(Offspring(space.project(rates), self.name, (first.plan_hash, second.plan_hash)))
-        return found
+            offspring.append(Offspring(space.project(rates), self.name, (first.plan_hash, second.plan_hash)))
+        return offspring
 
 
 def common_blocks(space: SearchSpace, rng: random.Random) -> int:

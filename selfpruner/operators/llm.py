@@ -317,9 +317,9 @@ def _tournament(population: Sequence[Candidate], count: int, rng: random.Random)
     places = list(range(len(population)))
     chosen = []
     for _ in range(count):
-        place = min(rng.choice(places), rng.choice(places))
-        places.remove(place)
-        chosen.append(population[place])
+        winner = min(rng.choice(places), rng.choice(places))
+        places.remove(winner)
+        chosen.append(population[winner])
     return chosen
 
 

@@ -27,9 +27,9 @@ class Reallocate(Operator):
             return []
         leader = context.population[0]
         here = Plan(leader.levels)
-        found = []
+        offspring = []
         for number in range(count):
             radius = RADII[number % len(RADII)]
             losses = context.landscape.losses(rng if number else None, around=here, radius=radius, known=number == 0)
-            found.append(Offspring(cheapest(context.space, losses), self.name, (leader.plan_hash,)))
-        return found
+            offspring.append(Offspring(cheapest(context.space, losses), self.name, (leader.plan_hash,)))
+        return offspring

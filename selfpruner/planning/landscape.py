@@ -105,11 +105,11 @@ class Landscape:
 
     def _of_kind(self, kind: str) -> Vector:
         """The expected losses of blocks of one kind, 0 elsewhere."""
-        found: Vector = self._prior.copy()
+        means: Vector = self._prior.copy()
         for index, block in enumerate(self.space.blocks):
             if block.kind != kind:
-                found[self._part(index)] = 0.0
-        return found
+                means[self._part(index)] = 0.0
+        return means
 
     def _part(self, block: int) -> slice:
         return slice(self._start[block], self._start[block] + len(self.space.blocks[block].options))

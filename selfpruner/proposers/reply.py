@@ -65,7 +65,7 @@ def _has_shape(value: object, schema: Mapping[str, Any]) -> bool:
 
 def _last_object(text: str) -> dict[str, Any]:
     decoder = json.JSONDecoder(parse_constant=_refuse)
-    found: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
     start = text.find("{")
     for _ in range(_MAX_TRIES):
         if start < 0:
@@ -77,11 +77,11 @@ def _last_object(text: str) -> dict[str, Any]:
         except (ValueError, RecursionError):
             end = start + 1
         else:
-            found = value
+            last = value
         start = text.find("{", end)
-    if found is None:
+    if last is None:
         raise NotJsonError("the answer holds no JSON object that parses")
-    return found
+    return last
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -70,15 +70,15 @@ def weight_facts(matrices: Mapping[str, Matrix], levels: Sequence[Sparsity]) -> 
         scores = torch.empty(sum(matrices[name].W.numel() for name in names))
         start = 0
         for name in names:
-            found = _varying(matrices[name]).flatten()
-            scores[start : start + len(found)] = found
-            start += len(found)
-            del found
+            importances = _varying(matrices[name]).flatten()
+            scores[start : start + len(importances)] = importances
+            start += len(importances)
+            del importances
         mean, deviation = float(scores.mean()), max(float(scores.std()), 1e-12)
         ordered = scores.numpy()
         ordered.sort()  # in place: torch's sort also makes the places, eight bytes each
         places = [min(int(level.share * len(ordered)), len(ordered)) - 1 for level in levels]
-        standard = ((float(ordered[max(place, 0)]) - mean) / deviation - (place < 0) for place in places)
+        standard = ((float(ordered[max(index, 0)]) - mean) / deviation - (index < 0) for index in places)
         thresholds.append([round(value, 6) for value in accumulate(standard, max)])
     return {"outlier_ratio": outlier_ratio(matrices.values()), "flap_thresholds": thresholds}
 
@@ -100,17 +100,17 @@ def spectral_exponents(arch: Architecture, file: Path, cancelled: Callable[[], b
     """Per layer the mean exponent of its matrices' spectra (AlphaPruning, arXiv 2410.10912), kept in ``file``: they depend on
     nothing but the weights. Raises CancelledTaskError between layers."""
     if file.exists():
-        found: list[float] = json.loads(file.read_text("utf-8"))
-        return found
-    found = []
+        exponents: list[float] = json.loads(file.read_text("utf-8"))
+        return exponents
+    exponents = []
     for layer in range(arch.layers):
         if cancelled():
             raise CancelledTaskError("Cancelled while looking at spectra.")
         blocks: tuple[AttentionWeights | FfnWeights, ...] = (arch.attention(layer), checkpoint_ffn(arch, layer))
         matrices = [getattr(weights, name) for weights in blocks for name in weights.matrices]
-        found.append(round(fmean(hill_exponent(W) for W in matrices), 6))
-    atomic.write_text(file, json.dumps(found))
-    return found
+        exponents.append(round(fmean(hill_exponent(W) for W in matrices), 6))
+    atomic.write_text(file, json.dumps(exponents))
+    return exponents
 
 
 def hill_exponent(W: Tensor) -> float:
@@ -136,7 +136,7 @@ def outlier_ratio(matrices: Collection[Matrix], m: float = OUTLIER_M) -> float:
     """Share of |W_ij| * ||X_j|| above ``m`` times their mean, over ``matrices`` together, which are gone through twice."""
     sums = [(matrix.W.numel(), (matrix.W.abs() * matrix.norm).sum()) for matrix in matrices]
     count = sum(numel for numel, _ in sums)
-    total = torch.stack([found for _, found in sums]).sum()
+    total = torch.stack([part for _, part in sums]).sum()
     outliers = [(matrix.W.abs() * matrix.norm > m * total / count).sum() for matrix in matrices]
     return float(torch.stack(outliers).sum()) / count
 

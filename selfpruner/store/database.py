@@ -80,9 +80,9 @@ class Database:
 
     def _prepare(self) -> None:
         with self._engine.connect() as connection:
-            found = schema.revision(connection, self.path)
+            revision = schema.revision(connection, self.path)
         if self.read_only:
-            schema.require_current(found, self.path)
+            schema.require_current(revision, self.path)
             return
         with self._engine.connect().execution_options(begin=None) as connection:
             mode = connection.exec_driver_sql("PRAGMA journal_mode = WAL").scalar()
@@ -91,7 +91,7 @@ class Database:
             # Rebuilding a table drops the old one, and with foreign keys on that would take the rows that refer to it along.
             connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-            schema.bring_up_to_date(connection, found)
+            schema.bring_up_to_date(connection, revision)
             connection.exec_driver_sql("COMMIT")
             connection.exec_driver_sql("PRAGMA foreign_keys = ON")
 

@@ -23,18 +23,20 @@ def revision(connection: Connection, path: Path) -> str | None:
     tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars())
     if not tables:
         return None
-    found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() if "alembic_version" in tables else None
-    if "job" not in tables or not re.fullmatch(r"\d{4}", str(found)):
+    version = (
+        connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() if "alembic_version" in tables else None
+    )
+    if "job" not in tables or not re.fullmatch(r"\d{4}", str(version)):
         raise StoreError(
             f"{path} is another program's SQLite database. Name another file, or move this one away.", code="store_foreign"
         )
-    if str(found) > REVISION:
+    if str(version) > REVISION:
         raise StoreError(
-            f"{path} was written by a newer selfpruner (schema {found}; this one knows up to {REVISION}). "
+            f"{path} was written by a newer selfpruner (schema {version}; this one knows up to {REVISION}). "
             "Upgrade selfpruner, or name another database.",
             code="store_newer",
         )
-    return str(found)
+    return str(version)
 
 
 def require_current(found: str | None, path: Path) -> None:

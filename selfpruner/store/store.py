@@ -253,16 +253,16 @@ class Store:
         query = select(CandidateRow).where(CandidateRow.job_id == job_id, begins).order_by(col(CandidateRow.plan_hash))
         with self._database.reading() as session:
             row = session.get(CandidateRow, (job_id, plan_hash))
-            found = [row] if row is not None else session.exec(query.limit(SHOWN + 1)).all() if plan_hash else []
-        if not found:
+            rows = [row] if row is not None else session.exec(query.limit(SHOWN + 1)).all() if plan_hash else []
+        if not rows:
             raise NotFoundError(
                 f"No candidate {plan_hash!r} in job {job_id}. `selfpruner show` lists the best; the whole list is at "
                 f"/v1/jobs/{job_id}/candidates, and in the view population of {self.path}.",
                 param=param,
             )
-        if len(found) > 1:
-            raise AmbiguousNameError("plan", plan_hash, [r.plan_hash for r in found[:SHOWN]], more=len(found) > SHOWN, param=param)
-        return found[0]
+        if len(rows) > 1:
+            raise AmbiguousNameError("plan", plan_hash, [r.plan_hash for r in rows[:SHOWN]], more=len(rows) > SHOWN, param=param)
+        return rows[0]
 
     def evaluations(self, job_id: str, plan_hash: str | None = None) -> list[EvaluationRow]:
         """All evaluations of a job, or of one plan, in order of creation."""

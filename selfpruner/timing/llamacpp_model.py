@@ -43,13 +43,13 @@ def file_of(name: str) -> Path:
             param="backend",
         )
     path = models.embedded_file(name) if name in EMBEDDED_MODELS else Path(name).expanduser()
-    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" and path.is_file() else []
-    if len(found) != 1:
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" and path.is_file() else []
+    if len(files) != 1:
         raise ConfigError(
-            f"{name} holds {len(found)} GGUF files; llama.cpp needs one. Give a .gguf file, or a folder with a single one.",
+            f"{name} holds {len(files)} GGUF files; llama.cpp needs one. Give a .gguf file, or a folder with a single one.",
             param="models",
         )
-    return found[0].resolve()
+    return files[0].resolve()
 
 
 class LlamaCppTimer:

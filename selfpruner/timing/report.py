@@ -84,14 +84,14 @@ class Report:
         """``subject`` against the first model."""
         dense, asked = self.subjects[0], self.settings
         pairs = zip(subject.rates(measure), dense.rates(measure), strict=True)
-        found = [mine / its for mine, its in pairs]
-        low, high, coverage = interval(found)
+        ratios = [mine / its for mine, its in pairs]
+        low, high, coverage = interval(ratios)
         if measure in ("prefill", "first_token"):
             bound = prefill_bound(dense.work, subject.work, asked.prompt_tokens)
         else:
             batch = next(batch for batch in asked.batches if decode(batch) == measure)
             bound = decode_bound(dense.work, subject.work, batch, asked.prompt_tokens, asked.new_tokens)
-        return Ratio(statistics.median(found), low, high, coverage, bound)
+        return Ratio(statistics.median(ratios), low, high, coverage, bound)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, every repetition included, as JSON data."""
@@ -146,12 +146,12 @@ class Report:
                 if measure is None:
                     cells += ["", "", "", ""]
                 else:
-                    found = self.ratio(subject, measure)
+                    ratio = self.ratio(subject, measure)
                     cells += [
-                        f"{found.ratio:.3f}",
-                        f"{found.low:.3f} to {found.high:.3f}",
-                        f"{found.bound:.3f}",
-                        f"{found.achieved:.2f}",
+                        f"{ratio.ratio:.3f}",
+                        f"{ratio.low:.3f} to {ratio.high:.3f}",
+                        f"{ratio.bound:.3f}",
+                        f"{ratio.achieved:.2f}",
                     ]
                 lines.append("| " + " | ".join(cells) + " |")
             lines.append("")

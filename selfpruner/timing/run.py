@@ -124,17 +124,17 @@ async def measure(
     for round_ in range(settings.repetitions + 1):
         progress(f"repetition {round_} of {settings.repetitions}" if round_ else "warming up")
         for name, subject in subjects.items():
-            found = await subject.run("prefill", {"tokens": settings.prompt_tokens})
+            sample = await subject.run("prefill", {"tokens": settings.prompt_tokens})
             if round_:
-                note(name, "prefill", settings.prompt_tokens, found["seconds"])
-                note(name, "first_token", settings.prompt_tokens, found["first_token"])
+                note(name, "prefill", settings.prompt_tokens, sample["seconds"])
+                note(name, "first_token", settings.prompt_tokens, sample["first_token"])
         for batch in settings.batches:
             for name, subject in subjects.items():
                 new_tokens = settings.new_tokens if round_ or settings.compiled else min(settings.new_tokens, _WARM)
                 asked = {"batch": batch, "prompt": settings.prompt_tokens, "new_tokens": new_tokens}
-                found = await subject.run("decode", asked)
+                sample = await subject.run("decode", asked)
                 if round_:
-                    note(name, decode(batch), found["tokens"], found["seconds"])
+                    note(name, decode(batch), sample["tokens"], sample["seconds"])
     rows = []
     for name, subject in subjects.items():
         held, memory = facts[name], await subject.memory()

@@ -126,9 +126,9 @@ class Server:
                 if count > before:
                     reply.arrivals.append((now, count))
         if not reply.arrivals or reply.arrivals[-1][1] != wanted:
-            found = reply.arrivals[-1][1] if reply.arrivals else 0
+            counted = reply.arrivals[-1][1] if reply.arrivals else 0
             raise BenchmarkError(
-                f"{self._url} wrote {found} of {wanted} tokens. The server must know ignore_eos and have room for prompt and new "
+                f"{self._url} wrote {counted} of {wanted} tokens. The server must know ignore_eos and have room for prompt and new "
                 "tokens."
             )
         return reply

@@ -125,10 +125,10 @@ def _files(row: Checkpoint) -> dict[str, FileObject]:
 def _check(path: FilePath, sha256: str) -> None:
     try:
         stat = path.stat()
-        found = _digest(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        digest = _digest(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise CorruptCheckpointError(f"{path.name} cannot be read ({error.strerror}). Run the job again.") from error
-    if found != sha256:
+    if digest != sha256:
         raise CorruptCheckpointError(f"{path.name} does not match its sha256: it was changed or cut off. Run the job again.")
 
 

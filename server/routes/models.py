@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 def list_models(request: Request, _owner: Owner) -> ListObject[ModelObject]:
     """Embedded models, those below the server's model root, and the hub ids (patterns) it allows; not paged."""
     settings = request.app.state.settings
-    found = [ModelObject(id=name, source="embedded", description=text) for name, text in EMBEDDED_MODELS.items()]
-    found += [ModelObject(id=name, source="folder", description="on the server's disk") for name in local_models(settings)]
-    found += [ModelObject(id=name, source="hub", description="fetched from the Hugging Face hub") for name in settings.hub_ids]
-    return ListObject[ModelObject].of(found, False)
+    listed = [ModelObject(id=name, source="embedded", description=text) for name, text in EMBEDDED_MODELS.items()]
+    listed += [ModelObject(id=name, source="folder", description="on the server's disk") for name in local_models(settings)]
+    listed += [ModelObject(id=name, source="hub", description="fetched from the Hugging Face hub") for name in settings.hub_ids]
+    return ListObject[ModelObject].of(listed, False)

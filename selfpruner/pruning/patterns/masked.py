@@ -110,8 +110,8 @@ def level_files(
     asked = f"{_FORMAT}:{fingerprint}:{arch.dtype}:{criterion}:{compensation}:{levels}"
     if plan is not None:
         asked += f":{plan.hash}"
-    place = folder / (("" if plan is None else OF_PLAN) + hashlib.sha256(asked.encode()).hexdigest()[:24])
-    return [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
+    database = folder / (("" if plan is None else OF_PLAN) + hashlib.sha256(asked.encode()).hexdigest()[:24])
+    return [database / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
 
 
 def database_bytes(arch: Architecture, levels: Sequence[Sparsity], *, repaired: bool) -> int:

@@ -30,8 +30,8 @@ def factor_files(
 ) -> list[Path]:
     """The file of every layer under ``folder``; ``fingerprint`` identifies model and calibration text."""
     asked = f"{_FORMAT}:{fingerprint}:{arch.dtype}:{criterion.name}:{compensation.name}"
-    place = folder / hashlib.sha256(asked.encode()).hexdigest()[:24]
-    return [place / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
+    stored_in = folder / hashlib.sha256(asked.encode()).hexdigest()[:24]
+    return [stored_in / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
 
 
 def write_factors(file: Path, attention: AttentionFactors, ffn: FfnFactors, facts: Mapping[str, Any]) -> None:
