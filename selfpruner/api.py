@@ -26,24 +26,23 @@ from selfpruner.files.cache_folder import default_cache as default_cache
 from selfpruner.files.manifest import NAME as MANIFEST
 from selfpruner.jobs import runs
 from selfpruner.jobs.card import card
-from selfpruner.jobs.run import JobResult, run_job, session_of
+from selfpruner.jobs.lifecycle import JobLife, JobResult, recorded
+from selfpruner.jobs.run import run_job, session_of
 from selfpruner.models import saved
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress, shown
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.records import Recorder
 from selfpruner.store.store import Store
 from selfpruner.timing.report import Report, Settings
 from selfpruner.workers.base import Json, Session, WorkerPool
 
 if TYPE_CHECKING:
     from selfpruner.export.folder import ExportResult
+    from selfpruner.jobs.live_view import Watch
     from selfpruner.judging.quality import Quality
 
 T = TypeVar("T")
-# What the database keeps of a checkpoint, beside its plan.
-_CHECKPOINT = ("path", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ def search(
     *,
     cache: Path | None = None,
     proposers: Mapping[str, ProposerSettings] | None = None,
-    watch: Callable[[Recorder], Recorder] = lambda recorder: recorder,
+    watch: Watch | None = None,
     again: bool = False,
     progress: bool | OnProgress = True,
     **fields: Any,
@@ -91,13 +90,13 @@ def search(
     """Search for the best plan and leave it in ``directory``: ``checkpoint/``, ``result.json``, ``selfpruner.db``.
 
     ``fields`` are those of SearchConfig (``model``, ``preset``, ...). The same call again resumes an interrupted search, and gives
-    what a finished one found (``reused``) without computing anything. ``again`` adds another search instead, whose settings may
-    differ: ``checkpoint-2/``, ``result-2.json``. ``watch`` may wrap the recorder to see events and progress.
+    what a finished one found (``reused``) without computing anything. Other settings are another search beside it:
+    ``checkpoint-2/``, ``result-2.json``; ``again`` is one with the same settings. ``watch`` is called with what a server's event
+    stream sends, see ``Client.follow``: a name and plain data, ``job`` and the job, or the type of an event and the event.
 
-    Raises ConfigError for a directory that holds a search with other settings, and what can be known before of texts, places and
-    names: all before anything is computed.
+    Raises what can be known before of texts, places and names before anything is computed.
     """
-    from selfpruner.jobs.live_view import watched
+    from selfpruner.jobs.live_view import watched, watching
 
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
@@ -108,47 +107,33 @@ def search(
     places.writable_folder(cache_dir, param="cache")
     files.look_at(config, ("fitness", "report"))
     with Store(folder / runs.DATABASE) as store:
+        store.requeue_running()  # what was killed
         run = runs.find(store, folder, config, again=again)
-        job = run.job
         if run.done is not None:
-            assert job.result is not None
+            assert run.job.result is not None
             if not run.result.is_file():
-                run.write_result(job.result)
-            row = {key: getattr(run.done, key) for key in ("plan_hash", *_CHECKPOINT)}
-            return JobResult(job.result, {**row, "path": str(run.checkpoint)}, reused=True)
-        finished = job.status == "succeeded"  # its checkpoint is gone or was changed: what was computed gives it again
-        if job.status in ("running", "paused"):
-            store.requeue_running()
-        if not finished:
-            store.transition(job.id, "running")
+                run.write_result(run.job.result)
+            return JobResult(run.job.result, {**recorded(run.done), "path": str(run.checkpoint)}, reused=True)
 
         async def work(pool: WorkerPool) -> JobResult:
-            return await run_job(
-                config,
-                job_id=job.id,
-                pool=pool,
-                proposer_settings=named,
-                recorder=view(watch(store.recorder(job.id))),
-                cache=cache_dir,
-                checkpoint_dir=run.checkpoint,
+            life = JobLife(store, run.job, run.checkpoint)
+            life.begin(
+                lambda: run_job(
+                    config,
+                    job_id=life.id,
+                    pool=pool,
+                    proposer_settings=named,
+                    recorder=store.recorder(life.id),
+                    cache=cache_dir,
+                    checkpoint_dir=run.checkpoint,
+                )
             )
+            await life.attend()
+            return life.result()
 
-        try:
-            with watched(f"{config.model} rate {config.rate:g}", progress) as view:
-                result = _with_pool(work)
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            if not finished:
-                store.transition(job.id, "queued")  # the same call goes on from here
-            raise
-        except Exception as error:
-            if not finished:
-                code, message = getattr(error, "code", "internal_error"), getattr(error, "message", str(error))
-                store.transition(job.id, "failed", error={"code": code, "message": message, "param": getattr(error, "param", None)})
-            raise
-        store.add_checkpoint(job.id, result.checkpoint["plan_hash"], **{key: result.checkpoint[key] for key in _CHECKPOINT})
-        store.set_result(job.id, result.report)
-        if not finished:
-            store.transition(job.id, "succeeded")
+        with watched(f"{config.model} rate {config.rate:g}", progress) as view:
+            store.on_event = store.on_progress = watching(store, run.job.id, [view, *([watch] if watch else [])])
+            result = _with_pool(work)
     run.write_result(result.report)
     return result
 

@@ -16,12 +16,13 @@ import anyio.to_thread
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from selfpruner.jobs.lifecycle import RunJob
 from selfpruner.store.store import Store
 from server import errors
 from server.middleware import BodyGuard, RequestContext
 from server.notifications import News
 from server.routes import candidates, checkpoints, events, health, jobs, models
-from server.runner import PoolFactory, RunJob, Runner, default_pool, default_run_job
+from server.runner import PoolFactory, Runner, default_pool, default_run_job
 from server.settings import ServerSettings
 
 # Requests read the database in threads; each thread may hold a connection with its page cache.

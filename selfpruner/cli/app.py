@@ -234,11 +234,8 @@ def _follow(client: Client, job: dict[str, Any], as_json: bool) -> int:
     try:
         with LiveView(f"{job['id']} {job['model']} rate {job['config']['rate']:g}") as view:
             for name, data in client.follow(job["id"]):
-                if name == "job":
-                    job = data
-                    view.progress(job["progress"], job["status"])
-                else:
-                    view.event(data)
+                view.watch(name, data)
+                job = data if name == "job" else job
     except KeyboardInterrupt:
         print(
             f"{job['id']} goes on. Watch it: selfpruner show -f {job['id']}   Stop it: selfpruner cancel {job['id']}",

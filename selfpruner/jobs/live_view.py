@@ -1,7 +1,7 @@
 """A job as a person watches it: progress, best plan so far, what each operator contributed, and the events above it.
 
-Fed with progress data (see :class:`selfpruner.records.Progress`) and events, whoever sends them: an event stream, or a
-search in this process. Without a terminal it prints one line per event, and now and then one that says how far it is.
+Fed with a job's stream, whoever sends it: a server, or the store of a search in this process. Without a terminal it prints one line
+per event, and now and then one that says how far it is.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -20,10 +19,12 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from selfpruner.progress import OnProgress, Teller, TimeLeft, counts, duration, printable
+from selfpruner.store.feed import Feed, named
+from selfpruner.store.store import Store
 from selfpruner.tables import Screen, Table
 
-if TYPE_CHECKING:
-    from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Recorder, Severity
+# Called with every message of a job's stream: ("job", the job) whenever its status or progress changed, and (type, event).
+Watch = Callable[[str, Mapping[str, Any]], None]
 
 BAR = 30  # columns
 MARKS = {"info": ("·", "dim"), "warn": ("!", "yellow"), "error": ("x", "red")}
@@ -51,6 +52,13 @@ class LiveView:
         if self._live is not None:
             self._live.stop()
         self._lines.__exit__()
+
+    def watch(self, name: str, data: Mapping[str, Any]) -> None:
+        """Take in a message of a job's stream."""
+        if name == "job":
+            self.progress(data["progress"], data["status"])
+        else:
+            self.event(data)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Print an event: ``created_at``, ``level``, ``message``."""
@@ -152,49 +160,28 @@ def account(report: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def watched(title: str, progress: bool | OnProgress) -> Iterator[Callable[[Recorder], Recorder]]:
-    """What to wrap a search's recorder in: for True it shows a live view, for a function it calls that with a line of text."""
+def watched(title: str, progress: bool | OnProgress) -> Iterator[Watch]:
+    """What shows a job: for True a live view, for a function its calls with a line of text, for False nothing."""
     if callable(progress):
-        yield lambda recorder: Watched(recorder, lambda _: None, lambda now: progress(facts(now, "running").plain))
+        yield lambda name, data: progress(facts(data["progress"] or {}, data["status"]).plain) if name == "job" else None
     elif progress:
         with LiveView(title) as view:
-            yield lambda recorder: Watched(recorder, view.event, view.progress)
+            yield view.watch
     else:
-        yield lambda recorder: recorder
+        yield lambda _name, _data: None
 
 
-class Watched:
-    """A recorder that also tells; everything is stored before it is shown."""
+def watching(store: Store, job_id: str, watches: Sequence[Watch]) -> Callable[..., None]:
+    """What tells ``watches`` what is new of a job: to be called after every change, see ``Store.on_event``."""
+    feed = Feed(store, job_id)
 
-    def __init__(
-        self, inner: Recorder, event: Callable[[Mapping[str, Any]], None], progress: Callable[[Mapping[str, Any]], None]
-    ) -> None:
-        self._inner = inner
-        self._event = event
-        self._progress = progress
+    def tell(changed: str, *_: object) -> None:
+        while changed == job_id:
+            for each in feed.look():
+                data = each.model_dump(mode="json")
+                for watch in watches:
+                    watch(named(each), data)
+            if not feed.more:
+                return
 
-    def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
-        return self._inner.find_evaluation(plan_hash, window)
-
-    def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
-        self._inner.save_evaluations(rows)
-
-    def find_llm_call(self, sequence: int) -> LlmCall | None:
-        return self._inner.find_llm_call(sequence)
-
-    def save_llm_call(self, call: LlmCall) -> None:
-        self._inner.save_llm_call(call)
-
-    def save_candidates(self, rows: Sequence[Candidate]) -> None:
-        self._inner.save_candidates(rows)
-
-    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:
-        self._inner.event(key, type, message, level=level, data=data)
-        self._event({"level": level, "message": message})
-
-    def find_event(self, key: str) -> Mapping[str, Any] | None:
-        return self._inner.find_event(key)
-
-    def progress(self, progress: Progress) -> None:
-        self._inner.progress(progress)
-        self._progress(asdict(progress))
+    return tell

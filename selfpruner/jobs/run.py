@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import Windows
 from selfpruner.jobs import card, report
 from selfpruner.jobs.front_report import front_report, latencies_of
+from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.jobs.running_job import RunningJob
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import FORESEEN
@@ -30,16 +30,6 @@ from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Progress, Recorder
 from selfpruner.workers.base import Json, Session, WorkerPool
-
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """``report``: the figures (see :func:`run_job`). ``checkpoint``: path, parameters, bytes, manifest_sha256, verification,
-    plan_hash, metrics. ``reused``: all of it was there already."""
-
-    report: dict[str, Any]
-    checkpoint: dict[str, Any]
-    reused: bool = False
 
 
 def session_of(config: SearchConfig, cache: Path, plan: Plan | None = None) -> Session:

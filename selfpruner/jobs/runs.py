@@ -1,11 +1,10 @@
 """A folder of searches in this process: its database, and which job a call means.
 
     selfpruner.db, checkpoint/, result.json      of the first search
-    checkpoint-2/, result-2.json                 of another one there, which only `again` makes
+    checkpoint-2/, result-2.json                 of the next one there: with other settings, or `again`
 
-A call with the same settings goes on with a search that did not finish, and returns at once what one that did has found. Other
-settings are refused, because a folder with figures of two searches answers no question. What a search computed before it failed is
-taken over by the next call with the same settings. Imports no torch.
+A call with the same settings goes on with a search that did not finish, and returns at once what one that did has found. What a
+search computed before it failed is taken over by the next call with the same settings. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from selfpruner import models
-from selfpruner.config import SearchConfig, differences
+from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, disk_errors
 from selfpruner.files import manifest, places
 from selfpruner.store.store import Store
@@ -53,13 +52,12 @@ def refuse(folder: Path, config: SearchConfig) -> None:
     if not (folder / DATABASE).is_file():
         models.precheck(config.model)
     place = folder / CHECKPOINT
-    if not (folder / DATABASE).is_file() and place.exists() and not (place.is_dir() and not any(place.iterdir())):
+    if not (folder / DATABASE).is_file() and _occupied(place):
         raise ConfigError(f"{place} is there already, and no search in {folder} made it; name another folder.", param="output")
 
 
 def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Run:
-    """The job that a call with ``config`` means, made if there is none. Raises ConfigError for a folder whose search has other
-    settings, unless ``again`` asks for one beside it, and where there is work to do what
+    """The job that a call with ``config`` means, made if there is none. Raises, where there is work to do, what
     :func:`selfpruner.models.precheck` does."""
     jobs = store.jobs(limit=_ALL).data
     mine = [job for job in jobs if _settings(job.config) == config.model_dump(mode="json")]
@@ -74,23 +72,11 @@ def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Ru
                 if done is None:
                     models.precheck(config.model)
                 return _run(folder, job, done)
-        if others := [job for job in jobs if job.status == "succeeded" or (not job.finished and store.candidates(job.id).data)]:
-            raise ConfigError(_other(folder, others[0], config), code="other_settings", param="output")
     models.precheck(config.model)
     job, _ = store.create_job(config, metadata={CHECKPOINT: _free(folder, jobs)})
     if not again and (failed := next((job for job in mine if job.status == "failed"), None)) is not None:
         store.take_over(job.id, failed.id)
     return _run(folder, job)
-
-
-def _other(folder: Path, job: Job, config: SearchConfig) -> str:
-    changed = differences(_settings(job.config), config.model_dump(mode="json"))
-    more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
-    state = "a finished search" if job.finished else "a search that has not finished"
-    return (
-        f"{folder} holds {state} with other settings: {'; '.join(changed[:6])}{more}. Use those, name another folder, or add a "
-        "second search to this one with --again (again=True)."
-    )
 
 
 def _settings(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,9 +91,13 @@ def _free(folder: Path, jobs: Sequence[Job]) -> str:
     """A name for a new checkpoint that no job has; a failed or cancelled one has none."""
     taken = {_name(job) for job in jobs if job.status not in ("failed", "cancelled")}
     number = 1
-    while (name := CHECKPOINT if number == 1 else f"{CHECKPOINT}-{number}") in taken or (taken and (folder / name).exists()):
+    while (name := CHECKPOINT if number == 1 else f"{CHECKPOINT}-{number}") in taken or _occupied(folder / name):
         number += 1
     return name
+
+
+def _occupied(place: Path) -> bool:
+    return place.exists() and not (place.is_dir() and not any(place.iterdir()))
 
 
 def _name(job: Job) -> str:

@@ -108,6 +108,7 @@ class JobRecorder:
             return
         with self._transactions() as write:
             write.job(self.job_id).progress = {**_fields(progress), "data": dict(progress.data)}
+            write.progressed.append(self.job_id)
         self._progress = progress
 
 

@@ -75,12 +75,14 @@ class Totals:
 class Store:
     """The database at ``path``, made or migrated as needed; a context manager.
 
-    ``on_event`` is called with (job id, event sequence) after the event is committed, in the thread that wrote it.
+    ``on_event`` is called with (job id, event sequence) after the event is committed, in the thread that wrote it; ``on_progress``
+    with the id of a job after its progress was.
     ``clock`` gives UTC unix seconds. Every method may raise StoreError, and a writing one DiskFullError.
     """
 
     def __init__(self, path: Path | str, *, read_only: bool = False, clock: Callable[[], float] = time.time) -> None:
         self.on_event: Callable[[str, int], None] | None = None
+        self.on_progress: Callable[[str], None] | None = None
         self._clock = clock
         self._database = Database(path, read_only=read_only)
 
@@ -340,6 +342,9 @@ class Store:
         if self.on_event is not None:
             for job_id, sequence in write.appended:
                 self.on_event(job_id, sequence)
+        if self.on_progress is not None:
+            for job_id in write.progressed:
+                self.on_progress(job_id)
 
 
 def new_id(prefix: Literal["job", "ckpt"]) -> str:

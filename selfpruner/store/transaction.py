@@ -18,12 +18,14 @@ from selfpruner.store.tables import TRANSITIONS, Event, Job, JobStatus
 
 
 class Transaction:
-    """``now`` is in UTC unix seconds; ``appended`` collects (job id, sequence) of new events, to be told after the commit."""
+    """``now`` is in UTC unix seconds; ``appended`` collects (job id, sequence) of new events, ``progressed`` the
+    jobs that told how far they are; both are told after the commit."""
 
     def __init__(self, session: Session, now: int) -> None:
         self.session = session
         self.now = now
         self.appended: list[tuple[str, int]] = []
+        self.progressed: list[str] = []
 
     def job(self, job_id: str, owner: str | None = None) -> Job:
         return find_job(self.session, job_id, owner)

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
 
+from selfpruner.store.objects import CandidateObject
 from server.errors import responses
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
-from server.schemas import CandidateObject, ListObject
+from server.schemas import ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/candidates", tags=["candidates"])
 

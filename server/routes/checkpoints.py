@@ -17,12 +17,13 @@ from fastapi.responses import Response, StreamingResponse
 
 from selfpruner.errors import CorruptCheckpointError, NotFoundError
 from selfpruner.files import manifest
+from selfpruner.store.objects import CheckpointObject
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint
 from server.errors import responses
 from server.ranges import FilePart, reply
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
-from server.schemas import CheckpointObject, FileObject, ListObject
+from server.schemas import FileObject, ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/checkpoints", tags=["checkpoints"])
 CheckpointId = Annotated[str, Path(max_length=64)]

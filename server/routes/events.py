@@ -19,12 +19,14 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from selfpruner.errors import ConfigError
+from selfpruner.store.feed import Feed, named
+from selfpruner.store.objects import EventObject
 from selfpruner.store.store import Store
 from server.errors import responses
 from server.notifications import News
 from server.routes.dependencies import Limit, OwnJob, TheRunner, TheStore
 from server.runner import Runner
-from server.schemas import EventObject, JobObject, ListObject
+from server.schemas import ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"])
 
@@ -77,29 +79,23 @@ def _sequence(last_event_id: str) -> int:
 
 
 async def _stream(store: Store, news: News, runner: Runner, job_id: str, after: int) -> AsyncIterator[bytes]:
-    seen: tuple[Any, ...] | None = None
+    feed = Feed(store, job_id, after)
     spoke = time.monotonic()
     with news.subscribe(job_id) as woken:
         yield format_sse_event(retry=RETRY_MILLISECONDS)
         while not runner.stopping.is_set():
             woken.clear()
-            # The job before its events: when it is finished here, its last event is already there.
-            job = await run_in_threadpool(store.job, job_id)
-            page = await run_in_threadpool(store.events, job_id, after, 100)
-            for event in page.data:
-                body = EventObject.of(event)
-                yield format_sse_event(event=body.type, id=str(body.id), data_str=body.model_dump_json())
-                after = event.sequence
-            if not page.has_more and (job.status, job.progress) != seen:
-                seen = (job.status, job.progress)
-                yield format_sse_event(event="job", data_str=JobObject.of(job).model_dump_json())
-            elif not page.data:
+            happened = await run_in_threadpool(feed.look)
+            for each in happened:
+                number = str(each.id) if isinstance(each, EventObject) else None
+                yield format_sse_event(event=named(each), id=number, data_str=each.model_dump_json())
+            if not happened:
                 if time.monotonic() - spoke < KEEP_ALIVE_SECONDS:
                     await _first_of(woken, runner.stopping, timeout=PROGRESS_SECONDS)
                     continue
                 yield KEEPALIVE_COMMENT
             spoke = time.monotonic()
-            if job.finished and not page.has_more:
+            if feed.ended:
                 return
 
 

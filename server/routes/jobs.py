@@ -9,11 +9,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from selfpruner.store.objects import JobObject
 from selfpruner.store.tables import JobStatus
 from server.admission import admit
 from server.errors import responses
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheRunner, TheStore
-from server.schemas import JobObject, JobRequest, ListObject
+from server.schemas import JobRequest, ListObject
 from server.security import Owner
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])

@@ -16,8 +16,9 @@ from selfpruner.cli import plots
 from selfpruner.errors import OutOfMemoryError, WorkerError
 from selfpruner.evaluation import speed
 from selfpruner.export import checkpoint, formats
+from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.jobs.live_view import account
-from selfpruner.jobs.run import JobResult, run_job
+from selfpruner.jobs.run import run_job
 from selfpruner.judging import repetition
 from selfpruner.progress import OnProgress
 from selfpruner.store.store import Store

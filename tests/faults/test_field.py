@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,6 @@ from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job, session_of
 from selfpruner.judging.quality import MeasurementFile
 from selfpruner.planning.space import Plan
-from selfpruner.records import Recorder
 from selfpruner.workers.base import Session
 from tests.helpers.searching import MemoryRecorder
 from tests.helpers.tiny_models import sample_text
@@ -341,22 +340,15 @@ def test_an_interrupted_search_whose_model_was_replaced_is_refused(folder: Path,
         "final_tokens": 32,
     }
 
-    class Interrupted:
-        def __init__(self, inner: Recorder) -> None:
-            self.inner = inner
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-        def save_evaluations(self, rows: Any) -> None:
-            self.inner.save_evaluations(rows)
+    def interrupt(name: str, data: Mapping[str, Any]) -> None:
+        if name == "job" and data["progress"]["evaluations"]:
             raise KeyboardInterrupt
 
     def search(**more: Any) -> Any:
         return api.search(0.2, tmp_path / "run", cache=tmp_path / "cache", **{**fields, **small, "probe_tokens": 32, **more})
 
     with pytest.raises(KeyboardInterrupt):
-        search(watch=Interrupted)
+        search(watch=interrupt)
     scale_ffn(folder)
     with pytest.raises(ConflictError, match="its model"):
         search()

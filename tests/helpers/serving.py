@@ -25,18 +25,13 @@ from selfpruner.errors import (
     DiskFullError,
 )
 from selfpruner.files import manifest
+from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.records import Candidate, Evaluation, Progress, Recorder
 from selfpruner.store.store import Store
 from server.app import create_app
 from server.settings import ServerSettings
 
 QUICK, WAITS, BUDGET, CRASHES, DISK, STUBBORN, BRIEF = range(7)
-
-
-@dataclass
-class Result:
-    report: dict[str, Any]
-    checkpoint: dict[str, Any]
 
 
 def record(recorder: Recorder, plans: int = 3) -> None:
@@ -63,7 +58,7 @@ def record(recorder: Recorder, plans: int = 3) -> None:
         recorder.progress(Progress("searching", number, plans, number + 1, number + 1, 1.0 / (number + 1), 1.0, data=operators))
 
 
-async def quick(recorder: Recorder, folder: Path, plans: int = 3) -> Result:
+async def quick(recorder: Recorder, folder: Path, plans: int = 3) -> JobResult:
     record(recorder, plans)
     await asyncio.sleep(0)
     folder.mkdir(parents=True)
@@ -80,10 +75,10 @@ async def quick(recorder: Recorder, folder: Path, plans: int = 3) -> Result:
         "verification": {"max_difference": 0.0},
         "metrics": {"kl": 0.1},
     }
-    return Result({"best_plan": f"{2:016x}"}, checkpoint)
+    return JobResult({"best_plan": f"{2:016x}"}, checkpoint)
 
 
-async def waits(recorder: Recorder, folder: Path) -> Result:
+async def waits(recorder: Recorder, folder: Path) -> JobResult:
     record(recorder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "half-a-shard").write_text("x")
@@ -91,19 +86,19 @@ async def waits(recorder: Recorder, folder: Path) -> Result:
     raise AssertionError("unreachable")
 
 
-async def beyond_budget(recorder: Recorder, folder: Path) -> Result:  # noqa: ARG001
+async def beyond_budget(recorder: Recorder, folder: Path) -> JobResult:  # noqa: ARG001
     raise BudgetError("No plan removes that much. Lower the rate.", param="rate")
 
 
-async def crashes(recorder: Recorder, folder: Path) -> Result:  # noqa: ARG001
+async def crashes(recorder: Recorder, folder: Path) -> JobResult:  # noqa: ARG001
     raise RuntimeError("an internal detail")
 
 
-async def fills_the_disk(recorder: Recorder, folder: Path) -> Result:  # noqa: ARG001
+async def fills_the_disk(recorder: Recorder, folder: Path) -> JobResult:  # noqa: ARG001
     raise DiskFullError("No space left. Free some.")
 
 
-async def stubborn(recorder: Recorder, folder: Path) -> Result:  # noqa: ARG001
+async def stubborn(recorder: Recorder, folder: Path) -> JobResult:  # noqa: ARG001
     """Does not stop when it is asked to, for longer than the runner waits."""
     while True:
         try:
@@ -114,12 +109,12 @@ async def stubborn(recorder: Recorder, folder: Path) -> Result:  # noqa: ARG001
             raise
 
 
-async def brief(recorder: Recorder, folder: Path) -> Result:
+async def brief(recorder: Recorder, folder: Path) -> JobResult:
     await asyncio.sleep(0.01)
     return await quick(recorder, folder, plans=0)
 
 
-SCRIPT: dict[int, Callable[[Recorder, Path], Awaitable[Result]]] = {
+SCRIPT: dict[int, Callable[[Recorder, Path], Awaitable[JobResult]]] = {
     QUICK: quick,
     WAITS: waits,
     BUDGET: beyond_budget,
@@ -157,7 +152,7 @@ def running_server(settings: ServerSettings, port: int = 0) -> Iterator[Running]
         listener.listen(128)
         here = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", store, settings)
 
-        async def run_job(config: SearchConfig, *, job_id: str, recorder: Recorder, checkpoint_dir: Path, **_: object) -> Result:
+        async def run_job(config: SearchConfig, *, job_id: str, recorder: Recorder, checkpoint_dir: Path, **_: object) -> JobResult:
             here.searches.append(job_id)
             return await SCRIPT.get(config.seed, quick)(recorder, checkpoint_dir)
 

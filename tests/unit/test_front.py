@@ -30,7 +30,8 @@ from selfpruner.evolution.front import ALIKE, NAME, Front, Latencies, Member, fr
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.jobs.front_report import latencies_of
 from selfpruner.jobs.handler import SessionHandler
-from selfpruner.jobs.run import JobResult, session_of
+from selfpruner.jobs.lifecycle import JobResult
+from selfpruner.jobs.run import session_of
 from selfpruner.models import load, resolve
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress

@@ -22,7 +22,8 @@ from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
 from selfpruner.export.pruned import pruned_tensors
 from selfpruner.jobs.handler import SessionHandler
-from selfpruner.jobs.run import JobResult, run_job, session_of
+from selfpruner.jobs.lifecycle import JobResult
+from selfpruner.jobs.run import run_job, session_of
 from selfpruner.models import load, resolve
 from selfpruner.planning.space import Plan
 from selfpruner.proposers import ProposerSettings

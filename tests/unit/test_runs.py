@@ -29,7 +29,7 @@ from selfpruner.errors import (
 from selfpruner.export import checkpoint
 from selfpruner.files import places
 from selfpruner.jobs.handler import ServedSessionHandler, SessionHandler
-from selfpruner.jobs.run import JobResult
+from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.store.store import Store
 from selfpruner.workers.base import Json
 from tests.helpers import ROOT
@@ -143,17 +143,9 @@ def test_a_finished_search_is_shown_when_its_model_is_gone(
     assert rows(run, "SELECT count(*) FROM job") == [(1,)]
 
 
-@pytest.mark.usefixtures("no_work")
-def test_other_settings_are_refused_at_once(run: Path, fields: dict[str, Any], cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"rate 0.2 then, 0.3 now; seed 0 then, 1 now.*another folder.*--again") as caught:
-        api.search(0.3, run, cache=cache, **{**fields, "seed": 1})
-    assert (caught.value.param, caught.value.code) == ("output", "other_settings")
-    assert rows(run, "SELECT count(*) FROM job") == [(1,)]
-
-
-def test_again_adds_a_search_beside_it(run: Path, fields: dict[str, Any], cache: Path) -> None:
+def test_other_settings_are_a_second_search_beside_it(run: Path, fields: dict[str, Any], cache: Path) -> None:
     kept = (run / "checkpoint" / "manifest.json").read_bytes(), (run / "result.json").read_bytes()
-    other = api.search(0.3, run, cache=cache, again=True, **fields)
+    other = api.search(0.3, run, cache=cache, **fields)
     assert kept == ((run / "checkpoint" / "manifest.json").read_bytes(), (run / "result.json").read_bytes())
     assert Path(other.checkpoint["path"]) == run / "checkpoint-2"
     assert json.loads((run / "result-2.json").read_text())["target"]["rate"] == 0.3
@@ -209,13 +201,20 @@ def test_a_search_that_failed_is_taken_over(
 
 
 @pytest.mark.usefixtures("no_work")
-def test_a_search_that_has_not_finished_goes_on_with_its_settings_only(run: Path, fields: dict[str, Any], cache: Path) -> None:
+def test_a_search_that_has_not_finished_goes_on_beside_others(run: Path, fields: dict[str, Any], cache: Path) -> None:
     with closing(sqlite3.connect(run / "selfpruner.db")) as connection, connection:
-        connection.execute("UPDATE job SET status = 'queued', finished_at = NULL, result = NULL")
-    with pytest.raises(ConfigError, match=r"has not finished with other settings: rate 0.2 then, 0.25 now"):
-        api.search(0.25, run, cache=cache, **fields)
-    with pytest.raises(AssertionError, match="computed"):
-        api.search(0.2, run, cache=cache, **fields)
+        connection.execute("UPDATE job SET status = 'running', finished_at = NULL, result = NULL")  # its process was killed
+    for rate in (0.25, 0.2, 0.25, 0.2):
+        with pytest.raises(AssertionError, match="computed"):
+            api.search(rate, run, cache=cache, **fields)
+    assert rows(run, "SELECT json_extract(config, '$.rate'), status FROM job ORDER BY number") == [
+        (0.2, "queued"),
+        (0.25, "queued"),
+    ]
+    assert rows(run, "SELECT json_extract(metadata, '$.checkpoint') FROM job ORDER BY number") == [
+        ("checkpoint",),
+        ("checkpoint-2",),
+    ]
 
 
 # -- before anything is computed ---------------------------------------------------------------------------------------
