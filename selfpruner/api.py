@@ -133,7 +133,10 @@ def search(
 
         with watched(f"{config.model} rate {config.rate:g}", progress) as view:
             store.on_event = store.on_progress = watching(store, run.job.id, [view, *([watch] if watch else [])])
-            result = _with_pool(work)
+            try:
+                result = _with_pool(work)
+            finally:
+                store.requeue_running()  # a signal may come before the job is attended to
     run.write_result(result.report)
     return result
 

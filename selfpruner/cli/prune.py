@@ -19,7 +19,7 @@ def search(
     output: shared_options.Output,
     options: shared_options.SearchOptions,
     cache: shared_options.Cache = None,
-    again: Annotated[bool, typer.Option("--again", help="Search once more with the same settings, beside the finished search.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Search once more with the same settings.")] = False,
     as_json: shared_options.Json = False,
 ) -> int:
     """Search in this process, without a server. The same call again goes on where it was interrupted, or shows what was found."""

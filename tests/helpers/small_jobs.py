@@ -11,7 +11,8 @@ from typing import Any
 
 from selfpruner.config import SearchConfig
 from selfpruner.jobs.handler import SessionHandler
-from selfpruner.jobs.run import JobResult, run_job
+from selfpruner.jobs.lifecycle import JobResult
+from selfpruner.jobs.run import run_job
 from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
 from selfpruner.store.store import Store
