@@ -341,7 +341,7 @@ def test_an_interrupted_search_whose_model_was_replaced_is_refused(folder: Path,
     }
 
     def interrupt(name: str, data: Mapping[str, Any]) -> None:
-        if name == "job" and data["progress"]["evaluations"]:
+        if name == "job" and data["progress"] and data["progress"]["evaluations"]:
             raise KeyboardInterrupt
 
     def search(**more: Any) -> Any:
