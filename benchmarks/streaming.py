@@ -233,7 +233,7 @@ def write_random(folder: Path, shape: dict[str, int]) -> None:
     from transformers.models.auto import AutoModelForCausalLM
 
     from selfpruner.files.tensors import held_shapes, write_tensors
-    from tests.helpers.tiny_models import tiny_tokenizer
+    from selfpruner.testing.tiny_models import tiny_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(**shape, max_position_embeddings=4096, tie_word_embeddings=False, dtype="bfloat16")  # type: ignore[arg-type]

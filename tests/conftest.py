@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-pytest.register_assert_rewrite("tests.helpers")
+pytest.register_assert_rewrite("tests.helpers", "selfpruner.testing")
 
 from selfpruner.workers import lifeline  # noqa: E402
 from tests.helpers.fake_openai import FakeOpenAI  # noqa: E402
@@ -31,7 +31,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama folder: 3 layers, hidden 32, 4 query heads, 2 KV heads of 8, FFN 64, vocabulary 128, tied. Read only."""
     import torch
 
-    from tests.helpers.tiny_models import tiny_model
+    from selfpruner.testing.tiny_models import tiny_model
 
     torch.set_num_threads(1)
     return tiny_model(tmp_path_factory.mktemp("tiny_llama"), "llama")
@@ -40,7 +40,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sample_text() -> Callable[[int, int], str]:
     """``sample_text(n_words, seed)``: reproducible English-like text."""
-    from tests.helpers.tiny_models import sample_text
+    from selfpruner.testing.tiny_models import sample_text
 
     return sample_text
 

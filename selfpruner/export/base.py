@@ -21,7 +21,7 @@ written; in float32 also where its weights have 16 bits, because in 16 bits sing
 verifier computes in ``dtype``.
 
 A new format: its own file with a subclass of :class:`Format`, its class in ``formats.FORMATS``, a line in ``names.FORMATS``, a
-subclass of the conformance suite ``tests/conformance/test_formats.py``.
+subclass of ``selfpruner.testing.FormatSuite`` in ``tests/conformance/test_formats.py``.
 """
 
 from __future__ import annotations

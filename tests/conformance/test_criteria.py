@@ -20,73 +20,10 @@ from selfpruner.criteria.obs import Obs, eliminate_channels
 from selfpruner.criteria.taylor import Taylor, TaylorMixed, TaylorSecond, TaylorVector
 from selfpruner.criteria.wanda import WandaSp
 from selfpruner.errors import ConfigError, UnknownNameError
-from tests.helpers.blocks import Sample, sample, statistics_of, with_gradients
+from selfpruner.testing import CriterionSuite
+from selfpruner.testing.blocks import Sample, sample, statistics_of, with_gradients
+from selfpruner.testing.criterion_suites import KINDS
 from tests.helpers.suites import suites_of
-
-KINDS = ("white", "correlated", "low_rank", "offset")
-
-
-class CriterionSuite:
-    """Subclass it with ``criterion``; ``formula`` gives column scores from W and X alone, where the criterion has such."""
-
-    criterion: ClassVar[type[UnitCriterion]]
-    formula: ClassVar[Callable[[Tensor, Tensor], Tensor] | None] = None
-    head_formula: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(lambda columns: columns.sum(-1))
-
-    def order(self, block: Sample) -> list[int]:
-        return [int(i) for i in self.criterion().order_channels(with_gradients(block))]
-
-    def heads(self, block: Sample, heads: Heads) -> dict[tuple[int, int], list[int]]:
-        return self.criterion().choose_heads(with_gradients(block, heads), heads)
-
-    def test_is_registered(self) -> None:
-        assert isinstance(criteria.create(self.criterion.name, "structured"), self.criterion)
-        assert self.criterion.source
-
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("n", [1, 2, 7, 100])
-    def test_order_is_a_permutation(self, n: int, kind: str) -> None:
-        assert sorted(self.order(sample(n, kind=kind))) == list(range(n))
-
-    def test_is_deterministic_and_changes_nothing(self) -> None:
-        block = sample(40)
-        before = [t.clone() for t in (block.W, block.stats.scatter, block.stats.mean, block.stats.variance)]
-        assert self.order(block) == self.order(block)
-        heads = Heads(2, 2, 10)
-        assert self.heads(block, heads) == self.heads(block, heads)
-        after = (block.W, block.stats.scatter, block.stats.mean, block.stats.variance)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-    @pytest.mark.parametrize(("groups", "per_group"), [(1, 1), (1, 4), (4, 1), (3, 3), (2, 7)])
-    def test_heads_for_every_option(self, groups: int, per_group: int) -> None:
-        block = sample(groups * per_group * 4, seed=3)
-        chosen = self.heads(block, Heads(groups, per_group, 4))
-        assert set(chosen) == {(g, r) for g in range(1, groups + 1) for r in range(1, per_group + 1)}
-        assert chosen[groups, per_group] == list(range(groups * per_group))
-        for (g, r), heads in chosen.items():
-            assert heads == sorted(set(heads))
-            owners = [head // per_group for head in heads]
-            assert len(set(owners)) == g
-            assert all(owners.count(owner) == r for owner in set(owners))
-
-    def test_the_formula(self) -> None:
-        if self.formula is None:
-            return
-        block = sample(24, seed=5)
-        columns = type(self).formula(block.W, block.X.double())
-        assert self.order(block) == [int(i) for i in columns.argsort(descending=True)]
-        scores = type(self).head_formula(columns.view(3, 2, 4))
-        chosen = self.heads(block, Heads(3, 2, 4))
-        best = [2 * group + int(scores[group].argmax()) for group in range(3)]
-        assert chosen[3, 1] == best
-        assert chosen[1, 1] == [max(best, key=lambda head: scores.flatten()[head])]
-        sums = scores.sum(1)
-        assert chosen[2, 2] == [head for head in range(6) if head // 2 != int(sums.argmin())]
-
-    def test_a_channel_without_weight_goes_first(self) -> None:
-        block = sample(16)
-        block.W[:, 5] = 0
-        assert self.order(block)[-1] == 5
 
 
 class TestMagnitude(CriterionSuite):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import selfpruner.export  # noqa: F401 - registers the classes
-from tests.helpers.exported_models import ExportedModelSuite
+from selfpruner.testing import ExportedModelSuite
 
 
 class TestLlama(ExportedModelSuite):

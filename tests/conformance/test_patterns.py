@@ -22,8 +22,7 @@ from selfpruner.pruning.patterns.n_m import NM
 from selfpruner.pruning.patterns.structured import Structured
 from selfpruner.pruning.patterns.unstructured import Unstructured
 from selfpruner.pruning.search_space import expected_space
-from tests.helpers.pruned import load_tiny
-from tests.helpers.tiny_models import sample_text, tiny_model
+from selfpruner.testing.tiny_models import load_tiny, sample_text, tiny_model
 
 
 def config_of(pattern: str, model: str = "m", text: str = "t", **changes: Any) -> SearchConfig:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from selfpruner import criteria
 from selfpruner.compensation.sweep import repaired, sweep
-from selfpruner.criteria import Matrix, WeightCriterion
+from selfpruner.criteria import Matrix
 from selfpruner.criteria.eggs import Eggs, expander_mask
 from selfpruner.criteria.gblm import Gblm, GblmL2
 from selfpruner.criteria.magnitude import Magnitude
@@ -22,130 +21,29 @@ from selfpruner.criteria.sparsegpt import SparseGpt
 from selfpruner.criteria.taylor import Taylor
 from selfpruner.criteria.wanda import Wanda
 from selfpruner.criteria.zpruner import ZPruner, ZPrunerRows
-from selfpruner.errors import CalibrationError, ConfigError
-from tests.helpers.blocks import gradients_of, matrix, sample, statistics_of
+from selfpruner.errors import ConfigError
+from selfpruner.testing import WeightCriterionSuite
+from selfpruner.testing.blocks import gradients_of, matrix, sample, statistics_of
 from tests.helpers.suites import suites_of
 
-HALVES = [Sparsity.n_m(kept, 4) for kept in (3, 2, 1)]
-SHARES = [Sparsity(share) for share in (0.1, 0.5, 0.55, 0.9)]
 
-
-class WeightSuite:
-    """Subclass it with ``criterion``; ``formula`` gives scores (out, in) from W, the norms ||X_j|| / sqrt(sequences) and the
-    gradients, where the criterion has such."""
-
-    criterion: ClassVar[type[WeightCriterion]]
-    formula: ClassVar[Callable[[Tensor, Tensor, Any], Tensor] | None] = None
-    by_row: ClassVar[bool] = False
-
-    def levels(self) -> list[Sparsity]:
-        patterns = self.criterion.patterns
-        return HALVES * ("n_m" in patterns) + SHARES * ("unstructured" in patterns)
-
-    def masks(self, m: Matrix, levels: list[Sparsity] | None = None) -> list[Tensor]:
-        return list(self.criterion().masks(m, self.levels() if levels is None else levels))
-
-    def test_is_registered(self) -> None:
-        for pattern in self.criterion.patterns:
-            assert isinstance(criteria.create(self.criterion.name, pattern), self.criterion)
-        assert self.criterion.source
-
-    @pytest.mark.parametrize("kind", ["white", "correlated", "low_rank", "offset"])
-    @pytest.mark.parametrize(("out", "width"), [(24, 32), (4, 260), (1, 4), (7, 12)])
-    def test_as_many_stay_as_the_level_says(self, out: int, width: int, kind: str) -> None:
-        m = matrix(out, width, kind=kind)
-        for level, mask in zip(self.levels(), self.masks(m), strict=True):
-            assert mask.shape == m.W.shape
-            assert mask.dtype == torch.bool
-            if level.group:
-                assert bool((mask.view(out, -1, 4).sum(-1) == level.kept).all()) or self.criterion is RiaPermuted
-                assert bool((mask.sum(1) == level.kept * width // 4).all())
-            elif self.by_row:
-                assert bool(((~mask).sum(1) == int(level.share * width)).all())
-            elif self.criterion is not SparseGpt:
-                assert int((~mask).sum()) == int(level.share * out * width + 1e-9)
-
-    def test_is_deterministic_and_changes_nothing(self) -> None:
-        m = matrix()
-        assert m.inputs is not None
-        before = [t.clone() for t in (m.W, m.inputs.scatter, m.inputs.mean, m.gradient.absolute)]
-        assert all(torch.equal(a, b) for a, b in zip(self.masks(m), self.masks(m), strict=True))
-        after = (m.W, m.inputs.scatter, m.inputs.mean, m.gradient.absolute)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-    def test_the_formula(self) -> None:
-        if self.formula is None:
-            return
-        m = matrix(seed=3)
-        norm = torch.linalg.vector_norm(sample(32, 24, seed=3).X.flatten(0, 1).double(), dim=0) / 2
-        scores = type(self).formula(m.W.double(), norm, m.gradient)
-        for level, mask in zip(self.levels(), self.masks(m), strict=True):
-            if level.group:
-                expected = keep_n(scores, level.kept, 4)
-            elif self.by_row:
-                count = int(level.share * 32)
-                expected = scores > scores.sort(1).values[:, count - 1 : count] if count else scores > -1
-            else:
-                expected = scores > scores.flatten().sort().values[int(level.share * scores.numel()) - 1]
-            assert torch.equal(mask, expected), level
-
-    def test_zero_rows_and_columns_are_no_trouble(self) -> None:
-        m = matrix(seed=4)
-        m.W[3] = 0
-        m.W[:, 5] = 0
-        block = sample(32, 24, seed=4)
-        block.X[..., 9] = 0
-        m = replace(m, inputs=statistics_of(block.X))
-        for level, mask in zip(self.levels(), self.masks(m), strict=True):
-            assert 0 < int(mask.sum()) < mask.numel(), level
-
-    def test_what_is_not_a_number_is_refused(self) -> None:
-        m = matrix()
-        block = sample(32, 24)
-        block.X[0, 0, 7] = torch.nan
-        broken = replace(m, inputs=statistics_of(block.X), gradients=gradients_of(torch.full((2, 24, 32), torch.nan)))
-        if self.criterion.needs:
-            with pytest.raises(CalibrationError, match="not finite"):
-                self.masks(broken)
-            with pytest.raises(CalibrationError, match="without"):
-                self.masks(replace(m, inputs=None, gradients=None))
-        else:
-            m.W[0, 0] = torch.nan
-            with pytest.raises(CalibrationError, match="not numbers"):
-                self.masks(m)
-
-    def test_a_group_that_does_not_divide_the_width(self) -> None:
-        if "n_m" in self.criterion.patterns:
-            with pytest.raises(ConfigError, match="do not divide") as caught:
-                self.masks(matrix(24, 30), [Sparsity.n_m(2, 4)])
-            assert caught.value.param == "group"
-
-    def test_scaling_the_inputs_changes_no_mask(self) -> None:
-        """Where the inputs are the only thing that is measured."""
-        if "gradients" in self.criterion.needs:
-            return
-        m, block = matrix(seed=8), sample(32, 24, seed=8)
-        louder = replace(m, inputs=statistics_of(block.X * 37.5))
-        assert all(torch.equal(a, b) for a, b in zip(self.masks(m), self.masks(louder), strict=True))
-
-
-class TestMagnitude(WeightSuite):
+class TestMagnitude(WeightCriterionSuite):
     criterion = Magnitude
     formula = staticmethod(lambda W, norm, g: W.abs())  # noqa: ARG005
 
 
-class TestWanda(WeightSuite):
+class TestWanda(WeightCriterionSuite):
     criterion = Wanda
     formula = staticmethod(lambda W, norm, g: W.abs() * norm)  # noqa: ARG005
     by_row = True
 
 
-class TestTaylor(WeightSuite):
+class TestTaylor(WeightCriterionSuite):
     criterion = Taylor
     formula = staticmethod(lambda W, norm, g: (W * g.total).abs())  # noqa: ARG005
 
 
-class TestGblm(WeightSuite):
+class TestGblm(WeightCriterionSuite):
     criterion = Gblm
     formula = staticmethod(lambda W, norm, g: W.abs() * (norm + 100 * 128 / 5 * g.absolute))
     by_row = True
@@ -169,13 +67,13 @@ class TestGblm(WeightSuite):
                 torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-3)
 
 
-class TestGblmL2(WeightSuite):
+class TestGblmL2(WeightCriterionSuite):
     criterion = GblmL2
     formula = staticmethod(lambda W, norm, g: W.abs() * (norm + 100 * (128 / 5 * g.squared).sqrt()))
     by_row = True
 
 
-class TestRia(WeightSuite):
+class TestRia(WeightCriterionSuite):
     criterion = Ria
     formula = staticmethod(
         lambda W, norm, g: (W.abs() / W.abs().sum(0) + W.abs() / W.abs().sum(1, keepdim=True)) * norm.sqrt()  # noqa: ARG005
@@ -189,8 +87,9 @@ class TestRia(WeightSuite):
         torch.testing.assert_close(Ria().score(m), Ria().score(replace(m, W=-3 * m.W)))
 
 
-class TestRiaPermuted(WeightSuite):
+class TestRiaPermuted(WeightCriterionSuite):
     criterion = RiaPermuted
+    in_groups = False
 
     @pytest.mark.parametrize("kept", [1, 2, 3])
     def test_keeps_more_of_the_score_than_the_given_order(self, kept: int) -> None:
@@ -203,7 +102,7 @@ class TestRiaPermuted(WeightSuite):
         assert bool((permuted.sum(1) == kept * 16).all())
 
 
-class TestZPruner(WeightSuite):
+class TestZPruner(WeightCriterionSuite):
     criterion = ZPruner
 
     @staticmethod
@@ -226,8 +125,9 @@ class TestZPrunerRows(TestZPruner):
     by_row = True
 
 
-class TestSparseGpt(WeightSuite):
+class TestSparseGpt(WeightCriterionSuite):
     criterion = SparseGpt
+    exact = False
 
     def test_uncorrelated_inputs_of_equal_size_leave_magnitude(self) -> None:
         block = sample(32, 24, kind="white", seed=1)
@@ -279,7 +179,7 @@ class TestSparseGpt(WeightSuite):
         assert not repaired(m.W, m.inputs, mask)[:, 9].any()
 
 
-class TestEggs(WeightSuite):
+class TestEggs(WeightCriterionSuite):
     criterion = Eggs
 
     @pytest.mark.parametrize(("kept", "group"), [(2, 4), (1, 4), (4, 8), (3, 4)])
@@ -311,7 +211,7 @@ class TestEggs(WeightSuite):
 
 def test_every_criterion_for_weights_has_its_suite() -> None:
     wanted = {cls for cls in criteria.CRITERIA.values() if {"n_m", "unstructured"} & set(cls.patterns)}
-    assert {suite.criterion for suite in suites_of(WeightSuite)} == wanted
+    assert {suite.criterion for suite in suites_of(WeightCriterionSuite)} == wanted
 
 
 @pytest.mark.parametrize(("kept", "group"), [(5, 4), (-1, 4), (1, 0)])

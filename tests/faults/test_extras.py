@@ -22,9 +22,9 @@ from selfpruner.jobs.run import run_job
 from selfpruner.judging import repetition
 from selfpruner.progress import OnProgress
 from selfpruner.store.store import Store
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 from selfpruner.workers.base import Json, Session
 from tests.helpers.small_jobs import Recording, config_of
-from tests.helpers.tiny_models import sample_text, tiny_model
 
 ONE = {"generations": 0, "surveys": 0, "stages": [{"tokens": 64, "keep": 2}], "final_tokens": 64, "probe_tokens": 64}
 

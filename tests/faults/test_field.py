@@ -30,9 +30,9 @@ from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job, session_of
 from selfpruner.judging.quality import MeasurementFile
 from selfpruner.planning.space import Plan
+from selfpruner.testing.tiny_models import sample_text
 from selfpruner.workers.base import Session
 from tests.helpers.searching import MemoryRecorder
-from tests.helpers.tiny_models import sample_text
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
 

@@ -16,7 +16,7 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import CalibrationError, ModelError
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
-from tests.helpers.tiny_models import sample_text, tiny_model
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from selfpruner.calibration.texts import Role, token_batches
 from selfpruner.config import Source, TextConfig
 from selfpruner.errors import TextError
 from selfpruner.models import LoadedModel, load, resolve
-from tests.helpers.tiny_models import sample_text, tiny_tokenizer
+from selfpruner.testing.tiny_models import sample_text, tiny_tokenizer
 
 ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
 TEXT = "Caf\u00e9 and cr\u00e8me,\nsecond line.\n"

@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto import AutoTokenizer
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner.export import checkpoint, proof, verify_gguf
 from selfpruner.export.base import FinishedCheckpoint
 from selfpruner.export.build import build
 from selfpruner.export.gguf import Gguf
 from selfpruner.pruning.layer_shapes import LayerShape
-from tests.helpers.cut_models import CARD, Case, folder, prune
-from tests.helpers.tiny_models import CHAT_TEMPLATE
+from selfpruner.testing.cut_models import CARD, Case, folder, prune
+from selfpruner.testing.tiny_models import CHAT_TEMPLATE
 
 
 @dataclass(frozen=True)

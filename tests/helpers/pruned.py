@@ -2,144 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto import AutoModelForCausalLM
 
-from selfpruner import compensation, criteria
-from selfpruner.architectures import Architecture, describe
-from selfpruner.architectures.cost import decoder_parameters, ffn_cost
-from selfpruner.calibration.statistics import BlockStatistics, layer_statistics
-from selfpruner.compensation import Compensation
 from selfpruner.compensation.least_squares import FLOOR, RIDGE
-from selfpruner.criteria import UnitCriterion
-from selfpruner.evaluation.engine import Engine
-from selfpruner.models.family_layouts import Widths, layout_of
-from selfpruner.planning.space import Block, Plan, SearchSpace, attention_shapes, ffn_widths
-from selfpruner.pruning.patterns import PrunableAttention, PrunableFfn, attention_block, ffn_block, measure_attention, measure_ffn
-from tests.helpers.tiny_models import tiny_model
+from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.pruning.patterns import PrunableFfn
+from selfpruner.testing.prepared_models import Ready
+from selfpruner.testing.tiny_models import layers_of, outputs_of
 
 torch.set_num_threads(1)
-
-
-def load_tiny(family: str, **options: Any) -> PreTrainedModel:
-    """A random model of ``family``; options as for :func:`tests.helpers.tiny_models.tiny_model`."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = tiny_model(Path(folder), family, **options)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
-    model.train(False)
-    return model.requires_grad_(False)
-
-
-def layers_of(model: Any) -> Any:
-    """The decoder layers of a model, dense or pruned."""
-    return model.get_submodule(layout_of(model.config).decoder).layers
-
-
-def rows_of(model: Any, part: str) -> tuple[str, slice]:
-    """The place of a part (``q``, ``down``) in a layer of a dense model, and its rows there."""
-    layout = layout_of(model.config)
-    widths, block = Widths.of(layout, model.config.to_dict()), int(part in layout.ffn)
-    place = (layout.ffn if block else layout.attention)[part]
-    start = 0
-    for other in layout.places(block)[place]:
-        if other == part:
-            break
-        start += widths.shape(other)[0]
-    return place, slice(start, start + widths.shape(part)[0])
-
-
-def outputs_of(model: Any, layer: int) -> tuple[Any, Any]:
-    """The output matrices' modules of attention and FFN."""
-    layout = layout_of(model.config)
-    places = layout.attention["o"], layout.ffn["down"]
-    return tuple(layers_of(model)[layer].get_submodule(place) for place in places)  # type: ignore[return-value]
-
-
-def tokens_of(sequences: int, length: int, seed: int = 1, vocab: int = 128) -> Tensor:
-    return torch.randint(4, vocab, (sequences, length), generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass(frozen=True)
-class Ready:
-    model: PreTrainedModel
-    arch: Architecture
-    statistics: list[tuple[BlockStatistics, BlockStatistics]]  # of attention and FFN, by layer
-    blocks: list[PrunableAttention | PrunableFfn]
-    space: SearchSpace
-    engine: Engine
-    compensation: str
-    calibration: Tensor
-
-
-def prepare_ffn(
-    arch: Architecture,
-    layer: int,
-    stats: BlockStatistics,
-    criterion: UnitCriterion,
-    compensation: Compensation,
-    widths: Sequence[int],
-) -> PrunableFfn:
-    """:func:`measure_ffn` and :func:`ffn_block` in one."""
-    factors = measure_ffn(arch, layer, stats, criterion, compensation)
-    return ffn_block(arch, layer, factors, widths, adds_bias=compensation.adds_bias)
-
-
-def prepare_attention(
-    arch: Architecture,
-    layer: int,
-    stats: BlockStatistics,
-    criterion: UnitCriterion,
-    compensation: Compensation,
-    shapes: Sequence[tuple[int, int]],
-) -> PrunableAttention:
-    """:func:`measure_attention` and :func:`attention_block` in one."""
-    factors = measure_attention(arch, layer, stats, criterion, compensation)
-    return attention_block(arch, layer, factors, shapes, adds_bias=compensation.adds_bias)
-
-
-def ready(
-    model: PreTrainedModel,
-    *,
-    criterion: str = "obs",
-    method: str = "least_squares",
-    rate: float = 0.2,
-    step: int = 8,
-    drop: bool = False,
-    calibration: Tensor | None = None,
-    judged: bool = False,
-    **engine: Any,
-) -> Ready:
-    """Statistics on random tokens, every block at every level, the space and an engine. Unless ``judged`` no sequence judges a
-    repair, so that the ridge is the constant one."""
-    arch = describe(model)
-    calibration = tokens_of(12, 32, seed=7) if calibration is None else calibration
-    statistics = []
-    for stats in layer_statistics(arch, calibration):
-        pair = stats["attention"], stats["ffn"]
-        statistics.append(pair if judged else (replace(pair[0], judge=None), replace(pair[1], judge=None)))
-    blocks: list[PrunableAttention | PrunableFfn] = []
-    how = criteria.create(criterion), compensation.create(method)
-    for layer, (attention, ffn) in enumerate(statistics):
-        shapes = attention_shapes(arch.kv_groups, arch.heads_per_group, "all", drop=drop)
-        blocks.append(prepare_attention(arch, layer, attention, *how, shapes))
-        blocks.append(prepare_ffn(arch, layer, ffn, *how, ffn_widths(arch.channels, step, drop=drop)))
-    kinds = ("attention", "ffn")
-    space = SearchSpace(
-        tuple(Block(i // 2, kinds[i % 2], block.options) for i, block in enumerate(blocks)),  # type: ignore[arg-type]
-        decoder_parameters(arch),
-        rate,
-        ffn_cost(arch, 2 * step) - ffn_cost(arch, step),
-    )
-    return Ready(model, arch, statistics, blocks, space, Engine(arch, blocks, **engine), method, calibration)
 
 
 def random_plans(space: SearchSpace, count: int, seed: int = 0) -> list[Plan]:

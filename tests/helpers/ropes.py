@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 
 SHORT = 24  # the length that a table which stretches starts from
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}

@@ -23,8 +23,8 @@ from selfpruner.errors import ConfigError, CorruptCheckpointError
 from selfpruner.export import proof
 from selfpruner.export.checkpoint import write
 from selfpruner.files import manifest
+from selfpruner.testing.cut_models import CARD, folder, prune, units_of
 from server.settings import ServerSettings
-from tests.helpers.cut_models import CARD, folder, prune, units_of
 from tests.helpers.serving import Running, error_of, running_server, until
 
 WEIGHTS = b"weights" * 1000

@@ -19,7 +19,8 @@ from selfpruner.export.build import build
 from selfpruner.export.checkpoint import load
 from selfpruner.export.gguf import FAMILIES, Gguf
 from selfpruner.pruning.layer_shapes import LayerShape
-from tests.helpers.cut_models import Case, folder, tokens_of
+from selfpruner.testing.cut_models import Case, folder
+from selfpruner.testing.tiny_models import tokens_of
 from tests.helpers.gguf_files import PIECES, ROPES, VARYING, export, pruned, sentencepiece, uniform, with_pre_tokenizer
 
 pytestmark = pytest.mark.skipif(

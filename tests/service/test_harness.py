@@ -20,7 +20,7 @@ from selfpruner.cli import app as cli  # noqa: E402
 from selfpruner.errors import ConfigError, TextError  # noqa: E402
 from selfpruner.judging import harness, measures  # noqa: E402
 from selfpruner.judging.task_files import LocalTask  # noqa: E402
-from tests.helpers.tiny_models import WORDS, tiny_model  # noqa: E402
+from selfpruner.testing.tiny_models import WORDS, tiny_model  # noqa: E402
 
 COMMON = "dataset_path: json\ntest_split: test\nnum_fewshot: 0\n"
 FORMS = {

@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner.export import formats, proof
 from selfpruner.export.build import build, plain_config
 from selfpruner.export.checkpoint import LayerShape, write
 from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.export.older import oldest_version, with_older_fields
-from tests.helpers.cut_models import CARD, Keep, cut, folder, prune, tokens_of, units_of
+from selfpruner.testing.cut_models import CARD, Keep, cut, folder, prune, units_of
+from selfpruner.testing.tiny_models import tokens_of
 from tests.helpers.ropes import CASES, options_of
 
 FILES = sorted({form.code for form in MODELING_FILES.values()})

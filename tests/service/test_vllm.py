@@ -39,11 +39,11 @@ from selfpruner.proposers.base import Request
 from selfpruner.proposers.openai import OpenAIProposer
 from selfpruner.proposers.reply import follows
 from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.testing import ExportedModelSuite
+from selfpruner.testing.cut_models import folder, prune
+from selfpruner.testing.spaces import space_of
+from selfpruner.testing.tiny_models import tiny_tokenizer, tokens_of
 from tests.helpers import ROOT
-from tests.helpers.cut_models import folder, prune, tokens_of
-from tests.helpers.exported_models import ExportedModelSuite
-from tests.helpers.spaces import space_of
-from tests.helpers.tiny_models import tiny_tokenizer
 
 
 # -- the plugin, without vLLM ------------------------------------------------------------------------------------------

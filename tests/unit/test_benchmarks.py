@@ -19,10 +19,10 @@ from selfpruner.errors import SelfprunerError
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
+from selfpruner.testing.spaces import space_of
 from selfpruner.workers.base import Json, Session
 from tests.helpers.fake_openai import FakeOpenAI
 from tests.helpers.searching import AnalyticPool
-from tests.helpers.spaces import space_of
 
 # What the product's searches are given here: everything small, so that a budget of a few thousand tokens pays for generations.
 SMALL = {

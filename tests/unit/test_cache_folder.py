@@ -27,9 +27,9 @@ from selfpruner.files.cache_folder import clean, entries, let_go, make_room, rem
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.models import load, resolve
 from selfpruner.progress import FORESEEN
+from selfpruner.testing.tiny_models import sample_text
 from selfpruner.workers.base import Session
 from selfpruner.workers.lifeline import tied
-from tests.helpers.tiny_models import sample_text
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,9 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer, Static
 
 from selfpruner.export.build import shapes_of
 from selfpruner.export.modeling_files import MODELING_FILES
-from tests.helpers.cut_models import Case, folder, greedy, prune, tokens_of
+from selfpruner.testing.cut_models import Case, folder, prune
+from selfpruner.testing.tiny_models import tokens_of
+from tests.helpers.exports import greedy
 
 FAMILIES = ("llama", *(family for family, form in MODELING_FILES.items() if form is not MODELING_FILES["llama"]))
 LENGTH = 10

@@ -12,11 +12,12 @@ from huggingface_hub import ModelCard, metadata_load
 from transformers.models.auto import AutoTokenizer
 
 import selfpruner
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner import api
 from selfpruner.export import formats, proof
 from selfpruner.export.card import CardInfo, converted, with_origin, with_terms
-from tests.helpers.cut_models import CARD, folder, prune, written
+from selfpruner.testing.cut_models import CARD, folder, prune
+from tests.helpers.exports import written
 
 
 @pytest.fixture

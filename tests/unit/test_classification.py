@@ -11,7 +11,8 @@ from transformers.models.auto import AutoModelForSequenceClassification, AutoMod
 
 import selfpruner.export  # noqa: F401 - registers the classes
 from selfpruner.export.modeling_files import MODELING_FILES
-from tests.helpers.cut_models import folder, prune, tokens_of
+from selfpruner.testing.cut_models import folder, prune
+from selfpruner.testing.tiny_models import tokens_of
 
 FAMILIES = ("llama", *(family for family, form in MODELING_FILES.items() if form is not MODELING_FILES["llama"]))
 LABELS = 3

@@ -12,7 +12,7 @@ from selfpruner import names
 from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, UnknownNameError
 from selfpruner.jobs.comparison import Method, methods_of
-from tests.helpers.tiny_models import sample_text, tiny_model
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from selfpruner.config import Part, SearchConfig, Strict, _part
 from selfpruner.jobs.comparison import SETTINGS
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
-from tests.helpers.tiny_models import sample_text, tiny_model
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 
 TEXT = {"sources": [{"source": "pydoc"}], "sequences": 3, "length": 32}
 # Another value for every field, and what has to change with it so that the config stays valid.

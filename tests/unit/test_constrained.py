@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from selfpruner.errors import CancelledTaskError, ProposerError
 from selfpruner.proposers import constrained
 from selfpruner.proposers.constrained import complete, longest_reply
-from tests.helpers.tiny_models import FAMILIES, tiny_model
+from selfpruner.testing.tiny_models import FAMILIES, tiny_model
 
 MESSAGES = ({"role": "system", "content": "Rules."}, {"role": "user", "content": "Write a plan."})
 

@@ -17,8 +17,8 @@ from selfpruner.export import formats
 from selfpruner.export.build import build, shapes_of
 from selfpruner.files import manifest
 from selfpruner.models import checks, loading
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 from tests.helpers.gguf_files import write_gguf
-from tests.helpers.tiny_models import sample_text, tiny_model
 
 LARGE = {"layers": 24, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 512}  # streamed in 30 MiB
 

@@ -17,18 +17,9 @@ from selfpruner.evaluation.engine import Engine, LevelCache, PassCount
 from selfpruner.evaluation.parallel import Lanes
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.patterns import PrunableAttention
-from tests.helpers.pruned import (
-    Ready,
-    inputs_of,
-    kept_columns,
-    load_tiny,
-    masked,
-    naive,
-    outputs_of,
-    random_plans,
-    ready,
-    tokens_of,
-)
+from selfpruner.testing.prepared_models import Ready, ready
+from selfpruner.testing.tiny_models import load_tiny, outputs_of, tokens_of
+from tests.helpers.pruned import inputs_of, kept_columns, masked, naive, random_plans
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 2},

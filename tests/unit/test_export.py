@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner.errors import CancelledTaskError, CorruptCheckpointError, DiskFullError, ExportError
 from selfpruner.export import checkpoint, proof
 from selfpruner.export import verify as verify_script
@@ -31,20 +31,10 @@ from selfpruner.export.formats import verify
 from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.files import manifest
 from selfpruner.models.family_layouts import layout_of
+from selfpruner.testing.cut_models import CARD, Case, Keep, cut, folder, prune
+from selfpruner.testing.tiny_models import rows_of, tokens_of
 from tests.helpers import ROOT
-from tests.helpers.cut_models import (
-    CARD,
-    OWN_FORMS,
-    Case,
-    Keep,
-    cut,
-    folder,
-    greedy,
-    masked_logits,
-    prune,
-    tokens_of,
-)
-from tests.helpers.pruned import rows_of
+from tests.helpers.exports import OWN_FORMS, greedy, masked_logits
 
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 VARIANTS = {
@@ -189,10 +179,12 @@ KILLED_WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-import tests.helpers.cut_models as t
-source, model = t.folder(Path(sys.argv[1]), "qwen2")
-case = t.prune(model, drop=True, biased=True)
-t.write(case.pruned, t.AutoTokenizer.from_pretrained(source), source, Path(sys.argv[2]), t.CARD)
+from selfpruner.testing.cut_models import CARD, folder, prune
+from transformers import AutoTokenizer
+from selfpruner.export.checkpoint import write
+source, model = folder(Path(sys.argv[1]), "qwen2")
+case = prune(model, drop=True, biased=True)
+write(case.pruned, AutoTokenizer.from_pretrained(source), source, Path(sys.argv[2]), CARD)
 """
 
 

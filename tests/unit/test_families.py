@@ -23,11 +23,11 @@ from selfpruner.jobs.run import run_job
 from selfpruner.models import LoadedModel, checks, load, resolve, streaming
 from selfpruner.planning.space import Plan
 from selfpruner.store.store import Store
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 from selfpruner.workers.thread_pool import InProcessPool
-from tests.helpers.cut_models import OWN_FORMS
+from tests.helpers.exports import OWN_FORMS
 from tests.helpers.pruned import random_plans
 from tests.helpers.small_jobs import TIGHT, config_of
-from tests.helpers.tiny_models import sample_text, tiny_model
 
 
 def config_for(folder: Path, family: str, **changes: Any) -> SearchConfig:

@@ -11,8 +11,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.auto import AutoModelForCausalLM
 
 import selfpruner.export  # noqa: F401 - registers the classes
-from tests.helpers.cut_models import folder, prune, tokens_of
-from tests.helpers.tiny_models import sample_text, tiny_tokenizer
+from selfpruner.testing.cut_models import folder, prune
+from selfpruner.testing.tiny_models import sample_text, tiny_tokenizer, tokens_of
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LENGTH, STEPS = 32, 30

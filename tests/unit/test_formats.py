@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner import api
 from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, CorruptCheckpointError, ExportError, FormatError, NotFoundError
@@ -25,8 +25,9 @@ from selfpruner.export.transformers_format import Transformers
 from selfpruner.files import manifest
 from selfpruner.files.tensors import TensorFile
 from selfpruner.models.family_layouts import Widths, layout_of
-from tests.helpers.cut_models import Case, Keep, folder, prune, tokens_of, written
-from tests.helpers.pruned import rows_of
+from selfpruner.testing.cut_models import Case, Keep, folder, prune
+from selfpruner.testing.tiny_models import rows_of, tokens_of
+from tests.helpers.exports import written
 
 
 @pytest.fixture

@@ -36,13 +36,13 @@ from selfpruner.models import load, resolve
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress
 from selfpruner.store.store import Store
+from selfpruner.testing.spaces import space_of
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 from selfpruner.workers.base import Json, Session
 from server.schemas import JobRequest
 from tests.helpers.searching import SESSION, AnalyticPool, DiedError, Interruptions, MemoryRecorder, Run, config_of
 from tests.helpers.small_jobs import Place
 from tests.helpers.small_jobs import config_of as job_config
-from tests.helpers.spaces import space_of
-from tests.helpers.tiny_models import sample_text, tiny_model
 
 OBJECTIVES = ("quality,parameters", "quality,latency", "quality,parameters,latency")
 

@@ -17,7 +17,7 @@ from gguf import GGUFReader, GGUFWriter
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers.models.auto import AutoModelForCausalLM
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf, gguf_runtime, gguf_tokenizer
 from selfpruner.export.base import FinishedCheckpoint
@@ -25,8 +25,9 @@ from selfpruner.export.build import build
 from selfpruner.export.gguf import Gguf
 from selfpruner.models import gguf as model_gguf
 from selfpruner.pruning.layer_shapes import LayerShape
+from selfpruner.testing.cut_models import Case, folder, prune
+from selfpruner.testing.tiny_models import tokens_of
 from tests.helpers import GOLDEN, ROOT
-from tests.helpers.cut_models import Case, folder, prune, tokens_of
 from tests.helpers.gguf_files import (
     PIECES,
     ROPES,

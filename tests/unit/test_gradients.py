@@ -16,8 +16,7 @@ from selfpruner.calibration.cache import cached_gradients
 from selfpruner.calibration.gradients import Gradients, layer_gradients
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.models.family_layouts import layout_of
-from tests.helpers.pruned import layers_of, load_tiny, rows_of, tokens_of
-from tests.helpers.tiny_models import FAMILIES
+from selfpruner.testing.tiny_models import FAMILIES, layers_of, load_tiny, rows_of, tokens_of
 
 
 def by_autograd(model: Any, tokens: Tensor) -> list[dict[str, list[Tensor]]]:

@@ -28,9 +28,9 @@ from selfpruner.models import load, resolve
 from selfpruner.planning.space import Plan
 from selfpruner.proposers import ProposerSettings
 from selfpruner.store.store import Store
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 from tests.helpers.pruned import random_plans
 from tests.helpers.small_jobs import RATE, Place, Recording, config_of
-from tests.helpers.tiny_models import sample_text, tiny_model
 
 
 @pytest.fixture(scope="module")

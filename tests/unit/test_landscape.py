@@ -12,7 +12,7 @@ from scipy import stats
 from selfpruner.planning.allocation import FORBIDDEN, cheapest, predicted_losses
 from selfpruner.planning.landscape import Landscape, spearman
 from selfpruner.planning.space import Plan, SearchSpace
-from tests.helpers.spaces import space_of
+from selfpruner.testing.spaces import space_of
 
 TOKENS = 4096
 

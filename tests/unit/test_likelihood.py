@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from selfpruner.errors import CancelledTaskError, ModelError
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
 from selfpruner.judging.likelihood import Likelihood, Question, likelihoods
-from tests.helpers.pruned import load_tiny
-from tests.helpers.tiny_models import FAMILIES, randomize
+from selfpruner.testing.tiny_models import FAMILIES, load_tiny, randomize
 
 
 def questions(seed: int = 0, count: int = 12, longest: int = 40) -> list[Question]:

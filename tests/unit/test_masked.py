@@ -26,10 +26,10 @@ from selfpruner.pruning.patterns import PrunableMasked
 from selfpruner.pruning.patterns.masked import database_bytes, packed, unpacked
 from selfpruner.pruning.patterns.n_m import NM
 from selfpruner.store.store import Store
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers.pruned import random_plans
 from tests.helpers.small_jobs import config_of
-from tests.helpers.tiny_models import sample_text, tiny_model
 
 MATRICES = [f"self_attn.{name}_proj.weight" for name in "qkvo"] + [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
 

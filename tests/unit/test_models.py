@@ -33,8 +33,8 @@ from selfpruner.errors import (
 )
 from selfpruner.models import LoadedModel, checks, choose_device, choose_dtype, gguf, hub_available, load, loading, resolve
 from selfpruner.proposers import constrained
+from selfpruner.testing.tiny_models import CHAT_TEMPLATE, FAMILIES, sample_text, tiny_model, tiny_tokenizer
 from tests.helpers.gguf_files import write_gguf
-from tests.helpers.tiny_models import CHAT_TEMPLATE, FAMILIES, sample_text, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture

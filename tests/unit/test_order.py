@@ -24,8 +24,9 @@ from selfpruner.models.family_layouts import layout_of
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.blocks import prepare_blocks
 from selfpruner.pruning.patterns import PrunableFfn, measure_attention, measure_ffn, stored
-from tests.helpers.pruned import load_tiny, random_plans, ready, rows_of, tokens_of
-from tests.helpers.tiny_models import FAMILIES
+from selfpruner.testing.prepared_models import ready
+from selfpruner.testing.tiny_models import FAMILIES, load_tiny, rows_of, tokens_of
+from tests.helpers.pruned import random_plans
 
 FORMS: dict[str, dict[str, Any]] = {"llama": {"mlp_bias": True}, "qwen2": {"tied": False}}
 

@@ -16,9 +16,9 @@ from selfpruner import criteria, names
 from selfpruner.criteria import UnitCriterion, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import ConfigError
+from selfpruner.testing.blocks import matrix
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 from tests.helpers import ROOT
-from tests.helpers.blocks import matrix
-from tests.helpers.tiny_models import sample_text, tiny_model
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 

@@ -20,7 +20,7 @@ from selfpruner.cli import app as cli
 from selfpruner.jobs.live_view import LiveView
 from selfpruner.progress import Teller, TimeLeft, duration, shown
 from selfpruner.store.store import Store
-from tests.helpers.tiny_models import sample_text, tiny_model
+from selfpruner.testing.tiny_models import sample_text, tiny_model
 
 
 class Clock:

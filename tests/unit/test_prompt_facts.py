@@ -15,9 +15,9 @@ from selfpruner.operators.plan_format import MOST_CHANGES, PlanFormat
 from selfpruner.operators.prompt_facts import NEAR, hints, known_plans, moved
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate
+from selfpruner.testing.spaces import shape, space_of
 from tests.helpers.fake_openai import FakeOpenAI
 from tests.helpers.llm_lab import Lab, candidates, context, space
-from tests.helpers.spaces import shape, space_of
 
 
 def candidate_of(of: SearchSpace, plan: Plan, relative: float = 1.0, generation: int = 0) -> Candidate:

@@ -21,8 +21,7 @@ from selfpruner.judging.estimates import Estimate, average, mean, paired
 from selfpruner.judging.perplexity import losses, score
 from selfpruner.judging.repetition import PROMPTS, after_prompts, continuations, distinct
 from selfpruner.judging.task_files import LocalTask
-from tests.helpers.pruned import load_tiny, tokens_of
-from tests.helpers.tiny_models import sample_text, tiny_model, tiny_tokenizer
+from selfpruner.testing.tiny_models import load_tiny, sample_text, tiny_model, tiny_tokenizer, tokens_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from selfpruner.evaluation.engine import Engine
 from selfpruner.evaluation.race import LEAST_SAMPLES, SEGMENT, Race, quantile, segments
 from selfpruner.jobs.handler import _scores
 from selfpruner.planning.space import Plan
-from tests.helpers.pruned import Ready, load_tiny, ready, tokens_of
+from selfpruner.testing.prepared_models import Ready, ready
+from selfpruner.testing.tiny_models import load_tiny, tokens_of
 
 
 @pytest.fixture(scope="module")

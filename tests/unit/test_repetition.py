@@ -21,10 +21,9 @@ from selfpruner.jobs.run import session_of
 from selfpruner.judging.repetition import continuations, repeated, repetition
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate
-from tests.helpers.pruned import load_tiny, tokens_of
+from selfpruner.testing.spaces import space_of
+from selfpruner.testing.tiny_models import FAMILIES, load_tiny, sample_text, tiny_model, tokens_of
 from tests.helpers.searching import AnalyticPool, MemoryRecorder, Run, config_of
-from tests.helpers.spaces import space_of
-from tests.helpers.tiny_models import FAMILIES, sample_text, tiny_model
 
 
 # -- the rate ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import torch
 
 from benchmarks import rivals
 from benchmarks.engine import children_of
-from tests.helpers.pruned import load_tiny, random_plans, ready, tokens_of
+from selfpruner.testing.prepared_models import ready
+from selfpruner.testing.tiny_models import load_tiny, tokens_of
+from tests.helpers.pruned import random_plans
 
 
 @pytest.mark.parametrize("options", [{"kv_heads": 2}, {"kv_heads": 4, "attention_bias": True, "mlp_bias": True}])

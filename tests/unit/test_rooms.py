@@ -18,7 +18,7 @@ ROOMS = (
     *("errors", "names", "environment", "records", "progress", "redaction", "tables", "config", "files"),
     *("models", "architectures", "calibration", "compensation", "criteria", "planning", "pruning"),
     *("workers", "evaluation", "export", "timing", "judging", "proposers", "operators", "evolution"),
-    *("store", "jobs", "api", "client", "cli", "__main__"),
+    *("store", "jobs", "api", "client", "cli", "__main__", "testing"),
 )
 
 

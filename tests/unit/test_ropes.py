@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner import models
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ExportError, ModelError
 from selfpruner.evaluation.session import prepare
-from tests.helpers.cut_models import folder, greedy, masked_logits, prune, tokens_of
+from selfpruner.testing.cut_models import folder, prune
+from selfpruner.testing.tiny_models import tokens_of
+from tests.helpers.exports import greedy, masked_logits
 from tests.helpers.ropes import CASES, ROPES, SHORT, options_of
 
 

@@ -23,9 +23,10 @@ from selfpruner.export import checkpoint, formats, proof
 from selfpruner.export.build import build
 from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.pruning.layer_shapes import LayerShape
+from selfpruner.testing.cut_models import CARD, folder, prune
+from selfpruner.testing.tiny_models import tiny_tokenizer, tokens_of
 from selfpruner.timing import transformers_model
-from tests.helpers.cut_models import CARD, OWN_FORMS, folder, prune, tokens_of
-from tests.helpers.tiny_models import tiny_tokenizer
+from tests.helpers.exports import OWN_FORMS
 
 TRAINED = ["q_proj", "down_proj"]
 

@@ -23,6 +23,7 @@ from selfpruner.evolution.survey import weighed
 from selfpruner.evolution.windows import PIECE, Windows, report_windows
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Evaluation
+from selfpruner.testing.spaces import space_of
 from tests.helpers.searching import (
     SESSION,
     AnalyticPool,
@@ -34,7 +35,6 @@ from tests.helpers.searching import (
     config_of,
     window,
 )
-from tests.helpers.spaces import space_of
 
 PRESETS = ("evolution", "default", "self-pruner")
 

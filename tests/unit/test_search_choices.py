@@ -15,9 +15,9 @@ from selfpruner.evolution.outcome import Outcome
 from selfpruner.planning.space import Plan
 from selfpruner.progress import OnProgress
 from selfpruner.proposers.base import Reply, Request
+from selfpruner.testing.spaces import space_of
 from selfpruner.workers.base import Json, Session
 from tests.helpers.searching import AnalyticPool, MemoryRecorder, Run, ScriptedProposer, config_of
-from tests.helpers.spaces import space_of
 
 
 class WatchedPool(AnalyticPool):

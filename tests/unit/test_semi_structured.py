@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner import api, load
 from selfpruner.errors import FormatError
 from selfpruner.export import proof, semi_structured

@@ -28,7 +28,8 @@ from selfpruner.pruning.signals import (
     outlier_ratio,
     spectral_exponents,
 )
-from tests.helpers.pruned import Ready, load_tiny, ready
+from selfpruner.testing.prepared_models import Ready, ready
+from selfpruner.testing.tiny_models import load_tiny
 
 
 @pytest.fixture(scope="module")

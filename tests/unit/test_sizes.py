@@ -15,9 +15,9 @@ from selfpruner.export.card import CardInfo
 from selfpruner.export.formats import convert
 from selfpruner.export.pruned import kept_units, pruned_tensors, streamed_export
 from selfpruner.models import LoadedModel, checks, load, resolve, streaming
+from selfpruner.testing.tiny_models import FAMILIES, sample_text, tiny_model
 from tests.helpers.pruned import random_plans
 from tests.helpers.small_jobs import TIGHT, config_of
-from tests.helpers.tiny_models import FAMILIES, sample_text, tiny_model
 
 # Hidden sizes whose roots 16 bits round, odd numbers of heads, heads that do not share the hidden size out among them.
 SIZES: dict[str, dict[str, int]] = {

@@ -12,7 +12,9 @@ from selfpruner.architectures import FfnWeights
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.slopes import slopes
 from selfpruner.planning.space import Plan
-from tests.helpers.pruned import load_tiny, random_plans, ready, tokens_of
+from selfpruner.testing.prepared_models import ready
+from selfpruner.testing.tiny_models import load_tiny, tokens_of
+from tests.helpers.pruned import random_plans
 
 EPSILON = 1e-3
 

@@ -22,7 +22,7 @@ from selfpruner.planning.space import (
     ffn_widths,
     without_dominated,
 )
-from tests.helpers.spaces import positions, shape, space_of
+from selfpruner.testing.spaces import positions, shape, space_of
 
 FAST = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 

@@ -18,8 +18,9 @@ from selfpruner.calibration.cache import cached_statistics
 from selfpruner.calibration.statistics import SITES, Accumulator, BlockStatistics, Site, layer_statistics
 from selfpruner.errors import CancelledTaskError, DiskFullError
 from selfpruner.planning.space import ffn_widths
-from tests.helpers.pruned import inputs_of, load_tiny, prepare_ffn, tokens_of
-from tests.helpers.tiny_models import FAMILIES
+from selfpruner.testing.prepared_models import prepare_ffn
+from selfpruner.testing.tiny_models import FAMILIES, load_tiny, tokens_of
+from tests.helpers.pruned import inputs_of
 
 
 def assert_describes(found: BlockStatistics, X: Tensor, tolerance: float = 1e-5) -> None:

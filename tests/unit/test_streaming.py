@@ -35,10 +35,11 @@ from selfpruner.jobs.run import session_of
 from selfpruner.models import LoadedModel, checks, streaming
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.measurements import held_bytes
+from selfpruner.testing.prepared_models import ready
+from selfpruner.testing.tiny_models import sample_text, tiny_model, tokens_of
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers import ROOT
-from tests.helpers.pruned import random_plans, ready, tokens_of
-from tests.helpers.tiny_models import sample_text, tiny_model
+from tests.helpers.pruned import random_plans
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -208,8 +209,8 @@ from selfpruner.calibration.texts import TokenBatches
 from selfpruner.evaluation.session import make_engine
 from selfpruner.pruning.blocks import prepare_blocks
 from selfpruner.models.memory import release
-from tests.helpers.pruned import tokens_of
-from tests.helpers.tiny_models import tiny_model
+from selfpruner.testing.tiny_models import tokens_of
+from selfpruner.testing.tiny_models import tiny_model
 from selfpruner.planning.space import Plan
 
 def status(field):

@@ -19,8 +19,8 @@ from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import CancelledTaskError, ModelNotFoundError, TextError
 from selfpruner.jobs.handler import ServedSessionHandler
 from selfpruner.models import LoadedModel, load, resolve
+from selfpruner.testing.tiny_models import tiny_model
 from selfpruner.workers.base import Session
-from tests.helpers.tiny_models import tiny_model
 
 ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
 FIELDS = {"calibration": "calibration", "fitness": "fitness_text", "report": "report_text"}

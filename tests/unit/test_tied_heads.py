@@ -21,9 +21,8 @@ from selfpruner.architectures.cost import model_parameters
 from selfpruner.export import formats
 from selfpruner.models import checks, streaming
 from selfpruner.models.family_layouts import LAYOUTS
+from selfpruner.testing.tiny_models import FAMILIES, sample_text, tiny_model, tokens_of
 from selfpruner.timing import transformers_model
-from tests.helpers.pruned import tokens_of
-from tests.helpers.tiny_models import FAMILIES, sample_text, tiny_model
 
 HEAD = "lm_head.weight"
 LARGE = {"layers": 16, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 512}  # streamed in 34 MiB

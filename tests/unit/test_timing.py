@@ -29,13 +29,13 @@ from selfpruner.evaluation import speed
 from selfpruner.export.build import build
 from selfpruner.files.tensors import TensorFile
 from selfpruner.pruning.layer_shapes import LayerShape
+from selfpruner.testing import tiny_models as tiny
+from selfpruner.testing.tiny_models import load_tiny, tokens_of
 from selfpruner.timing import llamacpp_model, run, transformers_model
 from selfpruner.timing.model_cost import Attention, ModelCost, decode_bound, prefill_bound
 from selfpruner.timing.report import Report, Settings, TimedModel, interval
 from selfpruner.timing.served_model import Server
 from selfpruner.workers.base import Json
-from tests.helpers import tiny_models as tiny
-from tests.helpers.pruned import load_tiny, tokens_of
 
 # The tiny Llama: 3 layers, hidden 32, 4 heads and 2 KV groups of 8, 64 channels, vocabulary 128.
 MATRICES = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import selfpruner.export  # noqa: F401 - registers the classes
-from tests.helpers.cut_models import Case, folder, masked_dense, prune, tokens_of
+from selfpruner.testing.cut_models import Case, folder, masked_dense, prune
+from selfpruner.testing.tiny_models import tokens_of
 
 PAD, LENGTHS, NEW = 0, (5, 14, 9), 8
 
@@ -33,10 +34,11 @@ def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def continued(model: PreTrainedModel, inputs: dict[str, Tensor], **how: Any) -> list[list[int]]:
+def continued(model: Any, inputs: dict[str, Tensor], **how: Any) -> list[list[int]]:
     """``NEW`` tokens for every row, never stopping early, so that the cache is used at every step."""
     out = model.generate(**inputs, min_new_tokens=NEW, max_new_tokens=NEW, **{"do_sample": False, **how})
-    return out[:, inputs["input_ids"].shape[1] :].tolist()
+    rows: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
+    return rows
 
 
 def loss_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -82,8 +84,9 @@ class ExportedModelSuite:
         tokens = tokens_of(2, 24)
         expected = case.pruned(tokens, use_cache=False).logits
         # The dense model of transformers says what rounding does to a model of this kind.
-        dense = case.dense(tokens, use_cache=False).logits
-        noise = (case.dense.to(dtype)(tokens, use_cache=False).logits.float() - dense).abs().mean() / dense.abs().mean()
+        model: Any = case.dense
+        dense = model(tokens, use_cache=False).logits
+        noise = (model.to(dtype)(tokens, use_cache=False).logits.float() - dense).abs().mean() / dense.abs().mean()
         half = case.pruned.to(dtype)
         found = half(tokens, use_cache=False).logits
         assert found.dtype == dtype
@@ -99,7 +102,8 @@ class ExportedModelSuite:
         case.pruned.save_pretrained(tmp_path / "again")
         with safe_open(tmp_path / "again" / "model.safetensors", "pt") as file:
             assert ("lm_head.weight" in file.keys()) != self.tied  # noqa: SIM118 - not a mapping
-        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+        again, report = loaded
         assert not any(report.values()), report
         assert type(again) is type(case.pruned)
         assert (again.lm_head.weight is again.model.embed_tokens.weight) == self.tied

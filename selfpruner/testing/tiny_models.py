@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import random
 import string
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers.trainers import BpeTrainer
+from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -31,6 +33,8 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
+
+from selfpruner.models.family_layouts import Widths, layout_of
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -163,3 +167,41 @@ def sample_text(words: int, seed: int = 0) -> str:
         parts.append((".\n\n" if rng.random() < 0.15 else ". ") if start else ", " if rng.random() < 0.05 else " ")
         word = rng.choice(successors[word]) if rng.random() < 0.9 else rng.choice(WORDS)
     return "".join(parts).strip()
+
+
+def load_tiny(family: str, **options: Any) -> PreTrainedModel:
+    """A random model of ``family``; options as for :func:`tiny_model`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = tiny_model(Path(folder), family, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
+    model.train(False)
+    return model.requires_grad_(False)
+
+
+def layers_of(model: Any) -> Any:
+    """The decoder layers of a model, dense or pruned."""
+    return model.get_submodule(layout_of(model.config).decoder).layers
+
+
+def rows_of(model: Any, part: str) -> tuple[str, slice]:
+    """The place of a part (``q``, ``down``) in a layer of a dense model, and its rows there."""
+    layout = layout_of(model.config)
+    widths, block = Widths.of(layout, model.config.to_dict()), int(part in layout.ffn)
+    place = (layout.ffn if block else layout.attention)[part]
+    start = 0
+    for other in layout.places(block)[place]:
+        if other == part:
+            break
+        start += widths.shape(other)[0]
+    return place, slice(start, start + widths.shape(part)[0])
+
+
+def outputs_of(model: Any, layer: int) -> tuple[Any, Any]:
+    """The output matrices' modules of attention and FFN."""
+    layout = layout_of(model.config)
+    places = layout.attention["o"], layout.ffn["down"]
+    return tuple(layers_of(model)[layer].get_submodule(place) for place in places)
+
+
+def tokens_of(sequences: int, length: int, seed: int = 1, vocab: int = 128) -> Tensor:
+    return torch.randint(4, vocab, (sequences, length), generator=torch.Generator().manual_seed(seed))

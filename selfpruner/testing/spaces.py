@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -43,7 +44,7 @@ def space_of(
         return 0 if width == 0 else 3 * width * hidden + hidden * (bias and width < channels)
 
     def error(parameters: int, whole: int, slope: float) -> float:
-        return slope * (1 - parameters / whole) ** 1.5
+        return slope * math.pow(1 - parameters / whole, 1.5)
 
     blocks = []
     for layer in range(layers):

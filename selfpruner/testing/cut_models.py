@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto import AutoModelForCausalLM
 
-import tests.helpers.tiny_models as tiny
+import selfpruner.testing.tiny_models as tiny
 from selfpruner.export.build import shapes_of
 from selfpruner.export.card import CardInfo
-from selfpruner.export.checkpoint import LayerShape, build, write
-from selfpruner.export.modeling_files import MODELING_FILES
+from selfpruner.export.checkpoint import LayerShape, build
 from selfpruner.models.family_layouts import Widths, layout_of
 from selfpruner.pruning.layer_shapes import KeptUnits
-from tests.helpers.pruned import outputs_of, rows_of
+from selfpruner.testing.tiny_models import outputs_of, rows_of
 
 CARD = CardInfo(
     base_model="example/tiny",
@@ -96,7 +95,10 @@ def prune(model: PreTrainedModel, *, drop: bool, biased: bool, seed: int = 0, gr
     widths = Widths.of(layout, model.config.to_dict())
     per_group = widths.heads // widths.kv_heads
     layers = model.config.num_hidden_layers
-    shapes, keeps, weights, biases = [], [], {}, {}
+    shapes: list[LayerShape] = []
+    keeps: list[Keep] = []
+    weights: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
     for layer in range(layers):
         left = max(group_step, widths.kv_heads - layer * group_step)
         groups = sorted(rng.sample(range(widths.kv_heads), left))
@@ -149,28 +151,3 @@ def masked_dense(case: Case) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def masked_logits(case: Case, tokens: Tensor) -> Tensor:
-    with torch.inference_mode(), masked_dense(case):
-        logits: Tensor = case.dense(tokens, use_cache=False).logits
-    return logits
-
-
-def tokens_of(batch: int, length: int, seed: int = 1) -> Tensor:
-    return torch.randint(4, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def greedy(model: PreTrainedModel, tokens: Tensor, **how: Any) -> list[list[int]]:
-    mask = how.pop("attention_mask", torch.ones_like(tokens))
-    # Never stopping early, so that the cache is used at every step.
-    out = model.generate(tokens, attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False, **how)
-    return out[:, tokens.shape[1] :].tolist()
-
-
-# Families whose pruned models have a modelling file of their own.
-OWN_FORMS = tuple(family for family, form in MODELING_FILES.items() if form is not MODELING_FILES["llama"])
-
-
-def written(root: Path, case: Case, source: Path, card: CardInfo = CARD) -> Path:
-    return write(case.pruned, AutoTokenizer.from_pretrained(source), source, root / "checkpoint", card, units=units_of(case)).path
