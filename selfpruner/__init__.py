@@ -4,7 +4,7 @@
     result = selfpruner.search(0.2, "runs/mine", model="smollm2-135m")
     model = selfpruner.load("runs/mine/checkpoint")
 
-Names are imported when they are first used, so that the API process, which imports this package too, stays without torch.
+Names are imported when they are first used. The API process imports this package too and must stay without torch.
 """
 
 from __future__ import annotations

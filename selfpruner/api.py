@@ -1,7 +1,7 @@
-"""The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``benchmark``, ``export``, ``load``: the server's engine, here.
+"""The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``benchmark``, ``export`` and ``load``, run in this process.
 
-Blocking calls with plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`. ``progress`` shows on
-stderr what is being done and how long it will take; a function is called with these texts instead, and False keeps quiet.
+Calls block and take plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`. ``progress`` shows on
+stderr what is being done and how long it will take. Give it a function to receive these texts instead, or False for silence.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a user may ask for. One set of pydantic models, shared by the command line, the HTTP API, Python and the database.
+"""What a user may ask for: one set of pydantic models for the command line, the HTTP API, Python and the database.
 
-Nothing here imports torch or reads a file; names of criteria, operators and so on are checked against the registries, so a
-request with an unknown name is refused before a job exists. A preset fills in the fields the request leaves out.
+Nothing here imports torch or reads a file. Names of criteria, operators and so on are checked against the registries, so a request
+with an unknown name is refused before a job exists. A preset fills in the fields that the request leaves out.
 """
 
 from __future__ import annotations

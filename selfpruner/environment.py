@@ -1,6 +1,6 @@
-"""Settings from variables ``SELFPRUNER_...``, as errors of ours where they are wrong.
+"""Settings from ``SELFPRUNER_...`` variables; a wrong one raises an error of ours.
 
-Each reader names only the variables that concern it, so that what is set for a server stops no command that needs none of it.
+Each reader names only the variables it needs, so a server's settings cannot stop a command that does not use them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where a decoder's units are, and how one block computes with fewer of them. One subclass per model family.
 
 The evaluation engine, the statistics and the exporter see a model only through :class:`Architecture`: embeddings, per-layer
-weights, rotary table, final norm and head. Blocks are plain functions of plain weights, so a pruned block is the same
-function with narrower matrices and really computes less.
+weights, rotary table, final norm and head. Blocks are plain functions of plain weights. A pruned block is the same function with
+narrower matrices, so it really computes less.
 
 Shapes: d = hidden size, h = head_dim, H = query heads, K = KV groups, r = H / K, F = FFN channels, T = tokens.
 The residual stream stays in float32; matrix products run in the weights' dtype.

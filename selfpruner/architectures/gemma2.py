@@ -1,9 +1,9 @@
 """Gemma 2: norms before and after each block, soft caps on attention and logits, windows in every other layer, scaled embeddings.
 
-What a block computes goes through a norm before it is added to the residual stream. Statistics, errors and repairs are those of
-the output matrix W, before that norm: where W x is what it was, so is what the norm makes of it, and refitted weights and FLAP's
-bias mean what they mean elsewhere. Tokens count by the size of their W x, which the norm takes away; what a block is worth beside
-others is not taken from that but measured on the stream, by probes. A dropped block takes both of its norms with it.
+The output of a block goes through a norm before it is added to the residual stream. Statistics, errors and repairs refer to the
+output matrix W, before that norm: if W x is unchanged, so is what the norm makes of it, and refitted weights and FLAP's bias mean
+what they mean elsewhere. A token weighs as much as its W x is large, although the norm removes that size; the weight of a block
+against the others does not depend on it, because probes measure it on the stream. A dropped block takes both of its norms with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the families' blocks compute with: norms, caps, rotary tables, attention on short sequences."""
+"""Building blocks that the families share: norms, caps, rotary tables, attention on short sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 1 to 3 and everything saved in its form (SmolLM2, TinyLlama, Yi): no q/k norms, optional biases, full attention."""
+"""Llama 1 to 3 and everything saved in the same layout (SmolLM2, TinyLlama, Yi): no q/k norms, optional biases, full attention."""
 
 from selfpruner.architectures.base import Architecture
 

@@ -1,4 +1,4 @@
-"""The order of a model's FFN channels: put into that of importance, so that a level is a prefix, and back again."""
+"""The order of a model's FFN channels: sorted by importance, so that a level is a prefix, and restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: q, k and v in one matrix, gate and up in another; the rotary table may cover a part of a head, and stretch."""
+"""Phi-3 and Phi-4: q, k and v in one matrix, gate and up in another; rotary tables that stretch, or cover part of a head."""
 
 from selfpruner.architectures.base import Architecture
 

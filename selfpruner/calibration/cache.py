@@ -1,11 +1,12 @@
 """Statistics on disk: safetensors files, one per layer and kind, shared by all jobs on one model and text.
 
-Inputs of the output matrices, inputs of the others, and gradients are kept apart, so that a job adds what the jobs before it did
-not need. A file is written aside and renamed, so what exists is whole; a job that dies half-way goes on from the layers that are
-there only if all are, since a layer's inputs need the walk through the layers before it. Of a Gram matrix the scatter about the
-mean is kept, in float32 and of every pair of inputs once: rounding then is relative to what the inputs vary, not to where they lie;
-gradients, which are sums of noisy terms, in bfloat16. What is computed and what is read back are the same numbers, so a resumed job
-makes the same plans.
+Inputs of the output matrices, inputs of the other matrices, and gradients are separate kinds, so a job adds only what earlier jobs
+did not need. A file is written aside and renamed, so what exists is whole. A layer's inputs need the walk through all layers before
+it, so a job continues from the files that are there only if all of them are.
+
+Instead of a Gram matrix its scatter about the mean is kept, in float32 and with each pair of inputs once. Rounding is then relative
+to how much the inputs vary, not to where they lie. Gradients are sums of noisy terms and are kept in bfloat16. A job that reads
+from disk sees the same numbers as the one that computed them, so a resumed job makes the same plans.
 """
 
 from __future__ import annotations

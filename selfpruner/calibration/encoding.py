@@ -1,9 +1,9 @@
-"""A long document as token ids, without being tokenized as a whole: that takes more than a hundred bytes for every character.
+"""Token ids of a long document that is never tokenized as a whole, which would take more than a hundred bytes per character.
 
-Pieces that overlap are tokenized one after the other. Two that follow one another are joined inside a run of tokens on which they
-agree, with the places of each: what a tokenizer makes of a place depends on little around it, so what comes out is what the whole
-text would have given. Where there is no such run (a word of thousands of characters) the text is simply cut, which can split that
-word otherwise; so it is, at ends of lines, for a tokenizer that does not tell the places of its tokens.
+Overlapping pieces are tokenized one after the other. Two neighbours are joined inside a run of tokens on which they agree, places
+included. A tokenizer looks at little around a place, so the result is what the whole text would have given. Where there is no such
+run (a word of thousands of characters) the text is simply cut, which may split that word differently. The same is done, at line
+ends, for a tokenizer that does not report the places of its tokens.
 """
 
 from __future__ import annotations

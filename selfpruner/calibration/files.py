@@ -1,12 +1,12 @@
-"""Text files: which there are, what is in them, and how a large one is read without being held.
+"""Text files: which ones exist, what they hold, and how to read a large one without keeping it in memory.
 
-Whatever is no word (``WORDS``) and no hub dataset names a file. ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON object a line,
-the text in the field ``text`` or in the one named after the path (``texts.jsonl:body``); every other ending, or none, is plain
-text. Both may be packed by gzip, whatever they are called. UTF-8 is read, and UTF-16 with a byte order mark; every line end is made
-``\\n``.
+A source that is neither a word (``WORDS``) nor a hub dataset names a file. ``.jsonl``, ``.ndjson`` and ``.json`` hold one JSON
+object per line; the text is in the field ``text`` or in the one named after the path (``texts.jsonl:body``). Every other ending, or
+none, is plain text. Any file may be packed by gzip, whatever its name. UTF-8 is read, and UTF-16 with a byte order mark; every line
+end becomes ``\\n``.
 
-A file beyond ``WHOLE`` bytes is never in memory. It is divided by places in bytes, which depend on nothing but the file: a line
-belongs to the part in which it begins, and a line beyond ``LONG_LINE`` bytes (JSON: none is too long) is cut.
+A file beyond ``WHOLE`` bytes is never in memory as a whole. It is divided at byte positions that depend on nothing but the file: a
+line belongs to the part in which it begins, and a line beyond ``LONG_LINE`` bytes is cut (a JSON line never is).
 
 Standard library only: the server looks at files before a job exists.
 """

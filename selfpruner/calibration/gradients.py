@@ -1,9 +1,9 @@
 """Gradient statistics of the dense model, streamed layer by layer, from the last to the first.
 
-On the way forth the residual stream of all sequences is kept before every few layers only (about the square root of their number,
-so about twice that many streams exist at a time: in memory, or in a file under ``scratch``). On the way back the layers between
-two of these are run again, and one layer at a time its matrices' gradients are taken sequence by sequence and summed. So beyond
-the model there is one layer's sums in memory, whatever the model's depth.
+On the way forward the residual stream of all sequences is kept only before every few layers: about the square root of their number,
+so about twice that many streams exist at a time, in memory or in a file under ``scratch``. On the way back the layers between two
+kept streams run again, and the gradients of one layer's matrices are taken sequence by sequence and summed. Beyond the model,
+memory holds one layer's sums, however deep the model is.
 """
 
 from __future__ import annotations

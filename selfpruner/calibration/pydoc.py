@@ -1,7 +1,7 @@
-"""The documentation that ships with every Python, as prose: human text where there is neither network nor corpus.
+"""The documentation that ships with every Python, as prose: human text for machines with neither network nor corpus.
 
-It is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library's modules and classes. Grammar,
-tables and code examples are left out, wrapped lines joined, marks removed.
+It consists of the language reference in ``pydoc_data.topics`` and the docstrings of the standard library's modules and classes.
+Grammar, tables and code examples are left out, wrapped lines are joined, and markup is removed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The dense model writes its own text: calibration data where there is no network and no corpus.
 
-Each row is a run of documents, packed like training text: separator, a short opening in the manner of some kind of page, and what
-the model makes of it, until it ends the document, starts to repeat itself, or has had its share. Openings are the beginnings of web
-and wiki pages, not questions to a chat model, so that the text looks like what the model was trained on.
+Each row is a run of documents, packed like training text: a separator, a short opening in the manner of some kind of page, and the
+model's continuation, until it ends the document, starts to repeat itself, or has used up its share. Openings are the beginnings of
+web and wiki pages, not questions to a chat model, so that the text resembles what the model was trained on.
 
 The text is a function of the model, the seed, the stream (a role's name), the count and the length. Finished chunks of rows are
-kept on disk, so an interrupted run goes on where it was.
+kept on disk, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations

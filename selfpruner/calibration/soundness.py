@@ -1,4 +1,4 @@
-"""Numbers that are none: where NaN or infinity turn up, what is said of them, and which weights they come from."""
+"""NaN and infinity: where they turn up, what the error says about them, and which weights they come from."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Activation statistics of the dense model, streamed layer by layer.
 
-One pass over the calibration tokens: the residual stream of all sequences is held for one layer at a time, the inputs of
-its matrices are accumulated and forgotten. Accumulators are float64 (float32 where the device has no float64);
-mean and scatter are merged batch by batch after Chan, Golub and LeVeque (the batched form of Welford's update).
+One pass over the calibration tokens: the residual stream of all sequences is held for one layer at a time, and the inputs of its
+matrices are accumulated and forgotten. Accumulators are float64 (float32 where the device has no float64). Mean and scatter are
+merged batch by batch after Chan, Golub and LeVeque (the batched form of Welford's update).
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Sources of text -> batches of token ids for one role: calibration, fitness or report.
 
-The three roles never share a token, also when they name the same source. A text that is at hand as a whole (a file, pydoc,
-WikiText) is one stream of tokens, cut into stretches of at most 200,000, and each stretch into three parts: 50 % calibration, 30 %
-fitness, 20 % report. A text that is streamed from the hub gives its documents to the roles by their position, in the same
-proportion. What the model writes itself is drawn from a stream of random numbers per role.
+The three roles never share a token, even when they name the same source. A text that is available as a whole (a file, pydoc,
+WikiText) is one stream of tokens. It is cut into stretches of at most 200,000, and each stretch into three parts: 50 % calibration,
+30 % fitness, 20 % report. A text that is streamed from the hub deals its documents out to the roles by position, in the same
+proportion. Text that the model writes itself comes from one stream of random numbers per role.
 
-A large file (``files.WHOLE``) is neither read nor tokenized as a whole, but as far as is asked for: its stretches are of bytes, and
-a role takes a few sequences from its part of each of many that are spread over the file. A WikiText beyond that size is streamed.
+A large file (``files.WHOLE``) is read and tokenized only as far as needed: its stretches are measured in bytes, and a role takes a
+few sequences from its part of each of many stretches spread over the file. A WikiText beyond that size is streamed.
 
-Documents are packed: joined by the token that ends a document, cut into sequences, nothing padded. A sequence begins with BOS only
-if the tokenizer puts it there by itself. Batches are kept on disk under what was *asked for*, so that ``auto`` means the same text
-when a job goes on after the network has come or gone.
+Documents are packed: joined by the token that ends a document, cut into sequences, never padded. A sequence begins with BOS only
+if the tokenizer puts it there itself. Batches are kept on disk under what was *asked for*, so ``auto`` still means the same text
+when a job resumes after the network has come or gone.
 """
 
 from __future__ import annotations

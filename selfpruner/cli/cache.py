@@ -1,4 +1,4 @@
-"""``selfpruner cache``: what is kept on disk between jobs, and cleaning it."""
+"""``selfpruner cache``: list what is kept on disk between jobs, and clean it."""
 
 from __future__ import annotations
 

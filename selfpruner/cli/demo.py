@@ -1,7 +1,7 @@
 """``make demo``: the main job as a user would run it. A server, a search over HTTP, a verified checkpoint, one honest table.
 
-Everything is in ``runs/demo`` and made afresh every time: database, caches, checkpoint, ``result.json``, ``result.svg``.
-Exit code 0 when the job succeeded.
+Everything goes into ``runs/demo`` and is made afresh every time: database, caches, checkpoint, ``result.json``, ``result.svg``.
+The exit code is 0 when the job succeeded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints in the formats of runtimes, and their proof."""
+"""``export`` and ``verify``: write a checkpoint in a runtime's format, and prove it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good, how fast, and which criterion: evaluate, benchmark, criteria, compare."""
+"""``evaluate``, ``benchmark``, ``criteria`` and ``compare``: how good, how fast, and which criterion."""
 
 from __future__ import annotations
 

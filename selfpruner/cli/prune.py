@@ -1,4 +1,4 @@
-"""Search, or apply one plan."""
+"""``search`` and ``prune``: find the best plan, or apply one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands show on stdout: results and tables."""
+"""What commands print on stdout: results and tables."""
 
 from __future__ import annotations
 

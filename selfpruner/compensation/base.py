@@ -1,8 +1,8 @@
-"""The contract of a compensation: what the kept columns of a block's output matrix become, and the error that is left.
+"""The contract of a compensation: how the kept columns of a block's output matrix change, and the error that remains.
 
 W (d, n) is the block's output matrix and X (tokens, n) its inputs on the calibration text. Errors are squared errors of the
 block's output, ||X W^T - (X_kept W'^T + b)||_F^2, summed over tokens and outputs, as the statistics give them. A repair does not
-keep W, which the model has: it is given whenever W' is asked for, in the dtype that it has there.
+hold W, because the model does: whoever asks for W' passes W in, in the model's dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FLAP's bias: what the removed inputs contribute on average becomes a bias of the output matrix."""
+"""FLAP's bias: the average contribution of the removed inputs becomes a bias of the output matrix."""
 
 from __future__ import annotations
 

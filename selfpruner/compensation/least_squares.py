@@ -1,28 +1,28 @@
 """Nested least squares: the kept columns refitted to the dense output, at every level for the price of one factor.
 
-With X centred on its mean m, C = X^T X - t m m^T + D, D a diagonal ridge, and W (d, n), the weights and bias on the first k
-columns that are nearest to the dense block's output on the calibration text are, for C = L L^T (columns in order of importance),
+Let X be centred on its mean m, C = X^T X - t m m^T + D with a diagonal ridge D, and W (d, n). With C = L L^T, columns in order of
+importance, the weights and bias on the first k columns that come nearest to the dense block's output on the calibration text are
 
     W'_k = (W L)[:, :k] (L^-1)[:k, :k]        b'_k = b + W m - W'_k m_:k
 
 because leading blocks of triangular factors nest: the normal equations of the first k columns are L_k L_k^T, and
-W C_:,k = (W L)[:, :k] L_k^T. The squared error left, with what the ridge takes for the change of the kept weights, is the tail
-energy of Y = W L, sum_{j >= k} ||Y_:j||^2, less sum_{j >= k} D_j ||W_:j||^2. With W_:k = (W L) (L^-1)_:,:k the same weights are
-W less what the removed rows of L^-1 brought,
+W C_:,k = (W L)[:, :k] L_k^T. The remaining squared error, including what the ridge charges for changing the kept weights, is the
+tail energy of Y = W L, sum_{j >= k} ||Y_:j||^2, less sum_{j >= k} D_j ||W_:j||^2. Since W_:k = (W L) (L^-1)_:,:k, the same weights
+are W less the contribution of the removed rows of L^-1,
 
     W'_k = W_:k - (W L)[:, k:] (L^-1)[k:, :k]
 
-which is less work where few columns go. For a set R of removed columns that is no suffix, with P = C^-1 and K the kept ones,
+which is less work when few columns go. For a set R of removed columns that is not a suffix, with P = C^-1 and K the kept columns,
 
     W'_K = W_K - W_R P_RR^-1 P_RK        error = tr(W_R (P_RR^-1 - D_RR) W_R^T)
 
-as P_RR^-1 is what the removed inputs vary by when the kept ones are known. Centring is the same as keeping a constant input that
-is never removed, so the fit can never do worse than FLAP's bias; the bias costs d numbers per block.
+because P_RR^-1 is the variation of the removed inputs given the kept ones. Centring is the same as keeping a constant input that is
+never removed, so the fit can never do worse than FLAP's bias; the bias costs d numbers per block.
 
-D is a share of every input's own scatter: a fit to inputs each of which varies by that share more, on its own. The share is chosen
-per block on sequences that the fit has not seen (:func:`held_out_ridge`).
+D is a share of every input's own scatter: the fit is to inputs that each vary by that share more, independently. The share is
+chosen per block on sequences that the fit has not seen (:func:`held_out_ridge`).
 
-Without a bias all is the same with the moments about zero: C = X^T X + D, and m = 0.
+Without a bias the same holds for the moments about zero: C = X^T X + D, and m = 0.
 
 Source: architecture note "Nested least squares"; Hassibi & Stork 1993 and Frantar et al. 2022 (arXiv 2208.11580) for the step
 that removes one group at a time.

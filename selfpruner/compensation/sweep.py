@@ -1,11 +1,11 @@
-"""SparseGPT's sweep: the weights that stay make good for those that go, column by column (criteria.md 4.3).
+"""SparseGPT's sweep: the kept weights make up for the removed ones, column by column (criteria.md 4.3).
 
 With H = X^T X, damped, and U the upper Cholesky factor of its inverse (H^-1 = U^T U), going through the columns from the left,
 
     e = (w_j - w'_j) / U_jj        w_k <- w_k - e U_jk  for k > j        for every row, w'_j = 0 where the mask says so,
 
-which is the best the columns still to come can do about column j. The squared output error it leaves is the sum of all e^2.
-Frantar & Alistarh 2023, arXiv 2301.00774. Where the mask comes from is free: any criterion's can be repaired.
+which is the best that the columns still to come can do about column j. The squared output error that remains is the sum of all e^2.
+Frantar & Alistarh 2023, arXiv 2301.00774. The mask may come from anywhere: the sweep repairs any criterion's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""EGGS-PTP: N:M pruning guided by expander graphs: every input keeps some of its connections (criteria.md 3).
+"""EGGS-PTP: N:M pruning guided by expander graphs. Every input keeps some of its connections (criteria.md 3).
 
-The paper's full text and code are not public. What follows is a reconstruction from its abstract and reviews: RIA's score, an
-integer B, and a choice of diagonals after which every input has at least B connections and every output the same number. The tile,
-and that diagonals are chosen by their sum, are this project's reading; the reviews say that the paper's guarantee is about degrees.
+The paper's full text and code are not public. This is a reconstruction from its abstract and reviews: RIA's score, an integer B,
+and a choice of diagonals that leaves every input at least B connections and every output the same number. The tile, and choosing
+diagonals by their sum, are this project's reading; according to the reviews the paper's guarantee concerns degrees.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FLAP's metrics: how much a unit's input varies, and what its columns make of that (criteria.md 4.7)."""
+"""FLAP's metrics: how much a unit's input varies, and how much its columns amplify that (criteria.md 4.7)."""
 
 from typing import ClassVar
 

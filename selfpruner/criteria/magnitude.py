@@ -1,4 +1,4 @@
-"""Magnitude: what is small goes (criteria.md 4.1; the structured form is that of FLAP's repository)."""
+"""Magnitude: small weights go (criteria.md 4.1; the structured form is that of FLAP's repository)."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""From scores to masks, True = keep. Ties are broken by place, so that equal scores give equal masks on every device."""
+"""From scores to masks, True = keep. Ties are broken by position, so equal scores give equal masks on every device."""
 
 from __future__ import annotations
 

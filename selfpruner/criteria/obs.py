@@ -1,6 +1,6 @@
 """Optimal Brain Surgeon on whole units: remove the unit whose loss least squares can repair best, again and again.
 
-With the kept weights always at their least-squares optimum and P = C^-1 over the inputs still kept, removing the set S costs
+Keep the remaining weights at their least-squares optimum and let P = C^-1 over the inputs still kept. Removing the set S then costs
 exactly tr(W_S (P_SS)^-1 W_S^T) of squared block error, and the optimum moves by
 
     W <- W - W_S (P_SS)^-1 P_S,:          P <- P - P_:,S (P_SS)^-1 P_S,:

@@ -1,4 +1,4 @@
-"""SparseGPT's choice of weights: small error per weight, seen while the weights before it are repaired (criteria.md 4.3)."""
+"""SparseGPT's choice of weights: those that cost little while the weights before them are being repaired (criteria.md 4.3)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Taylor: what the loss would change by, to first and second order (criteria.md 4.1 and 4.8, LLM-Pruner).
+"""Taylor: how much the loss would change, to first and second order (criteria.md 4.1 and 4.8, LLM-Pruner).
 
 g is the gradient of the mean loss over the calibration text, F the mean over sequences of its square (a diagonal Fisher matrix).
-A unit's members are its rows of gate and up (of up alone where there is no gate; or of q) and its columns of the output matrix; a
-KV group's are also its rows of k and v.
+The members of a unit are its rows of gate and up (only up where there is no gate; q for heads) and its columns of the output
+matrix. A KV group also has its rows of k and v.
 """
 
 from __future__ import annotations

@@ -4,15 +4,18 @@ With p the dense model's distribution at a position, z its logits and delta = (x
 
     KL = log E_p[exp delta] - E_p[delta]            NLL = NLL_dense - delta_y + log E_p[exp delta]
 
-so rounding is relative to the change and not to the logits, and all that a pruned model adds is delta on the tokens that matter.
-*Exact* takes the whole vocabulary. *Compact* takes the ``EXACT`` tokens that q holds likeliest, and ``SAMPLED`` points placed
-evenly on the cumulative mass of q on all others, weighted by p / q. q is half p and half the distribution r of the mean of the
-compared hidden states: where pruned models put mass that the dense one does not, p alone would hardly ever look (the KL came out
-2 % too low). All models are compared on the same tokens, and one gather of head rows serves all. Of r itself the exact value is
-known, so its error on the chosen tokens is too, and is taken off every model as far as its delta is that of r (a control variate).
-A model that goes astray where the others do not puts its mass on tokens that nobody chose; so of every model the positions of
-largest KL, one in ``ASTRAY``, are taken exactly in the end (without, one child in sixteen came out 1.4 % too low, with, 0.2 %).
-How near all this is to the exact value is in benchmarks/README.md. Logits live for one chunk of positions.
+so rounding is relative to the change and not to the logits, and a pruned model adds only its delta on the tokens that matter.
+
+*Exact* takes the whole vocabulary. *Compact* takes the ``EXACT`` likeliest tokens under q, and ``SAMPLED`` points placed evenly on
+the cumulative mass of q on all others, weighted by p / q. q is half p and half r, the distribution of the mean of the compared
+hidden states: where pruned models put mass that the dense one does not, p alone would hardly ever look (the KL came out 2 % too
+low). All models are compared on the same tokens, and one gather of head rows serves them all.
+
+The exact value for r is known, so its error on the chosen tokens is known too. It is taken off every model to the extent that the
+model's delta is that of r (a control variate). A model that goes astray where the others do not puts its mass on tokens that nobody
+chose, so in the end each model's positions of largest KL, one in ``ASTRAY``, are taken exactly (without this one child in sixteen
+came out 1.4 % too low, with it 0.2 %). benchmarks/README.md says how near all this is to the exact value. Logits live for one chunk
+of positions.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The evaluation engine: all plans of a generation in one walk over the layers.
 
 A population is a set of level vectors. At each block the engine holds one residual stream per *distinct prefix* of levels, and
-every distinct prefix passes the block once; plans that agree on their first blocks share that work, with each other
-and with the dense model, which walks along as the reference. A stream is copied only where plans part; blocks add to it in place.
-On a CPU the streams pass a block side by side, on a core each.
-What the final streams say is compared by :mod:`selfpruner.evaluation.divergence`.
+every distinct prefix passes the block once. Plans that agree on their first blocks share that work, with each other and with the
+dense model, which walks along as the reference. A stream is copied only where plans part; blocks add to it in place. On a CPU the
+streams pass a block side by side, one per core. :mod:`selfpruner.evaluation.divergence` compares the final streams.
 """
 
 from __future__ import annotations

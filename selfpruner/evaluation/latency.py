@@ -1,8 +1,8 @@
 """How long each block takes at each level on this device, so that a plan's latency is a sum.
 
-What a block costs in time follows from its shape, which all layers share, so a shape is timed on a few layers and counts for all;
-its weights are the dense block's first ones, whose values do not matter here. Shapes are timed in turn, round after round, so that
-a machine whose speed drifts slows all of them; the median round counts.
+The time of a block follows from its shape. All layers share the shapes, so a shape is timed on a few layers and counts for all; its
+weights are the first ones of the dense block, whose values do not matter here. Shapes are timed in turn, round after round, so a
+machine whose speed drifts slows all of them. The median round counts.
 """
 
 from __future__ import annotations

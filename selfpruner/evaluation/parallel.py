@@ -1,8 +1,8 @@
 """Tasks side by side on the cores of a CPU.
 
-torch splits every operation over its threads and waits for all of them; between large products there are many operations too
-small for that, which then run on one core or wait. Tasks that do not depend on each other keep all cores busy when each runs on
-its own: a generation on two cores took 15 % less time.
+torch splits every operation over its threads and waits for all of them. Between large products there are many operations too small
+to split, and they keep one core busy while the others wait. Independent tasks keep all cores busy when each runs on a core of its
+own: a generation on two cores took 15 % less time.
 """
 
 from __future__ import annotations

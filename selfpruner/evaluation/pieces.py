@@ -1,11 +1,11 @@
-"""The comparison of final hidden states over a vocabulary that comes in pieces, exact, each piece of the head used once per batch.
+"""Exact comparison of final hidden states over a vocabulary that comes in pieces; each piece of the head is used once per batch.
 
 For a token with dense logits z and a pruned model's logits z + delta, three running sums over the vocabulary are kept, relative to
 running maxima: s = sum exp(z - m), e = sum exp(z - m) delta and s' = sum exp(z + delta - m'). Then
 
     KL(dense || pruned) = m' + log s' - m - log s - e / s
 
-so that, as with whole logits, rounding is relative to the change and not to the logits. Memory: some (tokens, piece) arrays of
+so that, as with whole logits, rounding is relative to the change and not to the logits. Memory is a few (tokens, piece) arrays of
 floats, whatever the vocabulary.
 """
 

@@ -1,10 +1,10 @@
-"""Early rejection: which of the plans under comparison can be dropped before all tokens are spent on them.
+"""Early rejection: which of the compared plans can be dropped before all tokens are spent on them.
 
-Plans are scored on the same text, so what tells them apart is the difference on the same stretch of it, which is far quieter than
-either value. A contender is dropped when the lower confidence bound of its mean difference from the contender that is now the
-last to be kept is above zero (a racing algorithm: Maron & Moore 1994; Birattari et al. 2002 with paired differences). The question
-is who will lead at the end of this text, not on all texts, so the bound shrinks to nothing as the text runs out (Cochran's finite
-population correction).
+Plans are scored on the same text, so what separates them is the difference on the same stretch of it, which is far quieter than
+either value. A contender is dropped when the lower confidence bound of its mean difference from the last contender to be kept so
+far is above zero (a racing algorithm: Maron & Moore 1994; Birattari et al. 2002 with paired differences). The question is who
+leads at the end of this text, not on all texts, so the bound shrinks to nothing as the text runs out (Cochran's finite population
+correction).
 """
 
 from __future__ import annotations

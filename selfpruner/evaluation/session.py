@@ -1,7 +1,7 @@
 """A model made ready for one job: texts, blocks at every level, search space and engine.
 
-Everything here is a function of model, config and seed, and what is slow is cached on disk, so a worker that replaces another
-gets to the same state.
+All of it is a function of model, config and seed, and the slow parts are cached on disk. So a worker that replaces another one
+reaches the same state.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What changing one block of a pruned model would do to its KL, for all blocks and many levels from one backward pass.
+"""How changing one block of a pruned model would change its KL, for all blocks and many levels from one backward pass.
 
 Let y_b be the output of block b in the pruned model, g_b the gradient of the KL with respect to it, and D the change of y_b when
 the block goes to another level, all on the same tokens. Then
 
     KL(changed) - KL  =  <g_b, D>  +  1/2 <D, H D>  + ...
 
-The first term holds every interaction with the other blocks as they are pruned now, which is what probes of single blocks cannot
-see without one evaluation each. The second is the block's own doing: what it costs alone grows with |D|^2, and one probe of the
-dense model says how fast, so this module gives |D|^2 as a share of the dense block's output energy.
+The first term holds every interaction with the other blocks as they are pruned now. Probes of single blocks cannot see that without
+one evaluation each. The second term is the block's own: its cost alone grows with |D|^2, and one probe of the dense model says how
+fast, so this module gives |D|^2 as a share of the dense block's output energy.
 
-On the way forth the stream is kept before every few blocks only; on the way back the blocks between two of these are run again.
+On the way forward the stream is kept only before every few blocks; on the way back the blocks between two kept streams run again.
 Memory grows with the sequences taken at once and not with activations, and only one layer's weights are needed at a time. An
 FFN's levels are prefixes of its channels, so one pass through gate and up serves all its moves.
 """

@@ -1,6 +1,6 @@
 """How fast models run on this device: tokens per second of reading a prompt and of writing after it.
 
-Models are timed in turn, round after round, so that a machine whose speed drifts slows all of them; the median round counts.
+Models are timed in turn, round after round, so a machine whose speed drifts slows all of them. The median round counts.
 """
 
 from __future__ import annotations

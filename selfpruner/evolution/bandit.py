@@ -1,9 +1,9 @@
 """Which operator makes the next children: a bandit on improvement per second.
 
-An arm is an operator. What it earns is the relative improvement of the best plan that its children brought, what it costs are
-seconds: those its children took to score, and those it took to think (an LLM's latency, probes). Both fade, since what helps early
-need not help late. Arms start with one second's worth of the same optimistic gain, so each is tried; a bonus for the arms
-asked least keeps trying them; and each gets a floor, so that none is ever given up.
+An arm is an operator. It earns the relative improvement of the best plan among its children, and it costs seconds: those its
+children took to score, and those it took to think (an LLM's latency, probes). Both fade, because what helps early need not help
+late. Arms start with one second's worth of the same optimistic gain, so each is tried. A bonus keeps trying the arms that were
+asked least, and a floor keeps any arm from being given up.
 
 Deterministic: gains and seconds are recorded values, and ties go to the order of the config.
 """

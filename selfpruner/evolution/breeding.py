@@ -1,9 +1,9 @@
 """Who makes a generation's children, and which of many proposals are worth scoring.
 
-Where a config names LLM operators only, it is the paper's loop (Self-Pruner, arXiv 2502.14413): parents are selected, then crossed
-over, then mutated, one question after the other. Everywhere else operators compete: a bandit shares a generation's children out,
-the LLM is asked while workers score the generation before, and of what the cheap operators propose the landscape's model
-picks the most promising.
+A config that names only LLM operators gets the paper's loop (Self-Pruner, arXiv 2502.14413): parents are selected, then crossed
+over, then mutated, one question after the other. In all other configs operators compete: a bandit divides a generation's children
+among them, the LLM is asked while workers score the generation before, and the landscape's model picks the most promising
+proposals of the cheap operators.
 """
 
 from __future__ import annotations

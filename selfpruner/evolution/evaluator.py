@@ -1,4 +1,4 @@
-"""From plans and windows to fitness: recorded results first, then the workers, everything stored before it is used."""
+"""From plans and windows to fitness: recorded results first, then the workers. Everything is stored before it is used."""
 
 from __future__ import annotations
 

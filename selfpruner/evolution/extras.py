@@ -1,6 +1,6 @@
-"""What a job does beside its checkpoint: figures, timing, baselines. None of it may cost what was found.
+"""What a job does besides its checkpoint: figures, timing, baselines. None of it may cost the job its result.
 
-An extra that fails leaves its reason: in the report under ``missing``, and as an event. The job goes on.
+An extra that fails leaves its reason in the report under ``missing`` and as an event. The job goes on.
 """
 
 from __future__ import annotations

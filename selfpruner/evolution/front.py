@@ -1,12 +1,12 @@
-"""The Pareto front of a job: for every rate, or every latency, the best plan, from one search.
+"""The Pareto front of a job: the best plan for every rate, or for every latency, from one search.
 
-What a search learns about its model holds for other rates and other objectives too: its best plan scaled, the plan of smallest
-loss by the probes of the dense model, and mixtures of both are good plans of another rate. A sum over blocks makes faster plans of
-the same size a dynamic programme: on loss + weight * latency for a range of weights. These plans are scored on fresh tokens; the
-best of each rate go on to the final's tokens. The front is what no other plan scored there beats on one objective without losing on
-another.
+What a search learns about its model holds for other rates and objectives too. Good plans of another rate are its best plan
+scaled, the plan of smallest loss by the probes of the dense model, and mixtures of both. Faster plans of the same size come from
+a dynamic programme on loss + weight * latency for a range of weights, since both are sums over blocks. These plans are scored on
+fresh tokens; the best of each rate go on to the final's tokens. The front holds those that no other plan scored there beats on
+one objective without losing on another.
 
-All plans of one rate meet its budget, so they count as equally large; a plan's latency is the sum of its blocks'.
+All plans of one rate meet its budget, so they count as equally large. A plan's latency is the sum of its blocks'.
 """
 
 from __future__ import annotations

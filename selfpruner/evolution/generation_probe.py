@@ -1,8 +1,8 @@
-"""The generation probe_writing: whether the plan that won the final also writes well, asked of the few that could take its place.
+"""The generation probe: does the plan that won the final also write well? It compares the few that could take its place.
 
-KL says how near a plan's next-token distributions are to the dense model's on given text; a model that writes goes on from its
-own words, where small errors feed each other until it runs in circles. The best plan stays the best unless it repeats itself much
-more than the dense model does while another one, hardly worse in KL, does not.
+KL says how near a plan's next-token distributions are to the dense model's on given text. A model that writes continues its own
+words, where small errors feed each other until it runs in circles. The best plan stays the best unless it repeats itself much more
+than the dense model does while another one, hardly worse in KL, does not.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The search: probes, initial plans, generations of children with staged survival, a final on unseen tokens.
 
-Everything it decides follows from the config, the seed, recorded LLM replies and evaluation results, so running it again over a
-recorder that holds them repeats it exactly and costs nothing.
+Every decision follows from the config, the seed, recorded LLM replies and evaluation results. Running it again over a recorder that
+holds them repeats it exactly and costs nothing.
 
     probes -> landscape -> initial plans -> [ survey? -> children -> stages -> landscape, bandit ]* -> final
 
-A *survey* tells what every block's next levels would do around the leader; with it the landscape's model says where to go next.
-The LLM is asked for the next generation's children while the workers score this one.
+A *survey* tells what the next levels of every block would do around the leader; from it the landscape's model knows where to go
+next. The LLM is asked for the next generation's children while the workers score this one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a search knows so far, and how plans stand against each other.
+"""What a search knows so far, and how plans compare with each other.
 
 A plan's ``relative`` fitness is its fitness over the uniform plan's on the same tokens. Every generation has fresh tokens, so the
-standing of a plan that stays is pooled over all tokens it was scored on, and a newcomer is measured against the leader on the
-tokens they share, times the leader's pooled standing: the difference between two similar plans on the same tokens is far
-quieter than either's distance to the uniform plan.
+standing of a plan that stays is pooled over all tokens it was scored on. A newcomer is measured against the leader on the tokens
+they share, times the leader's pooled standing: two similar plans differ far less noisily on the same tokens than either does from
+the uniform plan.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class State:
             seen=frozenset(self.candidates),
             rejected=tuple(self.rejected[-NOTES_SHOWN:]),
             parents=tuple(parents),
-            model_name=self.config.model,
             metric=self.config.fitness,
             stale_generations=self.stale,
             reflections=self.reflections,

@@ -1,15 +1,15 @@
 """Looking before leaping: what blocks cost in the dense model, and what their next levels would do around a plan.
 
-The dense model's *probes* come first: one block at a time at a middle level, on whole sequences and on short pieces. Models of this
-kind park attention on a sequence's first token, which the first layers mark; where that goes wrong for a token, everything after it
-is ruined. A few sequences hardly show it, many starts do: a block that costs much more there than others do is taken to cost more
-by that much (:func:`weighed`).
+*Probes* of the dense model come first: one block at a time at a middle level, on whole sequences and on short pieces. Models of
+this kind park attention on a sequence's first token, which the first layers mark. Where that fails for a token, everything after
+it is ruined. A few sequences hardly show it, many starts do: a block that costs much more there than others do is taken to cost
+more by that much (:func:`weighed`).
 
-A *survey* is foreseen from slopes, all blocks and levels in one walk forth and back (:mod:`selfpruner.evaluation.slopes`). Around a
-good plan slopes hardly see what a change does to the few sequences it harms most; around one that is pruned further they see more
-of it. So they are taken at the plan that the landscape holds best for a higher rate, and the next survey's at what it holds best
-after this one. Where the worker cannot take them, because the model is streamed or memory is short, a survey is made of evaluations
-around the leader, on fewer tokens.
+A *survey* is computed from slopes: all blocks and levels in one walk forward and back (:mod:`selfpruner.evaluation.slopes`).
+Around a good plan slopes hardly see what a change does to the few sequences it harms most; around a plan that is pruned further
+they see more of it. So they are taken at the plan that the landscape thinks best for a higher rate, and the next survey's at what
+it thinks best after this one. Where the worker cannot take slopes, because the model is streamed or memory is short, a survey
+consists of evaluations around the leader, on fewer tokens.
 """
 
 from __future__ import annotations

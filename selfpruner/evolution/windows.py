@@ -1,7 +1,7 @@
-"""Which tokens plans are scored on. Fresh ones every generation, the same ones for all that are compared.
+"""Which tokens plans are scored on: fresh ones every generation, the same ones for all plans that are compared.
 
-The fitness text is cut into sequences. Some are set aside for the final stage and never seen before it; the first are the
-probes'; generations take the rest in a seeded random order, and start over in a new order when it is used up.
+The fitness text is cut into sequences. Some are set aside for the final stage and never seen before it; the first ones belong to
+the probes. Generations take the rest in a seeded random order, and start over in a new order when it is used up.
 """
 
 from __future__ import annotations

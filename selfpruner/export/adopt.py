@@ -1,7 +1,7 @@
-"""A checkpoint of a model that was saved outside of an export, for instance after further training: with a proof and a manifest.
+"""A checkpoint, with proof and manifest, of a model that was saved outside of an export, for instance after further training.
 
-What is not in its folder stays unknown: the plan, what was removed, and which units were kept. Every format starts from it as from
-any other checkpoint.
+What its folder does not say stays unknown: the plan, what was removed, and which units were kept. Every format starts from it as
+from any other checkpoint.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pruned model in memory: the base model's tensors, some of them replaced, under a config that says each layer's shape.
 
-Nothing is copied that the pruning left alone. ``plain_config`` finds out whether the result is still an ordinary model of its
+Tensors that pruning left alone are not copied. ``plain_config`` finds out whether the result is still an ordinary model of its
 family, which then needs no code of ours to load.
 """
 

@@ -1,9 +1,9 @@
 """Write a pruned model as a folder, prove that it loads, and only then show it; read such a folder back.
 
     model*.safetensors (+ index), config.json, generation_config.json, tokenizer files, README.md, plan.json, units.json (what
-    was kept of structured pruning), modeling_selfpruner*.py (only when layers differ), proof/reference.safetensors, manifest.json
+    structured pruning kept), modeling_selfpruner*.py (only when layers differ), proof/reference.safetensors, manifest.json
 
-How the folder comes to be there is said in :mod:`selfpruner.export.folder`, how it is proven in :mod:`selfpruner.export.proof`.
+:mod:`selfpruner.export.folder` says how the folder is written, :mod:`selfpruner.export.proof` how it is proven.
 """
 
 from __future__ import annotations

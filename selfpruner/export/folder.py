@@ -1,7 +1,7 @@
 """A folder that is complete or not there: written aside, proven, listed in its manifest, and only then renamed into place.
 
-It is written beside its place under a name that begins with ``.tmp-``. A killed writer therefore leaves nothing visible, and the
-next one sweeps up what it left.
+It is written beside its place under a name that begins with ``.tmp-``. So a killed writer leaves nothing visible, and the next
+writer sweeps up what it left.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The export formats by name; a checkpoint written in one of them, and what was written proven again later.
+"""The export formats by name: write a checkpoint in one of them, and prove it again later.
 
-What a format does itself, and what is done here for all of them, is said in :mod:`selfpruner.export.base`.
+:mod:`selfpruner.export.base` says what a format does itself and what is done here for all of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""llama.cpp, where the package llama-cpp-python is installed: its quantiser, and a GGUF file run by it.
+"""llama.cpp, where the package llama-cpp-python is installed: its quantiser, and running a GGUF file.
 
     python -m selfpruner.export.gguf_runtime SOURCE TARGET FILE_TYPE
 
-quantises in a process of its own, because an assertion that fails in llama.cpp ends the process. It prints one JSON object with
+quantises in a process of its own, because a failed assertion in llama.cpp ends the process. It prints one JSON object with
 ``problems``.
 """
 

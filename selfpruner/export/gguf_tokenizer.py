@@ -1,13 +1,13 @@
 """A tokenizer as GGUF metadata, and what llama.cpp makes of such metadata.
 
-llama.cpp carries no tokenizer files: it has a handful of tokenizers built in and is told by ``tokenizer.ggml.model`` and
-``tokenizer.ggml.pre`` which of them to run on the file's tokens, merges or scores. The name is found by comparing: the tokenizer's
-own pre-tokenizer has to cut a text, in which they all differ, as one of the known ones does, and :func:`encode`, which computes
-ids from the metadata alone, has to agree with the tokenizer. A tokenizer that fits none is refused; a wrong name costs quality and
-nobody sees why.
+llama.cpp reads no tokenizer files: it has a handful of tokenizers built in, and ``tokenizer.ggml.model`` and ``tokenizer.ggml.pre``
+tell it which of them to run on the file's tokens, merges or scores. The name is found by comparison. The tokenizer's own
+pre-tokenizer has to cut a text, on which all known ones differ, the way one of them does; and :func:`encode`, which computes ids
+from the metadata alone, has to agree with the tokenizer. A tokenizer that fits none is refused, because a wrong name costs quality
+that nobody can trace.
 
 Two kinds exist among the supported families: byte-level BPE (``gpt2``) and sentencepiece BPE with byte fallback (``llama``), which
-merges by the score of the merged token where a merges list has ranks of pairs.
+merges by the score of the merged token instead of the rank of a pair.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The format ``masked``: removed units are zeros in their old places, so the model has its original shapes again.
 
 It computes what the pruned model computes, loads wherever the base model loads, and saves nothing. Weights are put back one by
-one: neither the base model nor the pruned one is ever whole in memory.
+one: neither the base model nor the pruned one is ever in memory as a whole.
 
 A repair's biases on o_proj and down_proj stay where the family has such biases: a Llama's ``attention_bias`` and ``mlp_bias`` cover
 all matrices of a block, and the others are zero. A Mistral or a Qwen2 has none there, but without a sliding window it is a Llama
-in all but name, and is written as one. What even a Llama cannot say is refused.
+in all but name and is written as one. What even a Llama cannot express is refused.
 """
 
 from __future__ import annotations

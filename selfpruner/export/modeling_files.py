@@ -1,4 +1,4 @@
-"""The forms in which pruned models are written: a modelling file with its classes, and the families it is for."""
+"""The modelling files that pruned models are written with: their classes, and the families each is for."""
 
 from __future__ import annotations
 

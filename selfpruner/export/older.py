@@ -1,7 +1,7 @@
-"""Ordinary checkpoints in older transformers: what config.json and tokenizer_config.json say for them, and which is old enough.
+"""Ordinary checkpoints in older transformers: what config.json and tokenizer_config.json say for them, and how old is too old.
 
-Version 5 keeps all of a rotary table in ``rope_parameters``. Version 4 passes over that without a word and takes its defaults, a
-base of 10,000; it reads ``rope_theta``, ``rope_scaling`` and others, which are added here. Version 5 reads them too, as the same.
+Version 5 keeps the whole rotary table in ``rope_parameters``. Version 4 ignores that silently and takes its default, a base of
+10,000; it reads ``rope_theta``, ``rope_scaling`` and others, which are added here. Version 5 reads them too, with the same meaning.
 ``make test-oldest`` compares logits in the versions that :func:`oldest_version` names.
 """
 

@@ -1,4 +1,4 @@
-"""What a plan makes of a prepared model: layer shapes and the tensors that are no longer those of the dense model."""
+"""What a plan makes of a prepared model: layer shapes, and the tensors that differ from the dense model's."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     convert(model)
 
 A checkpoint of the pattern n_m is dense with zeros and loads everywhere as it is; this makes use of the zeros, in memory only. A
-search chooses N of every M by block, so some blocks keep more than two of four: those stay as they are. Products over many tokens
-at once can gain from it; a single token's can lose. Source: PyTorch, ``torch.sparse.to_sparse_semi_structured``.
+search chooses N of every M per block, and blocks that keep more than two of four stay as they are. Products over many tokens at
+once can gain from it; a single token's can lose. Source: PyTorch, ``torch.sparse.to_sparse_semi_structured``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The format ``transformers``: a checkpoint as it is. Converting to it is copying, and proving the copy."""
+"""The format ``transformers``: the checkpoint as it is. Converting to it means copying, and proving the copy."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
     python -m selfpruner.export.verify_gguf FOLDER REFERENCE [--device cpu]
 
-FOLDER holds one GGUF file; REFERENCE is described in :mod:`selfpruner.export.base`. From the file's metadata and its dequantised
-tensors alone a model is made again, with the layer shapes, numbers and rotary embedding that the metadata say, and its logits are
-compared; so are the parameters and the ids of a text. Where llama-cpp-python is installed, llama.cpp does the same: it loads the
-file, tokenises, and computes logits with a float32 KV cache. Prints one JSON object: the numbers and ``problems``.
+FOLDER holds one GGUF file; REFERENCE is described in :mod:`selfpruner.export.base`. A model is rebuilt from the file's metadata and
+dequantised tensors alone, with the layer shapes, numbers and rotary embedding that the metadata give. Its logits are compared, and
+so are the parameters and the ids of a text. Where llama-cpp-python is installed, llama.cpp does the same: it loads the file,
+tokenises, and computes logits with a float32 KV cache. Prints one JSON object: the numbers and ``problems``.
 
 What is compared is the error of the logits relative to their spread, both without each position's mean; logits of unrelated models
-differ by 1.4 of it. ``_ERROR`` says what is allowed for the coarsest type in the file. The largest absolute difference is reported
-but not judged: a few tokens, whose hidden states are huge, multiply rounding by a thousand.
+differ by 1.4 of it. ``_ERROR`` says how much is allowed for the coarsest type in the file. The largest absolute difference is
+reported but not judged: a few tokens with huge hidden states multiply rounding by a thousand.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Compare a checkpoint with what was computed when it was written, without ever holding it: its layers are streamed.
+"""Compare a checkpoint with what was computed when it was written, streaming its layers instead of holding it.
 
     python -m selfpruner.export.verify_streamed FOLDER REFERENCE --device cpu --memory BYTES
 
-REFERENCE and the JSON that is printed are those of :mod:`selfpruner.export.verify`, whose process loads the model whole. Here the
-checkpoint's own modules run over the written files, one layer at a time, for one pass in float32, as the engine computes it for a
-model that it streams; logits may differ by a thousandth of the largest.
-Parameters and the tokenizer's ids are compared as well; the cache and generation, which would read the files once per token,
-are not.
+REFERENCE and the printed JSON are those of :mod:`selfpruner.export.verify`, whose process loads the model whole. Here the
+checkpoint's own modules run over the written files, one layer at a time, for one pass in float32, as the engine does for a model
+that it streams; logits may differ by a thousandth of the largest. Parameters and the tokenizer's ids are compared as well. The
+cache and generation, which would read the files once per token, are not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What vLLM calls when it starts: a checkpoint whose layers differ in width is then served natively, with no code from its folder.
+"""vLLM calls this when it starts: checkpoints whose layers differ are then served natively, with no code from their folder.
 
 vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` wherever selfpruner is installed beside it, and calls it in
 each of its processes. Imports no vLLM; :mod:`selfpruner.export.vllm_model` and :mod:`selfpruner.export.vllm_opt` do.

@@ -1,13 +1,13 @@
-"""The cache folder: what is kept there, for which model, how large, used when; bounding and cleaning it.
+"""The cache folder: what it keeps, for which model, how large, last used when; how it is bounded and cleaned.
 
     CACHE/models/NAME       folders converted from GGUF files         CACHE/factors/NAME    orders and repairs of a criterion
     CACHE/statistics/NAME   moments and gradients of a model's inputs  CACHE/levels/NAME     matrices at every sparsity
     CACHE/texts/NAME        token ids of texts, and what models wrote  CACHE/spectra, latency, datasets
-    CACHE/used/KIND-NAME.json   whose it is; its time is when it was last used, and who uses it holds a lock on it
+    CACHE/used/KIND-NAME.json   whose it is; its time is that of the last use, and whoever uses the entry holds a lock on it
 
 An entry that a process uses (:func:`use`) is never removed by another. The lock is the system's and goes with the process, however
-that ends. What ``SELFPRUNER_CACHE_LIMIT`` is exceeded by goes in the order of last use, of the large kinds only: texts and times
-are small, and a job that goes on needs those it began with.
+that ends. To stay within ``SELFPRUNER_CACHE_LIMIT``, entries of the large kinds go in the order of last use. Texts and times stay:
+they are small, and a resumed job needs those it began with.
 
 Standard library and pydantic only.
 """

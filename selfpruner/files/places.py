@@ -1,4 +1,4 @@
-"""Where results go, looked at before anything costs time: may this folder or file be written, and is there room?
+"""Look at where results go before anything costs time: may this folder or file be written, and is there room?
 
 Imports no torch. Nothing is left behind, and no folder is made.
 """

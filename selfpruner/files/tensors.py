@@ -1,8 +1,8 @@
-"""Safetensors files read and written piece by piece, so that nothing is held that is not needed now.
+"""Safetensors files read and written piece by piece, so that memory holds only what is needed now.
 
-Pieces are read by ``pread`` into memory of the caller's, not mapped: a mapped page counts as the process's memory from its first
-use until the system takes it back, and nobody can say when that is. What the system caches of a file is its own to give up.
-Headers are taken at their word; files of others go through :mod:`selfpruner.models.checks` first.
+Pieces are read by ``pread`` into the caller's memory, not mapped: a mapped page counts as the process's memory from its first use
+until the system takes it back, and nobody can say when that is. The system can drop its own cache of a file whenever it likes.
+Headers are trusted; files of others go through :mod:`selfpruner.models.checks` first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a checkpoint's model card is told of the job, or of the one plan, that it was made by."""
+"""What a checkpoint's model card is told about the job, or the single plan, that made it."""
 
 from __future__ import annotations
 

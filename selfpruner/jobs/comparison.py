@@ -1,7 +1,7 @@
 """Criteria and compensations side by side: uniform plans of one model at several rates, each method in a process of its own.
 
-ComparisonFile are kept one by one in ``compare.json`` of the output folder, so the same call goes on where it stopped; the table
-(``compare.md``) and the picture (``compare.svg``) are made of what is there.
+Results go into ``compare.json`` of the output folder one by one, so the same call continues where it stopped. The table
+(``compare.md``) and the picture (``compare.svg``) are made from that file.
 """
 
 from __future__ import annotations

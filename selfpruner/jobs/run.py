@@ -1,7 +1,7 @@
-"""A whole job: prepare, search, report, export. What the server's runner and the command line's ``search`` both call.
+"""A whole job: prepare, search, report, export. The server's runner and the command line's ``search`` both call it.
 
-Knows no torch. Everything slow happens in the pool; everything decided goes through the recorder, so a job that was interrupted
-is run again from the start and repeats nothing that was recorded.
+Knows no torch. Everything slow happens in the pool; every decision goes through the recorder. An interrupted job therefore runs
+again from the start and repeats nothing that was recorded.
 """
 
 from __future__ import annotations

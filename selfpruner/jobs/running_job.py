@@ -1,4 +1,4 @@
-"""What a job holds after its search, for all that is made of what was found: the report, the front, the checkpoint."""
+"""What a job holds after its search, for everything that is made of the outcome: the report, the front, the checkpoint."""
 
 from __future__ import annotations
 

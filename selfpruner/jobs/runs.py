@@ -3,8 +3,8 @@
     selfpruner.db, checkpoint/, result.json      of the first search
     checkpoint-2/, result-2.json                 of the next one there: with other settings, or `again`
 
-A call with the same settings goes on with a search that did not finish, and returns at once what one that did has found. What a
-search computed before it failed is taken over by the next call with the same settings. Imports no torch.
+A call with the same settings continues an unfinished search, and returns at once what a finished one found. If a search failed, the
+next call with the same settings takes over what it computed. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""The two texts on which the field reports perplexity, and the windows it cuts them into.
+"""The two texts on which the field reports perplexity, and how they are cut into windows.
 
     wikitext2   the test rows of WikiText-2 (raw) joined by a blank line
     c4          documents of C4 that stand apart from its customary calibration sample, joined by a space
 
-The whole text is tokenized at once, with what the tokenizer puts before a text by itself, and cut into consecutive windows that do
+The whole text is tokenized at once, with whatever the tokenizer itself puts before a text, and cut into consecutive windows that do
 not overlap; the last, partial one is dropped. This is the protocol of GPTQ (arXiv 2210.17323) and of the pruning papers after it.
 A local copy is used where there is one:
 
     FOLDER/wikitext2/wiki.test.raw                 the test split; a line that is only a space is an empty row
     FOLDER/c4/c4_en_train_first1000.jsonl          documents 801 to 1000 (field ``text``); the others are left to calibration
 
-Else the hub is asked: for C4 the first 1,100 documents of the first validation shard, of which 256 windows are taken.
+Otherwise the hub is asked: for C4 the first 1,100 documents of the first validation shard, of which 256 windows are taken.
 """
 
 from __future__ import annotations

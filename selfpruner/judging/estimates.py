@@ -1,4 +1,4 @@
-"""Means with standard errors, and differences of two models on the same documents."""
+"""Means with standard errors, and differences between two models on the same documents."""
 
 from __future__ import annotations
 

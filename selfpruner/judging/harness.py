@@ -1,8 +1,8 @@
-"""Zero-shot multiple-choice tasks through lm-evaluation-harness; imports it (extra ``evaluate``).
+"""Zero-shot multiple-choice tasks through lm-evaluation-harness, which this file imports (extra ``evaluate``).
 
 Prompts, tokens and metrics are the harness's own; the scoring is :mod:`selfpruner.judging.likelihood`, which computes a context
 once for all its choices. A task is a local file where there is one, ``FOLDER/lm_eval_tasks/local_NAME.yaml`` (an ordinary task file
-without code; its data files are relative to FOLDER), else the harness's own task of that name, whose data come from the hub.
+without code; its data files are relative to FOLDER), otherwise the harness's own task of that name with data from the hub.
 """
 
 from __future__ import annotations

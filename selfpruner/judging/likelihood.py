@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations of a context, as multiple-choice tasks ask for them.
+"""Log-likelihoods of continuations of a context, as multiple-choice tasks need them.
 
-A row holds a context and, after it, all its continuations: each begins at the position after the context and sees the context and
-itself, so the context is computed once and not once per continuation. Rows are padded on the left, which puts the positions whose
-logits are wanted at the end of every row, and the output head is applied there only.
+A row holds a context and, after it, all its continuations. Each continuation begins at the position after the context and sees only
+the context and itself, so the context is computed once and not once per continuation. Rows are padded on the left, which puts the
+positions whose logits are needed at the end of every row; the output head is applied only there.
 """
 
 from __future__ import annotations

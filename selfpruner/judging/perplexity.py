@@ -1,6 +1,6 @@
 """Perplexity of any causal model, and its divergence from a reference, by plain forward passes. No engine, no plan.
 
-What ``evaluate`` reports about a checkpoint; the same figures as the engine's, by an independent way.
+``evaluate`` reports these figures about a checkpoint; they are the engine's figures, computed independently.
 """
 
 from __future__ import annotations

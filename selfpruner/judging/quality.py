@@ -1,7 +1,7 @@
-"""Models side by side, the way papers report them: what was measured, in one file, and what it says in a table.
+"""Models side by side, the way papers report them: the file that holds what was measured, and the table made from it.
 
-Every result is in the file as soon as it is there, under the model's content and the measure's setting, so the same call goes on
-where it stopped, and a changed model or setting is another result beside the old one. Comparisons are in pairs, over the same
+A result is in the file as soon as it exists, under the model's content and the measure's setting. So the same call continues where
+it stopped, and a changed model or setting adds another result beside the old one. Comparisons are in pairs, over the same
 documents, windows or prompts. Nothing here imports torch.
 """
 

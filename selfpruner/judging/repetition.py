@@ -1,8 +1,8 @@
-"""How much a model repeats itself when it writes: pruning too much here and there shows as loops before it shows in the KL.
+"""How much a model repeats itself when it writes: pruning too much in places shows as loops before it shows in the KL.
 
-Greedy continuations of a few prompts, side by side in one batch with a cache. The rate is the share of a continuation's runs of
-four tokens that it has had before (seq-rep-4: Welleck et al. 2020, arXiv 1908.04319, section 6), 0 for none; what follows an end of
-text does not count. A figure of the field beside it is :func:`distinct`.
+Greedy continuations of a few prompts run side by side in one batch with a cache. The rate is the share of a continuation's runs of
+four tokens that occurred in it before (seq-rep-4: Welleck et al. 2020, arXiv 1908.04319, section 6), 0 for none; what follows an
+end of text does not count. :func:`distinct` is another figure of the field.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Local files of zero-shot tasks, found and identified without the harness."""
+"""Find and identify local files of zero-shot tasks, without the harness."""
 
 from __future__ import annotations
 

@@ -89,7 +89,6 @@ class Context:
     seen: frozenset[str] = frozenset()
     rejected: Sequence[Rejected] = ()
     parents: Sequence[tuple[Candidate, Candidate]] = ()
-    model_name: str = ""
     metric: str = "kl"
     stale_generations: int = 0
     reflections: Reflections = Reflections()
