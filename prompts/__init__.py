@@ -1,7 +1,7 @@
 """The LLM operators' prompts: Jinja2 templates, one per operator, with the system prompt and the repair turn.
 
-Templates run sandboxed, and a variable that is missing is an error. Text that an LLM wrote enters a prompt through the filter
-``quote`` only, as a JSON string: it cannot leave its quotation marks, nor form a chat template's control tokens.
+Templates run sandboxed, and a missing variable is an error. Text that an LLM wrote enters a prompt only through the filter
+``quote``, as a JSON string: it cannot leave its quotation marks, nor form a chat template's control tokens.
 """
 
 from __future__ import annotations

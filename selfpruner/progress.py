@@ -1,8 +1,8 @@
-"""Progress for people: what is being done, how far it is, how much time is left. On stderr, so that results stay alone on stdout.
+"""Progress for people: what is being done, how far it is, how much time is left. It goes to stderr; stdout has the results only.
 
-A terminal has one line that changes; anywhere else a line comes at most every few seconds, and now and then while nothing changes,
-so that a log shows that the work goes on. What is done says so in words; where they hold ``3/12`` or ``3 of 12``, that is how far
-it is.
+A terminal has one line that changes. Anywhere else a line comes at most every few seconds, and now and then while nothing
+changes, so that a log shows that the work goes on. The words come from whoever does the work; where they hold ``3/12`` or ``3 of
+12``, that is how far it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keys in texts that others wrote: blanked before such a text is shown or stored."""
+"""Blank keys in texts that others wrote, before such a text is shown or stored."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tables and lines for people, whole at every width: of a figure, a hash or a path that is cut nothing is left to read or to copy.
+"""Tables and lines for people, whole at every width: a figure, a hash or a path that is cut can be neither read nor copied.
 
-Outside a terminal there is no width. On one, words go over several lines, figures never; a table that is still too wide is shown
-as a block of ``name  value`` lines per row.
+Outside a terminal there is no width. On a terminal, words are wrapped and figures never; a table that is still too wide is shown as
+a block of ``name  value`` lines per row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a request may name: models, texts, proposers and devices. Everything else about a request is SearchConfig's business.
+"""What a request may name: models, texts, proposers and devices. SearchConfig judges everything else about a request.
 
-A request never holds a path the operator did not open: local models lie below ``model_root``, text files below ``text_root``, hub
-ids match the operator's list, proposers and devices are the configured ones. Errors list what is allowed.
+A request never holds a path that the operator did not open: local models lie below ``model_root``, text files below ``text_root``,
+hub ids match the operator's list, and proposers and devices are the configured ones. Errors list what is allowed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The application: what the server is made of, put together. Imports no torch, and nothing that does.
+"""The application: the parts of the server, put together. Imports no torch, and nothing that does.
 
-Starting it queues again what a dead server left running; stopping it hands running jobs back. The search and the worker pool can
-be given, so that tests run a server around scripted ones.
+Starting it queues again what a dead server left running; stopping it hands running jobs back. Tests pass their own search and
+worker pool, and so run a server around scripted ones.
 """
 
 from __future__ import annotations

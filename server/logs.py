@@ -1,6 +1,6 @@
-"""Logs: one JSON object per line on stderr (readable text on a terminal), with the request or job the line belongs to.
+"""Logs: one JSON object per line on stderr (readable text on a terminal), with the request or job that the line belongs to.
 
-Control characters never reach the terminal: JSON escapes them, and the text form does too.
+Control characters never reach the terminal: JSON escapes them, and so does the text form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tells event streams that something happened in a job, from whatever thread it happened in."""
+"""Tell event streams that something happened in a job, from whatever thread it happened in."""
 
 from __future__ import annotations
 

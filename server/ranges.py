@@ -1,7 +1,10 @@
-"""Bodies that are made of files, and byte ranges of them: RFC 9110, sections 13 and 14.
+"""Bodies made of files, and byte ranges of them: RFC 9110, sections 13 and 14.
 
-A body's entity tag is the sha256 of what it is made from, so it is strong: the same tag, the same bytes. One range is served; of a
-request for several, or in another unit, or one that cannot be read, the whole is sent, as the standard allows.
+A body's entity tag is the sha256 of its source, so it is strong: the same tag, the same bytes. A request for one range gets it. A
+request for several ranges, in another unit, or with a range that cannot be read gets the whole body, as the standard allows.
+
+Starlette's FileResponse serves single files with ranges but is no substitute: it knows nothing of If-None-Match, refuses what the
+standard lets a server ignore (reversed ranges, other units), and an archive of many files needs ranges too.
 """
 
 from __future__ import annotations

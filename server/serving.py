@@ -1,7 +1,7 @@
 """One server process: an address to listen on, uvicorn around the application, signals.
 
-SIGTERM and SIGINT stop the taking of jobs, end event streams, hand running jobs back to the queue and end the workers, all
-within ten seconds. SIGTERM then exits with 0, SIGINT with 130.
+SIGTERM and SIGINT stop the taking of jobs, end event streams, hand running jobs back to the queue and end the workers, all within
+ten seconds. The exit code is then 0 for SIGTERM and 130 for SIGINT.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the operator of a server decides, read from the environment (prefix ``SELFPRUNER_``). Secrets stay SecretStr.
 
-Nothing here can be set by a request. Lists are written with commas, proposers as JSON:
+A request can set none of it. Lists are written with commas, proposers as JSON:
 
     SELFPRUNER_HOST=127.0.0.1 SELFPRUNER_PORT=8000 SELFPRUNER_HOME=~/.selfpruner
     SELFPRUNER_TOKEN=secret                          one token, owner "default"

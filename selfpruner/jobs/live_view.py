@@ -1,7 +1,7 @@
 """A job as a person watches it: progress, best plan so far, what each operator contributed, and the events above it.
 
-It is fed with a job's stream: a server's, or the store's of a search in this process. Without a terminal it prints one line per event,
-and now and then one that says how far the job is.
+It is fed with a job's stream: a server's, or the store's of a search in this process. Without a terminal it prints one line per
+event, and now and then one that says how far the job is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a name to weights: what a name stands for (:mod:`~selfpruner.models.sources`), and the loaded model."""
+"""From a name to weights: what a name refers to (:mod:`~selfpruner.models.sources`), and the loaded model."""
 
 from selfpruner.models.loading import LoadedModel as LoadedModel
 from selfpruner.models.loading import as_written as as_written

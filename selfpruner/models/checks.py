@@ -1,8 +1,8 @@
-"""Look at a Hugging Face model folder without trusting it: everything wrong is found before torch opens a file.
+"""Inspect a Hugging Face model folder without trusting it: everything wrong is found before torch opens a file.
 
-:func:`check_config` judges ``config.json`` alone (so a hub repository is refused before its weights are downloaded);
-:func:`check_folder` also reads the safetensors headers (a few KB) and holds them against the configuration. Only safetensors
-is ever read: no pickle, no code from the folder. :func:`fingerprint` identifies a folder by content.
+:func:`check_config` judges ``config.json`` alone, so a hub repository is refused before its weights are downloaded.
+:func:`check_folder` also reads the safetensors headers (a few KB) and compares them with the configuration. Only safetensors is
+ever read: no pickle, no code from the folder. :func:`fingerprint` identifies a folder by content.
 """
 
 from __future__ import annotations

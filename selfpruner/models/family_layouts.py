@@ -1,7 +1,8 @@
-"""Where a family's checkpoints keep what pruning touches: names, and what a configuration means or may not say. Imports no torch.
+"""Where a family's checkpoints keep what pruning touches: tensor names, what a configuration means, and what it may not say.
 
 A block's matrices are known by their parts: ``q``, ``k``, ``v``, ``o`` and ``gate``, ``up``, ``down``, the output matrix last. An
-FFN without a gate has only ``up`` and ``down``. Parts at one place are one matrix: its rows are theirs, one part after another.
+FFN without a gate has only ``up`` and ``down``. Parts at one place are one matrix with their rows one after another. Imports no
+torch.
 """
 
 from __future__ import annotations

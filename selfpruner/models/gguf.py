@@ -1,11 +1,11 @@
 """Turn a GGUF file into a plain Hugging Face folder, once per file.
 
-Reading a GGUF through transformers takes some twenty seconds and leaves a model that calls itself quantised; the folder written
-here (config, safetensors, tokenizer with chat template, generation config) loads in under a second and is an ordinary
-checkpoint. What transformers drops on the way is put back from the file's own metadata: rotary scaling, the head width of Qwen3,
-the digit splitting of some tokenizers, automatic BOS, the chat template, numbers rounded to float32.
+Reading a GGUF through transformers takes some twenty seconds and leaves a model that calls itself quantised. The folder written
+here (config, safetensors, tokenizer with chat template, generation config) loads in under a second and is an ordinary checkpoint.
+What transformers drops on the way is restored from the file's own metadata: rotary scaling, the head width of Qwen3, the digit
+splitting of some tokenizers, automatic BOS, the chat template, numbers rounded to float32.
 
-The folder appears under its final name only when it is complete; two processes converting the same file do the work once.
+The folder appears under its final name only when it is complete. Two processes that convert the same file do the work once.
 """
 
 from __future__ import annotations

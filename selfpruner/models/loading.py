@@ -1,4 +1,4 @@
-"""From a checked folder to a loaded dense model, whole or streamed, on a device and in a type that are chosen here.
+"""From a checked folder to a loaded dense model, whole or streamed; device and type are chosen here.
 
 torch and transformers are imported only when something is loaded.
 """

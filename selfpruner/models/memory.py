@@ -1,4 +1,4 @@
-"""What a worker does about memory and threads: what it held, giving back what it no longer holds, what its libraries are told.
+"""Memory and threads of a worker: its peak, giving back memory it no longer needs, and the settings of its libraries.
 
 Standard library only; POSIX.
 """

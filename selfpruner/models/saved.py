@@ -1,8 +1,8 @@
-"""Folders of pruned models: a checkpoint as it was exported, or what somebody saved of one afterwards. Imports no torch.
+"""Folders of pruned models: a checkpoint as it was exported, or a model saved from one afterwards. Imports no torch.
 
-A checkpoint has a manifest, by which every file is checked. A model that was trained further and saved (a merged adapter, a
-Trainer, ``save_pretrained``) has none: its config.json says what it is, and the headers of its files whether they are whole. Where
-its layers have one shape it is an ordinary model of its family, and read as any other.
+A checkpoint has a manifest, against which every file is checked. A model that was trained further and saved (a merged adapter, a
+Trainer, ``save_pretrained``) has none: its config.json says what it is, and the headers of its files whether they are whole. If its
+layers have one shape it is an ordinary model of its family and read like any other.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A model whose weights stay in their safetensors files: one decoder layer at a time is on the device, the next on its way.
+"""A model whose weights stay in their safetensors files: one decoder layer is on the device, and the next on its way.
 
-The modules are the family's own, on the meta device; what is small (norms, biases, rotary tables) is loaded once. Asking for a
-layer puts its matrices, read into one of two reused buffers, into its modules, and sends a thread for the layer after it. Whatever
-runs the modules works, from the evaluation engine to the model's own forward pass; it costs one reading of the files per pass,
-so passes should be wide. Embeddings are gathered row by row. The output head is multiplied a piece of the vocabulary at
-a time where it takes more than a quarter of the memory there is, else it is loaded.
+The modules are the family's own, on the meta device; small tensors (norms, biases, rotary tables) are loaded once. Asking for a
+layer reads its matrices into one of two reused buffers, puts them into its modules, and sends a thread for the next layer.
+Whatever runs the modules works, from the evaluation engine to the model's own forward pass. Each pass reads the files once, so
+passes should be wide. Embeddings are gathered row by row. The output head is multiplied by a piece of the vocabulary at a time
+where it takes more than a quarter of the memory there is; otherwise it is loaded.
 
-A matrix that was put into another order (:mod:`selfpruner.architectures.order`) gets it while it is copied, and its dtype too.
+A matrix in another order (:mod:`selfpruner.architectures.order`) is permuted while it is copied, and cast to its dtype as well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The contract of an operator: it makes plans from candidates. One file per family, one line in the registry.
+"""The contract of an operator: it makes plans from candidates. One file per kind, one line in the registry.
 
 An operator sees a :class:`Context` and returns offspring; it never evaluates, stores or draws from a global random generator.
-LLM operators and classical ones are alike to the loop.
+The loop treats LLM operators and classical ones alike.
 """
 
 from __future__ import annotations

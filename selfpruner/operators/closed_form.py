@@ -1,4 +1,4 @@
-"""Operators that make plans from nothing but the space and the probes: uniform, ramp, sensitivity, random."""
+"""Operators that need only the space and the probes: uniform, ramp, sensitivity, random."""
 
 from __future__ import annotations
 

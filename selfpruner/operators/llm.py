@@ -1,8 +1,8 @@
 """The four operators of Self-Pruner (arXiv 2502.14413) as questions to an LLM: initialize, select, crossover, mutate.
 
-A reply is data: it is validated, scaled and projected onto the budget, and compared with what is known. Plans that fail, are
+A reply is data: it is validated, scaled and projected onto the budget, and compared with the known plans. Plans that fail, are
 known or hardly differ from a known one are noted for the next prompt; one good plan in a reply is enough. Questions get warmer
-the longer the search has been stuck, and cool down with the first better plan.
+the longer the search is stuck, and cool down with the first better plan.
 
 A context may be one generation old, when the question is put while workers score: its ``pending`` plans count as known, and
 children carry ``informed_by``. An operator asked by two coroutines at once would mix their notes; ask one after the other.

@@ -1,10 +1,10 @@
 """How a plan looks to an LLM: whole percentages, one list per kind of block (or one for the layers), and the way back.
 
 Percentages are short, which small models need, and mean the same at every size. With granularity ``block`` a plan is
-``{"attention": [...], "ffn": [...]}``, a kind that cannot be pruned being left out; with ``layer`` it is ``{"rates": [...]}``.
+``{"attention": [...], "ffn": [...]}`` without a kind that cannot be pruned; with ``layer`` it is ``{"rates": [...]}``.
 
-What is said about single blocks, and the answer to a mutation, names them: a block and a layer, counted from 1. A model copies a
-list of sixty numbers reliably and finds the 37th of them badly; and a few named changes are a tenth of the tokens of a list.
+Remarks on single blocks, and the answer to a mutation, name them: a block and a layer, counted from 1. A model copies a list of
+sixty numbers reliably but is bad at finding the 37th; and a few named changes take a tenth of the tokens of a list.
 """
 
 from __future__ import annotations

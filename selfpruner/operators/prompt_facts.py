@@ -1,7 +1,7 @@
 """What a prompt says about the search so far: scores, known plans, hints, lessons. Plain text from plain values.
 
-Scores are whole points, known plans stand best last, and all but the best are told by what they do otherwise where that is
-shorter: what changed and what it did to the score is what a model can learn from.
+Scores are whole points. Known plans are listed with the best last, and all but the best are described by their differences where
+that is shorter: what changed, and what it did to the score, is what a model can learn from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plan of smallest expected KL around the best one, by the landscape's model and dynamic programming."""
+"""The plan of smallest expected KL around the best one, from the landscape's model and dynamic programming."""
 
 from __future__ import annotations
 

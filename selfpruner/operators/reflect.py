@@ -1,7 +1,7 @@
 """The fifth question to the LLM: what do the latest children teach? (ReEvo: short and long reflections.)
 
-It shows what each child of the latest generation changed against its parent and what that did to the score, and asks for one
-lesson on them and for all lessons so far merged into one text. Both come back in later prompts, quoted.
+The question shows what each child of the latest generation changed against its parent and what that did to the score. It asks for
+one lesson from them, and for all lessons so far merged into one text. Both come back in later prompts, quoted.
 
 Asking never hurts the search: a question that fails leaves the reflections as they were, and a bad answer does not count towards
 the failures that close the channel. What the LLM wrote is data: cleaned, cut and never used as a template.

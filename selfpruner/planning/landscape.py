@@ -1,18 +1,18 @@
-"""A model of the fitness landscape: what a change of levels is expected to do to the KL, learnt from everything that was scored.
+"""A model of the fitness landscape: how a change of levels is expected to change the KL, learnt from everything that was scored.
 
-The KL of a plan is taken to be a sum of one unknown loss per block and level. Before anything is measured the loss is
-w_b e_b(level): the block's relative output error (free: tail energies of its least squares) times the weight its probe of the
+The KL of a plan is modelled as a sum of one unknown loss per block and level. Before anything is measured the loss is w_b
+e_b(level): the block's relative output error (free: tail energies of its least squares) times the weight that its probe of the
 dense model gave it. Losses are normal around that: one factor common to all blocks, one per kind and one per block, and a
 deviation per level, smooth over an FFN's many widths and independent over an attention block's few shapes, whose heads need not
 nest. Differences of plans on the same tokens (surveys around the leader, every child against the leader) update the losses in
 closed form: a Gaussian process whose kernel is a sum over blocks.
 
 Two things make a difference noisy. A window is a sample of tokens, on which each block, and each kind of block, matters a little
-more or less than it does in general; all differences from one window share that, so many children on few tokens are no
-substitute for tokens. And old differences were taken around another leader, where blocks may have mattered differently.
+more or less than in general. All differences from one window share that, so many children on few tokens are no substitute for
+tokens. And old differences were taken around another leader, where blocks may have mattered differently.
 
-Sums over blocks make the best plan of any budget a dynamic programme (:func:`selfpruner.planning.allocation.cheapest`), and a
-draw from the posterior a plan that is good where the data agree and bold where they are silent (Thompson sampling).
+Sums over blocks make the best plan of any budget a dynamic programme (:func:`selfpruner.planning.allocation.cheapest`), and turn a
+draw from the posterior into a plan that is good where the data agree and bold where they are silent (Thompson sampling).
 """
 
 from __future__ import annotations

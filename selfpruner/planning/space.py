@@ -1,11 +1,11 @@
-"""Levels, costs, plans and the budget. Knows no tensors, no database and no LLM; imports nothing but the standard library.
+"""Levels, costs, plans and the budget. Knows no tensors, no database and no LLM, and imports only the standard library.
 
 A *block* (the attention or the FFN of one layer) has a list of *options*, from level 0 = dense to the smallest. A *plan* is one
-level per block. The *budget* is met when ``target <= removed < target + step``: never less than asked, and less than one
-smallest FFN step more.
+level per block. The *budget* is met when ``target <= removed < target + step``: never less than asked, and at most one smallest FFN
+step more.
 
-What a rate vector may move is a *dial*: with granularity ``block`` every block is one, with ``layer`` the attention and FFN of
-a layer turn together along one chain of pairs, so that one rate per layer names one setting (Self-Pruner's genome).
+A rate vector moves *dials*. With granularity ``block`` every block is a dial; with ``layer`` the attention and FFN of a layer turn
+together along one chain of pairs, so one rate per layer names one setting (Self-Pruner's genome).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Grammar-constrained decoding with a model in memory: the reply is always valid JSON under the schema.
 
-The torch side of the local proposer; runs in a worker. It knows nothing of plans or prompts. The schema is compiled by
-xgrammar without free whitespace, so a schema of bounded arrays and numbers bounds the reply: :func:`longest_reply` is that
-bound in characters, and every token writes at least one. Decoding keeps a KV cache and skips the model wherever the grammar
-leaves a single token. Sampling happens on the CPU in float32 from a generator of its own: equal inputs give equal replies.
+This is the torch side of the local proposer, and it runs in a worker. It knows nothing of plans or prompts. xgrammar compiles the
+schema without free whitespace, so a schema of bounded arrays and numbers bounds the reply: :func:`longest_reply` is that bound in
+characters, and every token writes at least one. Decoding keeps a KV cache and skips the model wherever the grammar leaves a single
+token. Sampling happens on the CPU in float32 from a generator of its own: equal inputs give equal replies.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
         await score(generation)  # ... while the workers score
         children = await asked
 
-The context is a snapshot from before the scoring, so the children are informed by scores one generation old; that is the price of
+The context is a snapshot from before the scoring, so the children are informed by scores one generation old. That is the price of
 never waiting for the LLM, and ``Offspring.informed_by`` records it. Because the context does not depend on which of the two ends
-first, a resumed search repeats the same questions in the same order. One coroutine puts all the questions of a generation.
+first, a resumed search repeats the same questions in the same order. One coroutine asks all the questions of a generation.
 """
 
 from __future__ import annotations

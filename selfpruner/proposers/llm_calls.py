@@ -1,12 +1,12 @@
 """The one way from LLM operators to a proposer: counted, capped, recorded, replayed.
 
-Every call is an ``llm_call`` row, numbered from 1, failures included. A row that exists already is replayed by its number
-instead of calling, so a resumed job sees the replies it saw before. The caps of LlmLimits are checked before each call: they
-are passed by at most the call in flight. After three failed questions in a row the channel is closed for the generation.
+Every call is an ``llm_call`` row, numbered from 1, failures included. Where a row exists already, it is replayed by its number
+instead of calling, so a resumed job sees the replies it saw before. The caps of LlmLimits are checked before each call; only the
+call in flight can exceed them. After three failed questions in a row the channel is closed for the generation.
 
 A question may be in flight while workers score (``proposers.in_flight``). Questions wait for each other, so numbers and rows stay
-in the order of asking; that order repeats on resume when one coroutine puts all the questions of a generation. A call that is
-cancelled leaves no row and counts for nothing: the next run asks it again under the same number.
+in the order of asking. That order repeats on resume when one coroutine asks all the questions of a generation. A cancelled call
+leaves no row and counts for nothing: the next run asks it again under the same number.
 """
 
 from __future__ import annotations

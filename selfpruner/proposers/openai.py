@@ -1,11 +1,11 @@
 """The proposer behind any OpenAI-compatible server: OpenAI, vLLM, SGLang, llama.cpp, Ollama.
 
-Every failure becomes a CallError with a typed outcome. A call is bounded in time (one wall-clock deadline over all retries)
-and in size (the body is read in pieces). What a server does not understand, such as a JSON schema as the response format or
-``max_tokens``, is left out after its first refusal and remembered. A server that takes the schema and ignores it (HTTP 200,
-unconstrained) gives itself away by the first reply that does not fit: from then on the schema is also written into the prompt,
-beginning with the repair turn. The key goes to ``base_url`` and nowhere else: redirects
-are not followed and the environment's OPENAI_API_KEY is not read.
+Every failure becomes a CallError with a typed outcome. A call is bounded in time (one wall-clock deadline over all retries) and in
+size (the body is read in pieces). A feature that a server does not understand, such as a JSON schema as the response format or
+``max_tokens``, is left out after its first refusal, and that is remembered. A server that accepts the schema and ignores it (HTTP
+200, unconstrained) gives itself away by the first reply that does not fit: from the repair turn on, the schema is also written into
+the prompt. The key goes to ``base_url`` and nowhere else: redirects are not followed and the environment's OPENAI_API_KEY is not
+read.
 
 ``openai`` is imported with the first call: it costs the API process memory that most jobs do not need.
 """

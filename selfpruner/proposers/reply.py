@@ -1,4 +1,4 @@
-"""From an LLM's text to one JSON object. The text is data: it is parsed strictly and nothing else is done with it."""
+"""From an LLM's text to one JSON object. The text is data: it is parsed strictly, and that is all."""
 
 from __future__ import annotations
 

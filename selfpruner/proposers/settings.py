@@ -1,4 +1,4 @@
-"""What the operator of the server says about one proposer. Never part of a request: a base_url from outside would leak keys."""
+"""What the operator of the server says about a proposer. It is never part of a request: a base_url from outside would leak keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every block of a model at every level: statistics, gradients, orders and repairs, made once and then read from the cache."""
+"""Every block of a model at every level: statistics, gradients, orders and repairs are made once and then read from the cache."""
 
 from __future__ import annotations
 

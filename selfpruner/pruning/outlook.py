@@ -1,8 +1,8 @@
 """What preparing a model will take, said before it begins.
 
-Memory and disk follow from the model's shapes. The time of the statistics, most of it, is that of a piece of them: a few sequences
-through the first layer, here and now. What orders and repairs take goes by one small factorisation and by what was measured on two
-shapes (SmolLM2-135M and Qwen2.5-0.5B); so the time is a range, and it is still a guess.
+Memory and disk follow from the model's shapes. Most of the time goes into the statistics, and a piece of them is timed: a few
+sequences through the first layer, here and now. The time of orders and repairs is estimated from one small factorisation and from
+measurements on two shapes (SmolLM2-135M and Qwen2.5-0.5B). So the time is a range, and still a guess.
 """
 
 from __future__ import annotations

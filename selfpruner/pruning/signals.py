@@ -1,8 +1,7 @@
 """What the closed-form allocations of other papers need to know about a model: plain numbers, measured layer by layer.
 
 Outliers and thresholds come from the calibration statistics of the matrices that are scored, so they cost a few element-wise
-products per layer and no pass over the text. Spectra take an eigenvalue problem per matrix, so they are found when they are asked
-for.
+products per layer and no pass over the text. Spectra take an eigenvalue problem per matrix, so they are computed only on request.
 """
 
 from __future__ import annotations

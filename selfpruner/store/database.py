@@ -1,10 +1,10 @@
 """The SQLite file under the store: connections, transactions, the writer's lock, and SQLite's errors as ours.
 
 - WAL with ``synchronous=FULL``: what was committed is on disk. Foreign keys are enforced.
-- Transactions are ours, not pysqlite's: ``BEGIN IMMEDIATE`` for writes, because a transaction that reads and then writes fails
-  with BUSY_SNAPSHOT whatever the timeout; ``BEGIN`` for reads, which see one consistent state.
-- One process writes. It holds an exclusive lock on ``<database>.lock`` as long as it lives; the operating system lets go of it
-  when the process dies. Readers (``read_only=True``) take no lock and are never blocked.
+- We begin transactions ourselves, not pysqlite: ``BEGIN IMMEDIATE`` for writes, because a transaction that reads and then writes
+  fails with BUSY_SNAPSHOT whatever the timeout; ``BEGIN`` for reads, which see one consistent state.
+- One process writes. It holds an exclusive lock on ``<database>.lock`` as long as it lives; the operating system releases it when
+  the process dies. Readers (``read_only=True``) take no lock and are never blocked.
 """
 
 from __future__ import annotations

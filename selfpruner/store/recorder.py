@@ -1,7 +1,7 @@
 """Where a search writes its history: :class:`selfpruner.records.Recorder` on the store.
 
-Resume is replay, so everything is written as if for the first time and what is there already stays: an evaluation, an LLM call and
-an event keep their first content; a candidate keeps its origin, and what was believed of it then, and takes its latest score.
+Resume is replay: everything is written as if for the first time, and what is already there stays. An evaluation, an LLM call and an
+event keep their first content. A candidate keeps its origin and what was believed of it then, and takes its latest score.
 """
 
 from __future__ import annotations

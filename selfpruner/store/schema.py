@@ -1,7 +1,7 @@
 """Which schema a database file has, and how it gets the current one.
 
-A new file is made from the tables at once; Alembic, which costs memory and start-up time, is imported only when an older file
-has to be migrated. Views hold no data: they are dropped before a migration and made again from ``views.sql`` whenever their text
+A new file is made from the tables at once. Alembic, which costs memory and start-up time, is imported only when an older file has
+to be migrated. Views hold no data: they are dropped before a migration and made again from ``views.sql`` whenever their text
 differs. Everything runs inside the caller's one transaction, so a migration that fails leaves the file as it was.
 """
 

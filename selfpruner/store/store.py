@@ -1,9 +1,9 @@
 """The store: every read and write of the database, in short transactions.
 
 What a caller may rely on
-- A write has reached the disk when the call returns; one that raises has changed nothing.
+- A write has reached the disk when the call returns; a write that raises has changed nothing.
 - A job moves only along ``tables.TRANSITIONS`` and reaches exactly one terminal state, whoever races.
-- Another owner's job is not found, the same as one that does not exist.
+- Another owner's job is not found, just like one that does not exist.
 - Rows are plain values: they stay usable after the store is closed, and changing one changes nothing.
 
 Only the process that opened the store without ``read_only`` writes (see :mod:`selfpruner.store.database`). Threads may share it.

@@ -1,4 +1,4 @@
-"""One write transaction: the session, the time it happens at, and what may only be done inside it.
+"""One write transaction: its session, its time, and what may only be done inside it.
 
 Moving a job and appending an event both read before they write. They are safe because the transaction began as IMMEDIATE:
 nobody else writes between the two.

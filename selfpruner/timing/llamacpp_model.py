@@ -1,8 +1,8 @@
 """One GGUF file in a process of its own, run by llama.cpp: the worker behind ``benchmark --backend llamacpp``.
 
-Tasks are those of :mod:`selfpruner.timing.transformers_model`; the session's config is ``{model, sequences, context}``: a file, and
-how many sequences of how many tokens there is room for, each with keys and values of its own. It needs the package
-llama-cpp-python, whose low-level functions are llama.cpp's own.
+Tasks are those of :mod:`selfpruner.timing.transformers_model`. The session's config is ``{model, sequences, context}``: a file, how
+many sequences there is room for, and of how many tokens, each with its own keys and values. It needs the package llama-cpp-python,
+whose low-level functions are llama.cpp's own.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What a model has to compute and to move, so that a speed-up can be held against its bound. Imports no torch.
+"""What a model has to compute and to move, so that a speed-up can be compared with its bound. Imports no torch.
 
-Reading a prompt is bound by operations, writing token by token by the bytes that a step reads. Counted are
+Reading a prompt is bound by operations, writing token by token by the bytes that a step reads. What counts:
 - operations: two for every weight of a matrix and token that goes through it; for attention's own products (queries by keys,
   probabilities by values) four for every element of a query and position it sees, itself included. The output head counts once per
   prompt, since no runtime here computes logits of more than the last position.
-- bytes: every weight once per step, the output head included, an input embedding that is not tied to it not, since one row of it
-  is read; and the keys and values of all positions a token sees, once for every sequence.
-Left out: norms, activations, rotary embedding, sampling, rows of the embedding, intermediate results. They are what the achieved
-share of the bound pays for.
+- bytes: every weight once per step, the output head included; and the keys and values of all positions a token sees, once for every
+  sequence. An input embedding that is not tied to the head does not count, since one row of it is read.
+Left out: norms, activations, rotary embedding, sampling, rows of the embedding, intermediate results. They are the reason why less
+than the whole bound is reached.
 """
 
 from __future__ import annotations

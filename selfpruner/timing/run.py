@@ -1,7 +1,7 @@
 """Models timed in turn: A B A B ..., measure by measure, so that a machine whose speed drifts slows all of them.
 
-A process of its own holds each model (``transformers``, ``llamacpp``), all at once, and only one works at a time; or a server that
-runs already does (``vllm``). One round warms up; the others are paired repetitions.
+Each model has a process of its own (``transformers``, ``llamacpp``); all are there at once, and only one works at a time. Or it is
+behind a server that runs already (``vllm``). One round warms up; the others are paired repetitions.
 """
 
 from __future__ import annotations

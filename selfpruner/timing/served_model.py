@@ -1,7 +1,7 @@
 """A model behind a running OpenAI-compatible server, such as vLLM's, timed from outside by streamed completions.
 
-Prompts are token ids, new ones for every request, since servers keep what they have read. A request writes its whole number of
-tokens (``ignore_eos``). Seconds are those of a user: HTTP, the queue and the tokenizer are in them.
+Prompts are token ids, new ones for every request, because servers keep what they have read. A request always writes all its tokens
+(``ignore_eos``). Seconds are those of a user: they include HTTP, the queue and the tokenizer.
 """
 
 from __future__ import annotations

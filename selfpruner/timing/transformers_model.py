@@ -7,8 +7,8 @@
     memory   {}                                       {mib, of}
 
 The session's config is ``{model, dtype, compiled}``: ``model`` is a name, a folder, a checkpoint of selfpruner, or the fields of a
-config (``{"model_type": ...}``), whose model gets random weights. Dense models and checkpoints are read by the same code, so
-that they differ in nothing but their layers.
+config (``{"model_type": ...}``), whose model gets random weights. The same code reads dense models and checkpoints, so they differ
+in nothing but their layers.
 """
 
 from __future__ import annotations

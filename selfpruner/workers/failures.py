@@ -1,8 +1,8 @@
 """How an exception raised by a task becomes plain data (for the wire) and one of ours (for the caller).
 
-Our own errors keep class, message, code and param. Exhausted memory and a full disk are recognised whatever library reports
-them, by name and text, so that torch is never imported here. Everything else is an internal error: its class and message are
-told, its traceback belongs in the log.
+Our own errors keep class, message, code and param. Exhausted memory and a full disk are recognised by name and text, whatever
+library reports them, so torch is never imported here. Everything else is an internal error: the caller gets its class and message,
+and the log its traceback.
 """
 
 from __future__ import annotations

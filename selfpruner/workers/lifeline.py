@@ -3,11 +3,11 @@
     python -P .../lifeline.py PARENT [-P] -m MODULE [ARGUMENTS]    what ``python [-P] -m MODULE ...`` does, while PARENT lives
     python -P .../lifeline.py PARENT [-P] FILE [ARGUMENTS]         the same for a script
 
-All that starts a process of this product starts it by :func:`tied`: workers, verifications, quantising, the demo's server. A
-parent that is killed cannot end anybody, so the child looks: once its parent is another one, the one that started it is gone. That
-needs no pipe, which a third process might hold open, and is the same on Linux and macOS.
+Everything in this product that starts a process does so by :func:`tied`: workers, verifications, quantising, the demo's server. A
+killed parent cannot end its children, so the child looks: once its parent is another process, the one that started it is gone. That
+needs no pipe, which a third process might hold open, and works the same on Linux and macOS.
 
-Standard library only, and run by its path, so that a process of which selfpruner is to be no part stays without it.
+Standard library only, and run by its path, so a process that must not import selfpruner does not.
 """
 
 from __future__ import annotations

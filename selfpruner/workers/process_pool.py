@@ -1,8 +1,8 @@
 """A pool of worker processes, one per device.
 
-A worker starts with the first task that needs it and stays warm. When it dies or freezes it is replaced and its task
-run again, at most ``max_attempts`` times; a result that arrived before the death counts. Tasks wait in a queue when all
-workers are busy; a worker that already holds a session is preferred for it.
+A worker starts with the first task that needs it and stays warm. When it dies or freezes, it is replaced and its task runs again,
+at most ``max_attempts`` times; a result that arrived before the death counts. Tasks wait in a queue when all workers are busy. A
+worker that already holds a session is preferred for it.
 """
 
 from __future__ import annotations

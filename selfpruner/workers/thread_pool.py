@@ -1,7 +1,7 @@
-"""The pool protocol without processes: one thread of this process does the tasks, one at a time. For the command line.
+"""The pool protocol without processes: one thread of this process does the tasks, one at a time. For the command line and Python.
 
-Payloads and results pass through JSON as they would between processes, so a caller cannot tell the pools apart. What a thread
-cannot give: a crash takes this process along, and a task that never looks at its cancellation flag cannot be stopped.
+Payloads and results pass through JSON as they would between processes, so a caller cannot tell the pools apart. A thread has two
+limits: a crash takes this process along, and a task that never looks at its cancellation flag cannot be stopped.
 """
 
 from __future__ import annotations

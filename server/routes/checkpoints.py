@@ -1,8 +1,9 @@
 """``/v1/jobs/{id}/checkpoints``: what a job exported, its files one by one, and all of them as a tar archive.
 
 A file is served only under a name that the manifest lists, and only while its content matches: the manifest's own sha256 is in
-the database, the others' are in the manifest. What does not match is code ``corrupt``, never a reply with bytes. So the first
-request for a file reads it once before it is answered. An archive is made while it is sent, and always the same bytes.
+the database, the others' are in the manifest. A file that does not match is answered with code ``corrupt``, never with bytes. So
+the first request for a file reads it once before it is answered. An archive is made while it is sent, and always has the same
+bytes.
 """
 
 from __future__ import annotations

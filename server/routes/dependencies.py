@@ -1,4 +1,4 @@
-"""What routes share: the store and runner of their application, the job an address names, and paging parameters."""
+"""What routes share: the store and runner of their application, the job that an address names, and paging parameters."""
 
 from __future__ import annotations
 

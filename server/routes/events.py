@@ -1,9 +1,9 @@
 """``/v1/jobs/{id}/events``: what happened, as a JSON page or, with ``Accept: text/event-stream``, as it happens.
 
-The stream carries two kinds of messages. One per event: its name is the event's type, its ``id`` the event's, its data the same
-object as in the list; ``Last-Event-ID`` goes on after it, so nothing is lost or seen twice. And ``job``, without an id: the job
-object, whenever its status or progress changed. The stream ends after the last event of a finished job; asked again then, the
-server answers 204, which tells browsers not to come back.
+The stream carries two kinds of messages. Each event is one message: its name is the event's type, its ``id`` the event's, its
+data the same object as in the list; ``Last-Event-ID`` continues after it, so nothing is lost or seen twice. The other kind is
+``job``, without an id: the job object, whenever its status or progress changed. The stream ends after the last event of a
+finished job. Asked again then, the server answers 204, which tells browsers not to come back.
 """
 
 from __future__ import annotations

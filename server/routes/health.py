@@ -1,4 +1,4 @@
-"""``/healthz``: the process answers. It reads no database, so a busy disk does not make it look dead."""
+"""``/healthz``: does the process answer? It reads no database, so a busy disk does not make it look dead."""
 
 from __future__ import annotations
 

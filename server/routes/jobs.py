@@ -1,4 +1,4 @@
-"""``/v1/jobs``: submit, list, retrieve, and the actions that change a job's state."""
+"""``/v1/jobs``: submit, list and retrieve jobs, and change their state."""
 
 from __future__ import annotations
 

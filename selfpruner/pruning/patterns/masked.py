@@ -1,7 +1,7 @@
-"""N:M and unstructured pruning of one layer: matrices of their own shapes in which weights are zero, at every level.
+"""N:M and unstructured pruning of one layer: matrices of the original shapes in which weights are zero, at every level.
 
-A level says how thin all matrices of a block are. What is made once per layer lies in one file, the *level database*: without a
-repair one bit per weight and level; with one the repaired weights, in the model's dtype. Whoever needs a level reads it.
+A level says how thin all matrices of a block are. What is made once per layer is in one file, the *level database*: without a
+repair one bit per weight and level, with one the repaired weights in the model's dtype. Whoever needs a level reads it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Factors on disk: one safetensors file per layer, written once per model, calibration text, criterion and compensation.
 
-Whoever needs a level reads what it takes from the file, so that no worker holds factors, and one that replaces another, or the next
-job, is ready as soon as it has read the orders. A file is written aside and renamed: what exists is whole.
+Whoever needs a level reads its part of the file, so no worker holds factors. A worker that replaces another one, or the next job,
+is ready as soon as it has read the orders. A file is written aside and renamed, so what exists is whole.
 """
 
 from __future__ import annotations

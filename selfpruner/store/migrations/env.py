@@ -1,4 +1,4 @@
-"""Alembic's entry point: runs the migrations on the connection, and in the transaction, that the caller passes."""
+"""Alembic's entry point: runs the migrations on the caller's connection and in the caller's transaction."""
 
 from alembic import context
 
