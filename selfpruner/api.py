@@ -278,12 +278,7 @@ def _made(
     from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
 
-    database = Path(source) / runs.DATABASE if Path(source).is_dir() else Path(source)
-    if not database.is_file():
-        raise NotFoundError(
-            f"{source} is no checkpoint (a folder with {MANIFEST}), and there is no database of a search at {database}.",
-            param="source",
-        )
+    database = runs.database(source, f"{source} is no checkpoint (a folder with {MANIFEST}), and there")
     with Store(database, read_only=True) as store:
         newest = store.jobs(limit=1).data
         if job is None and not newest:

@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,6 +32,7 @@ from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_
 
 if TYPE_CHECKING:
     from selfpruner.client import Client
+    from selfpruner.jobs.local_jobs import LocalJobs
 
 INTERRUPTED = 130
 # Commands that take up what an interrupted one left: a search, results, files, or statistics in the cache.
@@ -39,6 +41,10 @@ GO_ON = ("search", "prune", "evaluate", "compare", "export", "download")
 IN_A_THREAD, GRACE = ("search", "prune"), 10.0
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
+JobOrFolder = Annotated[
+    str, typer.Argument(metavar="JOB", help="A job on a server; or the folder or database of searches here, see --job.")
+]
+OfFolder = Annotated[str | None, typer.Option("--job", help="Which job of a folder.", show_default="the newest")]
 
 app = typer.Typer(
     help="Prune a language model without retraining, as well as that can be done.",
@@ -114,13 +120,16 @@ def submit(
 
 @app.command()
 def jobs(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder or database of searches here.", show_default="those of the server")
+    ] = None,
     status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed or cancelled.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     as_json: shared_options.Json = False,
     url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """List jobs, newest first."""
-    with shared_options.client(url) as client:
+    with shared_options.client(url) if folder is None else _here(folder) as client:
         page = client.list(limit=limit, status=status)
     if as_json:
         print(json.dumps(page))
@@ -137,27 +146,36 @@ def jobs(
 
 @app.command()
 def show(
-    job_id: JobId,
+    source: JobOrFolder,
+    job: OfFolder = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it ends; exit by its result.")] = False,
     as_json: shared_options.Json = False,
     url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """Show a job: state, best plans, checkpoint."""
-    with shared_options.client(url) as client:
-        job = client.get(job_id)
+    with _jobs_of(source, job, url) as (client, job_id):
+        shown = client.get(job_id)
         if follow:
-            return _follow(client, job, as_json)
+            return _follow(client, shown, as_json)
         if as_json:
-            print(json.dumps(job))
+            print(json.dumps(shown))
         else:
-            _report(client, job)
+            _report(client, shown)
     return 0
 
 
 @app.command()
-def cancel(job_id: JobId, as_json: shared_options.Json = False, url: shared_options.Url = shared_options.DEFAULT_URL) -> int:
-    """Stop a job for good."""
-    return _act(url, as_json, lambda client: client.cancel(job_id))
+def cancel(
+    source: JobOrFolder,
+    job: OfFolder = None,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
+) -> int:
+    """Stop a job for good; of a folder one that was interrupted."""
+    with _jobs_of(source, job, url) as (client, job_id):
+        cancelled = client.cancel(job_id)
+    _print(cancelled, as_json, f"{cancelled['id']} {cancelled['status']}")
+    return 0
 
 
 @app.command()
@@ -174,7 +192,8 @@ def resume(job_id: JobId, as_json: shared_options.Json = False, url: shared_opti
 
 @app.command()
 def events(
-    job_id: JobId,
+    source: JobOrFolder,
+    job: OfFolder = None,
     after: Annotated[int, typer.Option(min=0, help="Only those after this number.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the job ends.")] = False,
     as_json: shared_options.Json = False,
@@ -183,7 +202,7 @@ def events(
     """Print the events of a job; with --json one object per line."""
     from selfpruner.progress import printable
 
-    with shared_options.client(url) as client:
+    with _jobs_of(source, job, url) as (client, job_id):
         stream = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
         for event in stream:
             when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
@@ -220,6 +239,25 @@ app.add_typer(cache.app, name="cache")
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
+def _here(folder: Path) -> LocalJobs:
+    from selfpruner.jobs.local_jobs import LocalJobs
+
+    return LocalJobs(folder)
+
+
+@contextmanager
+def _jobs_of(source: str, job: str | None, url: str) -> Iterator[tuple[Client | LocalJobs, str]]:
+    """Where the job is that ``source`` means, a server or a folder here, and its id."""
+    if Path(source).exists():
+        with _here(Path(source)) as here:
+            yield here, job or here.newest()
+    elif job is not None:
+        raise NotFoundError(f"There is no folder {source}; --job is one of a folder's.", param="source")
+    else:
+        with shared_options.client(url) as client:
+            yield client, source
+
+
 def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) -> int:
     with shared_options.client(url) as client:
         job = action(client)
@@ -227,7 +265,7 @@ def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) ->
     return 0
 
 
-def _follow(client: Client, job: dict[str, Any], as_json: bool) -> int:
+def _follow(client: Client | LocalJobs, job: dict[str, Any], as_json: bool) -> int:
     """Watch a job to its end. stdout gets the result only, so that ``--json`` is one document."""
     from selfpruner.jobs.live_view import LiveView
 
@@ -250,10 +288,12 @@ def _follow(client: Client, job: dict[str, Any], as_json: bool) -> int:
         _complain(f"{job['id']} failed: {job['error']['message']} ({job['error']['code']})")
     elif job["status"] == "cancelled":
         _complain(f"{job['id']} was cancelled")
+    elif job["status"] != "succeeded":
+        _complain(f"{job['id']} is {job['status']} and does not run; the same search goes on with it")
     return 0 if job["status"] == "succeeded" else 1
 
 
-def _report(client: Client, job: Mapping[str, Any]) -> None:
+def _report(client: Client | LocalJobs, job: Mapping[str, Any]) -> None:
     from itertools import islice
 
     from selfpruner.jobs.live_view import account, contributions, operators

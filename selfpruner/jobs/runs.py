@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from selfpruner import models
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, disk_errors
+from selfpruner.errors import ConfigError, NotFoundError, disk_errors
 from selfpruner.files import manifest, places
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint, Job
@@ -42,6 +42,20 @@ class Run:
     def write_result(self, report: Mapping[str, Any]) -> None:
         with disk_errors(self.result):
             self.result.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def database(source: Path | str, begin: str = "There") -> Path:
+    """The database of a folder of searches, or that file itself. Raises NotFoundError, whose message begins as given, where there
+    is none."""
+    file = Path(source) / DATABASE if Path(source).is_dir() else Path(source)
+    if not file.is_file():
+        raise NotFoundError(f"{begin} is no database of a search at {file}.", param="source")
+    return file
+
+
+def checkpoint_folder(folder: Path, job: Job) -> Path:
+    """Where the checkpoint of a job in ``folder`` is, or will be."""
+    return folder / _name(job)
 
 
 def refuse(folder: Path, config: SearchConfig) -> None:
@@ -68,7 +82,7 @@ def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Ru
     if not again:
         for job in mine:
             if job.status == "succeeded":
-                done = _intact(store, job, folder / _name(job))
+                done = _intact(store, job, checkpoint_folder(folder, job))
                 if done is None:
                     models.precheck(config.model)
                 return _run(folder, job, done)
@@ -96,8 +110,8 @@ def _free(folder: Path, jobs: Sequence[Job]) -> str:
     return name
 
 
-def _occupied(place: Path) -> bool:
-    return place.exists() and not (place.is_dir() and not any(place.iterdir()))
+def _occupied(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _name(job: Job) -> str:
@@ -106,7 +120,7 @@ def _name(job: Job) -> str:
 
 def _run(folder: Path, job: Job, done: Checkpoint | None = None) -> Run:
     name = _name(job)
-    return Run(job, folder / name, folder / f"result{name.removeprefix(CHECKPOINT)}.json", done)
+    return Run(job, checkpoint_folder(folder, job), folder / f"result{name.removeprefix(CHECKPOINT)}.json", done)
 
 
 def _intact(store: Store, job: Job, place: Path) -> Checkpoint | None:

@@ -6,6 +6,7 @@ What a job does is decided by its ``seed``, see ``SCRIPT``; everything around it
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import threading
 import time
@@ -31,7 +32,7 @@ from selfpruner.store.store import Store
 from server.app import create_app
 from server.settings import ServerSettings
 
-QUICK, WAITS, BUDGET, CRASHES, DISK, STUBBORN, BRIEF = range(7)
+QUICK, WAITS, BUDGET, CRASHES, DISK, STUBBORN, BRIEF, WAITS_ONCE = range(8)
 
 
 def record(recorder: Recorder, plans: int = 3) -> None:
@@ -86,6 +87,14 @@ async def waits(recorder: Recorder, folder: Path) -> JobResult:
     raise AssertionError("unreachable")
 
 
+async def waits_once(recorder: Recorder, folder: Path) -> JobResult:
+    """As a search that is run again does: what was recorded is not repeated."""
+    if recorder.find_event("plan-2") is None:
+        return await waits(recorder, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return await quick(recorder, folder)
+
+
 async def beyond_budget(recorder: Recorder, folder: Path) -> JobResult:  # noqa: ARG001
     raise BudgetError("No plan removes that much. Lower the rate.", param="rate")
 
@@ -122,6 +131,7 @@ SCRIPT: dict[int, Callable[[Recorder, Path], Awaitable[JobResult]]] = {
     DISK: fills_the_disk,
     STUBBORN: stubborn,
     BRIEF: brief,
+    WAITS_ONCE: waits_once,
 }
 
 

@@ -1,0 +1,97 @@
+"""The jobs of a folder of searches, asked as a server's are: see :class:`selfpruner.client.Client`. Imports no torch.
+
+Reading disturbs no search that is running there; ``cancel`` is refused meanwhile, because one process writes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Self, cast, get_args
+
+from selfpruner.errors import NotFoundError, UnknownNameError
+from selfpruner.jobs import runs
+from selfpruner.store.feed import Feed, named
+from selfpruner.store.objects import CandidateObject, CheckpointObject, EventObject, JobObject
+from selfpruner.store.store import Page, Store
+from selfpruner.store.tables import JobStatus
+
+Json = dict[str, Any]
+LOOK_SECONDS = 0.5
+
+
+class LocalJobs:
+    """``source`` is the folder or the database of searches. A context manager."""
+
+    def __init__(self, source: Path) -> None:
+        self._database = runs.database(source)
+        self._store = Store(self._database, read_only=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+
+    def newest(self) -> str:
+        """The id of the newest job. Raises NotFoundError where there is none yet."""
+        found = self._store.jobs(limit=1).data
+        if not found:
+            raise NotFoundError(f"{self._database} holds no job yet.", param="source")
+        return found[0].id
+
+    def get(self, job_id: str) -> Json:
+        return JobObject.of(self._store.job(job_id)).model_dump(mode="json")
+
+    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> Json:
+        if status is not None and status not in get_args(JobStatus):
+            raise UnknownNameError("status", status, get_args(JobStatus))
+        page = self._store.jobs(after, limit, status=cast(JobStatus | None, status))
+        data = [JobObject.of(job).model_dump(mode="json") for job in page.data]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": data, "has_more": page.has_more, **ends}
+
+    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[Json]:
+        for row in _pages(lambda last: self._store.candidates(job_id, last and last.plan_hash, order=order)):
+            yield CandidateObject.of(row).model_dump(mode="json")
+
+    def checkpoints(self, job_id: str) -> Iterator[Json]:
+        for row in self._store.checkpoints(job_id):
+            yield CheckpointObject.of(row).model_dump(mode="json")
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
+        for row in _pages(lambda last: self._store.events(job_id, last.sequence if last else after)):
+            yield EventObject.of(row).model_dump(mode="json")
+
+    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, Json]]:
+        """Until the job runs no more: where it waits, only a call of `search` goes on with it."""
+        feed = Feed(self._store, job_id, after)
+        while True:
+            for each in feed.look():
+                yield named(each), each.model_dump(mode="json")
+            if feed.more:
+                continue
+            if self._store.job(job_id).status != "running":
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def cancel(self, job_id: str) -> Json:
+        """Cancel a job that waits. Raises ConflictError for one that has finished, StoreError while a search runs there."""
+        with Store(self._database) as store:
+            store.requeue_running()
+            job = store.request_cancel(job_id)
+        shutil.rmtree(runs.checkpoint_folder(self._database.parent, job), ignore_errors=True)
+        return JobObject.of(job).model_dump(mode="json")
+
+
+def _pages(ask: Callable[[Any], Page[Any]]) -> Iterator[Any]:
+    """All rows, page after page; ``ask`` is given the last row of the page before."""
+    last = None
+    while True:
+        page = ask(last)
+        yield from page.data
+        if not page.has_more:
+            return
+        last = page.data[-1]

@@ -1,0 +1,239 @@
+"""The life of a job is one, on a server and in this process: the same scenarios, the same rows."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from selfpruner import api, models
+from selfpruner.calibration import files
+from selfpruner.cli import app as cli
+from selfpruner.client import Client
+from selfpruner.errors import BudgetError, DiskFullError, NotFoundError
+from selfpruner.jobs.lifecycle import JobResult
+from selfpruner.jobs.local_jobs import LocalJobs
+from selfpruner.records import Recorder
+from selfpruner.store.store import Store
+from server.settings import ServerSettings
+from tests.helpers.serving import BUDGET, CRASHES, DISK, QUICK, SCRIPT, WAITS_ONCE, running_server
+
+FINISHED = ("succeeded", "failed", "cancelled")
+
+
+class Runs(Protocol):
+    """What runs one job in ``home``. ``at_last_plan`` is called while it runs, when its last plan is in the database."""
+
+    database: Path
+
+    def run(self, seed: int) -> None:
+        """Begin the job, or take up the one that is there, and see it through."""
+
+    def interrupt(self, seed: int, at_last_plan: Callable[[], None]) -> None: ...
+    def pause(self, seed: int) -> None: ...
+    def cancel(self, seed: int) -> None: ...
+    def checkpoint(self) -> Path: ...
+
+
+class OnServer:
+    def __init__(self, home: Path, _patch: pytest.MonkeyPatch) -> None:
+        self.settings = ServerSettings(home=home)
+        self.database = self.settings.database
+
+    def run(self, seed: int) -> None:
+        with running_server(self.settings) as server, Client(server.url) as client:
+            jobs = client.list()["data"]
+            job = jobs[0] if jobs else client.submit({"rate": 0.2, "seed": seed})
+            if job["status"] == "paused":
+                client.resume(job["id"])
+            for _ in client.follow(job["id"]):
+                pass
+
+    def interrupt(self, seed: int, at_last_plan: Callable[[], None]) -> None:
+        self._while_it_runs(seed, lambda _client, _job: at_last_plan())
+
+    def pause(self, seed: int) -> None:
+        self._while_it_runs(seed, lambda client, job: client.pause(job))
+        assert job_in(self.database)["status"] == "paused"
+
+    def cancel(self, seed: int) -> None:
+        self._while_it_runs(seed, lambda client, job: client.cancel(job))
+
+    def checkpoint(self) -> Path:
+        return self.settings.checkpoints / job_in(self.database)["id"]
+
+    def _while_it_runs(self, seed: int, act: Callable[[Client, str], object]) -> None:
+        with running_server(self.settings) as server, Client(server.url) as client:
+            job = client.submit({"rate": 0.2, "seed": seed})["id"]
+            for _, data in client.follow(job):
+                if data.get("data", {}).get("plan") == f"{2:016x}":
+                    act(client, job)
+                    return
+
+
+class InThisProcess:
+    def __init__(self, home: Path, patch: pytest.MonkeyPatch) -> None:
+        self.home = home
+        self.database = home / "selfpruner.db"
+        self.heard: list[str] = []
+        patch.setattr(models, "precheck", lambda _: None)
+        patch.setattr(files, "look_at", lambda *_: None)
+
+        async def run_job(config: Any, *, recorder: Recorder, checkpoint_dir: Path, **_: object) -> JobResult:
+            return await SCRIPT[config.seed](recorder, checkpoint_dir)
+
+        patch.setattr(api, "run_job", run_job)
+
+    def run(self, seed: int) -> None:
+        with suppress(BudgetError, DiskFullError, RuntimeError):
+            self._search(seed, lambda _name, _data: None)
+
+    def interrupt(self, seed: int, at_last_plan: Callable[[], None]) -> None:
+        def watch(_name: str, data: Mapping[str, Any]) -> None:
+            if data.get("data", {}).get("plan") == f"{2:016x}":
+                at_last_plan()
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            self._search(seed, watch)
+
+    def pause(self, seed: int) -> None:
+        self.interrupt(seed, lambda: None)
+        assert job_in(self.database)["status"] == "queued"
+
+    def cancel(self, seed: int) -> None:
+        def refused() -> None:
+            assert cli.run(["cancel", str(self.home)]) == 1, "it is running"
+
+        self.interrupt(seed, refused)
+        assert cli.run(["cancel", str(self.home)]) == 0
+
+    def checkpoint(self) -> Path:
+        return self.home / "checkpoint"
+
+    def _search(self, seed: int, watch: Callable[[str, Mapping[str, Any]], None]) -> None:
+        api.search(0.2, self.home, seed=seed, preset="evolution", cache=self.home / "cache", watch=watch, progress=False)
+
+
+def job_in(database: Path) -> dict[str, Any]:
+    with Store(database, read_only=True) as store:
+        (job,) = store.jobs().data
+        return job.model_dump()
+
+
+@pytest.fixture(params=[OnServer, InThisProcess])
+def runs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Runs]:
+    return lambda name: request.param(tmp_path / name, monkeypatch)
+
+
+def killed(runs: Callable[[str], Runs], seed: int) -> Runs:
+    """What is left of a process that is killed while the job runs: its database as it is at that moment."""
+    first, second = runs("first"), runs("second")
+
+    def copy() -> None:
+        second.database.parent.mkdir(parents=True)
+        with closing(sqlite3.connect(first.database)) as source, closing(sqlite3.connect(second.database)) as target:
+            source.backup(target)
+
+    first.interrupt(seed, copy)
+    assert job_in(second.database)["status"] == "running"
+    second.run(seed)
+    return second
+
+
+def paused(runs: Callable[[str], Runs], seed: int) -> Runs:
+    runner = runs("home")
+    runner.pause(seed)
+    runner.run(seed)
+    return runner
+
+
+def cancelled(runs: Callable[[str], Runs], seed: int) -> Runs:
+    runner = runs("home")
+    runner.cancel(seed)
+    return runner
+
+
+def to_the_end(runs: Callable[[str], Runs], seed: int) -> Runs:
+    runner = runs("home")
+    runner.run(seed)
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("life", "seed", "status", "code"),
+    [
+        (to_the_end, QUICK, "succeeded", None),
+        (to_the_end, BUDGET, "failed", "budget_unreachable"),
+        (to_the_end, DISK, "failed", "disk_full"),
+        (to_the_end, CRASHES, "failed", "internal_error"),
+        (cancelled, WAITS_ONCE, "cancelled", None),
+        (paused, WAITS_ONCE, "succeeded", None),
+        (killed, WAITS_ONCE, "succeeded", None),
+    ],
+)
+def test_one_life(
+    life: Callable[[Callable[[str], Runs], int], Runs], seed: int, status: str, code: str | None, runs: Callable[[str], Runs]
+) -> None:
+    runner = life(runs, seed)
+    job = job_in(runner.database)
+    assert (job["status"], (job["error"] or {}).get("code")) == (status, code)
+    assert (job["result"] is not None) == (status == "succeeded")
+    with Store(runner.database, read_only=True) as store:
+        kinds = [event.type for event in store.events(job["id"], limit=1000).data]
+        assert kinds[-1] == f"job.{status}"
+        assert kinds.count("candidate.evaluated") == (3 if seed in (QUICK, WAITS_ONCE) else 0), "nothing twice"
+        assert len(store.checkpoints(job["id"])) == (status == "succeeded")
+    assert runner.checkpoint().exists() == (status == "succeeded"), "no partial folder is left"
+
+
+def test_jobs_of_a_folder_are_shown_as_a_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home"
+    here = InThisProcess(home, monkeypatch)
+    here.run(QUICK)
+    here.interrupt(WAITS_ONCE, lambda: None)
+    capsys.readouterr()
+
+    def printed(*line: str, code: int = 0) -> str:
+        assert cli.run([*line]) == code
+        return capsys.readouterr().out
+
+    newest, oldest = json.loads(printed("jobs", str(home), "--json"))["data"]
+    assert [(job["status"], job["config"]["seed"]) for job in (newest, oldest)] == [("queued", WAITS_ONCE), ("succeeded", QUICK)]
+    assert newest["id"] in printed("jobs", str(home), "--status", "queued")
+    assert newest["id"] in printed("show", str(home))
+    assert str(home / "checkpoint") in printed("show", str(home / "selfpruner.db"), "--job", oldest["id"])
+    assert json.loads(printed("show", str(home), "--json")) == newest
+    kinds = [json.loads(line)["type"] for line in printed("events", str(home), "--job", oldest["id"], "--json").splitlines()]
+    assert (kinds[0], kinds[-1]) == ("job.queued", "job.succeeded")
+    assert printed("show", "-f", str(home), code=1) == ""
+    printed("show", str(tmp_path / "nothing"), "--job", oldest["id"], code=2)
+    with LocalJobs(home) as jobs:
+        followed = list(jobs.follow(oldest["id"]))
+        assert [name for name, _ in followed if name != "job"] == kinds
+        assert followed[-1] == ("job", oldest)
+        assert next(row["id"] for row in jobs.candidates(oldest["id"], "fitness")) == f"{2:016x}"
+    with pytest.raises(NotFoundError, match="no database"):
+        LocalJobs(tmp_path)
+
+
+def test_what_watches_hears_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages of ``watch`` are those that a server sends of the same job."""
+    heard: list[tuple[str, Any]] = []
+    here = InThisProcess(tmp_path / "here", monkeypatch)
+    here._search(QUICK, lambda name, data: heard.append((name, dict(data))))
+    with running_server(ServerSettings(home=tmp_path / "there")) as server, Client(server.url) as client:
+        sent = list(client.follow(client.submit({"rate": 0.2, "seed": QUICK, "preset": "evolution"})["id"]))
+    for messages in (heard, sent):
+        assert messages[-1][0] == "job"
+        assert messages[-1][1]["status"] == "succeeded"
+    events = [[{**data, "created_at": 0} for name, data in messages if name != "job"] for messages in (heard, sent)]
+    assert events[0] == events[1]
+    assert heard[-1][1].keys() == sent[-1][1].keys()
