@@ -17,7 +17,7 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import LlmCall
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import EvaluateRequest, EvaluateResult, R, ScoreRow, SlopesRequest, SlopesResult, TaskRequest
 
 LENGTH, SEQUENCES = 256, 512
 # Losses against those expected: FFNs together, spread (log-normal) of an FFN, of an attention block, of an attention shape. And of
@@ -71,29 +72,32 @@ class World:
         spread = math.sqrt(math.log(1 + WINDOW**2))
         return np.exp(spread * drawn[:-2] - spread**2 / 2) * np.maximum(1 + KIND * kinds, 0.1)
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:  # noqa: ARG002
-        sequences = payload["sequences"]
-        weights = np.mean([self.weights(number) for number in sequences], axis=0).tolist()
-        tokens = len(sequences) * LENGTH
-        if kind == "slopes":
-            here, passes = payload["plan"], SLOPE_PASSES + len(payload["moves"]) // len(payload["plan"])
-            terms = [
-                weights[block] * (self.losses[block][level] - self.losses[block][here[block]]) for block, level in payload["moves"]
-            ]
-            seconds = tokens * passes / self.speed
-            self.seconds += seconds
-            wrong = np.random.default_rng(sequences).normal(1, FORESIGHT, len(terms))
-            first = [float(term * error / FIRST) for term, error in zip(terms, wrong, strict=True)]
-            zeros = [0.0] * len(first)
-            return {"kl": self.kl(Plan(tuple(here)), weights), "first": first, "size": zeros, "tokens": tokens, "seconds": seconds}
-        assert kind == "evaluate", kind
-        rows = [
-            {"kl": self.kl(Plan(tuple(levels)), weights), "nll": 3.0, "tokens": tokens, "reason": None}
-            for levels in payload["plans"]
-        ]
+    async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:  # noqa: ARG002
+        tasks: dict[type[TaskRequest[Any]], Callable[..., Any]] = {SlopesRequest: self._slopes, EvaluateRequest: self._evaluate}
+        result: R = tasks[type(request)](request)
+        return result
+
+    def _mean_weights(self, sequences: Sequence[int]) -> list[float]:
+        found: list[float] = np.mean([self.weights(number) for number in sequences], axis=0).tolist()
+        return found
+
+    def _slopes(self, request: SlopesRequest) -> SlopesResult:
+        weights, here = self._mean_weights(request.sequences), request.plan
+        tokens, passes = len(request.sequences) * LENGTH, SLOPE_PASSES + len(request.moves) // len(here)
+        terms = [weights[block] * (self.losses[block][level] - self.losses[block][here[block]]) for block, level in request.moves]
+        seconds = tokens * passes / self.speed
+        self.seconds += seconds
+        wrong = np.random.default_rng(request.sequences).normal(1, FORESIGHT, len(terms))
+        first = tuple(float(term * error / FIRST) for term, error in zip(terms, wrong, strict=True))
+        kl, zeros = self.kl(Plan(here), weights), (0.0,) * len(first)
+        return SlopesResult(kl=kl, first=first, size=zeros, tokens=tokens, seconds=seconds)
+
+    def _evaluate(self, request: EvaluateRequest) -> EvaluateResult:
+        weights, tokens = self._mean_weights(request.sequences), len(request.sequences) * LENGTH
+        rows = tuple(ScoreRow(kl=self.kl(Plan(levels), weights), nll=3.0, tokens=tokens) for levels in request.plans)
         seconds = tokens * len(rows) / self.speed
         self.seconds += seconds
-        return {"rows": rows, "seconds": seconds, "peak_mib": 0.0}
+        return EvaluateResult(rows=rows, seconds=seconds, passes=0, passes_without_sharing=0)
 
     async def close(self) -> None:
         """Nothing to close."""

@@ -21,7 +21,7 @@ from benchmarks.data import FILES, text
 from selfpruner.api import config_of, default_cache
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
-from selfpruner.planning.space import SearchSpace
+from selfpruner.workers.tasks import EvaluateRequest, PrepareRequest
 
 JUDGES = ("wikitext2-test", "c4")
 
@@ -79,14 +79,17 @@ def measure(runtime: SessionHandler, options: argparse.Namespace, wanted: dict[s
             }
         )
         session = session_of(config, cache)
-        prepared = runtime.handle(session, "prepare", {"texts": ["calibration", "report"]}, lambda _: None, lambda: False)
+        asked = PrepareRequest(texts=("calibration", "report"))
+        prepared = runtime.handle(session, asked, lambda _: None, lambda: False)
         if "seconds" not in row:
             row["seconds"] = round(time.perf_counter() - started, 1)
-        space = SearchSpace.from_dict(prepared["space"])
-        plan = space.project([options.rate] * space.layers)
-        asked = {"plans": [list(plan.levels)], "text": "report", "sequences": list(range(options.sequences))}
-        found = runtime.handle(session, "evaluate", asked, lambda _: None, lambda: False)["rows"][0]
-        row[judge] = {"kl": round(found["kl"], 4), "perplexity": round(math.exp(found["nll"]), 3)}
+        plan = prepared.space.project([options.rate] * prepared.space.layers)
+        every = tuple(range(options.sequences))
+        scored = EvaluateRequest(plans=(plan.levels,), text="report", sequences=every)
+        found = runtime.handle(session, scored, lambda _: None, lambda: False).rows[0]
+        if found.kl is None or found.nll is None:
+            raise SystemExit(f"The uniform plan cannot be scored: {found.reason}")
+        row[judge] = {"kl": round(found.kl, 4), "perplexity": round(math.exp(found.nll), 3)}
     return row
 
 

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,19 @@ from selfpruner.jobs.run import session_of
 from selfpruner.jobs.running_job import RunningJob
 from selfpruner.planning.allocation import cheapest, predicted_losses
 from selfpruner.planning.landscape import spearman
-from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan
 from selfpruner.records import Window
 from selfpruner.store.store import Store
 from selfpruner.tables import Screen, Table
-from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.tasks import PrepareRequest, PrepareResult
 from selfpruner.workers.thread_pool import InProcessPool
 
 
 class Subject:
     """A prepared model, and a store of everything that was evaluated on it."""
 
-    def __init__(self, pool: WorkerPool, session: Session, prepared: Json, store: Store, held_out: int) -> None:
+    def __init__(self, pool: WorkerPool, session: Session, prepared: PrepareResult, store: Store, held_out: int) -> None:
         self.pool, self.session, self.prepared, self.store = pool, session, prepared, store
         self.held_out: list[Window] = report_windows(held_out)
 
@@ -51,10 +53,10 @@ class Subject:
         body = config.model_dump(mode="json")
         known = next((job for job in self.store.jobs(limit=100).data if job.config == body), None)
         recorder = self.store.recorder((known or self.store.create_job(config)[0]).id)
-        space = SearchSpace.from_dict({**self.prepared["space"], "rate": config.rate})
+        space = replace(self.prepared.space, rate=config.rate)
         windows = Windows.of(config)
         evaluator = Evaluator(self.pool, self.session, recorder)
-        search = Search(config, space, evaluator, recorder, windows, None, self.prepared["signals"])
+        search = Search(config, space, evaluator, recorder, windows, None, self.prepared.signals)
         return search, Front(config, space, evaluator, recorder, windows)
 
     async def kl(self, search: Search, plan: Plan) -> float:
@@ -144,7 +146,7 @@ async def measure(options: argparse.Namespace, console: Console) -> dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with console.status("preparing"), Store(folder / "selfpruner.db") as store:
-            prepared = await pool.run(session, "prepare", {"texts": ["fitness", "report"]})
+            prepared = await pool.run(session, PrepareRequest(texts=("fitness", "report")))
             subject = Subject(pool, session, prepared, store, options.held_out)
             return await compare(subject, config, options.separate, console)
     finally:

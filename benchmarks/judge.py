@@ -12,9 +12,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +27,22 @@ from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.judging.corpora import joined_rows
-from selfpruner.planning.space import Plan, SearchSpace
-from selfpruner.progress import OnProgress
+from selfpruner.planning.space import Granularity, Plan, SearchSpace
+from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, Window
-from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.tasks import (
+    EvaluateRequest,
+    EvaluateResult,
+    Levels,
+    PrepareRequest,
+    PrepareResult,
+    R,
+    ScoreRow,
+    SlopesRequest,
+    TaskRequest,
+    TaskResult,
+)
 from selfpruner.workers.thread_pool import InProcessPool
 
 WIKITEXT = {"wikitext2-512": 512, "wikitext2-2048": 2048}
@@ -90,20 +102,20 @@ class Meter:
         self.tokens = 0
         self.evaluations = 0
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
-        if kind not in ("evaluate", "slopes") or payload["text"] != "fitness":
-            return await self._pool.run(session, kind, payload, on_progress)
-        if kind == "slopes":  # a walk forth and back counts as the passes it is worth
-            result = await self._pool.run(session, kind, payload, on_progress)
-            passes = SLOPE_PASSES + len(payload["moves"]) // len(payload["plan"])
-            self.tokens += passes * len(payload["sequences"]) * self._length
-            return result
-        asked = len(payload["plans"]) * len(payload["sequences"]) * self._length
-        if self.tokens + asked > self._budget:
-            raise BudgetSpentError(f"{asked:,} more tokens would pass the budget of {self._budget:,}; {self.tokens:,} are spent.")
-        result = await self._pool.run(session, kind, payload, on_progress)
-        self.tokens += sum(int(row["tokens"]) for row in result["rows"])
-        self.evaluations += len(result["rows"])
+    async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
+        if isinstance(request, EvaluateRequest) and request.text == "fitness":
+            asked = len(request.plans) * len(request.sequences) * self._length
+            if self.tokens + asked > self._budget:
+                spent = f"{self.tokens:,} are spent"
+                raise BudgetSpentError(f"{asked:,} more tokens would pass the budget of {self._budget:,}; {spent}.")
+        result = await self._pool.run(session, request, on_progress)
+        if isinstance(request, SlopesRequest) and request.text == "fitness":
+            # A walk forth and back counts as the passes it is worth.
+            passes = SLOPE_PASSES + len(request.moves) // len(request.plan)
+            self.tokens += passes * len(request.sequences) * self._length
+        if isinstance(request, EvaluateRequest) and request.text == "fitness" and isinstance(result, EvaluateResult):
+            self.tokens += sum(row.tokens for row in result.rows)
+            self.evaluations += len(result.rows)
         return result
 
     async def close(self) -> None:
@@ -224,19 +236,31 @@ class TraceRecorder:
         """Nobody watches."""
 
 
+class JudgeResult(TaskResult):
+    rows: tuple[ScoreRow, ...]
+
+
+class JudgeRequest(TaskRequest[JudgeResult]):
+    """Score plans on WikiText-2 test: ``sequences`` of ``length`` tokens, from number ``first`` on."""
+
+    kind: ClassVar[str] = "judge"
+    plans: tuple[Levels, ...]
+    length: int
+    first: int
+    sequences: int
+
+
 class JudgeRuntime(SessionHandler):
-    """A worker's runtime that also scores plans on WikiText-2 test: ``judge`` {plans, length, first, sequences}."""
+    """A worker's handler that also judges."""
 
     def __init__(self, device: str = "auto") -> None:
         super().__init__(device)
-        self._tasks["judge"] = self._judge
+        self._tasks[JudgeRequest] = self._judge
         self._wikitext: Tensor | None = None
 
-    def _judge(
-        self, session: Session, payload: Mapping[str, Any], progress: Callable[[str], None], cancelled: Callable[[], bool]
-    ) -> Json:
+    def _judge(self, session: Session, request: JudgeRequest, progress: OnProgress, cancelled: Cancelled) -> JudgeResult:
         prepared = self._session(session, progress, cancelled)
-        length, first, sequences = int(payload["length"]), int(payload["first"]), int(payload["sequences"])
+        length, first, sequences = request.length, request.first, request.sequences
         if self._wikitext is None:
             tokenizer: Any = prepared.loaded.tokenizer
             ids = tokenizer(joined_rows(original("wikitext2-test").read_text("utf-8")), verbose=False)["input_ids"]
@@ -246,8 +270,15 @@ class JudgeRuntime(SessionHandler):
             wanted = f"{sequences} sequences of {length} from number {first} on"
             raise TextError(f"WikiText-2 test has {self._wikitext.numel():,} tokens; {wanted} are asked.")
         tokens = asked.view(sequences, length)
-        plans = [Plan(tuple(levels)) for levels in payload["plans"]]
-        return {"rows": [asdict(score) for score in prepared.engine.evaluate(plans, tokens, cancelled=cancelled)]}
+        plans = [Plan(levels) for levels in request.plans]
+        scores = prepared.engine.evaluate(plans, tokens, cancelled=cancelled)
+        return JudgeResult(rows=tuple(ScoreRow(kl=score.kl, nll=score.nll, tokens=score.tokens) for score in scores))
+
+
+def _score(row: ScoreRow) -> Score:
+    if row.kl is None or row.nll is None:
+        raise SelfprunerError(f"A plan cannot be scored on the held-out text: {row.reason}", code="no_score")
+    return Score(row.kl, row.nll, row.tokens)
 
 
 class Bench:
@@ -258,7 +289,7 @@ class Bench:
         self.pool = pool or InProcessPool(lambda: JudgeRuntime(settings.device))
         config = settings.config(cache, min(rates), initial=("uniform", "ramp", "sensitivity", "alpha"))  # whose signals are wanted
         self.session = session_of(config, cache)
-        self.prepared: Json = {}
+        self.held: PrepareResult | None = None
         sequences = config.report_text.sequences
         # Part of the report text draws the curves, the rest judges the final plans.
         traced = settings.trace // C4_LENGTH
@@ -267,17 +298,21 @@ class Bench:
         self._held_out = [index for index in range(sequences) if index not in chosen][settings.held_out_from // C4_LENGTH :]
 
     async def prepare(self, tell: Callable[[str], None]) -> None:
-        self.prepared = await self.pool.run(self.session, "prepare", {}, tell)
-        dense = Plan((0,) * len(self.prepared["space"]["blocks"]))
-        await self.trace_kl([dense])  # what a device does at its first walk is no method's time
+        self.held = await self.pool.run(self.session, PrepareRequest(), tell)
+        await self.trace_kl([self.held.space.dense])  # what a device does at its first walk is no method's time
 
-    def space(self, rate: float, granularity: str = "block") -> SearchSpace:
-        return SearchSpace.from_dict({**self.prepared["space"], "rate": rate, "granularity": granularity})
+    @property
+    def prepared(self) -> PrepareResult:
+        assert self.held is not None, "prepare comes first"
+        return self.held
 
-    def run(self, rate: float, seed: int, granularity: str = "block") -> Run:
+    def space(self, rate: float, granularity: Granularity = "block") -> SearchSpace:
+        return replace(self.prepared.space, rate=rate, granularity=granularity)
+
+    def run(self, rate: float, seed: int, granularity: Granularity = "block") -> Run:
         sequences, length = self.settings.fitness
         meter = Meter(self.pool, length, self.settings.budget)
-        space, signals = self.space(rate, granularity), self.prepared["signals"]
+        space, signals = self.space(rate, granularity), self.prepared.signals
         return Run(self.session, space, meter, seed, self.settings.budget, sequences, length, signals)
 
     async def trace_kl(self, plans: Sequence[Plan]) -> list[float]:
@@ -289,28 +324,25 @@ class Bench:
         scores = {C4: (await self._reported([plan], self._held_out))[0]}
         for name, length in WIKITEXT.items():
             first, sequences = self.settings.held_out_from // length, self.settings.held_out // length
-            asked = {"plans": [list(plan.levels)], "length": length, "first": first, "sequences": sequences}
-            row = (await self.pool.run(self.session, "judge", asked))["rows"][0]
-            scores[name] = Score(**row)
+            asked = JudgeRequest(plans=(plan.levels,), length=length, first=first, sequences=sequences)
+            scores[name] = _score((await self.pool.run(self.session, asked)).rows[0])
         return {name: {"kl": score.kl, "perplexity": score.perplexity} for name, score in sorted(scores.items(), reverse=True)}
 
     async def _reported(self, plans: Sequence[Plan], sequences: Sequence[int], batch: int = 16) -> list[Score]:
-        rows: list[Json] = []
+        rows: list[ScoreRow] = []
         for start in range(0, len(plans), batch):
-            asked = [list(plan.levels) for plan in plans[start : start + batch]]
-            result = await self.pool.run(self.session, "evaluate", {"plans": asked, "text": "report", "sequences": list(sequences)})
-            rows += result["rows"]
-        if reasons := [row["reason"] for row in rows if row["reason"] is not None]:
-            raise SelfprunerError(f"A plan cannot be scored on the held-out text: {reasons[0]}", code="no_score")
-        return [Score(row["kl"], row["nll"], row["tokens"]) for row in rows]
+            asked = tuple(plan.levels for plan in plans[start : start + batch])
+            request = EvaluateRequest(plans=asked, text="report", sequences=tuple(sequences))
+            rows += (await self.pool.run(self.session, request)).rows
+        return [_score(row) for row in rows]
 
     @property
     def device(self) -> str:
-        name = str(self.prepared["device"])
+        name, dtype = self.prepared.device, self.prepared.dtype
         return (
-            f"{torch.cuda.get_device_name()} ({self.prepared['dtype']})"
+            f"{torch.cuda.get_device_name()} ({dtype})"
             if name.startswith("cuda")
-            else (f"{name}, {torch.get_num_threads()} threads ({self.prepared['dtype']})")
+            else (f"{name}, {torch.get_num_threads()} threads ({dtype})")
         )
 
     async def close(self) -> None:

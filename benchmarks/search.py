@@ -32,6 +32,7 @@ from selfpruner.tables import Screen
 
 if TYPE_CHECKING:
     from benchmarks.judge import Bench, Settings
+    from selfpruner.planning.space import Granularity
     from selfpruner.proposers.settings import ProposerSettings
 
 CRITERIA = {"least_squares": "obs", "bias": "flap", "none": "obs"}
@@ -184,7 +185,7 @@ class Judge:
         from benchmarks.peers import PEERS, PRODUCT
 
         settings = self.bench.settings
-        granularity = "block"
+        granularity: Granularity = "block"
         if method in PRODUCT:
             product = PRODUCT[method]
             name, proposer = self.proposer or ("local", None)
@@ -201,7 +202,7 @@ class Judge:
             return known
         if self.kept:
             return None
-        if not self.bench.prepared:
+        if self.bench.held is None:
             with self.console.status("preparing") as status:
                 await self.bench.prepare(lambda message: status.update(message))
         with self.console.status(f"{method} at {rate:g}, seed {seed}"):

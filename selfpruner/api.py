@@ -35,10 +35,11 @@ from selfpruner.progress import OnProgress, shown
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.store.store import Store
 from selfpruner.timing.report import Report, Settings
-from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.tasks import ExpectRequest, ExportRequest, PrepareRequest, PrepareResult
 
 if TYPE_CHECKING:
-    from selfpruner.export.folder import ExportResult
+    from selfpruner.export.folder import Exported
     from selfpruner.jobs.live_view import Watch
     from selfpruner.judging.quality import Quality
 
@@ -259,7 +260,7 @@ def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any],
     return _read(formats.convert(source, directory, format, progress=progress, **how))
 
 
-def _read(result: ExportResult) -> Pruned:
+def _read(result: Exported) -> Pruned:
     made = json.loads((result.path / "plan.json").read_text("utf-8"))
     return Pruned(result.path, manifest.kept(made), Plan(tuple(made["levels"])), made["layer_rates"], result.verification)
 
@@ -466,10 +467,9 @@ async def _write(
 ) -> Pruned:
     """The checkpoint of the one plan that ``choose`` takes from the space, for which no other is made ready."""
     session, prepared, plan = await _ready(pool, config, cache, choose, directory, progress)
-    space = SearchSpace.from_dict(prepared["space"])
-    told = card(config, prepared, space, plan, job_id=job)
-    result = await pool.run(session, "export", {"plan": list(plan.levels), "directory": str(directory), "card": told}, progress)
-    return Pruned(Path(result["path"]), result["parameters"], plan, space.layer_rates(plan), result["verification"])
+    told = card(config, prepared, prepared.space, plan, job_id=job)
+    result = await pool.run(session, ExportRequest(plan=plan.levels, directory=str(directory), card=told), progress)
+    return Pruned(Path(result.path), result.parameters, plan, prepared.space.layer_rates(plan), result.verification)
 
 
 async def _ready(
@@ -479,7 +479,7 @@ async def _ready(
     choose: Callable[[SearchSpace], Plan],
     directory: Path,
     progress: OnProgress,
-) -> tuple[Session, Json, Plan]:
+) -> tuple[Session, PrepareResult, Plan]:
     """A session in which a plan is ready, what a worker says of it, and the plan.
 
     Where whole units go, a criterion's order gives all levels at once. Where weights become zero every level is work of its own, so
@@ -487,18 +487,18 @@ async def _ready(
     more (a criterion may count by rows); where the plan then misses the budget another one is chosen.
     """
     whole = session_of(config, cache)
-    asked = {"texts": ["calibration"], "output": str(directory)}
+    asked = PrepareRequest(texts=("calibration",), output=str(directory))
     if names.PATTERNS[config.pattern].zeros:
-        space = SearchSpace.from_dict((await pool.run(whole, "expect", {"output": str(directory)}, progress))["space"])
+        space = (await pool.run(whole, ExpectRequest(output=str(directory)), progress)).space
         for _ in range(3):
             plan = choose(space)
             session = session_of(config, cache, plan)
-            prepared = await pool.run(session, "prepare", asked, progress)
-            space = SearchSpace.from_dict(prepared["space"])
+            prepared = await pool.run(session, asked, progress)
+            space = prepared.space
             if space.meets_budget(plan) or choose(space) == plan:
                 return session, prepared, plan
-    prepared = await pool.run(whole, "prepare", asked, progress)
-    return whole, prepared, choose(SearchSpace.from_dict(prepared["space"]))
+    prepared = await pool.run(whole, asked, progress)
+    return whole, prepared, choose(prepared.space)
 
 
 def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:

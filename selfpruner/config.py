@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 from selfpruner import names
 
 Metric = Literal["kl", "nll"]
+# What a text is for.
+Role = Literal["calibration", "fitness", "report"]
 Objective = Literal["quality", "latency", "parameters"]
 Tokens = Annotated[int, Field(ge=16, le=100_000_000)]
 

@@ -15,6 +15,7 @@
       WorkerError                   a worker process that died, froze or failed a task
         OutOfMemoryError            the device's memory was exhausted
         CancelledTaskError          the task was cancelled on request
+        ContractError               a task or its result that is not of the agreed shape; param names the field
       StoreError                    the database refused
         NotFoundError               no such job, candidate or checkpoint
         ConflictError               the object is in a state that does not allow the action
@@ -137,6 +138,12 @@ class OutOfMemoryError(WorkerError):
 
 class CancelledTaskError(WorkerError):
     code = "cancelled"
+
+
+class ContractError(WorkerError):
+    """What was sent to a worker, or what it answered, is not of the shape that ``workers.tasks`` says."""
+
+    code = "wrong_shape"
 
 
 class StoreError(SelfprunerError):

@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -33,7 +33,7 @@ from torch import Tensor
 from selfpruner.calibration import files, pydoc, selftext
 from selfpruner.calibration.encoding import encode
 from selfpruner.calibration.files import TextFile
-from selfpruner.config import TextConfig
+from selfpruner.config import Role, TextConfig
 from selfpruner.errors import CancelledTaskError, TextError
 from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
@@ -42,8 +42,6 @@ from selfpruner.models.checks import sampled_digest
 
 if TYPE_CHECKING:
     from selfpruner.models import LoadedModel
-
-Role = Literal["calibration", "fitness", "report"]
 
 _VERSION = 1
 _READING = 2  # how files are read

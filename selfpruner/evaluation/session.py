@@ -17,8 +17,8 @@ from torch import Tensor
 from selfpruner.architectures import Architecture, describe
 from selfpruner.architectures.order import restore_channels
 from selfpruner.calibration.soundness import finite, not_numbers
-from selfpruner.calibration.texts import Role, TokenBatches, token_batches
-from selfpruner.config import SearchConfig, TextConfig
+from selfpruner.calibration.texts import TokenBatches, token_batches
+from selfpruner.config import Role, SearchConfig, TextConfig
 from selfpruner.evaluation.engine import Engine
 from selfpruner.files.cache_folder import discard, use
 from selfpruner.models import LoadedModel

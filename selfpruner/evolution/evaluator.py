@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.planning.space import Plan
 from selfpruner.records import Evaluation, Recorder, Window
 from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.tasks import EvaluateRequest, GenerateRequest, RaceTerms, SlopesRequest
 
 # A race drops a plan that is worse than the last survivor at this confidence (one-sided, normal).
 CONFIDENCE = 0.995
@@ -96,17 +96,17 @@ class Evaluator:
         """
         if not plans:
             return {}
-        dense = [0] * len(next(iter(plans.values())).levels)
-        payload = {
-            "plans": {"dense": dense, **{name: list(plan.levels) for name, plan in plans.items()}},
-            "text": window.text,
-            "sequences": list(window.sequences),
-            "prompt": prompt,
-            "new_tokens": new_tokens,
-        }
-        result = await self._pool.run(self._session, "generate", payload)
-        self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))
-        return {name: float(rate) for name, rate in result["repetition"].items()}
+        dense = (0,) * len(next(iter(plans.values())).levels)
+        request = GenerateRequest(
+            plans={"dense": dense, **{name: plan.levels for name, plan in plans.items()}},
+            text=window.text,
+            sequences=window.sequences,
+            prompt=prompt,
+            new_tokens=new_tokens,
+        )
+        result = await self._pool.run(self._session, request)
+        self.peak_mib = max(self.peak_mib, result.peak_mib)
+        return result.repetition
 
     async def predict_changes(
         self, plan: Plan, moves: Mapping[tuple[int, int], float], window: Window
@@ -121,26 +121,22 @@ class Evaluator:
         known = {move: self._recorder.find_evaluation(moved.hash, window.name) for move, moved in plans.items()}
         base = self._recorder.find_evaluation(plan.hash, window.name)
         if base is None or any(row is None for row in known.values()):
-            payload = {
-                "plan": list(plan.levels),
-                "moves": [list(move) for move in moves],
-                "text": window.text,
-                "sequences": list(window.sequences),
-                "piece": window.piece,
-            }
+            request = SlopesRequest(
+                plan=plan.levels, moves=tuple(moves), text=window.text, sequences=window.sequences, piece=window.piece
+            )
             try:
-                result = await self._pool.run(self._session, "slopes", payload)
+                result = await self._pool.run(self._session, request)
             except (ConfigError, OutOfMemoryError):
                 return None
-            self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))
-            kl, tokens = float(result["kl"]), int(result["tokens"])
-            each = float(result["seconds"]) / (len(moves) + 1)
+            self.peak_mib = max(self.peak_mib, result.peak_mib)
+            kl, tokens = result.kl, result.tokens
+            each = result.seconds / (len(moves) + 1)
             # The walk's whole cost stands at the plan it went around; what it foresees costs nothing more.
             spent = tokens * (SLOPE_PASSES + len(moves) // max(len(plan.levels), 1))
             base = Evaluation(plan.hash, window.name, spent, kl, None, each)
             rows = [base]
-            for (move, weight), first, size in zip(moves.items(), result["first"], result["size"], strict=True):
-                expected = max(kl + FIRST * float(first) + OWN * weight * float(size), 0.0)
+            for (move, weight), first, size in zip(moves.items(), result.first, result.size, strict=True):
+                expected = max(kl + FIRST * first + OWN * weight * size, 0.0)
                 known[move] = Evaluation(plans[move].hash, window.name, 0, expected, None, each, FORESEEN)
                 rows.append(known[move])  # type: ignore[arg-type]
             self._recorder.save_evaluations(rows)
@@ -152,17 +148,16 @@ class Evaluator:
     async def _evaluate(self, plans: Sequence[Plan], window: Window, contenders: Collection[str], keep: int) -> list[Evaluation]:
         if not plans:
             return []
-        payload: dict[str, Any] = {
-            "plans": [list(plan.levels) for plan in plans],
-            "text": window.text,
-            "sequences": list(window.sequences),
-            "piece": window.piece,
-        }
-        racing = [index for index, plan in enumerate(plans) if plan.hash in contenders]
-        if len(racing) > keep > 0:
-            payload["race"] = {"keep": keep, "contenders": racing, "confidence": CONFIDENCE}
+        racing = tuple(index for index, plan in enumerate(plans) if plan.hash in contenders)
+        request = EvaluateRequest(
+            plans=tuple(plan.levels for plan in plans),
+            text=window.text,
+            sequences=window.sequences,
+            piece=window.piece,
+            race=RaceTerms(keep=keep, contenders=racing, confidence=CONFIDENCE) if len(racing) > keep > 0 else None,
+        )
         try:
-            result = await self._pool.run(self._session, "evaluate", payload)
+            result = await self._pool.run(self._session, request)
         except OutOfMemoryError as error:
             if len(plans) > 1:
                 middle = len(plans) // 2
@@ -170,19 +165,19 @@ class Evaluator:
                 return first + await self._evaluate(plans[middle:], window, contenders, keep)
             rows = [Evaluation(plan.hash, window.name, 0, None, None, 0.0, f"out of memory: {error.message}") for plan in plans]
         else:
-            self.peak_mib = max(self.peak_mib, float(result.get("peak_mib", 0.0)))
-            tokens = sum(int(row["tokens"]) for row in result["rows"]) or 1
+            self.peak_mib = max(self.peak_mib, result.peak_mib)
+            tokens = sum(row.tokens for row in result.rows) or 1
             rows = [
                 Evaluation(
                     plan.hash,
                     window.name,
-                    int(row["tokens"]),
-                    row["kl"],
-                    row["nll"],
-                    float(result["seconds"]) * int(row["tokens"]) / tokens,
-                    f"{REJECTED} after {row['tokens']} tokens" if row.get("rejected") else row.get("reason"),
+                    row.tokens,
+                    row.kl,
+                    row.nll,
+                    result.seconds * row.tokens / tokens,
+                    f"{REJECTED} after {row.tokens} tokens" if row.rejected else row.reason,
                 )
-                for plan, row in zip(plans, result["rows"], strict=True)
+                for plan, row in zip(plans, result.rows, strict=True)
             ]
         self._recorder.save_evaluations(rows)
         return rows

@@ -14,12 +14,12 @@ import torch
 from selfpruner.export.build import build, shapes_of
 from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import opened, write
-from selfpruner.export.folder import ExportResult
+from selfpruner.export.folder import Exported
 from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.models import saved
 
 
-def adopt(source: Path, directory: Path, *, cancelled: Callable[[], bool] = lambda: False) -> ExportResult:
+def adopt(source: Path, directory: Path, *, cancelled: Callable[[], bool] = lambda: False) -> Exported:
     """Write the model in ``source``, pruned or ordinary, as a checkpoint to ``directory``, in the type that it is stored in.
 
     Raises ModelError and its kin for what cannot be loaded, and what :func:`selfpruner.export.checkpoint.write` raises.

@@ -26,7 +26,7 @@ from selfpruner.export import proof, verify_streamed
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import build, count_parameters, expected_parameters, plain_config, shapes_of
 from selfpruner.export.card import CardInfo, model_card, plan, with_terms
-from selfpruner.export.folder import ExportResult, write_folder
+from selfpruner.export.folder import Exported, write_folder
 from selfpruner.export.modeling_files import modeling_file_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.files import manifest
@@ -69,7 +69,7 @@ def write(
     source: TensorSource | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     progress: OnProgress = lambda _: None,
-) -> ExportResult:
+) -> Exported:
     """Write ``model`` (made by :func:`selfpruner.export.build.build`) to ``directory``, verified.
 
     With a ``source`` the model may be an outline without weights: they are written, and looked at afterwards, one by one.
@@ -266,4 +266,4 @@ def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits.cpu()
 
 
-__all__ = ["CardInfo", "ExportResult", "LayerShape", "build", "count_parameters", "load", "write"]
+__all__ = ["CardInfo", "Exported", "LayerShape", "build", "count_parameters", "load", "write"]

@@ -27,7 +27,7 @@ WEIGHTS = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
-class ExportResult:
+class Exported:
     """A complete, verified export. ``bytes`` are those of its weight files; ``reused``: it was there already."""
 
     path: Path
@@ -49,7 +49,7 @@ def write_folder(
     prove: Callable[[Path], dict[str, Any]],
     go_on: Callable[[], None],
     progress: OnProgress = lambda _: None,
-) -> ExportResult:
+) -> Exported:
     """Make ``directory``: ``fill`` writes its files and returns its parameters, ``prove`` looks at them and raises or returns
     what it found.
 
@@ -76,9 +76,7 @@ def write_folder(
         digest = manifest.write(temporary, plan=plan, parameters=parameters, verification=verification, export=export)
         size = _weight_bytes(manifest.read(temporary))
         _into_place(temporary, target)
-    return ExportResult(
-        directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2)
-    )
+    return Exported(directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2))
 
 
 def refuse_place(directory: Path, made_of: Mapping[str, Any] | None = None) -> None:
@@ -124,9 +122,7 @@ def aside(directory: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _existing(
-    directory: Path, plan: Mapping[str, Any], export: Mapping[str, Any], go_on: Callable[[], None]
-) -> ExportResult | None:
+def _existing(directory: Path, plan: Mapping[str, Any], export: Mapping[str, Any], go_on: Callable[[], None]) -> Exported | None:
     """What is in ``directory`` if it is complete and the same; None when the place is free or may be overwritten."""
     if not directory.exists():
         return None
@@ -142,7 +138,7 @@ def _existing(
         other = "plan" if body["plan"] != plan else "format"
         raise ExportError(f"{directory} already holds a checkpoint of another {other}; choose another folder or remove it.")
     digest = manifest.sha256(directory / manifest.NAME)
-    return ExportResult(directory, body["parameters"], _weight_bytes(body), digest, body["verification"], reused=True)
+    return Exported(directory, body["parameters"], _weight_bytes(body), digest, body["verification"], reused=True)
 
 
 def _weight_bytes(body: Mapping[str, Any]) -> int:

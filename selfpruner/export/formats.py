@@ -18,7 +18,7 @@ from selfpruner.export import proof
 from selfpruner.export.base import FinishedCheckpoint, Format
 from selfpruner.export.card import converted
 from selfpruner.export.checkpoint import copy_terms, stopper
-from selfpruner.export.folder import ExportResult, write_folder
+from selfpruner.export.folder import Exported, write_folder
 from selfpruner.export.gguf import Gguf
 from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
@@ -58,7 +58,7 @@ def convert(
     device: str = "cpu",
     cancelled: Callable[[], bool] = lambda: False,
     progress: OnProgress = lambda _: None,
-) -> ExportResult:
+) -> Exported:
     """Write the checkpoint in ``source`` to ``directory`` in the format ``name``, verified on ``device``.
 
     ``tensor_parallel`` refuses a checkpoint whose layers do not divide among so many ranks.

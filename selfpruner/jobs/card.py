@@ -7,7 +7,7 @@ from typing import Any
 
 from selfpruner.config import SearchConfig
 from selfpruner.planning.space import Plan, SearchSpace
-from selfpruner.workers.base import Json
+from selfpruner.workers.tasks import CardFields, PrepareResult
 
 # Figures of a report that the card and the database keep with the checkpoint, for these models.
 FIGURES = ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")
@@ -16,28 +16,28 @@ MODELS = ("dense", "uniform", "best")
 
 def card(
     config: SearchConfig,
-    prepared: Json,
+    prepared: PrepareResult,
     space: SearchSpace,
     plan: Plan,
     *,
     job_id: str | None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
-) -> dict[str, Any]:
+) -> CardFields:
     """The fields of :class:`selfpruner.export.card.CardInfo`. ``rate`` is the one asked for where the plan meets it."""
-    return {
-        "base_model": prepared["model"]["name"],
-        "rate": config.rate if space.meets_budget(plan) else space.removed(plan) / space.total,
-        "of": config.of,
-        "pattern": config.pattern,
-        "criterion": config.criterion,
-        "compensation": config.compensation,
-        "calibration": [share["source"] for share in prepared["texts"]["calibration"]["sources"]],
-        "plan_hash": plan.hash,
-        "levels": list(plan.levels),
-        "layer_rates": space.layer_rates(plan),
-        "metrics": dict(metrics or {}),
-        "job_id": job_id,
-    }
+    return CardFields(
+        base_model=prepared.model.name,
+        rate=config.rate if space.meets_budget(plan) else space.removed(plan) / space.total,
+        of=config.of,
+        pattern=config.pattern,
+        criterion=config.criterion,
+        compensation=config.compensation,
+        calibration=tuple(share.source for share in prepared.texts["calibration"].sources),
+        plan_hash=plan.hash,
+        levels=plan.levels,
+        layer_rates=tuple(space.layer_rates(plan)),
+        metrics=metrics or {},
+        job_id=job_id,
+    )
 
 
 def metrics(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:

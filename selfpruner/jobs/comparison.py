@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from selfpruner.files import atomic
 from selfpruner.jobs.run import session_of
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.workers.process_pool import ProcessPool
+from selfpruner.workers.tasks import EvaluateRequest, PrepareRequest
 
 PlainRow = dict[str, Any]
 # Fields of a config that the figures of a method at a rate depend on: what is prepared, but for the method, the rate, the text that
@@ -159,36 +160,38 @@ async def _rows(
     def tell(text: str) -> None:
         progress(f"{method.name}: {text}")
 
-    prepared = await pool.run(session, "prepare", {"texts": ["calibration", "report"]}, tell)
-    every = list(range(prepared["texts"]["report"]["sequences"]))
-    dense = int(prepared["model"]["parameters"])
+    prepared = await pool.run(session, PrepareRequest(texts=("calibration", "report")), tell)
+    every = tuple(range(prepared.texts["report"].sequences))
+    dense = prepared.model.parameters
 
     uniform: dict[float, tuple[SearchSpace, Plan]] = {}
     for rate in rates:
         try:
-            space = SearchSpace.from_dict({**prepared["space"], "rate": rate})
+            space = replace(prepared.space, rate=rate)
             uniform[rate] = space, space.project([rate] * space.layers)
         except SelfprunerError as error:
             yield ComparisonRow(**asdict(method), rate=rate, error=error.message)
     if not uniform:
         return
-    whole = [] if results.dense is not None else [[0] * len(prepared["space"]["blocks"])]
+    whole = [] if results.dense is not None else [prepared.space.dense]
     tell("scoring")
-    asked = {"plans": [*whole, *(list(plan.levels) for _, plan in uniform.values())], "text": "report", "sequences": every}
-    found = await pool.run(session, "evaluate", asked)
-    scores = list(found["rows"])
+    plans = tuple(plan.levels for plan in (*whole, *(plan for _, plan in uniform.values())))
+    found = await pool.run(session, EvaluateRequest(plans=plans, text="report", sequences=every))
+    scores = list(found.rows)
     if whole:
-        results.dense = {"parameters": dense, "perplexity": round(math.exp(scores.pop(0)["nll"]), 3)}
+        nll = scores.pop(0).nll
+        assert nll is not None, "a model that gives no numbers is refused while it is prepared"
+        results.dense = {"parameters": dense, "perplexity": round(math.exp(nll), 3)}
     for (rate, (space, plan)), row in zip(uniform.items(), scores, strict=True):
         yield ComparisonRow(
             **asdict(method),
             rate=rate,
             parameters=dense - space.removed(plan),
-            kl=None if row["kl"] is None else round(row["kl"], 4),
-            perplexity=None if row["nll"] is None else round(math.exp(min(row["nll"], 700.0)), 3),
-            seconds=round(float(prepared["seconds"]), 1),
-            peak_mib=round(max(float(prepared.get("peak_mib", 0)), float(found.get("peak_mib", 0)))),
-            error=row["reason"],
+            kl=None if row.kl is None else round(row.kl, 4),
+            perplexity=None if row.nll is None else round(math.exp(min(row.nll, 700.0)), 3),
+            seconds=round(prepared.seconds, 1),
+            peak_mib=round(max(prepared.peak_mib, found.peak_mib)),
+            error=row.reason,
         )
 
 

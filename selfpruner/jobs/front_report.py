@@ -11,7 +11,8 @@ from selfpruner.evolution.front import Latencies, Member
 from selfpruner.evolution.windows import report_windows
 from selfpruner.jobs.running_job import RunningJob
 from selfpruner.records import Window
-from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.tasks import MeasureRequest, MeasureResult, TimeBlocksRequest
 
 # Members timed at once, beside the dense model: each of them is held in memory.
 TOGETHER = 3
@@ -19,7 +20,7 @@ TOGETHER = 3
 
 async def front_report(job: RunningJob, members: Sequence[Member], latencies: Latencies | None) -> dict[str, Any]:
     """``front`` (see :func:`front_rows`), and ``latency`` where that is an objective: what its predictions are made of."""
-    found: dict[str, Any] = {"front": await front_rows(job, members, report_windows(job.prepared["texts"]["report"]["sequences"]))}
+    found: dict[str, Any] = {"front": await front_rows(job, members, report_windows(job.prepared.texts["report"].sequences))}
     if latencies is not None:
         dense, rest = round(latencies.of(job.space.dense), 1), round(latencies.rest, 1)
         found["latency"] = {"prompt_tokens": latencies.tokens, "dense_us": dense, "unpruned_us": rest}
@@ -59,19 +60,19 @@ async def front_rows(job: RunningJob, members: Sequence[Member], windows: Sequen
     timed = [member for member in members if member.latency is not None]
     for start in range(0, len(timed), TOGETHER):
         tell(f"front: timing plans {start + 1} to {min(start + TOGETHER, len(timed))} of {len(timed)}")
-        part = {member.candidate.plan_hash: list(member.candidate.levels) for member in timed[start : start + TOGETHER]}
-        asked = {"plans": {"dense": list(job.space.dense.levels), **part}, "decode": False}
-        nothing: Json = {}
-        time = partial(job.pool.run, job.session, "measure", asked, tell)
-        found = (await job.extras.attempt("timing", "A front was not timed", time, nothing)).get("rows", {})
+        part = {member.candidate.plan_hash: member.candidate.levels for member in timed[start : start + TOGETHER]}
+        asked = MeasureRequest(plans={"dense": job.space.dense.levels, **part}, decode=False)
+        time = partial(job.pool.run, job.session, asked, tell)
+        found = await job.extras.attempt("timing", "A front was not timed", time, MeasureResult(rows={}))
+        speeds = {name: row.prefill_tps for name, row in found.rows.items() if row.prefill_tps is not None}
         for row in rows:
-            if "prefill_tps" in found.get(row["plan"], {}):
-                row["prefill_tps"] = found[row["plan"]]["prefill_tps"]
-                row["speedup"] = round(row["prefill_tps"] / found["dense"]["prefill_tps"], 3)
+            if row["plan"] in speeds:
+                row["prefill_tps"] = speeds[row["plan"]]
+                row["speedup"] = round(speeds[row["plan"]] / speeds["dense"], 3)
     return rows
 
 
 async def latencies_of(pool: WorkerPool, session: Session, tokens: int, tell: Callable[[str], None]) -> Latencies:
     """What every block takes at every level on the pool's device."""
-    found = await pool.run(session, "time_blocks", {"tokens": tokens}, tell)
-    return Latencies(int(found["tokens"]), tuple(tuple(times) for times in found["blocks"]), float(found["rest"]))
+    found = await pool.run(session, TimeBlocksRequest(tokens=tokens), tell)
+    return Latencies(found.tokens, found.blocks, found.rest)

@@ -1,4 +1,4 @@
-"""The torch side of a worker: prepares sessions and does their tasks. See :mod:`selfpruner.workers.base` for the kinds.
+"""The torch side of a worker: prepares sessions and does their tasks. See :mod:`selfpruner.workers.tasks` for the kinds.
 
 The loaded model is kept between sessions that share it; one session's texts, factors and engine are kept at a time.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +20,7 @@ from selfpruner import models
 from selfpruner.architectures import describe
 from selfpruner.architectures.cost import decoder_parameters, model_parameters
 from selfpruner.calibration import files
-from selfpruner.calibration.texts import Role
-from selfpruner.config import SearchConfig
+from selfpruner.config import Role, SearchConfig
 from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.engine import Score
@@ -44,9 +43,38 @@ from selfpruner.planning.space import Plan
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning.measurements import held_bytes
 from selfpruner.pruning.search_space import expected_space
-from selfpruner.workers.base import Json, Session
-
-ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import (
+    BaselineRequest,
+    BaselineResult,
+    EvaluateRequest,
+    EvaluateResult,
+    ExpectRequest,
+    ExpectResult,
+    ExportRequest,
+    ExportResult,
+    GenerateRequest,
+    GenerateResult,
+    MeasureRequest,
+    MeasureResult,
+    MeasureRow,
+    ModelFacts,
+    PrepareRequest,
+    PrepareResult,
+    ProposeRequest,
+    ProposeResult,
+    R,
+    RaceTerms,
+    ScoreRow,
+    SlopesRequest,
+    SlopesResult,
+    SourceFacts,
+    TaskRequest,
+    TaskResult,
+    TextFacts,
+    TimeBlocksRequest,
+    TimeBlocksResult,
+)
 
 
 class SessionHandler:
@@ -59,28 +87,31 @@ class SessionHandler:
         self._loaded: tuple[tuple[str, str, str, int | None], LoadedModel] | None = None
         self._prepared: tuple[str, Prepared] | None = None
         self._files: dict[str, str] = {}  # of its texts, as they were then
-        self._tasks: dict[str, Callable[[Session, Mapping[str, Any], OnProgress, Cancelled], Json]] = {
-            "prepare": self._prepare,
-            "expect": self._expect,
-            "evaluate": self._evaluate,
-            "slopes": self._slopes,
-            "baseline": self._baseline,
-            "propose": self._propose,
-            "measure": self._measure,
-            "generate": self._generate,
-            "time_blocks": self._time_blocks,
-            "export": self._export,
+        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
+            PrepareRequest: self._prepare,
+            ExpectRequest: self._expect,
+            EvaluateRequest: self._evaluate,
+            SlopesRequest: self._slopes,
+            BaselineRequest: self._baseline,
+            ProposeRequest: self._propose,
+            MeasureRequest: self._measure,
+            GenerateRequest: self._generate,
+            TimeBlocksRequest: self._time_blocks,
+            ExportRequest: self._export,
         }
 
-    def handle(self, session: Session, kind: str, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
+    @property
+    def requests(self) -> Collection[type[TaskRequest[TaskResult]]]:
+        return self._tasks
+
+    def handle(self, session: Session, request: TaskRequest[R], progress: OnProgress, cancelled: Cancelled) -> R:
         """Do one task. Raises typed errors; a device out of memory is an OutOfMemoryError."""
-        if kind not in self._tasks:
-            raise ConfigError(f"Unknown task {kind!r}. Known: {', '.join(self._tasks)}.")
         try:
-            return self._tasks[kind](session, payload, progress, cancelled)
+            result: R = self._tasks[type(request)](session, request, progress, cancelled)
+            return result
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            raise OutOfMemoryError(f"The device ran out of memory during {kind!r}: {error}") from error
+            raise OutOfMemoryError(f"The device ran out of memory during {request.kind!r}: {error}") from error
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise CalibrationError(
                 f"What was measured on the calibration text cannot be factored ({error}). Use a longer or another text, another "
@@ -137,78 +168,80 @@ class SessionHandler:
             self._prepared = None
 
     # -- tasks -------------------------------------------------------------------------------------------------------
-    def _prepare(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
-        roles = payload.get("texts", ROLES)
-        if "output" in payload:
-            refuse_place(Path(payload["output"]))
+    def _prepare(self, session: Session, request: PrepareRequest, progress: OnProgress, cancelled: Cancelled) -> PrepareResult:
+        if request.output is not None:
+            refuse_place(Path(request.output))
         self._forget_what_changed(session)
-        prepared = self._session(session, progress, cancelled, roles, payload.get("output"))
-        arch = prepared.arch
-        texts = {role: prepared.text(role, progress, cancelled) for role in roles}
-        return {
-            "space": prepared.space.to_dict(),
-            "signals": dict(prepared.signals),
-            "model": {
-                "name": prepared.loaded.source.name,
-                "fingerprint": prepared.loaded.source.fingerprint,
-                "family": arch.family,
-                "layers": arch.layers,
-                "hidden": arch.hidden,
-                "heads": arch.heads,
-                "kv_groups": arch.kv_groups,
-                "head_dim": arch.head_dim,
-                "channels": arch.channels,
-                "parameters": model_parameters(arch),
-                "decoder_parameters": decoder_parameters(arch),
-            },
-            "texts": {
-                role: {
-                    "sources": [asdict(share) for share in text.sources],
-                    "sequences": text.tokens.shape[0],
-                    "length": text.tokens.shape[1],
-                    "fingerprint": text.fingerprint,
-                }
+        prepared = self._session(session, progress, cancelled, request.texts, request.output)
+        arch, source = prepared.arch, prepared.loaded.source
+        texts = {role: prepared.text(role, progress, cancelled) for role in request.texts}
+        return PrepareResult(
+            space=prepared.space,
+            signals=dict(prepared.signals),
+            model=ModelFacts(
+                name=source.name,
+                fingerprint=source.fingerprint,
+                family=arch.family,
+                layers=arch.layers,
+                hidden=arch.hidden,
+                heads=arch.heads,
+                kv_groups=arch.kv_groups,
+                head_dim=arch.head_dim,
+                channels=arch.channels,
+                parameters=model_parameters(arch),
+                decoder_parameters=decoder_parameters(arch),
+            ),
+            texts={
+                role: TextFacts(
+                    sources=tuple(SourceFacts(**asdict(share)) for share in text.sources),
+                    sequences=text.tokens.shape[0],
+                    length=text.tokens.shape[1],
+                    fingerprint=text.fingerprint,
+                )
                 for role, text in texts.items()
             },
-            "dtype": str(arch.dtype).removeprefix("torch."),
-            "device": str(arch.device),
-            "streamed": prepared.loaded.streamed,
-            "seconds": prepared.seconds,
-        }
+            dtype=str(arch.dtype).removeprefix("torch."),
+            device=str(arch.device),
+            streamed=prepared.loaded.streamed,
+            seconds=prepared.seconds,
+        )
 
-    def _expect(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:  # noqa: ARG002
-        """The space before anything is measured."""
-        if "output" in payload:
-            refuse_place(Path(payload["output"]))
+    def _expect(self, session: Session, request: ExpectRequest, progress: OnProgress, cancelled: Cancelled) -> ExpectResult:  # noqa: ARG002
+        if request.output is not None:
+            refuse_place(Path(request.output))
         config, cache = self._looked_at(session, ())
-        return {"space": expected_space(config, describe(self._model(config, cache, progress).model)).to_dict()}
+        return ExpectResult(space=expected_space(config, describe(self._model(config, cache, progress).model)))
 
-    def _evaluate(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
-        prepared = self._session(session, progress, cancelled)
-        return _scores(prepared, payload, cancelled)
+    def _evaluate(self, session: Session, request: EvaluateRequest, progress: OnProgress, cancelled: Cancelled) -> EvaluateResult:
+        return _scores(self._session(session, progress, cancelled), request, cancelled)
 
-    def _slopes(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
+    def _slopes(self, session: Session, request: SlopesRequest, progress: OnProgress, cancelled: Cancelled) -> SlopesResult:
         prepared = self._session(session, progress, cancelled)
         started = time.perf_counter()
-        plan = Plan(tuple(payload["plan"]))
-        moves = [(int(block), int(level)) for block, level in payload["moves"]]
-        for block, level in moves:
+        plan = Plan(request.plan)
+        for block, level in request.moves:
             prepared.space.check(Plan((*plan.levels[:block], level, *plan.levels[block + 1 :])))
-        tokens = prepared.tokens(payload["text"], payload["sequences"], payload.get("piece"))
-        found = slopes(prepared.engine, plan, moves, tokens, cancelled=cancelled)
-        return {**asdict(found), "seconds": time.perf_counter() - started}
+        tokens = prepared.tokens(request.text, request.sequences, request.piece)
+        found = slopes(prepared.engine, plan, request.moves, tokens, cancelled=cancelled)
+        return SlopesResult(
+            kl=found.kl,
+            first=tuple(found.first),
+            size=tuple(found.size),
+            tokens=found.tokens,
+            seconds=time.perf_counter() - started,
+        )
 
-    def _baseline(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
-        """Score the uniform plan of another criterion and compensation: ``{changes, text, sequences}``. Gives up the session."""
+    def _baseline(self, session: Session, request: BaselineRequest, progress: OnProgress, cancelled: Cancelled) -> BaselineResult:
         prepared = self._session(session, progress, cancelled)
         self._prepared = None
-        other = baseline_engine(prepared, payload["changes"], progress, cancelled)
+        other = baseline_engine(prepared, request.changes, progress, cancelled)
         uniform = other.space.project([other.space.rate] * other.space.layers)
-        result = _scores(other, {**payload, "plans": [list(uniform.levels)]}, cancelled)
-        dense = model_parameters(prepared.arch)
-        return {**result["rows"][0], "parameters": dense - other.space.removed(uniform), "seconds": result["seconds"]}
+        asked = EvaluateRequest(plans=(uniform.levels,), text=request.text, sequences=request.sequences)
+        result = _scores(other, asked, cancelled)
+        parameters = model_parameters(prepared.arch) - other.space.removed(uniform)
+        return BaselineResult(**result.rows[0].model_dump(), parameters=parameters, seconds=result.seconds)
 
-    def _propose(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
+    def _propose(self, session: Session, request: ProposeRequest, progress: OnProgress, cancelled: Cancelled) -> ProposeResult:
         from selfpruner.proposers import constrained
 
         config = SearchConfig.model_validate(dict(session.config))
@@ -222,40 +255,38 @@ class SessionHandler:
         reply = constrained.complete(
             loaded.model,
             loaded.tokenizer,
-            payload["messages"],
-            payload["schema"],
-            float(payload["temperature"]),
-            int(payload["max_tokens"]),
-            int(payload["seed"]),
+            request.messages,
+            request.reply_schema,
+            request.temperature,
+            request.max_tokens,
+            request.seed,
             cancelled,
         )
-        return {"model": config.model, **reply}
+        return ProposeResult(model=config.model, **reply)
 
-    def _measure(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
-        """Parameters and speed of ``{plans: {name: levels}}``, with ``decode`` false of reading only; all-zero levels are the dense
-        model itself. Without speed where the models would not fit the memory there is: ``not_timed`` then says so."""
+    def _measure(self, session: Session, request: MeasureRequest, progress: OnProgress, cancelled: Cancelled) -> MeasureResult:
+        """Without speed where the models would not fit the memory there is."""
         prepared = self._session(session, progress, cancelled)
-        plans = {name: Plan(tuple(levels)) for name, levels in payload["plans"].items()}
+        plans = {name: Plan(levels) for name, levels in request.plans.items()}
+        dense = model_parameters(prepared.arch)
+        parameters = {name: dense - prepared.space.removed(plan) for name, plan in plans.items()}
         if not _fit(prepared, len(plans)):
-            dense = model_parameters(prepared.arch)
-            rows = {name: {"parameters": dense - prepared.space.removed(plan)} for name, plan in plans.items()}
-            return {"rows": rows, "not_timed": "the models to be timed do not fit the memory there is at once"}
+            rows = {name: MeasureRow(parameters=count) for name, count in parameters.items()}
+            return MeasureResult(rows=rows, not_timed="the models to be timed do not fit the memory there is at once")
         base = prepared.loaded.model
         built = {}
         for name, plan in plans.items():
             built[name] = build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
         prompt = prepared.tokens("report", [0])[0]
-        longest, new_tokens = speed.fitting(prompt.numel(), 32 if payload.get("decode", True) else 0, prepared.arch.positions)
+        longest, new_tokens = speed.fitting(prompt.numel(), 32 if request.decode else 0, prepared.arch.positions)
         progress(f"timing {len(built)} models")
         speeds = speed.measure(built, prompt[:longest], new_tokens=new_tokens, cancelled=cancelled)
-        dense = model_parameters(prepared.arch)
-        timed: Json = {
-            name: {"parameters": dense - prepared.space.removed(plan)} | speeds[name].figures for name, plan in plans.items()
-        }
-        return {"rows": timed}
+        return MeasureResult(
+            rows={name: MeasureRow(parameters=count, **speeds[name].figures) for name, count in parameters.items()}
+        )
 
-    def _generate(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
-        """How much ``{plans: {name: levels}}`` repeat themselves; all-zero levels are the dense model itself. One after another."""
+    def _generate(self, session: Session, request: GenerateRequest, progress: OnProgress, cancelled: Cancelled) -> GenerateResult:
+        """One plan after another."""
         started = time.perf_counter()
         prepared = self._session(session, progress, cancelled)
         if prepared.loaded.streamed:
@@ -266,24 +297,26 @@ class SessionHandler:
             )
         if not _fit(prepared, 1):
             raise OutOfMemoryError("A pruned model does not fit beside the dense one in the memory there is.")
-        longest, new_tokens = speed.fitting(int(payload["prompt"]), int(payload["new_tokens"]), prepared.arch.positions)
-        base, prompts = prepared.loaded.model, prepared.tokens(payload["text"], payload["sequences"])[:, :longest]
+        longest, new_tokens = speed.fitting(request.prompt, request.new_tokens, prepared.arch.positions)
+        base, prompts = prepared.loaded.model, prepared.tokens(request.text, request.sequences)[:, :longest]
         rates = {}
-        for name, levels in payload["plans"].items():
+        for name, levels in request.plans.items():
             progress(f"writing with {name}")
-            model = build(base, *pruned_tensors(prepared, Plan(tuple(levels)))) if any(levels) else base
+            model = build(base, *pruned_tensors(prepared, Plan(levels))) if any(levels) else base
             rates[name] = repetition(model, prompts, new_tokens=new_tokens, cancelled=cancelled)
             del model  # before the next is built
-        return {"repetition": rates, "seconds": time.perf_counter() - started}
+        return GenerateResult(repetition=rates, seconds=time.perf_counter() - started)
 
-    def _time_blocks(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
+    def _time_blocks(
+        self, session: Session, request: TimeBlocksRequest, progress: OnProgress, cancelled: Cancelled
+    ) -> TimeBlocksResult:
         prepared = self._session(session, progress, cancelled)
         progress("timing blocks")
-        return asdict(time_blocks(prepared, int(payload["tokens"]), cancelled=cancelled))
+        return TimeBlocksResult(**asdict(time_blocks(prepared, request.tokens, cancelled=cancelled)))
 
-    def _export(self, session: Session, payload: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Json:
+    def _export(self, session: Session, request: ExportRequest, progress: OnProgress, cancelled: Cancelled) -> ExportResult:
         prepared = self._session(session, progress, cancelled)
-        plan = Plan(tuple(payload["plan"]))
+        plan = Plan(request.plan)
         progress("writing the checkpoint")
         source = None
         if needs_files(prepared.loaded):
@@ -294,7 +327,7 @@ class SessionHandler:
         found = count_parameters(model)
         origin = prepared.loaded.source
         card = with_origin(
-            CardInfo(**payload["card"]),
+            CardInfo(**request.card.model_dump()),
             origin.folder,
             {"model": origin.fingerprint[:16], "calibration": prepared.texts["calibration"].fingerprint},
             base_model=prepared.config.base_model,
@@ -310,7 +343,7 @@ class SessionHandler:
             model,
             prepared.loaded.tokenizer,
             prepared.loaded.source.folder,
-            Path(payload["directory"]),
+            Path(request.directory),
             card,
             units=kept_units(prepared, plan),
             source=source,
@@ -321,7 +354,7 @@ class SessionHandler:
             self._prepared = None
             forget_plan(prepared)
         # What a person is told everywhere: without the zeros of a pattern, which the files' own count has.
-        return {**asdict(result), "path": str(result.path), "parameters": wanted}
+        return ExportResult(**{**asdict(result), "path": str(result.path), "parameters": wanted})
 
 
 def _plan_of(session: Session) -> Plan | None:
@@ -355,31 +388,34 @@ def _fit(prepared: Prepared, count: int) -> bool:
     )
 
 
-def _scores(prepared: Prepared, payload: Mapping[str, Any], cancelled: Cancelled) -> Json:
+def _scores(prepared: Prepared, request: EvaluateRequest, cancelled: Cancelled) -> EvaluateResult:
     started = time.perf_counter()
-    plans = [Plan(tuple(levels)) for levels in payload["plans"]]
+    plans = [Plan(levels) for levels in request.plans]
     for plan in plans:
         prepared.space.check(plan)
     work = prepared.engine.work
-    race = payload.get("race")
     scores = prepared.engine.evaluate(
         plans,
-        prepared.tokens(payload["text"], payload["sequences"], payload.get("piece")),
-        exact=bool(payload.get("exact", payload["text"] == "report")),
-        race=None if race is None else Race(int(race["keep"]), tuple(race["contenders"]), float(race.get("confidence", 0.99))),
+        prepared.tokens(request.text, request.sequences, request.piece),
+        exact=request.text == "report" if request.exact is None else request.exact,
+        race=None if request.race is None else _race(request.race),
         cancelled=cancelled,
     )
     after = prepared.engine.work
-    return {
-        "rows": [_row(score) for score in scores],
-        "seconds": time.perf_counter() - started,
-        "passes": after.passes - work.passes,
-        "passes_without_sharing": after.passes_without_sharing - work.passes_without_sharing,
-    }
+    return EvaluateResult(
+        rows=tuple(_row(score) for score in scores),
+        seconds=time.perf_counter() - started,
+        passes=after.passes - work.passes,
+        passes_without_sharing=after.passes_without_sharing - work.passes_without_sharing,
+    )
 
 
-def _row(score: Score) -> Json:
+def _race(terms: RaceTerms) -> Race:
+    return Race(terms.keep, terms.contenders, terms.confidence)
+
+
+def _row(score: Score) -> ScoreRow:
     if math.isfinite(score.kl) and math.isfinite(score.nll):
-        return {"kl": score.kl, "nll": score.nll, "tokens": score.tokens, "reason": None, "rejected": score.rejected}
+        return ScoreRow(kl=score.kl, nll=score.nll, tokens=score.tokens, reason=None, rejected=score.rejected)
     reason = f"fitness is not finite (kl {score.kl}, nll {score.nll})"
-    return {"kl": None, "nll": None, "tokens": score.tokens, "reason": reason, "rejected": score.rejected}
+    return ScoreRow(kl=None, nll=None, tokens=score.tokens, reason=reason, rejected=score.rejected)

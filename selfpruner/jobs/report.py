@@ -13,10 +13,10 @@ from selfpruner.evolution.evaluator import Fitness
 from selfpruner.evolution.extras import finite
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import report_windows
-from selfpruner.jobs.running_job import RunningJob
+from selfpruner.jobs.running_job import PREPARED, RunningJob
 from selfpruner.names import PATTERNS
 from selfpruner.planning.space import Plan
-from selfpruner.workers.base import Json
+from selfpruner.workers.tasks import BaselineRequest, MeasureRequest, MeasureResult
 
 
 async def figures(job: RunningJob) -> dict[str, Any]:
@@ -27,7 +27,7 @@ async def figures(job: RunningJob) -> dict[str, Any]:
     scores, timed = await _scores(job, plans), await _speeds(job, plans)
     report: dict[str, Any] = {}
     for name, plan in plans.items():
-        report[name] = {"parameters": job.parameters(plan), **timed.get("rows", {}).get(name, {})}
+        report[name] = {"parameters": job.parameters(plan), **(timed.rows[name].figures if name in timed.rows else {})}
         if plan.hash in scores:
             score = scores[plan.hash]
             report[name] |= {"kl": finite(score.kl), "perplexity": finite(score.perplexity), "tokens": score.tokens}
@@ -36,10 +36,7 @@ async def figures(job: RunningJob) -> dict[str, Any]:
             report[name]["repetition"] = round(job.outcome.repetition[key], 4)
     config, best = job.config, job.outcome.best
     return report | {
-        "texts": job.prepared["texts"],
-        "model": job.prepared["model"],
-        "dtype": job.prepared["dtype"],
-        "device": job.prepared["device"],
+        **job.prepared.model_dump(mode="json", include=PREPARED),
         "target": {"rate": config.rate, "of": config.of, "parameters_to_remove": job.space.target},
         "method": {
             "pattern": config.pattern,
@@ -60,7 +57,7 @@ async def figures(job: RunningJob) -> dict[str, Any]:
 
 async def _scores(job: RunningJob, plans: Mapping[str, Plan]) -> dict[str, Fitness]:
     job.teller("reporting")("scoring on the held-out text")
-    windows = report_windows(job.prepared["texts"]["report"]["sequences"])
+    windows = report_windows(job.prepared.texts["report"].sequences)
     counted = job.evaluator.evaluations
     scores: dict[str, Fitness] = await job.extras.attempt(
         "scores",
@@ -74,16 +71,14 @@ async def _scores(job: RunningJob, plans: Mapping[str, Plan]) -> dict[str, Fitne
     return scores
 
 
-async def _speeds(job: RunningJob, plans: Mapping[str, Plan]) -> Json:
+async def _speeds(job: RunningJob, plans: Mapping[str, Plan]) -> MeasureResult:
     tell = job.teller("reporting")
     tell("timing")
-    asked = {"plans": {name: list(plan.levels) for name, plan in plans.items()}}
-    nothing: Json = {}
-    timed = await job.extras.attempt(
-        "timing", "The models were not timed", lambda: job.pool.run(job.session, "measure", asked, tell), nothing
-    )
-    if reason := timed.get("not_timed"):
-        job.extras.note("timing", "The models were not timed", f"{reason}.")
+    asked = MeasureRequest(plans={name: plan.levels for name, plan in plans.items()})
+    nothing = MeasureResult(rows={})
+    timed = await job.extras.attempt("timing", "The models were not timed", lambda: job.pool.run(job.session, asked, tell), nothing)
+    if timed.not_timed:
+        job.extras.note("timing", "The models were not timed", f"{timed.not_timed}.")
     return timed
 
 
@@ -93,21 +88,21 @@ async def baseline(job: RunningJob) -> dict[str, dict[str, Any]]:
     name, changes = PATTERNS[job.config.pattern].baseline
     if {"criterion": job.config.criterion, "compensation": job.config.compensation} == changes:
         return {}
-    every = list(range(job.prepared["texts"]["report"]["sequences"]))
-    asked = {"changes": dict(changes), "text": "report", "sequences": every}
+    every = tuple(range(job.prepared.texts["report"].sequences))
+    asked = BaselineRequest(changes=dict(changes), text="report", sequences=every)
     job.teller("reporting")("scoring the uniform baseline")
-    row: Json | None = await job.extras.attempt(
-        "baseline", "The uniform baseline was not scored", lambda: job.pool.run(job.session, "baseline", asked), None
+    row = await job.extras.attempt(
+        "baseline", "The uniform baseline was not scored", lambda: job.pool.run(job.session, asked), None
     )
     if row is None:
         return {}
-    job.evaluator.peak_mib = max(job.evaluator.peak_mib, float(row.get("peak_mib", 0.0)))
+    job.evaluator.peak_mib = max(job.evaluator.peak_mib, row.peak_mib)
     return {
         name: {
-            "kl": row["kl"],
-            "perplexity": None if row["nll"] is None else math.exp(min(row["nll"], 700.0)),
-            "tokens": row["tokens"],
-            "parameters": row["parameters"],
+            "kl": row.kl,
+            "perplexity": None if row.nll is None else math.exp(min(row.nll, 700.0)),
+            "tokens": row.tokens,
+            "parameters": row.parameters,
         }
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner import names
-from selfpruner.config import SearchConfig
+from selfpruner.config import Role, SearchConfig
 from selfpruner.errors import ConflictError
 from selfpruner.evolution.evaluator import Evaluator
 from selfpruner.evolution.extras import Extras
@@ -23,13 +23,14 @@ from selfpruner.evolution.windows import Windows
 from selfpruner.jobs import card, report
 from selfpruner.jobs.front_report import front_report, latencies_of
 from selfpruner.jobs.lifecycle import JobResult
-from selfpruner.jobs.running_job import RunningJob
-from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.jobs.running_job import PREPARED, RunningJob
+from selfpruner.planning.space import Plan
 from selfpruner.progress import FORESEEN
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Progress, Recorder
-from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.tasks import ExportRequest, PrepareRequest, PrepareResult
 
 
 def session_of(config: SearchConfig, cache: Path, plan: Plan | None = None) -> Session:
@@ -74,19 +75,19 @@ async def run_job(
         recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))
 
     tell("waiting for a worker")
-    prepared = await pool.run(session, "prepare", {"output": str(checkpoint_dir)}, tell)
+    prepared = await pool.run(session, PrepareRequest(output=str(checkpoint_dir)), tell)
     _refuse_other_inputs(recorder.find_event("prepared"), prepared)
-    space = SearchSpace.from_dict(prepared["space"])
+    space, facts = prepared.space, prepared.model_dump(mode="json", include=PREPARED)
     recorder.event(
         "prepared",
         "search.prepared",
-        f"{prepared['model']['name']}: {prepared['model']['parameters']:,} parameters, {space.target:,} to remove; calibrated on "
+        f"{prepared.model.name}: {prepared.model.parameters:,} parameters, {space.target:,} to remove; calibrated on "
         f"{_sources(prepared, 'calibration')}, judged on {_sources(prepared, 'fitness')}.",
-        data={"model": prepared["model"], "texts": prepared["texts"], "dtype": prepared["dtype"], "device": prepared["device"]},
+        data=facts,
     )
     extras = Extras(recorder)
     evaluator = Evaluator(pool, session, recorder)
-    evaluator.peak_mib = float(prepared.get("peak_mib", 0.0))
+    evaluator.peak_mib = prepared.peak_mib
     channel = None
     if "llm" in config.needs:
         settings = proposer_settings[config.proposer]
@@ -95,9 +96,9 @@ async def run_job(
     front = Front(config, space, evaluator, recorder, windows)
     latencies = None
     if "latency" in config.objective:
-        length = int(prepared["texts"]["report"]["length"])
+        length = prepared.texts["report"].length
         latencies = await latencies_of(pool, session, length, tell)  # nothing has been searched yet: what fails here is refused
-    search = Search(config, space, evaluator, recorder, windows, channel, prepared.get("signals", {}))
+    search = Search(config, space, evaluator, recorder, windows, channel, prepared.signals)
     outcome = await search.run()
     if outcome.not_written is not None:
         extras.missing["generation_probe"] = outcome.not_written
@@ -129,7 +130,7 @@ async def run_job(
         "tokens_saved": outcome.tokens_saved,
         "rank_correlation": None if outcome.rank_correlation is None else round(outcome.rank_correlation, 3),
         "seconds": round(time.monotonic() - started, 1),
-        "peak_worker_mib": round(max(evaluator.peak_mib, float(checkpoint.pop("peak_mib", 0.0)))),
+        "peak_worker_mib": round(evaluator.peak_mib),
         "operators": report.operators(outcome),
         "checkpoint": checkpoint["path"],
         "verification": checkpoint["verification"],
@@ -159,25 +160,25 @@ async def _export(job: RunningJob, figures: Mapping[str, Any], directory: Path) 
     tell("writing and verifying the checkpoint")
     metrics = card.metrics(figures)
     told = card.card(job.config, job.prepared, job.space, job.best, job_id=job.id, metrics=metrics)
-    asked = {"plan": list(job.best.levels), "directory": str(directory), "card": told}
-    result = await job.pool.run(job.session, "export", asked, tell)
+    result = await job.pool.run(job.session, ExportRequest(plan=job.best.levels, directory=str(directory), card=told), tell)
+    job.evaluator.peak_mib = max(job.evaluator.peak_mib, result.peak_mib)
     job.recorder.event(
         "exported",
         "checkpoint.exported",
-        f"Checkpoint written, loaded again in a fresh process and compared: {result['parameters']:,} parameters.",
-        data={"plan": job.best.hash, "verification": result["verification"]},
+        f"Checkpoint written, loaded again in a fresh process and compared: {result.parameters:,} parameters.",
+        data={"plan": job.best.hash, "verification": result.verification},
     )
-    return {**result, "plan_hash": job.best.hash, "metrics": metrics}
+    return {**result.model_dump(exclude={"peak_mib"}), "plan_hash": job.best.hash, "metrics": metrics}
 
 
-def _refuse_other_inputs(before: Mapping[str, Any] | None, prepared: Json) -> None:
+def _refuse_other_inputs(before: Mapping[str, Any] | None, prepared: PrepareResult) -> None:
     """Raise ConflictError where a job goes on with a model or texts that are not those it began with: scores of one model would
     stand beside those of another, and decide."""
     if before is None:
         return
-    inputs = {"model": (before["model"], prepared["model"])}
-    inputs |= {f"{role} text": (text, prepared["texts"].get(role, {})) for role, text in before["texts"].items()}
-    changed = [name for name, (then, now) in inputs.items() if then.get("fingerprint") not in (None, now.get("fingerprint"))]
+    then = {"model": before["model"], **{f"{role} text": text for role, text in before["texts"].items()}}
+    now = {"model": prepared.model.fingerprint, **{f"{role} text": text.fingerprint for role, text in prepared.texts.items()}}
+    changed = [name for name, facts in then.items() if facts.get("fingerprint") not in (None, now.get(name))]
     if changed:
         raise ConflictError(
             f"This job began with other files: its {' and its '.join(changed)} changed since. All its plans are judged with the "
@@ -185,5 +186,5 @@ def _refuse_other_inputs(before: Mapping[str, Any] | None, prepared: Json) -> No
         )
 
 
-def _sources(prepared: Json, role: str) -> str:
-    return " + ".join(str(source["source"]) for source in prepared["texts"][role]["sources"])
+def _sources(prepared: PrepareResult, role: Role) -> str:
+    return " + ".join(source.source for source in prepared.texts[role].sources)

@@ -11,7 +11,11 @@ from selfpruner.evolution.extras import Extras
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Progress, Recorder
-from selfpruner.workers.base import Json, Session, WorkerPool
+from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.tasks import PrepareResult
+
+# What events and reports keep of it.
+PREPARED = {"model", "texts", "dtype", "device"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,7 +28,7 @@ class RunningJob:
     pool: WorkerPool
     session: Session
     recorder: Recorder
-    prepared: Json
+    prepared: PrepareResult
     space: SearchSpace
     evaluator: Evaluator
     extras: Extras
@@ -36,7 +40,7 @@ class RunningJob:
 
     def parameters(self, plan: Plan) -> int:
         """Of the whole model with ``plan`` applied."""
-        return int(self.prepared["model"]["parameters"]) - self.space.removed(plan)
+        return self.prepared.model.parameters - self.space.removed(plan)
 
     def teller(self, stage: str) -> Callable[[str], None]:
         """What to call with what is done in ``stage``: progress in which what was found stays in view."""

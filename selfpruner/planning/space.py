@@ -21,6 +21,7 @@ from typing import Any, Literal
 from selfpruner.errors import BudgetError, ConfigError
 
 Kind = Literal["attention", "ffn"]
+Granularity = Literal["layer", "block"]
 
 # Dials that are equally far from their wanted rates are taken in the order of the fractional parts of index * GOLDEN, which
 # spreads the last steps evenly over the depth instead of giving them to the first layers.
@@ -99,7 +100,7 @@ class SearchSpace:
     total: int
     rate: float
     step: int
-    granularity: Literal["layer", "block"] = "block"
+    granularity: Granularity = "block"
     dials: tuple[Dial, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

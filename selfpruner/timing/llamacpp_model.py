@@ -1,6 +1,6 @@
 """One GGUF file in a process of its own, run by llama.cpp: the worker behind ``benchmark --backend llamacpp``.
 
-Tasks are those of :mod:`selfpruner.timing.transformers_model`. The session's config is ``{model, sequences, context}``: a file, how
+Tasks are those of :mod:`selfpruner.timing.tasks`. The session's config is ``{model, sequences, context}``: a file, how
 many sequences there is room for, and of how many tokens, each with its own keys and values. It needs the package llama-cpp-python,
 whose low-level functions are llama.cpp's own.
 """
@@ -11,8 +11,7 @@ import importlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,20 @@ from selfpruner import models
 from selfpruner.errors import BenchmarkError, ConfigError, ModelError
 from selfpruner.models.memory import peak_mib
 from selfpruner.names import EMBEDDED_MODELS
+from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.timing.model_cost import Attention, ModelCost
-from selfpruner.workers.base import Json, Session
+from selfpruner.timing.tasks import (
+    DecodeRequest,
+    DecodeResult,
+    LoadRequest,
+    LoadResult,
+    MemoryRequest,
+    MemoryResult,
+    PrefillRequest,
+    PrefillResult,
+)
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import R, TaskRequest, TaskResult
 
 PACKAGE = "llama_cpp"
 # llama.cpp keeps keys and values in float16 unless told otherwise.
@@ -59,27 +70,29 @@ class LlamaCppTimer:
         self._device = device
         self._key = ""
         self._read: dict[int, int] = {}  # sequence: tokens of the prompt it holds
+        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
+            LoadRequest: lambda _: self._facts,
+            PrefillRequest: self._prefill,
+            DecodeRequest: self._decode,
+            MemoryRequest: lambda _: MemoryResult(mib=peak_mib(), of="process"),
+        }
+
+    @property
+    def requests(self) -> Collection[type[TaskRequest[TaskResult]]]:
+        return self._tasks
 
     def handle(
         self,
         session: Session,
-        kind: str,
-        payload: Mapping[str, Any],
-        progress: Callable[[str], None],
-        cancelled: Callable[[], bool],  # noqa: ARG002 - a task is over in seconds
-    ) -> Json:
+        request: TaskRequest[R],
+        progress: OnProgress,
+        cancelled: Cancelled,  # noqa: ARG002 - a task is over in seconds
+    ) -> R:
         if self._key != session.key:
             progress("loading")
             self._load(session)
-        if kind == "load":
-            return self._facts
-        if kind == "memory":
-            return {"mib": peak_mib(), "of": "process"}
-        if kind == "prefill":
-            return self._prefill(int(payload["tokens"]))
-        if kind == "decode":
-            return self._decode(int(payload["batch"]), int(payload["prompt"]), int(payload["new_tokens"]))
-        raise ConfigError(f"Unknown task {kind!r}.")
+        result: R = self._tasks[type(request)](request)
+        return result
 
     def _load(self, session: Session) -> None:
         base = peak_mib()
@@ -104,17 +117,18 @@ class LlamaCppTimer:
         self._vocabulary = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(model)))
         self._batch = self._lib.llama_batch_init(max(context, sequences), 0, 1)
         work, kind = work_of(Path(path))
-        self._facts = {
-            "work": asdict(work),
-            "limit": int(self._lib.llama_model_n_ctx_train(model)),
-            "device": self._device,
-            "dtype": kind,
-            "threads": threads,
-            "base_mib": base,
-        }
+        self._facts = LoadResult(
+            work=work,
+            limit=int(self._lib.llama_model_n_ctx_train(model)),
+            device=self._device,
+            dtype=kind,
+            threads=threads,
+            base_mib=base,
+        )
         self._key = session.key
 
-    def _prefill(self, tokens: int) -> Json:
+    def _prefill(self, request: PrefillRequest) -> PrefillResult:
+        tokens = request.tokens
         self._forget(0, 0)
         self._fill(_prompt(self._vocabulary, tokens), range(tokens), [0] * tokens, wanted=(tokens - 1,))
         started = time.perf_counter()
@@ -122,9 +136,10 @@ class LlamaCppTimer:
         seconds = time.perf_counter() - started
         self._best(tokens - 1)
         self._read[0] = tokens
-        return {"seconds": seconds, "first_token": time.perf_counter() - started}
+        return PrefillResult(seconds=seconds, first_token=time.perf_counter() - started)
 
-    def _decode(self, batch: int, prompt: int, new_tokens: int) -> Json:
+    def _decode(self, request: DecodeRequest) -> DecodeResult:
+        batch, prompt, new_tokens = request.batch, request.prompt, request.new_tokens
         ids = _prompt(self._vocabulary, prompt)
         for sequence in range(batch):
             if self._read.get(sequence) == prompt:
@@ -140,7 +155,7 @@ class LlamaCppTimer:
             self._fill(tokens, [position] * batch, sequences, wanted=sequences)
             self._run()
             tokens = [self._best(place) for place in sequences]
-        return {"tokens": batch * new_tokens, "seconds": time.perf_counter() - started}
+        return DecodeResult(tokens=batch * new_tokens, seconds=time.perf_counter() - started)
 
     def _fill(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], *, wanted: Sequence[int]) -> None:
         """Put tokens into the batch; logits are computed at the places ``wanted``."""

@@ -14,9 +14,18 @@ from typing import Any, Protocol
 from selfpruner import names
 from selfpruner.errors import ConfigError
 from selfpruner.progress import OnProgress
-from selfpruner.timing.model_cost import Attention, ModelCost
 from selfpruner.timing.report import Report, Settings, TimedModel, decode
-from selfpruner.workers.base import Json, Session
+from selfpruner.timing.tasks import (
+    DecodeRequest,
+    DecodeResult,
+    LoadRequest,
+    LoadResult,
+    MemoryRequest,
+    MemoryResult,
+    PrefillRequest,
+    PrefillResult,
+)
+from selfpruner.workers.base import Session
 from selfpruner.workers.process_pool import ProcessPool
 
 # A name, a folder, a file, or the fields of a config, whose model gets random weights.
@@ -32,17 +41,13 @@ _WARM = 4
 class Timed(Protocol):
     """One model that can be timed."""
 
-    async def load(self) -> Json:
-        """{work, limit, device, dtype, threads, base_mib}."""
-        ...
+    async def load(self) -> LoadResult: ...
 
-    async def run(self, kind: str, payload: Json) -> Json:
-        """``prefill`` or ``decode``, see :mod:`selfpruner.timing.transformers_model`."""
-        ...
+    async def prefill(self, request: PrefillRequest) -> PrefillResult: ...
 
-    async def memory(self) -> Json:
-        """{mib, of}."""
-        ...
+    async def decode(self, request: DecodeRequest) -> DecodeResult: ...
+
+    async def memory(self) -> MemoryResult: ...
 
     async def close(self) -> None: ...
 
@@ -50,19 +55,22 @@ class Timed(Protocol):
 class TimedProcess:
     """A model in a child process. Its libraries start with their own settings, not with a worker's: what users get is timed."""
 
-    def __init__(self, backend: str, device: str, config: Json, cache: Path, progress: OnProgress) -> None:
+    def __init__(self, backend: str, device: str, config: Mapping[str, Any], cache: Path, progress: OnProgress) -> None:
         self._pool = ProcessPool([device], runtime=_RUNTIMES[backend], max_attempts=1, environment={})
         self._session = Session(str(config), config, str(cache))
         self._progress = progress
 
-    async def load(self) -> Json:
-        return await self._pool.run(self._session, "load", {}, self._progress)
+    async def load(self) -> LoadResult:
+        return await self._pool.run(self._session, LoadRequest(), self._progress)
 
-    async def run(self, kind: str, payload: Json) -> Json:
-        return await self._pool.run(self._session, kind, payload)
+    async def prefill(self, request: PrefillRequest) -> PrefillResult:
+        return await self._pool.run(self._session, request)
 
-    async def memory(self) -> Json:
-        return await self._pool.run(self._session, "memory", {})
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        return await self._pool.run(self._session, request)
+
+    async def memory(self) -> MemoryResult:
+        return await self._pool.run(self._session, MemoryRequest())
 
     async def close(self) -> None:
         await self._pool.close()
@@ -71,21 +79,24 @@ class TimedProcess:
 class Served:
     """A model behind a server. ``facts`` come from its own folder, since a server does not tell them."""
 
-    def __init__(self, url: str, name: str, facts: Json, vocabulary: int, key: str | None) -> None:
+    def __init__(self, url: str, name: str, facts: LoadResult, vocabulary: int, key: str | None) -> None:
         from selfpruner.timing.served_model import Server
 
         self._facts = facts
         self._server = Server(url, name, vocabulary, key=key)
         self._url = url
 
-    async def load(self) -> Json:
-        return {**self._facts, "device": f"{self._url} ({await self._server.model()})"}
+    async def load(self) -> LoadResult:
+        return self._facts.model_copy(update={"device": f"{self._url} ({await self._server.model()})"})
 
-    async def run(self, kind: str, payload: Json) -> Json:
-        return await getattr(self._server, kind)(**payload)  # type: ignore[no-any-return]
+    async def prefill(self, request: PrefillRequest) -> PrefillResult:
+        return await self._server.prefill(request)
 
-    async def memory(self) -> Json:
-        return {"mib": None, "of": None}
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        return await self._server.decode(request)
+
+    async def memory(self) -> MemoryResult:
+        return MemoryResult(mib=None, of=None)
 
     async def close(self) -> None:
         await self._server.close()
@@ -99,20 +110,20 @@ async def measure(
     Raises what loading them raises; ConfigError when prompt and new tokens are more than a model has positions for, unless
     ``shorten`` allows a prompt that fits all of them.
     """
-    facts: dict[str, Json] = {}
+    facts: dict[str, LoadResult] = {}
     for name, subject in subjects.items():
         progress(f"loading {name}")
         facts[name] = await subject.load()
-        room = facts[name]["limit"] - settings.new_tokens
+        room = facts[name].limit - settings.new_tokens
         if shorten and 0 < room < settings.prompt_tokens:
             settings = replace(settings, prompt_tokens=room)
         elif room < settings.prompt_tokens:
             raise ConfigError(
-                f"{settings.prompt_tokens} and {settings.new_tokens} tokens are more than the {facts[name]['limit']} positions of "
+                f"{settings.prompt_tokens} and {settings.new_tokens} tokens are more than the {facts[name].limit} positions of "
                 f"{name}. Use a shorter prompt or fewer new tokens.",
                 param="prompt_tokens",
             )
-    if len(kinds := {fact["dtype"] for fact in facts.values()}) > 1 and settings.backend != "llamacpp":
+    if len(kinds := {fact.dtype for fact in facts.values()}) > 1 and settings.backend != "llamacpp":
         raise ConfigError(f"The models would run in {' and '.join(sorted(kinds))}; say --dtype to run all in one.", param="dtype")
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in subjects}
     tokens: dict[str, dict[str, list[int]]] = {name: {} for name in subjects}
@@ -124,31 +135,30 @@ async def measure(
     for round_ in range(settings.repetitions + 1):
         progress(f"repetition {round_} of {settings.repetitions}" if round_ else "warming up")
         for name, subject in subjects.items():
-            sample = await subject.run("prefill", {"tokens": settings.prompt_tokens})
+            read = await subject.prefill(PrefillRequest(tokens=settings.prompt_tokens))
             if round_:
-                note(name, "prefill", settings.prompt_tokens, sample["seconds"])
-                note(name, "first_token", settings.prompt_tokens, sample["first_token"])
+                note(name, "prefill", settings.prompt_tokens, read.seconds)
+                note(name, "first_token", settings.prompt_tokens, read.first_token)
         for batch in settings.batches:
             for name, subject in subjects.items():
                 new_tokens = settings.new_tokens if round_ or settings.compiled else min(settings.new_tokens, _WARM)
-                asked = {"batch": batch, "prompt": settings.prompt_tokens, "new_tokens": new_tokens}
-                sample = await subject.run("decode", asked)
+                asked = DecodeRequest(batch=batch, prompt=settings.prompt_tokens, new_tokens=new_tokens)
+                written = await subject.decode(asked)
                 if round_:
-                    note(name, decode(batch), sample["tokens"], sample["seconds"])
+                    note(name, decode(batch), written.tokens, written.seconds)
     rows = []
     for name, subject in subjects.items():
         held, memory = facts[name], await subject.memory()
-        work = ModelCost(**{**held["work"], "attention": tuple(Attention(**layer) for layer in held["work"]["attention"])})
         rows.append(
             TimedModel(
                 name=name,
-                work=work,
-                device=held["device"],
-                dtype=held["dtype"],
-                threads=held["threads"],
-                peak_mib=memory["mib"],
-                base_mib=held["base_mib"],
-                peak_of=memory["of"],
+                work=held.work,
+                device=held.device,
+                dtype=held.dtype,
+                threads=held.threads,
+                peak_mib=memory.mib,
+                base_mib=held.base_mib,
+                peak_of=memory.of,
                 seconds=seconds[name],
                 tokens=tokens[name],
             )

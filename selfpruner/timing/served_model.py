@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ import httpx
 
 from selfpruner.errors import BenchmarkError, ConfigError
 from selfpruner.redaction import without_key
-from selfpruner.workers.base import Json
+from selfpruner.timing.tasks import DecodeRequest, DecodeResult, PrefillRequest, PrefillResult
 
 # No server answers for this long before it is taken for dead; reading a long prompt on a CPU takes a while.
 TIMEOUT = 600.0
@@ -72,23 +72,23 @@ class Server:
             self._name = served[0]
         return self._name
 
-    async def prefill(self, tokens: int) -> Json:
+    async def prefill(self, request: PrefillRequest) -> PrefillResult:
         """Seconds until the one token that was asked for arrived; they are both the reading time and the time to first token."""
-        (reply,), _ = await self._requests(1, tokens, 1)
+        (reply,), _ = await self._requests(1, request.tokens, 1)
         seconds = reply.arrivals[0][0]
-        return {"seconds": seconds, "first_token": seconds}
+        return PrefillResult(seconds=seconds, first_token=seconds)
 
-    async def decode(self, batch: int, prompt: int, new_tokens: int) -> Json:
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
         """What arrived, and in how long, after every one of the requests had its first token."""
-        replies, ended = await self._requests(batch, prompt, new_tokens + 1)
+        replies, ended = await self._requests(request.batch, request.prompt, request.new_tokens + 1)
         started = max(reply.arrivals[0][0] for reply in replies)
-        tokens = sum(new_tokens + 1 - reply.tokens_at(started) for reply in replies)
+        tokens = sum(request.new_tokens + 1 - reply.tokens_at(started) for reply in replies)
         if tokens < 1 or ended <= started:
             raise BenchmarkError(
                 f"{self._url} sent its tokens all at once, so writing cannot be timed. Ask for more new tokens, and see that "
                 "nothing between here and the server holds streams back."
             )
-        return {"tokens": tokens, "seconds": ended - started}
+        return DecodeResult(tokens=tokens, seconds=ended - started)
 
     async def _requests(self, count: int, prompt: int, new_tokens: int) -> tuple[list[_Reply], float]:
         """Send ``count`` at once; their replies, and seconds until the last was complete."""
@@ -109,7 +109,7 @@ class Server:
         replies = await asyncio.gather(*(self._request(body, started) for body in bodies))
         return replies, max(reply.arrivals[-1][0] for reply in replies)
 
-    async def _request(self, body: Json, started: float) -> _Reply:
+    async def _request(self, body: Mapping[str, Any], started: float) -> _Reply:
         reply, wanted = _Reply(), int(body["max_tokens"])
         async with self._stream(body) as lines:
             async for line in lines:
@@ -134,7 +134,7 @@ class Server:
         return reply
 
     @asynccontextmanager
-    async def _stream(self, body: Json) -> AsyncIterator[AsyncIterator[str]]:
+    async def _stream(self, body: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[str]]:
         try:
             async with self._client.stream("POST", f"{self._url}/completions", json=body) as response:
                 if response.status_code != 200:

@@ -1,21 +1,14 @@
 """One model in a process of its own, run by transformers: the worker behind ``benchmark --backend transformers``.
 
-    kind     payload                                  result
-    load     {}                                       {work, device, dtype, threads, base_mib}
-    prefill  {tokens}                                 {seconds, first_token}
-    decode   {batch, prompt, new_tokens}              {tokens, seconds}
-    memory   {}                                       {mib, of}
-
-The session's config is ``{model, dtype, compiled}``: ``model`` is a name, a folder, a checkpoint of selfpruner, or the fields of a
-config (``{"model_type": ...}``), whose model gets random weights. The same code reads dense models and checkpoints, so they differ
-in nothing but their layers.
+Tasks are those of :mod:`selfpruner.timing.tasks`. The session's config is ``{model, dtype, compiled}``: ``model`` is a name, a
+folder, a checkpoint of selfpruner, or the fields of a config (``{"model_type": ...}``), whose model gets random weights. The same
+code reads dense models and checkpoints, so they differ in nothing but their layers.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
 from selfpruner import models
-from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.errors import OutOfMemoryError
 from selfpruner.evaluation import speed
 from selfpruner.export.build import shapes_of
 from selfpruner.models import checks, saved, streaming
 from selfpruner.models.memory import peak_mib
+from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.timing.model_cost import Attention, ModelCost
-from selfpruner.workers.base import Json, Session
+from selfpruner.timing.tasks import (
+    DecodeRequest,
+    DecodeResult,
+    LoadRequest,
+    LoadResult,
+    MemoryRequest,
+    MemoryResult,
+    PrefillRequest,
+    PrefillResult,
+)
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import R, TaskRequest, TaskResult
 
 # Spread of random weights: what initialisers give, far from what denormal numbers would cost.
 _SPREAD = 0.02
@@ -46,32 +51,32 @@ class TransformersTimer:
         self._compiled: Callable[..., Any] | None = None
         self._caches: dict[tuple[int, int], StaticCache] = {}
         self._base_mib = 0.0
+        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
+            LoadRequest: self._facts,
+            PrefillRequest: self._prefill,
+            DecodeRequest: self._decode,
+            MemoryRequest: self._memory,
+        }
+
+    @property
+    def requests(self) -> Collection[type[TaskRequest[TaskResult]]]:
+        return self._tasks
 
     def handle(
         self,
         session: Session,
-        kind: str,
-        payload: Mapping[str, Any],
-        progress: Callable[[str], None],
-        cancelled: Callable[[], bool],  # noqa: ARG002 - a task is over in seconds
-    ) -> Json:
+        request: TaskRequest[R],
+        progress: OnProgress,
+        cancelled: Cancelled,  # noqa: ARG002 - a task is over in seconds
+    ) -> R:
         try:
-            model = self._held(session, progress)
-            if kind == "load":
-                return self._facts(model)
-            if kind == "memory":
-                return self._memory(model)
-            if kind == "prefill":
-                seen = speed.read(model, _prompt(model, int(payload["tokens"])))
-                return {"seconds": seen.seconds, "first_token": seen.first_token}
-            if kind == "decode":
-                return self._decode(model, int(payload["batch"]), int(payload["prompt"]), int(payload["new_tokens"]))
+            result: R = self._tasks[type(request)](self._held(session, progress), request)
+            return result
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"{session.config['model']} does not fit beside the other models on {self._device}: {error}. Compare "
                 "fewer at once, or shorten the prompt."
             ) from error
-        raise ConfigError(f"Unknown task {kind!r}.")
 
     def _held(self, session: Session, progress: Callable[[str], None]) -> PreTrainedModel:
         if self._model is None or self._key != session.key:
@@ -83,17 +88,22 @@ class TransformersTimer:
                 self._compiled = torch.compile(self._model.forward, dynamic=False, mode=_mode(self._model.device))
         return self._model
 
-    def _facts(self, model: PreTrainedModel) -> Json:
+    def _facts(self, model: PreTrainedModel, _: LoadRequest) -> LoadResult:
         name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
-        return {**_described(model), "device": name, "threads": torch.get_num_threads(), "base_mib": self._base_mib}
+        return _described(model, device=name, threads=torch.get_num_threads(), base_mib=self._base_mib)
 
-    def _memory(self, model: PreTrainedModel) -> Json:
+    def _memory(self, model: PreTrainedModel, _: MemoryRequest) -> MemoryResult:
         if model.device.type == "cuda":
-            return {"mib": torch.cuda.max_memory_allocated(model.device) / 2**20, "of": "device"}
-        return {"mib": peak_mib(), "of": "process"}
+            return MemoryResult(mib=torch.cuda.max_memory_allocated(model.device) / 2**20, of="device")
+        return MemoryResult(mib=peak_mib(), of="process")
 
-    def _decode(self, model: PreTrainedModel, batch: int, prompt: int, new_tokens: int) -> Json:
+    def _prefill(self, model: PreTrainedModel, request: PrefillRequest) -> PrefillResult:
+        seen = speed.read(model, _prompt(model, request.tokens))
+        return PrefillResult(seconds=seen.seconds, first_token=seen.first_token)
+
+    def _decode(self, model: PreTrainedModel, request: DecodeRequest) -> DecodeResult:
         """The prompt is read once; every sequence of the batch gets a copy of its keys and values."""
+        batch, prompt, new_tokens = request.batch, request.prompt, request.new_tokens
         ids = _prompt(model, prompt)
         if self._compiled is None:
             seen = speed.read(model, ids)
@@ -108,7 +118,8 @@ class TransformersTimer:
                 held.reset()
             seen = speed.read(model, ids.repeat(batch, 1), held)
             token = seen.token
-        return {"tokens": batch * new_tokens, "seconds": speed.write(model, seen.cache, token, new_tokens, self._compiled)}
+        seconds = speed.write(model, seen.cache, token, new_tokens, self._compiled)
+        return DecodeResult(tokens=batch * new_tokens, seconds=seconds)
 
 
 def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path) -> PreTrainedModel:
@@ -125,7 +136,7 @@ def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path) -
         return streaming.whole(config, checks.weight_files(folder), target, kind)
 
 
-def outline(model: str, dtype: str, cache: Path) -> tuple[Json, int]:
+def outline(model: str, dtype: str, cache: Path) -> tuple[LoadResult, int]:
     """What ``load`` of this runtime would tell of a model that runs elsewhere, as a server runs it: in ``dtype``, or the one it is
     stored in; and its vocabulary."""
     auto: Any = importlib.import_module("transformers")
@@ -133,7 +144,7 @@ def outline(model: str, dtype: str, cache: Path) -> tuple[Json, int]:
     kind = models.choose_dtype(_stored(config) or "float32" if dtype == "auto" else dtype, torch.device("cpu"))
     with torch.device("meta"):
         twin = auto.AutoModelForCausalLM.from_config(config, dtype=kind)
-    return {**_described(twin), "device": None, "threads": None, "base_mib": None}, int(config.vocab_size)
+    return _described(twin, device="elsewhere", threads=None, base_mib=None), int(config.vocab_size)
 
 
 def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, Any]:
@@ -158,12 +169,15 @@ def _stored(config: Any) -> str | None:
     return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
-def _described(model: PreTrainedModel) -> Json:
-    return {
-        "work": asdict(work_of(model)),
-        "limit": int(model.config.max_position_embeddings),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+def _described(model: PreTrainedModel, *, device: str, threads: int | None, base_mib: float | None) -> LoadResult:
+    return LoadResult(
+        work=work_of(model),
+        limit=int(model.config.max_position_embeddings),
+        device=device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=threads,
+        base_mib=base_mib,
+    )
 
 
 @torch.no_grad()

@@ -1,40 +1,22 @@
-"""The pool protocol: how tasks reach whatever owns a device. Tasks and results are plain JSON data.
+"""The pool protocol: how tasks (:mod:`selfpruner.workers.tasks`) reach whatever owns a device.
 
 Every call carries the whole *session* (the job's config): a worker prepares it when it does not hold it, so a replaced worker, a
 restarted server or a second job on the same model need no special case. Statistics are cached on disk, which makes
 preparing again cheap.
-
-    kind      payload                                            result
-    prepare   {texts?: [role], output?: folder}                  {space, signals, model, texts, dtype, device, seconds, peak_mib}
-    expect    {output?: folder}                                  {space}: as it will be, up to what a criterion leaves of weights
-    evaluate  {plans: [[level]], text, sequences: [int],         {rows: [{kl, nll, tokens, reason, rejected}], seconds,
-               exact?, race?: {keep, contenders: [index],         passes, passes_without_sharing}
-               confidence?}}
-    slopes    {plan: [level], moves: [[block, level]], text,     {kl, first: [nats], size: [share], tokens, seconds}: see
-               sequences: [int]}                                  ``evaluation.slopes``
-    propose   {messages, schema, temperature, max_tokens, seed}  {text, model, prompt_tokens, completion_tokens, seconds}
-    baseline  {changes, text, sequences: [int]}                  {kl, nll, tokens, parameters, seconds}, uniform plan
-    measure   {plans: {name: [level]}, decode?}                  {rows: {name: {parameters, prefill_tps?, decode_tps?}}, not_timed?}
-    generate  {plans: {name: [level]}, text,                     {repetition: {name: rate}, seconds}
-               sequences: [int], prompt, new_tokens}
-    time_blocks {tokens}                                         {tokens, blocks: [[us]], rest}, prefill at batch 1
-    export    {plan: [level], directory, card}                   {path, parameters, manifest_sha256, verification}
-
-``exact`` says whether expectations over the vocabulary are exact; by default on the text ``report`` only. ``race``: of the plans
-at ``contenders`` only ``keep`` will be kept, so others may be dropped early; their rows are ``rejected``, with estimated figures
-and the tokens that were spent on them. ``generate`` writes ``new_tokens`` greedily after the first ``prompt`` tokens of each
-sequence; a worker whose model is streamed cannot, and raises ConfigError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from selfpruner.progress import OnProgress
+from pydantic import JsonValue
 
-Json = dict[str, Any]
+from selfpruner.errors import ConfigError, ContractError
+from selfpruner.models.memory import peak_mib
+from selfpruner.progress import Cancelled, OnProgress
+from selfpruner.workers.tasks import R, TaskRequest, TaskResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +31,7 @@ class Session:
 
 
 class WorkerPool(Protocol):
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
+    async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """Do one task and return its result.
 
         A worker that dies is replaced and the task run again; after ``max_attempts`` deaths on one task, or when the task
@@ -61,13 +43,25 @@ class WorkerPool(Protocol):
 
 
 class TaskHandler(Protocol):
-    """The torch side. Blocking; one call at a time. ``cancelled`` is polled between layers and steps."""
+    """The torch side. Blocking; one call at a time. ``cancelled`` is polled between layers and steps. ``requests`` are what it can
+    do."""
 
-    def handle(
-        self,
-        session: Session,
-        kind: str,
-        payload: Mapping[str, Any],
-        progress: Callable[[str], None],
-        cancelled: Callable[[], bool],
-    ) -> Json: ...
+    @property
+    def requests(self) -> Collection[type[TaskRequest[TaskResult]]]: ...
+
+    def handle(self, session: Session, request: TaskRequest[R], progress: OnProgress, cancelled: Cancelled) -> R: ...
+
+
+def perform(
+    handler: TaskHandler, session: Session, kind: str, body: object, progress: OnProgress, cancelled: Cancelled
+) -> dict[str, JsonValue]:
+    """One task as it came over the wire, done and put back on it. Raises ConfigError for a kind that ``handler`` does not know, and
+    ContractError where request or result is not what its kind says."""
+    known = {request.kind: request for request in handler.requests}
+    if kind not in known:
+        raise ConfigError(f"Unknown task {kind!r}. Known: {', '.join(known)}.")
+    request = known[kind].read(body)
+    result = handler.handle(session, request, progress, cancelled)
+    if not isinstance(result, request.result_type()):
+        raise ContractError(f"The task {kind!r} gave {type(result).__name__}, not {request.result_type().__name__}.")
+    return {**result.to_json(), "peak_mib": peak_mib()}

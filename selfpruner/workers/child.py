@@ -6,7 +6,7 @@
          {op: "cancel", id}
     out  {op: "heartbeat"}                      every --heartbeat seconds, while Python runs at all
          {op: "progress", id, text}
-         {op: "result", id, result}             result.peak_mib is this process's peak resident size
+         {op: "result", id, result}
          {op: "error", id, error}               error as in errors.to_dict, and its class
 
 The pipes are moved away from descriptors 0 and 1 before anything else is imported: a library that prints goes to the log
@@ -27,11 +27,13 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NoReturn
 
+from pydantic import JsonValue
+
 from selfpruner.errors import CancelledTaskError
-from selfpruner.models.memory import peak_mib
-from selfpruner.workers.base import Json, Session, TaskHandler
+from selfpruner.workers.base import Session, TaskHandler, perform
 from selfpruner.workers.failures import is_expected, to_wire
 
 
@@ -44,7 +46,7 @@ class Child:
         self._runtime_path = runtime
         self._device = device
         self._runtime: TaskHandler | None = None
-        self._tasks: queue.Queue[Json] = queue.Queue()
+        self._tasks: queue.Queue[dict[str, Any]] = queue.Queue()
         self._cancelled: set[int] = set()
         self._writing = threading.Lock()
 
@@ -70,7 +72,7 @@ class Child:
             self._write({"op": "heartbeat"})
             time.sleep(seconds)
 
-    def _perform(self, task: Json) -> None:
+    def _perform(self, task: dict[str, Any]) -> None:
         number = task["id"]
         try:
             line = _line({"op": "result", "id": number, "result": self._handle(task)})
@@ -81,22 +83,22 @@ class Child:
         self._cancelled.discard(number)
         self._write_line(line)
 
-    def _handle(self, task: Json) -> Json:
+    def _handle(self, task: dict[str, Any]) -> dict[str, JsonValue]:
         number = task["id"]
         if number in self._cancelled:
             raise CancelledTaskError("The task was cancelled before it started.")
         if self._runtime is None:
             self._runtime = load_runtime(self._runtime_path, self._device)
-        result = self._runtime.handle(
+        return perform(
+            self._runtime,
             Session(**task["session"]),
             task["kind"],
             task["payload"],
             lambda text: self._write({"op": "progress", "id": number, "text": text}),
             lambda: number in self._cancelled,
         )
-        return {**result, "peak_mib": peak_mib()}
 
-    def _write(self, message: Json) -> None:
+    def _write(self, message: Mapping[str, object]) -> None:
         self._write_line(_line(message))
 
     def _write_line(self, line: bytes) -> None:
@@ -115,7 +117,7 @@ def load_runtime(path: str, device: str) -> TaskHandler:
     return runtime
 
 
-def _line(message: dict[str, Any]) -> bytes:
+def _line(message: Mapping[str, object]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
@@ -130,7 +132,7 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(
         prog="selfpruner.workers.child", description="A worker process; started by the pool, not by hand."
     )
-    parser.add_argument("--runtime", required=True, help="package.module:Class, a TaskRuntime")
+    parser.add_argument("--runtime", required=True, help="package.module:Class, a TaskHandler")
     parser.add_argument("--device", required=True)
     parser.add_argument("--heartbeat", type=float, required=True, help="seconds between two signs of life")
     arguments = parser.parse_args()

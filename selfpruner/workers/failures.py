@@ -1,8 +1,8 @@
 """How an exception raised by a task becomes plain data (for the wire) and one of ours (for the caller).
 
-Our own errors keep class, message, code and param. Exhausted memory and a full disk are recognised by name and text, whatever
-library reports them, so torch is never imported here. Everything else is an internal error: the caller gets its class and message,
-and the log its traceback.
+Our own errors keep class, message, code and param. Data of a wrong shape names its field. Exhausted memory and a full disk are
+recognised by name and text, whatever library reports them, so torch is never imported here. Everything else is an internal error:
+the caller gets its class and message, and the log its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+from pydantic import ValidationError
+
 from selfpruner.errors import DiskFullError, OutOfMemoryError, SelfprunerError, WorkerError
+from selfpruner.workers.tasks import wrong_shape
 
 # torch raises a plain RuntimeError when the CPU allocator or MPS has no memory left.
 _OUT_OF_MEMORY_TEXT = ("out of memory", "can't allocate memory", "not enough memory")
@@ -20,6 +23,8 @@ def classify(error: BaseException) -> SelfprunerError:
     """The typed error that stands for ``error``; one of ours is returned as it is."""
     if isinstance(error, SelfprunerError):
         return error
+    if isinstance(error, ValidationError):
+        return wrong_shape(error)
     name, text = type(error).__name__, str(error)
     if (
         isinstance(error, MemoryError)

@@ -16,11 +16,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from selfpruner.errors import ConfigError, WorkerError, from_dict
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.progress import OnProgress
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import R, TaskRequest
 from selfpruner.workers.worker_process import Link
 
 CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
@@ -54,7 +56,7 @@ class ProcessPool:
 
     Args:
         devices: one worker is made for each, with this name as its device ("cpu", "cuda:0").
-        runtime: ``module:Class`` of the TaskRuntime; imported in the worker only.
+        runtime: ``module:Class`` of the TaskHandler; imported in the worker only.
         log_dir: where workers log, one file each; a temporary folder that ``close`` removes when None.
         max_attempts: how many workers one task may cost.
         task_timeout: seconds one task may take once it has a worker, all attempts together; None for no limit.
@@ -113,18 +115,19 @@ class ProcessPool:
         return sum(max(slot.starts - 1, 0) for slot in self._slots)
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
-    async def run(self, session: Session, kind: str, payload: Mapping[str, object], on_progress: OnProgress | None = None) -> Json:
+    async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """See :meth:`selfpruner.workers.base.WorkerPool.run`. Returns, or raises, only after the work has stopped."""
         slot = await self._acquire(session.key)
-        task = {"op": "task", "session": asdict(session), "kind": kind, "payload": dict(payload)}
+        task = {"op": "task", "session": asdict(session), "kind": request.kind, "payload": request.to_json()}
         try:
             async with asyncio.timeout(self._task_timeout) as limit:
-                return await self._attempts(slot, task, on_progress)
+                return request.result_type().read(await self._attempts(slot, task, on_progress))
         except TimeoutError:
             if not limit.expired():
                 raise
             raise WorkerError(
-                f"The task {kind!r} took longer than {self._task_timeout:g} s and was stopped. Allow more time or ask for less.",
+                f"The task {request.kind!r} took longer than {self._task_timeout:g} s and was stopped. Allow more time or ask for "
+                "less.",
                 code="task_timeout",
             ) from None
         finally:
@@ -151,7 +154,7 @@ class ProcessPool:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    async def _attempts(self, slot: _Slot, task: Json, on_progress: OnProgress | None) -> Json:
+    async def _attempts(self, slot: _Slot, task: dict[str, Any], on_progress: OnProgress | None) -> object:
         for attempt in itertools.count(1):
             link = await self._started(slot)
             slot.task = next(self._numbers)
@@ -163,8 +166,7 @@ class ProcessPool:
                 slot.deaths = 0
                 if reply["op"] == "error":
                     raise from_dict(reply["error"])
-                result: Json = reply["result"]
-                return result
+                return reply["result"]
             slot.deaths += 1
             await self._retire(slot)
             if self._closing.is_set():
@@ -174,7 +176,7 @@ class ProcessPool:
                 raise WorkerError(f"{tries} on the task {task['kind']!r}. The worker on {slot.device} {link.cause()}")
         raise AssertionError("unreachable")
 
-    async def _reply(self, slot: _Slot, link: Link, on_progress: OnProgress | None) -> Json | None:
+    async def _reply(self, slot: _Slot, link: Link, on_progress: OnProgress | None) -> dict[str, Any] | None:
         """The result or error of the slot's task; None when the worker died first."""
         while (message := await link.inbox.get()) is not None:
             if message["id"] != slot.task:

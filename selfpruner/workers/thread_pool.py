@@ -1,23 +1,22 @@
 """The pool protocol without processes: one thread of this process does the tasks, one at a time. For the command line and Python.
 
-Payloads and results pass through JSON as they would between processes, so a caller cannot tell the pools apart. A thread has two
+Requests and results pass through JSON as they would between processes, so a caller cannot tell the pools apart. A thread has two
 limits: a crash takes this process along, and a task that never looks at its cancellation flag cannot be stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from selfpruner.errors import CancelledTaskError, WorkerError
-from selfpruner.models.memory import peak_mib
 from selfpruner.progress import OnProgress
-from selfpruner.workers.base import Json, Session, TaskHandler
+from selfpruner.workers.base import Session, TaskHandler, perform
 from selfpruner.workers.failures import classify, is_expected
+from selfpruner.workers.tasks import R, TaskRequest
 
 _log = logging.getLogger(__name__)
 
@@ -32,20 +31,19 @@ class InProcessPool:
         self._flags: set[threading.Event] = set()
         self._closed = False
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, object], on_progress: OnProgress | None = None) -> Json:
+    async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """See :meth:`selfpruner.workers.base.WorkerPool.run`. Returns, or raises, only after the work has stopped."""
         if self._closed:
             raise WorkerError("The worker pool is closed. Make a new one.", code="pool_closed")
         loop = asyncio.get_running_loop()
         flag = threading.Event()
-        plain = json.loads(json.dumps(dict(payload)))
 
         def progress(text: str) -> None:
             if on_progress is not None:
                 loop.call_soon_threadsafe(on_progress, text)
 
         self._flags.add(flag)
-        task = self._thread.submit(self._handle, session, kind, plain, progress, flag)
+        task = self._thread.submit(self._handle, session, request, progress, flag)
         work = asyncio.wrap_future(task)
         try:
             return await asyncio.shield(work)
@@ -66,17 +64,16 @@ class InProcessPool:
             flag.set()
         await asyncio.to_thread(self._thread.shutdown, wait=True)
 
-    def _handle(self, session: Session, kind: str, payload: Json, progress: OnProgress, flag: threading.Event) -> Json:
+    def _handle(self, session: Session, request: TaskRequest[R], progress: OnProgress, flag: threading.Event) -> R:
         try:
             if flag.is_set():
                 raise CancelledTaskError("The task was cancelled before it started.")
             if self._runtime is None:
                 self._runtime = self._factory()
-            result = self._runtime.handle(session, kind, payload, progress, flag.is_set)
-            plain: Json = json.loads(json.dumps({**result, "peak_mib": peak_mib()}))
-            return plain
+            result = perform(self._runtime, session, request.kind, request.to_json(), progress, flag.is_set)
+            return request.result_type().read(result)
         except Exception as error:
             if not is_expected(error):
                 # It is the cause of what is raised here: whoever lets that pass shows the traceback, whoever catches it need not.
-                _log.debug("task %s failed", kind, exc_info=True)
+                _log.debug("task %s failed", request.kind, exc_info=True)
             raise classify(error) from error

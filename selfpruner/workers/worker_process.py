@@ -9,9 +9,9 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from selfpruner.models.memory import ENVIRONMENT
-from selfpruner.workers.base import Json
 from selfpruner.workers.lifeline import tied
 
 # The longest line a worker may send. A result holds numbers and texts; what is larger belongs in a file.
@@ -33,7 +33,7 @@ class Link:
         self._silence = 0
         self._frozen = False
         self._garbled = ""
-        self.inbox: asyncio.Queue[Json | None] = asyncio.Queue()
+        self.inbox: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self.alive = True
         self._reader = asyncio.create_task(self._read())
         self._watcher = asyncio.create_task(self._watch())
@@ -69,7 +69,7 @@ class Link:
     def pid(self) -> int:
         return self._process.pid
 
-    async def send(self, message: Json) -> None:
+    async def send(self, message: Mapping[str, object]) -> None:
         """Write one message. A worker that died meanwhile is noticed in ``inbox``, not here."""
         assert self._process.stdin is not None
         with contextlib.suppress(ConnectionError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from selfpruner.judging import repetition
 from selfpruner.progress import OnProgress
 from selfpruner.store.store import Store
 from selfpruner.testing.tiny_models import sample_text, tiny_model
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import EvaluateRequest, R, TaskRequest
 from tests.helpers.small_jobs import Recording, config_of
 
 ONE = {"generations": 0, "surveys": 0, "stages": [{"tokens": 64, "keep": 2}], "final_tokens": 64, "probe_tokens": 64}
@@ -36,10 +36,11 @@ class Failing(Recording):
         super().__init__()
         self.kinds, self.error = kinds, error
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
-        if kind in self.kinds or (kind == "evaluate" and payload["text"] == "report" and "report" in self.kinds):
+    async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
+        reported = isinstance(request, EvaluateRequest) and request.text == "report"
+        if request.kind in self.kinds or (reported and "report" in self.kinds):
             raise self.error
-        return await super().run(session, kind, payload, on_progress)
+        return await super().run(session, request, on_progress)
 
 
 @pytest.fixture(scope="module")

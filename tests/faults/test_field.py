@@ -32,6 +32,7 @@ from selfpruner.judging.quality import MeasurementFile
 from selfpruner.planning.space import Plan
 from selfpruner.testing.tiny_models import sample_text
 from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import PrepareRequest
 from tests.helpers.searching import MemoryRecorder
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
@@ -279,8 +280,8 @@ def test_a_warm_worker_begins_a_job_with_the_files_of_now(folder: Path, tmp_path
     runtime, session = SessionHandler("cpu"), session_on(folder, text)
 
     def fingerprints() -> tuple[str, list[str]]:
-        made = runtime.handle(session, "prepare", {}, lambda _: None, lambda: False)
-        return made["model"]["fingerprint"], [made["texts"][role]["fingerprint"] for role in ("calibration", "fitness", "report")]
+        made = runtime.handle(session, PrepareRequest(), lambda _: None, lambda: False)
+        return made.model.fingerprint, [made.texts[role].fingerprint for role in ("calibration", "fitness", "report")]
 
     first = fingerprints()
     held = runtime._prepared

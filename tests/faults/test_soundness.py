@@ -17,6 +17,7 @@ from selfpruner.errors import CalibrationError, ModelError
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.testing.tiny_models import sample_text, tiny_model
+from selfpruner.workers.tasks import PrepareRequest, PrepareResult
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,11 @@ def in_up(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
 
 
-def prepare(folder: Path, text: Path | str, cache: Path, **fields: Any) -> dict[str, Any]:
+def prepare(folder: Path, text: Path | str, cache: Path, **fields: Any) -> PrepareResult:
     source = {"sources": [{"source": str(text)}], "sequences": 4, "length": 32}
     body = {"model": str(folder), "rate": 0.2, "calibration": source, "dtype": "float32", "sparsity_step": 0.5, **fields}
     session = session_of(SearchConfig.model_validate(body), cache)
-    return SessionHandler("cpu").handle(session, "prepare", {"texts": ["calibration"]}, lambda _: None, lambda: False)
+    return SessionHandler("cpu").handle(session, PrepareRequest(texts=("calibration",)), lambda _: None, lambda: False)
 
 
 @pytest.mark.parametrize("pattern", names.PATTERNS)
@@ -96,7 +97,7 @@ def test_a_model_whose_activations_overflow(text: Path, tmp_path: Path) -> None:
     for fields in ({}, {"criterion": "wanda_sp", "compensation": "bias"}, {"pattern": "n_m", "criterion": "sparsegpt"}):
         with pytest.raises(CalibrationError, match=r"not finite .* Load the model in float32 or bfloat16"):
             prepare(folder, text, tmp_path / "cache", dtype="float16", **fields)
-    assert prepare(folder, text, tmp_path / "cache")["dtype"] == "float32"
+    assert prepare(folder, text, tmp_path / "cache").dtype == "float32"
 
 
 def test_a_text_that_the_model_was_to_write(tmp_path: Path) -> None:

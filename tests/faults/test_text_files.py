@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from selfpruner.calibration import encoding, files
 from selfpruner.calibration.encoding import encode
 from selfpruner.calibration.files import NoFileError, find
-from selfpruner.calibration.texts import Role, token_batches
-from selfpruner.config import Source, TextConfig
+from selfpruner.calibration.texts import token_batches
+from selfpruner.config import Role, Source, TextConfig
 from selfpruner.errors import TextError
 from selfpruner.models import LoadedModel, load, resolve
 from selfpruner.testing.tiny_models import sample_text, tiny_tokenizer

@@ -24,9 +24,10 @@ from selfpruner.models.memory import peak_mib
 from selfpruner.workers import process_pool
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.process_pool import ProcessPool
+from selfpruner.workers.tasks import TaskRequest
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers import ROOT
-from tests.helpers.fake_handler import FakeHandler
+from tests.helpers.fake_handler import Crash, Done, Echo, Fail, FakeHandler, Grandchild, Noisy, Note, Stubborn, Unheard
 
 FAKE = "tests.helpers.fake_handler:FakeHandler"
 SESSION = Session("a", {"model": "tiny"}, "cache")
@@ -97,25 +98,25 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 @both_pools
 async def test_echo_with_progress_and_peak(pool: WorkerPool) -> None:
     said: list[str] = []
-    result = await pool.run(SESSION, "echo", {"say": ["one", "two — ü\n"], "plans": ((1, 2),), "nan": None}, said.append)
-    assert result["echo"]["plans"] == [[1, 2]], "payloads are JSON: a tuple arrives as a list"
+    result = await pool.run(SESSION, Echo(say=("one", "two — ü\n"), value={"nan": None}), said.append)
+    assert result.value == {"nan": None}
     assert said == ["one", "two — ü\n"]
-    assert 5 < result["peak_mib"] < 10_000
-    assert result["sessions"] == ["a"]
+    assert 5 < result.peak_mib < 10_000
+    assert result.sessions == ["a"]
 
 
 @both_pools
 async def test_five_megabytes_there_and_back(pool: WorkerPool) -> None:
     big = "".join(random.Random(0).choices('abc\n"\\é', k=2_500_000))
-    result = await pool.run(SESSION, "echo", {"big": big})
-    assert result["echo"]["big"] == big
+    result = await pool.run(SESSION, Echo(value=big))
+    assert result.value == big
 
 
 @both_pools
 async def test_errors_keep_their_type(pool: WorkerPool) -> None:
     async def failure(how: str) -> errors.SelfprunerError:
         with pytest.raises(errors.SelfprunerError) as caught:
-            await pool.run(SESSION, "fail", {"how": how})
+            await pool.run(SESSION, Fail(how=how))
         return caught.value
 
     typed = await failure("typed")
@@ -128,19 +129,43 @@ async def test_errors_keep_their_type(pool: WorkerPool) -> None:
     disk = await failure("disk")
     assert type(disk) is errors.DiskFullError
     assert "model.safetensors" in disk.message
-    for how, words in (("unexpected", "KeyError: 'surprise'"), ("not json", "not JSON serializable")):
-        error = await failure(how)
-        assert (type(error), error.code) == (errors.WorkerError, "internal_error")
-        assert words in error.message
-        assert "Traceback" not in error.message
-    assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}, "a failed task leaves the worker usable"
+    unexpected = await failure("unexpected")
+    assert (type(unexpected), unexpected.code) == (errors.WorkerError, "internal_error")
+    assert "KeyError: 'surprise'" in unexpected.message
+    assert "Traceback" not in unexpected.message
+    assert (await pool.run(SESSION, Echo(value=1))).value == 1, "a failed task leaves the worker usable"
+
+
+@both_pools
+async def test_what_is_of_a_wrong_shape_names_the_field(pool: WorkerPool) -> None:
+    async def failure(request: TaskRequest[Done]) -> errors.SelfprunerError:
+        with pytest.raises(errors.SelfprunerError) as caught:
+            await pool.run(SESSION, request)
+        return caught.value
+
+    for request, param, words in (
+        (Fail(how="wrong type"), "deaths", "Done.deaths: Input should be a valid integer. Both ends"),
+        (Fail(how="unchecked"), "pid", r"Done.pid: Input should be a valid integer \(1 more problem\)"),
+        (Fail(how="wrong class"), None, "'fail' gave TaskResult, not Done"),
+        (Echo.model_construct({"say"}, say=("one", 2)), "say.1", "Echo.say.1: Input should be a valid string"),
+        (Note.model_construct({"seconds"}, seconds=0.0), "file", r"Note.file: Field required \(1 more problem\)"),
+    ):
+        error = await failure(request)
+        assert (type(error), error.code, error.param) == (errors.ContractError, "wrong_shape", param)
+        assert re.search(words, error.message)
+    with pytest.raises(errors.ContractError, match=r"Echo\.sing: Extra inputs are not permitted"):
+        Echo.read({"sing": True})
+    unknown = await failure(Unheard())
+    assert type(unknown) is errors.ConfigError
+    assert "Unknown task 'unheard'. Known: echo, note" in unknown.message
+    assert (await pool.run(SESSION, Echo(value=1))).value == 1, "a wrong shape leaves the worker usable"
 
 
 @both_pools
 async def test_cancel_is_cooperative_and_leaves_the_pool_usable(pool: WorkerPool) -> None:
     started = asyncio.Event()
-    task = asyncio.create_task(pool.run(SESSION, "note", {"seconds": 30, "file": os.devnull, "text": ""}, lambda _: started.set()))
-    waiting = asyncio.create_task(pool.run(SESSION, "echo", {"never": True}))
+    task = asyncio.create_task(pool.run(SESSION, Note(seconds=30, file=os.devnull, text=""), lambda _: started.set()))
+    waiting = asyncio.create_task(pool.run(SESSION, Echo()))
     await started.wait()
     pid = pool.pids if isinstance(pool, ProcessPool) else None
     waiting.cancel()
@@ -150,7 +175,7 @@ async def test_cancel_is_cooperative_and_leaves_the_pool_usable(pool: WorkerPool
         with pytest.raises(asyncio.CancelledError):
             await cancelled
     assert time.monotonic() - before < 2.5, "it stopped by itself, before the worker would be killed"
-    assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}
+    assert (await pool.run(SESSION, Echo(value=1))).value == 1
     if isinstance(pool, ProcessPool):
         assert pool.pids == pid, "the worker was kept"
 
@@ -159,7 +184,7 @@ async def test_cancel_is_cooperative_and_leaves_the_pool_usable(pool: WorkerPool
 async def test_a_closed_pool_refuses(pool: WorkerPool) -> None:
     await pool.close()
     with pytest.raises(errors.WorkerError, match="closed"):
-        await pool.run(SESSION, "echo", {})
+        await pool.run(SESSION, Echo())
     await pool.close()
 
 
@@ -167,12 +192,12 @@ async def test_a_closed_pool_refuses(pool: WorkerPool) -> None:
 @in_loop
 async def test_stray_prints_go_to_the_log(tmp_path: Path) -> None:
     async with pool_of("cuda:0", log_dir=tmp_path) as pool:
-        await pool.run(SESSION, "noisy", {})
-        assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}
+        await pool.run(SESSION, Noisy())
+        assert (await pool.run(SESSION, Echo(value=1))).value == 1
         log = (tmp_path / "worker-0-cuda-0.log").read_text()
         assert all(text in log for text in ('"op": "result"', "raw bytes", "grandchild"))
         with pytest.raises(errors.WorkerError, match="SystemExit: 3"):
-            await pool.run(SESSION, "fail", {"how": "exit"})
+            await pool.run(SESSION, Fail(how="exit"))
         assert "Traceback" in (tmp_path / "worker-0-cuda-0.log").read_text()
         assert pool.restarts == 0
 
@@ -181,17 +206,17 @@ async def test_stray_prints_go_to_the_log(tmp_path: Path) -> None:
 async def test_a_worker_starts_late_and_stays_warm() -> None:
     async with pool_of("cpu", "cpu") as pool:
         assert (pool.pids, pool.busy) == ([None, None], 0)
-        first = await pool.run(SESSION, "echo", {})
-        second = await pool.run(SESSION, "echo", {})
-        assert pool.pids == [first["pid"], None]
-        assert second["pid"] == first["pid"]
+        first = await pool.run(SESSION, Echo())
+        second = await pool.run(SESSION, Echo())
+        assert pool.pids == [first.pid, None]
+        assert second.pid == first.pid
 
 
 @in_loop
 async def test_a_runtime_that_cannot_be_imported_is_an_error_not_a_loop() -> None:
     pool = ProcessPool(["cpu"], runtime="tests.no_such_module:Runtime")
     with pytest.raises(errors.WorkerError, match=r"ModuleNotFoundError.*no_such_module"):
-        await pool.run(SESSION, "echo", {})
+        await pool.run(SESSION, Echo())
     assert pool.restarts == 0
     await pool.close()
 
@@ -203,8 +228,8 @@ async def test_failing_progress_callback_stops_the_task(tmp_path: Path) -> None:
 
     async with pool_of() as pool:
         with pytest.raises(ZeroDivisionError):
-            await pool.run(SESSION, "note", {"seconds": 30, "file": str(tmp_path / "n"), "text": ""}, broken)
-        assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}
+            await pool.run(SESSION, Note(seconds=30, file=str(tmp_path / "n"), text=""), broken)
+        assert (await pool.run(SESSION, Echo(value=1))).value == 1
 
 
 def test_peak_is_of_this_process_alone() -> None:
@@ -222,11 +247,11 @@ def test_peak_is_of_this_process_alone() -> None:
 @in_loop
 async def test_killed_while_idle() -> None:
     async with pool_of() as pool:
-        first = (await pool.run(SESSION, "echo", {}))["pid"]
+        first = (await pool.run(SESSION, Echo())).pid
         os.kill(first, signal.SIGKILL)
         await until(lambda: pool.pids == [None], 2)
-        second = await pool.run(SESSION, "echo", {})
-        assert second["pid"] != first
+        second = await pool.run(SESSION, Echo())
+        assert second.pid != first
         assert pool.restarts == 1
 
 
@@ -234,8 +259,8 @@ async def test_killed_while_idle() -> None:
 async def test_a_death_in_a_task_repeats_it(tmp_path: Path) -> None:
     async with pool_of(max_attempts=3) as pool:
         for how in ("SIGKILL", "exit", "SIGSEGV"):
-            result = await pool.run(SESSION, "crash", {"how": how, "times": 1, "file": str(tmp_path / how)})
-            assert result["deaths"] == 1
+            result = await pool.run(SESSION, Crash(how=how, times=1, file=str(tmp_path / how)))
+            assert result.deaths == 1
         assert pool.restarts == 3
 
 
@@ -245,11 +270,11 @@ async def test_too_many_deaths_are_an_error_that_says_why(tmp_path: Path) -> Non
         for how, words in (("SIGKILL", "SIGKILL.*out of memory"), ("exit", "exited with code 7"), ("SIGABRT", "SIGABRT.*crashed")):
             file = tmp_path / how
             with pytest.raises(errors.WorkerError) as caught:
-                await pool.run(SESSION, "crash", {"how": how, "times": 9, "file": str(file)})
+                await pool.run(SESSION, Crash(how=how, times=9, file=str(file)))
             assert re.search(f"2 workers were lost.*'crash'.*{words}.*last words", caught.value.message, re.DOTALL)
             assert caught.value.code == "worker_failed"
             assert file.read_text() == "xx"
-        assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}
+        assert (await pool.run(SESSION, Echo(value=1))).value == 1
 
 
 @in_loop
@@ -259,8 +284,8 @@ async def test_twenty_kills_lose_and_duplicate_nothing(tmp_path: Path) -> None:
         done: list[str] = []
 
         async def work(text: str) -> None:
-            result = await pool.run(SESSION, "note", {"seconds": 0.02, "file": str(tmp_path / "notes"), "text": text})
-            done.append(result["text"])
+            result = await pool.run(SESSION, Note(seconds=0.02, file=str(tmp_path / "notes"), text=text))
+            done.append(result.text)
 
         async def kill() -> None:
             kills = 0
@@ -292,25 +317,25 @@ async def test_a_frozen_worker_is_replaced_and_its_late_result_ignored(tmp_path:
                 frozen.append(pool.pids[0] or 0)
                 os.kill(frozen[0], signal.SIGSTOP)
 
-        result = await pool.run(SESSION, "note", {"seconds": 0.3, "file": str(notes), "text": "done"}, freeze_once)
-        assert result["pid"] != frozen[0]
+        result = await pool.run(SESSION, Note(seconds=0.3, file=str(notes), text="done"), freeze_once)
+        assert result.pid != frozen[0]
         with contextlib.suppress(ProcessLookupError):
             os.kill(frozen[0], signal.SIGCONT)
         assert notes.read_text() == "done\n"
         assert not alive(frozen[0])
         # The same while it has nothing to do.
-        os.kill(result["pid"], signal.SIGSTOP)
+        os.kill(result.pid, signal.SIGSTOP)
         await until(lambda: pool.pids == [None], 4)
-        assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}
+        assert (await pool.run(SESSION, Echo(value=1))).value == 1
 
 
 @in_loop
 async def test_a_busy_worker_is_not_taken_for_frozen(tmp_path: Path) -> None:
     async with pool_of(heartbeat_timeout=1.5) as pool:
-        await pool.run(SESSION, "note", {"seconds": 2, "file": str(tmp_path / "n"), "text": ""})
+        await pool.run(SESSION, Note(seconds=2, file=str(tmp_path / "n"), text=""))
         time.sleep(2)  # nor does a parent that slept blame its worker
         await asyncio.sleep(0.2)
-        await pool.run(SESSION, "echo", {})
+        await pool.run(SESSION, Echo())
         assert pool.restarts == 0
 
 
@@ -319,24 +344,24 @@ async def test_a_busy_worker_is_not_taken_for_frozen(tmp_path: Path) -> None:
 async def test_a_stubborn_task_is_killed_with_what_it_started() -> None:
     async with pool_of() as pool:
         said: asyncio.Queue[str] = asyncio.Queue()
-        task = asyncio.create_task(pool.run(SESSION, "grandchild", {}, said.put_nowait))
+        task = asyncio.create_task(pool.run(SESSION, Grandchild(), said.put_nowait))
         grandchild = int(await said.get())
         pid = pool.pids[0] or 0
-        waiting = asyncio.create_task(pool.run(SESSION, "echo", {"x": 1}))
+        waiting = asyncio.create_task(pool.run(SESSION, Echo(value=1)))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(task, process_pool.CANCEL_GRACE + 1.5)
         await until(lambda: not alive(pid) and not alive(grandchild), 1)
-        assert (await waiting)["echo"] == {"x": 1}, "the queue goes on with a new worker"
+        assert (await waiting).value == 1, "the queue goes on with a new worker"
 
 
 @in_loop
 async def test_task_timeout(tmp_path: Path) -> None:
     async with pool_of(task_timeout=1.0) as pool:
         with pytest.raises(errors.WorkerError, match="longer than 1 s") as caught:
-            await pool.run(SESSION, "note", {"seconds": 30, "file": str(tmp_path / "n"), "text": ""})
+            await pool.run(SESSION, Note(seconds=30, file=str(tmp_path / "n"), text=""))
         assert caught.value.code == "task_timeout"
-        assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}
+        assert (await pool.run(SESSION, Echo(value=1))).value == 1
 
 
 @in_loop
@@ -344,28 +369,28 @@ async def test_cancelling_at_any_moment_leaves_the_pool_usable() -> None:
     dice = random.Random(3)
     async with pool_of("cpu", "cpu") as pool:
         for _ in range(40):
-            tasks = [asyncio.create_task(pool.run(SESSION, "echo", {"n": n})) for n in range(4)]
+            tasks = [asyncio.create_task(pool.run(SESSION, Echo(value=n))) for n in range(4)]
             await asyncio.sleep(dice.choice([0, 0, 0.001, 0.005]))
             for task in dice.sample(tasks, 2):
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
             for n, result in enumerate(results):
                 if not isinstance(result, asyncio.CancelledError):
-                    assert isinstance(result, dict)
-                    assert result["echo"] == {"n": n}
+                    assert isinstance(result, Done)
+                    assert result.value == n
         assert pool.busy == 0
-        assert (await pool.run(SESSION, "echo", {"x": 1}))["echo"] == {"x": 1}
+        assert (await pool.run(SESSION, Echo(value=1))).value == 1
 
 
 @in_loop
 async def test_close_ends_everything_at_once() -> None:
     async with pool_of("cpu", "cpu", "cpu") as pool:
-        idle = (await pool.run(SESSION, "echo", {}))["pid"]
+        idle = (await pool.run(SESSION, Echo())).pid
         started = asyncio.Event()
-        running = asyncio.create_task(pool.run(SESSION, "stubborn", {}, lambda _: started.set()))
-        starting = asyncio.create_task(pool.run(Session("b", {}, ""), "echo", {}))
+        running = asyncio.create_task(pool.run(SESSION, Stubborn(), lambda _: started.set()))
+        starting = asyncio.create_task(pool.run(Session("b", {}, ""), Echo()))
         await started.wait()
-        queued = [asyncio.create_task(pool.run(SESSION, "stubborn", {})) for _ in range(4)]
+        queued = [asyncio.create_task(pool.run(SESSION, Stubborn())) for _ in range(4)]
         await asyncio.sleep(0)
         before = time.monotonic()
         await pool.close()
@@ -385,12 +410,13 @@ def test_a_worker_whose_parent_was_killed_is_gone_within_two_seconds() -> None:
 import asyncio
 from selfpruner.workers.base import Session
 from selfpruner.workers.process_pool import ProcessPool
+from tests.helpers.fake_handler import Echo, Grandchild
 async def main():
     pool = ProcessPool(["cpu", "cpu"], runtime={FAKE!r})
     session = Session("a", {{}}, "")
-    print((await pool.run(session, "echo", {{}}))["pid"], flush=True)
+    print((await pool.run(session, Echo())).pid, flush=True)
     say = lambda pid: print(pid, pool.pids[0], pool.pids[1], flush=True)
-    await asyncio.gather(*(pool.run(session, "grandchild", {{}}, say) for _ in range(2)))
+    await asyncio.gather(*(pool.run(session, Grandchild(), say) for _ in range(2)))
 asyncio.run(main())
 """
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as server:
@@ -408,11 +434,11 @@ asyncio.run(main())
 @in_loop
 async def test_two_devices_work_at_the_same_time(tmp_path: Path) -> None:
     async with pool_of("cuda:0", "cuda:1") as pool:
-        note = {"seconds": 0.6, "file": str(tmp_path / "n"), "text": ""}
-        await asyncio.gather(*(pool.run(SESSION, "echo", {}) for _ in range(2)))
-        first, second = await asyncio.gather(*(pool.run(SESSION, "note", note) for _ in range(2)))
-        assert {first["device"], second["device"]} == {"cuda:0", "cuda:1"}
-        assert max(first["started"], second["started"]) < min(first["ended"], second["ended"])
+        note = Note(seconds=0.6, file=str(tmp_path / "n"), text="")
+        await asyncio.gather(*(pool.run(SESSION, Echo()) for _ in range(2)))
+        first, second = await asyncio.gather(*(pool.run(SESSION, note) for _ in range(2)))
+        assert {first.device, second.device} == {"cuda:0", "cuda:1"}
+        assert max(first.started, second.started) < min(first.ended, second.ended)
 
 
 @in_loop
@@ -420,8 +446,8 @@ async def test_a_session_returns_to_its_worker() -> None:
     sessions = [Session(key, {}, "") for key in "abab"]
     async with pool_of("cpu", "cpu") as pool:
         for _ in range(3):
-            results = [await pool.run(session, "echo", {}) for session in sessions]
-        assert [result["sessions"] for result in results] == [["a"], ["b"], ["a"], ["b"]]
+            results = [await pool.run(session, Echo()) for session in sessions]
+        assert [result.sessions for result in results] == [["a"], ["b"], ["a"], ["b"]]
 
 
 @in_loop
@@ -429,7 +455,7 @@ async def test_the_queue_prefers_the_session_held_but_starves_none() -> None:
     order: list[str] = []
 
     async def work(pool: ProcessPool, key: str) -> None:
-        await pool.run(Session(key, {}, ""), "echo", {})
+        await pool.run(Session(key, {}, ""), Echo())
         order.append(key)
 
     async with pool_of() as pool:

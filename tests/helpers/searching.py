@@ -22,7 +22,22 @@ from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import CallError, Reply, Request
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, Window
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import (
+    EvaluateRequest,
+    EvaluateResult,
+    GenerateRequest,
+    GenerateResult,
+    ModelFacts,
+    PrepareResult,
+    RaceTerms,
+    ScoreRow,
+    SlopesRequest,
+    SlopesResult,
+    TaskRequest,
+    TimeBlocksRequest,
+    TimeBlocksResult,
+)
 
 SESSION = Session("key", {}, "")
 
@@ -120,64 +135,77 @@ class AnalyticPool:
         pairs = zip(self.weights, self.space.block_rates(plan), strict=True)
         return sum(weight * (rate + 4 * rate**3) for weight, rate in pairs) / len(self.weights)
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:  # noqa: ARG002
+    async def run(self, session: Session, request: TaskRequest[Any], on_progress: OnProgress | None = None) -> Any:  # noqa: ARG002
         self.interruptions.point()
-        if kind == "generate":
-            return self._generate(payload)
-        if kind == "time_blocks":
-            return {"tokens": payload["tokens"], "blocks": [self._times(block) for block in self.space.blocks], "rest": 40.0}
-        if kind == "slopes":
-            return self._slopes(payload)
-        assert kind == "evaluate"
-        plans = [Plan(tuple(levels)) for levels in json.loads(json.dumps(payload["plans"]))]
+        match type(request).read(request.to_json()):
+            case GenerateRequest() as asked:
+                return self._generate(asked)
+            case TimeBlocksRequest() as asked:
+                blocks = tuple(self._times(block) for block in self.space.blocks)
+                return TimeBlocksResult(tokens=asked.tokens, blocks=blocks, rest=40.0)
+            case SlopesRequest() as asked:
+                return self._slopes(asked)
+            case EvaluateRequest() as asked:
+                return self._evaluate(asked)
+        raise AssertionError(request.kind)
+
+    def _evaluate(self, request: EvaluateRequest) -> EvaluateResult:
+        plans = [Plan(levels) for levels in request.plans]
         self.tasks.append(len(plans))
         if len(plans) > self.memory or self.too_large & {plan.hash for plan in plans}:
             raise OutOfMemoryError("no room")
-        sequences = tuple(payload["sequences"])
-        race = payload.get("race", {"contenders": [], "keep": 0})
-        dropped = sorted(race["contenders"], key=lambda index: self.kl(plans[index]))[race["keep"] :]
-        rows: list[Json] = []
+        sequences = request.sequences
+        race = request.race or RaceTerms(keep=0, contenders=())
+        dropped = sorted(race.contenders, key=lambda index: self.kl(plans[index]))[race.keep :]
+        rows = []
         for index, plan in enumerate(plans):
             self.space.check(plan)
-            self.seen[plan.hash, payload["text"], sequences] += 1
+            self.seen[plan.hash, request.text, sequences] += 1
             noise = 1 + 0.2 * random.Random(str(sequences)).random()
             kl = self.kl(plan) * noise
-            row: Json = {"kl": kl, "nll": 3 + kl, "tokens": 16 * len(sequences), "reason": None}
+            row = ScoreRow(kl=kl, nll=3 + kl, tokens=16 * len(sequences))
             if plan.hash in self.broken:
-                row |= {"kl": None, "nll": None, "reason": "fitness is not finite (kl nan, nll nan)"}
+                row = ScoreRow(kl=None, nll=None, tokens=row.tokens, reason="fitness is not finite (kl nan, nll nan)")
             elif index in dropped:
-                row |= {"kl": 1.01 * kl, "nll": 3 + 1.01 * kl, "tokens": 4 * len(sequences), "rejected": True}
-            self.tokens[payload["text"]] += row["tokens"]
+                row = ScoreRow(kl=1.01 * kl, nll=3 + 1.01 * kl, tokens=4 * len(sequences), rejected=True)
+            self.tokens[request.text] += row.tokens
             rows.append(row)
-        return {"rows": rows, "seconds": 0.01 * len(plans), "peak_mib": 100.0 + len(self.tasks)}
+        return EvaluateResult(
+            rows=tuple(rows),
+            seconds=0.01 * len(plans),
+            passes=0,
+            passes_without_sharing=0,
+            peak_mib=100.0 + len(self.tasks),
+        )
 
-    def _times(self, block: Block) -> list[float]:
+    def _times(self, block: Block) -> tuple[float, ...]:
         """Microseconds: the time of attention falls faster with its rate than an FFN's, and a part of a block's never falls."""
         slow = self.slow_attention if block.kind == "attention" else 1.0
-        return [20 + 80 * slow * (1 - block.rate(level)) for level in range(len(block.options))]
+        return tuple(20 + 80 * slow * (1 - block.rate(level)) for level in range(len(block.options)))
 
-    def _generate(self, payload: Mapping[str, Any]) -> Json:
-        assert (payload["text"], payload["prompt"], payload["new_tokens"]) == ("fitness", 32, 48)
-        assert 1 <= len(payload["sequences"]) <= 8
-        self.wrote.append(list(payload["plans"]))
+    def _generate(self, request: GenerateRequest) -> GenerateResult:
+        assert (request.text, request.prompt, request.new_tokens) == ("fitness", 32, 48)
+        assert 1 <= len(request.sequences) <= 8
+        self.wrote.append(list(request.plans))
         if isinstance(self.repetition, Exception):
             raise self.repetition
-        assert not any(payload["plans"]["dense"])
+        assert not any(request.plans["dense"])
         rates = self.repetition
-        return {"repetition": {name: rates.get(name, 0.3) for name in payload["plans"]}, "seconds": 0.01}
+        return GenerateResult(repetition={name: rates.get(name, 0.3) for name in request.plans}, seconds=0.01)
 
-    def _slopes(self, payload: Mapping[str, Any]) -> Json:
+    def _slopes(self, request: SlopesRequest) -> SlopesResult:
         """Exact: what a move changes is what the first term says."""
         if not self.foresees:
             raise ConfigError("slopes need the model in memory")
-        here = Plan(tuple(payload["plan"]))
-        kl, sequences = self.kl(here), tuple(payload["sequences"])
+        here = Plan(request.plan)
+        kl, sequences = self.kl(here), request.sequences
         self.seen[here.hash, "slopes", sequences] += 1
-        moved = [Plan((*here.levels[:block], level, *here.levels[block + 1 :])) for block, level in payload["moves"]]
-        first = [(self.kl(plan) - kl) / FIRST for plan in moved]
+        moved = [Plan((*here.levels[:block], level, *here.levels[block + 1 :])) for block, level in request.moves]
+        first = tuple((self.kl(plan) - kl) / FIRST for plan in moved)
         tokens = 16 * len(sequences)
-        self.tokens[payload["text"]] += tokens * (SLOPE_PASSES + len(moved) // len(here.levels))
-        return {"kl": kl, "first": first, "size": [0.0] * len(first), "tokens": tokens, "seconds": 0.01, "peak_mib": 100.0}
+        self.tokens[request.text] += tokens * (SLOPE_PASSES + len(moved) // len(here.levels))
+        size = (0.0,) * len(first)
+        return SlopesResult(kl=kl, first=first, size=size, tokens=tokens, seconds=0.01, peak_mib=100.0)
 
     async def close(self) -> None:
         """Nothing to close."""
@@ -274,6 +302,22 @@ class Run:
 
     async def go(self) -> Outcome:
         return await self.search.run()
+
+
+def prepared_of(space: SearchSpace, **signals: Any) -> PrepareResult:
+    """What a worker says that made ``space`` ready."""
+    sizes = {"layers": space.layers, "hidden": 32, "heads": 4, "kv_groups": 2, "head_dim": 8, "channels": 96}
+    counts = {"parameters": space.total, "decoder_parameters": space.total}
+    return PrepareResult(
+        space=space,
+        signals=signals,
+        model=ModelFacts(name="tiny", fingerprint="0", family="llama", **sizes, **counts),
+        texts={},
+        dtype="float32",
+        device="cpu",
+        streamed=False,
+        seconds=0.0,
+    )
 
 
 def window(name: str = "w", *sequences: int) -> Window:

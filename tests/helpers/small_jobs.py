@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from selfpruner.jobs.run import run_job
 from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
 from selfpruner.store.store import Store
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import R, TaskRequest
 from selfpruner.workers.thread_pool import InProcessPool
 
 RATE = 0.2
@@ -30,9 +30,9 @@ class Recording:
         self.inner = InProcessPool(lambda: SessionHandler("cpu"))
         self.tasks: Counter[str] = Counter()
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
-        self.tasks[kind] += 1
-        return await self.inner.run(session, kind, payload, on_progress)
+    async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
+        self.tasks[request.kind] += 1
+        return await self.inner.run(session, request, on_progress)
 
     async def close(self) -> None:
         await self.inner.close()

@@ -22,6 +22,7 @@ from selfpruner.proposers.openai import OpenAIProposer
 from selfpruner.proposers.reply import NonFiniteError, NotJsonError, extract
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import ProposeRequest, ProposeResult
 from tests.helpers.fake_openai import FakeOpenAI
 
 KEY = "sk-very-secret-0123456789"
@@ -291,16 +292,16 @@ class Pool:
 
     def __init__(self, does: Any) -> None:
         self.does = does
-        self.payloads: list[Any] = []
+        self.asked: list[ProposeRequest] = []
 
-    async def run(self, session: Session, kind: str, payload: Any, on_progress: Any = None) -> dict[str, Any]:
-        assert (session, kind, on_progress) == (SESSION, "propose", None)
-        self.payloads.append(payload)
+    async def run(self, session: Session, request: ProposeRequest, on_progress: Any = None) -> ProposeResult:
+        assert (session, on_progress) == (SESSION, None)
+        self.asked.append(request)
         if isinstance(self.does, Exception):
             raise self.does
         if self.does == "hang":
             await asyncio.sleep(60)
-        return dict(self.does)
+        return ProposeResult(**self.does)
 
     async def close(self) -> None: ...
 
@@ -314,10 +315,10 @@ def local(does: Any, **fields: Any) -> tuple[Reply, Pool]:
 def test_local_asks_the_worker() -> None:
     reply, pool = local({"text": "{}", "model": "smol", "prompt_tokens": 5, "completion_tokens": 2, "seconds": 0.5})
     assert reply == Reply("{}", "smol", 5, 2, 0.5, 0.0)
-    (payload,) = pool.payloads
-    assert json.loads(json.dumps(payload)) == {
+    (asked,) = pool.asked
+    assert asked.to_json() == {
         "messages": list(REQUEST.messages),
-        "schema": SCHEMA,
+        "reply_schema": SCHEMA,
         "temperature": 0.8,
         "max_tokens": 200,
         "seed": 7,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import pytest
 from rich.console import Console
 
 from benchmarks import peers, summary
-from benchmarks.judge import Bench, BudgetSpentError, Meter, Run, Settings, judged
+from benchmarks.judge import Bench, BudgetSpentError, JudgeRequest, JudgeResult, Meter, Run, Settings, judged
 from benchmarks.search import Judge, Store, report
 from selfpruner.errors import SelfprunerError
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
 from selfpruner.testing.spaces import space_of
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import EvaluateRequest, PrepareRequest, ScoreRow, TaskRequest
 from tests.helpers.fake_openai import FakeOpenAI
-from tests.helpers.searching import AnalyticPool
+from tests.helpers.searching import AnalyticPool, prepared_of
 
 # What the product's searches are given here: everything small, so that a budget of a few thousand tokens pays for generations.
 SMALL = {
@@ -42,24 +43,18 @@ class JudgedPool(AnalyticPool):
     def __init__(self, space: SearchSpace) -> None:
         super().__init__(space)
         self.kinds: list[str] = []
-        self.judged: list[dict[str, Any]] = []
+        self.judged: list[JudgeRequest] = []
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
-        self.kinds.append(kind)
-        if kind == "prepare":
+    async def run(self, session: Session, request: TaskRequest[Any], on_progress: OnProgress | None = None) -> Any:
+        self.kinds.append(request.kind)
+        if isinstance(request, PrepareRequest):
             flap = [[0.01 * index + level for level in range(len(b.options))] for index, b in enumerate(self.space.blocks)]
             ratios = [0.01 * (layer + 1) for layer in range(self.space.layers)]
-            return {
-                "space": self.space.to_dict(),
-                "signals": {"outlier_ratio": ratios, "spectral_exponents": ratios, "flap_thresholds": flap},
-                "device": "cpu",
-                "dtype": "float32",
-            }
-        if kind == "judge":
-            self.judged.append(dict(payload))
-            rows = [{"kl": self.kl(Plan(tuple(levels))), "nll": 3.0, "tokens": 16} for levels in payload["plans"]]
-            return {"rows": rows}
-        return await super().run(session, kind, payload, on_progress)
+            return prepared_of(self.space, outlier_ratio=ratios, spectral_exponents=ratios, flap_thresholds=flap)
+        if isinstance(request, JudgeRequest):
+            self.judged.append(request)
+            return JudgeResult(rows=tuple(ScoreRow(kl=self.kl(Plan(levels)), nll=3.0, tokens=16) for levels in request.plans))
+        return await super().run(session, request, on_progress)
 
 
 @pytest.fixture(autouse=True)
@@ -167,15 +162,15 @@ def test_level_switch_is_evopress(tmp_path: Path) -> None:
 def test_the_meter_refuses_what_would_pass_the_budget(tmp_path: Path) -> None:
     pool = JudgedPool(space_of())
     meter = Meter(pool, 16, budget=100)
-    asked = {"plans": [[0] * 8] * 2, "text": "fitness", "sequences": [0, 1]}
+    asked = EvaluateRequest(plans=((0,) * 8,) * 2, text="fitness", sequences=(0, 1))
 
     async def go() -> None:
         session = Session("k", {}, str(tmp_path))
-        await meter.run(session, "evaluate", asked)
+        await meter.run(session, asked)
         assert (meter.tokens, meter.evaluations) == (64, 2)
-        await meter.run(session, "evaluate", {**asked, "text": "report"})
+        await meter.run(session, asked.model_copy(update={"text": "report"}))
         with pytest.raises(BudgetSpentError):
-            await meter.run(session, "evaluate", asked)
+            await meter.run(session, asked)
         assert meter.tokens == 64
 
     asyncio.run(go())
@@ -211,7 +206,7 @@ def test_held_out_text_that_was_looked_at_is_passed_over(tmp_path: Path) -> None
     assert len(bench._held_out) == 4096 // 512
     assert min(bench._held_out) >= 6144 // 512
     asyncio.run(bench.held_out(Plan((0,) * 12)))
-    assert [(call["length"], call["first"], call["sequences"]) for call in pool.judged] == [(512, 12, 8), (2048, 3, 2)]
+    assert [(asked.length, asked.first, asked.sequences) for asked in pool.judged] == [(512, 12, 8), (2048, 3, 2)]
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------------

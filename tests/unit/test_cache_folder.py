@@ -30,6 +30,7 @@ from selfpruner.progress import FORESEEN
 from selfpruner.testing.tiny_models import sample_text
 from selfpruner.workers.base import Session
 from selfpruner.workers.lifeline import tied
+from selfpruner.workers.tasks import PrepareRequest
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +159,7 @@ def test_a_limit_that_is_no_size_is_refused_before_a_model_is_loaded(tmp_path: P
     monkeypatch.setenv(cache_folder.LIMIT, "a lot")
     config = SearchConfig(rate=0.2, model=str(tmp_path / "none")).model_dump(mode="json")
     with pytest.raises(ConfigError, match=r"SELFPRUNER_CACHE_LIMIT is 'a lot'.*20GiB"):
-        SessionHandler("cpu").handle(Session("k", config, str(tmp_path)), "prepare", {}, lambda _: None, lambda: False)
+        SessionHandler("cpu").handle(Session("k", config, str(tmp_path)), PrepareRequest(), lambda _: None, lambda: False)
 
 
 def test_managing_the_cache_needs_no_torch() -> None:

@@ -14,6 +14,7 @@ from selfpruner.jobs.comparison import SETTINGS
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.testing.tiny_models import sample_text, tiny_model
+from selfpruner.workers.tasks import PrepareRequest
 
 TEXT = {"sources": [{"source": "pydoc"}], "sequences": 3, "length": 32}
 # Another value for every field, and what has to change with it so that the config stays valid.
@@ -124,7 +125,7 @@ def test_two_jobs_that_differ_in_one_field_get_a_space_each(tmp_path: Path) -> N
     def space(**changes: Any) -> Any:
         body = {"model": str(model), "rate": 0.2, "calibration": words, "device": "cpu", **changes}
         session = session_of(SearchConfig.model_validate(body), tmp_path / "cache")
-        return runtime.handle(session, "prepare", {"texts": ["calibration"]}, lambda _: None, lambda: False)["space"]
+        return runtime.handle(session, PrepareRequest(texts=("calibration",)), lambda _: None, lambda: False).space
 
     whole = space()
     assert space(tensor_parallel=2) != whole

@@ -172,7 +172,7 @@ class Written:
     tokenizer: PreTrainedTokenizerBase
     source: Path
     path: Path
-    result: checkpoint.ExportResult
+    result: checkpoint.Exported
 
 
 KILLED_WRITER = """

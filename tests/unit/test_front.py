@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import pairwise
@@ -38,9 +38,10 @@ from selfpruner.progress import OnProgress
 from selfpruner.store.store import Store
 from selfpruner.testing.spaces import space_of
 from selfpruner.testing.tiny_models import sample_text, tiny_model
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import MeasureRequest, MeasureResult, MeasureRow, PrepareRequest, TaskRequest, TimeBlocksRequest
 from server.schemas import JobRequest
-from tests.helpers.searching import SESSION, AnalyticPool, DiedError, Interruptions, MemoryRecorder, Run, config_of
+from tests.helpers.searching import SESSION, AnalyticPool, DiedError, Interruptions, MemoryRecorder, Run, config_of, prepared_of
 from tests.helpers.small_jobs import Place
 from tests.helpers.small_jobs import config_of as job_config
 
@@ -327,14 +328,14 @@ def test_any_member_can_be_exported(done: Done) -> None:
 def test_times_of_blocks(done: Done) -> None:
     runtime = SessionHandler("cpu")
     session = session_of(done.config, done.place.folder / "cache")
-    first = runtime.handle(session, "time_blocks", {"tokens": 32}, lambda _: None, lambda: False)
-    space = SearchSpace.from_dict(runtime.handle(session, "prepare", {}, lambda _: None, lambda: False)["space"])
-    assert [len(times) for times in first["blocks"]] == [len(block.options) for block in space.blocks]
-    assert all(time > 0 for times in first["blocks"] for time in times)
-    assert first["rest"] > 0
-    assert runtime.handle(session, "time_blocks", {"tokens": 32}, lambda _: None, lambda: False) == first, "measured once"
+    first = runtime.handle(session, TimeBlocksRequest(tokens=32), lambda _: None, lambda: False)
+    space = runtime.handle(session, PrepareRequest(), lambda _: None, lambda: False).space
+    assert [len(times) for times in first.blocks] == [len(block.options) for block in space.blocks]
+    assert all(time > 0 for times in first.blocks for time in times)
+    assert first.rest > 0
+    assert runtime.handle(session, TimeBlocksRequest(tokens=32), lambda _: None, lambda: False) == first, "measured once"
     # A shape takes the same time in every layer.
-    by_width = {tuple(times) for block, times in zip(space.blocks, first["blocks"], strict=True) if block.kind == "ffn"}
+    by_width = {tuple(times) for block, times in zip(space.blocks, first.blocks, strict=True) if block.kind == "ffn"}
     assert len(by_width) == 1
 
 
@@ -351,20 +352,21 @@ def test_a_streamed_model_has_no_latency_worth_a_plan(done: Done) -> None:
 class TimingPool(AnalyticPool):
     """Also builds and times models: their prefill takes what their blocks take."""
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
-        if kind != "measure":
-            return await super().run(session, kind, payload, on_progress)
-        assert payload["decode"] is False
-        assert 2 <= len(payload["plans"]) <= 4
-        times = await super().run(session, "time_blocks", {"tokens": 64})
-        latencies = Latencies(64, times["blocks"], times["rest"])
-        return {"rows": {n: {"prefill_tps": 64e6 / latencies.of(Plan(tuple(levels)))} for n, levels in payload["plans"].items()}}
+    async def run(self, session: Session, request: TaskRequest[Any], on_progress: OnProgress | None = None) -> Any:
+        if not isinstance(request, MeasureRequest):
+            return await super().run(session, request, on_progress)
+        assert request.decode is False
+        assert 2 <= len(request.plans) <= 4
+        times = await super().run(session, TimeBlocksRequest(tokens=64))
+        latencies = Latencies(64, times.blocks, times.rest)
+        speeds = {name: 64e6 / latencies.of(Plan(levels)) for name, levels in request.plans.items()}
+        return MeasureResult(rows={name: MeasureRow(parameters=0, prefill_tps=speed) for name, speed in speeds.items()})
 
 
 def test_the_benchmark_of_fronts(tmp_path: Path) -> None:
     config = config_of(objective="quality,parameters,latency", rates=[0.1, 0.15])
     space = space_for(config)
-    prepared = {"space": space.to_dict(), "signals": {}, "model": {"parameters": space.total}}
+    prepared = prepared_of(space)
     console = Console(file=StringIO())
 
     async def go(pool: AnalyticPool) -> dict[str, Any]:

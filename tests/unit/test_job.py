@@ -16,7 +16,7 @@ import torch
 from selfpruner.architectures import describe
 from selfpruner.architectures.cost import decoder_parameters, model_parameters
 from selfpruner.config import SearchConfig
-from selfpruner.errors import BudgetError, ConfigError, SelfprunerError, TextError, UnknownNameError
+from selfpruner.errors import BudgetError, ConfigError, ContractError, SelfprunerError, TextError, UnknownNameError
 from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
@@ -29,6 +29,8 @@ from selfpruner.planning.space import Plan
 from selfpruner.proposers import ProposerSettings
 from selfpruner.store.store import Store
 from selfpruner.testing.tiny_models import sample_text, tiny_model
+from selfpruner.workers.base import perform
+from selfpruner.workers.tasks import PrepareRequest
 from tests.helpers.pruned import random_plans
 from tests.helpers.small_jobs import RATE, Place, Recording, config_of
 
@@ -304,24 +306,27 @@ def test_a_model_that_is_not_there(place: Place) -> None:
 
 
 def test_an_unknown_task(place: Place, done: Done) -> None:
-    runtime = SessionHandler("cpu")
-    with pytest.raises(ConfigError, match="Unknown task 'train'"):
-        runtime.handle(session_of(done.config, place.folder), "train", {}, lambda _: None, lambda: False)
+    session = session_of(done.config, place.folder)
+    with pytest.raises(ConfigError, match=r"Unknown task 'train'. Known: prepare, expect, evaluate"):
+        perform(SessionHandler("cpu"), session, "train", {}, lambda _: None, lambda: False)
+    with pytest.raises(ContractError, match=r"EvaluateRequest\.plans") as caught:
+        perform(SessionHandler("cpu"), session, "evaluate", {"text": "fitness", "sequences": [0]}, lambda _: None, lambda: False)
+    assert caught.value.param == "plans"
 
 
 def test_the_worker_says_what_it_holds(place: Place, done: Done) -> None:
     runtime = SessionHandler("cpu")
     session = session_of(done.config, place.folder / "cache")
     said: list[str] = []
-    first = runtime.handle(session, "prepare", {}, said.append, lambda: False)
+    first = runtime.handle(session, PrepareRequest(), said.append, lambda: False)
     assert any(text.startswith("reading factors") for text in said)
-    assert first["model"]["family"] == "llama"
+    assert first.model.family == "llama"
     said.clear()
-    assert runtime.handle(session, "prepare", {}, said.append, lambda: False) == first
+    assert runtime.handle(session, PrepareRequest(), said.append, lambda: False) == first
     assert not said, "what is held is not made again"
     held = runtime._loaded
     assert held is not None
     other = session_of(config_of(place.model, place.text, criterion="flap", compensation="bias"), place.folder / "cache")
-    runtime.handle(other, "prepare", {}, said.append, lambda: False)
+    runtime.handle(other, PrepareRequest(), said.append, lambda: False)
     assert runtime._loaded is held, "the model is shared by sessions"
     assert describe(held[1].model).layers == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from selfpruner.jobs.handler import _scores
 from selfpruner.planning.space import Plan
 from selfpruner.testing.prepared_models import Ready, ready
 from selfpruner.testing.tiny_models import load_tiny, tokens_of
+from selfpruner.workers.tasks import EvaluateRequest, RaceTerms
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +126,16 @@ def test_a_race_as_a_task(case: Ready, tokens: torch.Tensor, monkeypatch: pytest
         return evaluate(*args, exact=exact, **options)
 
     monkeypatch.setattr(case.engine, "evaluate", watched)
-    prepared: Any = SimpleNamespace(space=case.space, engine=case.engine, tokens=lambda *asked: tokens[asked[1]])
-    payload = {"plans": [list(plan.levels) for plan in ladder(case)], "text": "fitness", "sequences": list(range(24))}
-    race = {"keep": 2, "contenders": [1, 2, 3, 4, 5, 6], "confidence": 0.95}
-    rows = _scores(prepared, {**payload, "race": race}, lambda: False)["rows"]
-    assert rows[0]["rejected"] is False
-    assert [row["rejected"] for row in rows].count(True) >= 2
-    assert all(row["tokens"] < tokens.numel() for row in rows if row["rejected"])
-    for changes in ({"text": "report"}, {"exact": True}, {"text": "report", "exact": False}):
-        plain = _scores(prepared, {**payload, **changes}, lambda: False)["rows"]
-        assert not any(row["rejected"] for row in plain)
+    prepared: Any = SimpleNamespace(space=case.space, engine=case.engine, tokens=lambda *asked: tokens[list(asked[1])])
+    plans = tuple(plan.levels for plan in ladder(case))
+    asks = partial(EvaluateRequest, plans=plans, sequences=tuple(range(24)))
+    race = RaceTerms(keep=2, contenders=(1, 2, 3, 4, 5, 6), confidence=0.95)
+    rows = _scores(prepared, asks(text="fitness", race=race), lambda: False).rows
+    assert rows[0].rejected is False
+    assert [row.rejected for row in rows].count(True) >= 2
+    assert all(row.tokens < tokens.numel() for row in rows if row.rejected)
+    for request in (asks(text="report"), asks(text="fitness", exact=True), asks(text="report", exact=False)):
+        assert not any(row.rejected for row in _scores(prepared, request, lambda: False).rows)
     assert asked == [False, True, True, False]
     with pytest.raises(ConfigError):
-        _scores(prepared, {**payload, "race": {"keep": 0, "contenders": [1]}}, lambda: False)
+        _scores(prepared, asks(text="fitness", race=RaceTerms(keep=0, contenders=(1,))), lambda: False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from selfpruner.export.build import build
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.judging.repetition import continuations, repeated, repetition
-from selfpruner.planning.space import Plan, SearchSpace
+from selfpruner.planning.space import Plan
 from selfpruner.records import Candidate
 from selfpruner.testing.spaces import space_of
 from selfpruner.testing.tiny_models import FAMILIES, load_tiny, sample_text, tiny_model, tokens_of
+from selfpruner.workers.tasks import GenerateRequest, PrepareRequest
 from tests.helpers.searching import AnalyticPool, MemoryRecorder, Run, config_of
 
 
@@ -82,15 +82,15 @@ def job_config(folder: Path, **changes: Any) -> SearchConfig:
     return SearchConfig.model_validate({**small, **texts, **changes})
 
 
-def written_by(runtime: SessionHandler, config: SearchConfig, folder: Path, payload: Mapping[str, Any]) -> dict[str, Any]:
-    return runtime.handle(session_of(config, folder / "cache"), "generate", payload, lambda _: None, lambda: False)
+def written_by(runtime: SessionHandler, config: SearchConfig, folder: Path, request: GenerateRequest) -> dict[str, float]:
+    return runtime.handle(session_of(config, folder / "cache"), request, lambda _: None, lambda: False).repetition
 
 
 def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     runtime, config = SessionHandler("cpu"), job_config(tmp_path)
     session = session_of(config, tmp_path / "cache")
-    space = SearchSpace.from_dict(runtime.handle(session, "prepare", {}, lambda _: None, lambda: False)["space"])
+    space = runtime.handle(session, PrepareRequest(), lambda _: None, lambda: False).space
     uniform = space.project([0.3] * space.layers)
     alive: list[int] = []
 
@@ -108,13 +108,13 @@ def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("selfpruner.jobs.handler.build", counted)
     largest = Plan(tuple(len(block.options) - 1 for block in space.blocks))
     plans = {"dense": space.dense, "uniform": uniform, "again": uniform, "largest": largest}
-    ask = {"text": "fitness", "sequences": [0, 3, 5], "prompt": 16, "new_tokens": 24}
-    payload = {"plans": {name: list(plan.levels) for name, plan in plans.items()}, **ask}
-    rates = written_by(runtime, config, tmp_path, payload)["repetition"]
+    named = {name: plan.levels for name, plan in plans.items()}
+    asked = GenerateRequest(plans=named, text="fitness", sequences=(0, 3, 5), prompt=16, new_tokens=24)
+    rates = written_by(runtime, config, tmp_path, asked)
     assert alive == [0, 0, 0], "one pruned model at a time"
     assert list(rates) == list(plans)
     assert rates["uniform"] == rates["again"]
-    assert written_by(runtime, config, tmp_path, payload)["repetition"] == rates
+    assert written_by(runtime, config, tmp_path, asked) == rates
     held = runtime._prepared
     assert held is not None
     prompts = held[1].tokens("fitness", [0, 3, 5])[:, :16]
@@ -125,11 +125,11 @@ def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_worker_without_room_says_so(tmp_path: Path) -> None:
     """The model is streamed, or is whole and leaves no room for another beside it."""
     runtime, config = SessionHandler("cpu"), job_config(tmp_path)
-    runtime.handle(session_of(config, tmp_path / "cache"), "prepare", {}, lambda _: None, lambda: False)
+    runtime.handle(session_of(config, tmp_path / "cache"), PrepareRequest(), lambda _: None, lambda: False)
     held = runtime._prepared
     assert held is not None
     key, prepared = held
-    payload = {"plans": {"dense": [0] * 6}, "text": "fitness", "sequences": [0], "prompt": 8, "new_tokens": 8}
+    payload = GenerateRequest(plans={"dense": (0,) * 6}, text="fitness", sequences=(0,), prompt=8, new_tokens=8)
     runtime._prepared = key, replace(prepared, loaded=replace(prepared.loaded, streamed=True, memory=1 << 20))
     with pytest.raises(ConfigError, match="Set generation_probe to false") as caught:
         written_by(runtime, config, tmp_path, payload)

@@ -7,7 +7,7 @@ import re
 import shutil
 import sqlite3
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from selfpruner.files import places
 from selfpruner.jobs.handler import ServedSessionHandler, SessionHandler
 from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.store.store import Store
-from selfpruner.workers.base import Json
+from selfpruner.workers.tasks import R, TaskRequest
 from tests.helpers import ROOT
 
 
@@ -93,9 +93,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     kinds: list[str] = []
     handle = SessionHandler.handle
 
-    def count(self: SessionHandler, session: Any, kind: str, payload: Mapping[str, Any], *rest: Any) -> Json:
-        kinds.append(kind)
-        return handle(self, session, kind, payload, *rest)
+    def count(self: SessionHandler, session: Any, request: TaskRequest[R], *rest: Any) -> R:
+        kinds.append(request.kind)
+        return handle(self, session, request, *rest)
 
     monkeypatch.setattr(SessionHandler, "handle", count)
     return kinds
@@ -182,7 +182,7 @@ def test_a_lost_checkpoint_is_made_again_from_what_was_computed(
 def test_a_search_that_failed_is_taken_over(
     fields: dict[str, Any], cache: Path, tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> Json:
+    def broken(*_: object) -> None:
         raise ExportError("The disk went away.")
 
     with monkeypatch.context() as patch:

@@ -81,9 +81,9 @@ def test_only_probes_are_also_asked_on_short_pieces() -> None:
     asked = []
 
     class Watched(AnalyticPool):
-        async def run(self, session: Any, kind: str, payload: Any, on_progress: Any = None) -> Any:
-            asked.append((kind, tuple(payload["sequences"]), payload.get("piece")))
-            return await super().run(session, kind, payload, on_progress)
+        async def run(self, session: Any, request: Any, on_progress: Any = None) -> Any:
+            asked.append((request.kind, request.sequences, getattr(request, "piece", None)))
+            return await super().run(session, request, on_progress)
 
     config = config_of(generations=2)
     space = space_for(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
@@ -16,19 +15,20 @@ from selfpruner.planning.space import Plan
 from selfpruner.progress import OnProgress
 from selfpruner.proposers.base import Reply, Request
 from selfpruner.testing.spaces import space_of
-from selfpruner.workers.base import Json, Session
+from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import EvaluateRequest, TaskRequest
 from tests.helpers.searching import AnalyticPool, MemoryRecorder, Run, ScriptedProposer, config_of
 
 
 class WatchedPool(AnalyticPool):
-    """Keeps every payload of an evaluation."""
+    """Keeps every request of an evaluation."""
 
-    payloads: list[Mapping[str, Any]]
+    asked: list[EvaluateRequest]
 
-    async def run(self, session: Session, kind: str, payload: Mapping[str, Any], on_progress: OnProgress | None = None) -> Json:
-        if kind == "evaluate":
-            self.payloads.append(payload)
-        return await super().run(session, kind, payload, on_progress)
+    async def run(self, session: Session, request: TaskRequest[Any], on_progress: OnProgress | None = None) -> Any:
+        if isinstance(request, EvaluateRequest):
+            self.asked.append(request)
+        return await super().run(session, request, on_progress)
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     config = config_of(preset, **changes)
     space = space_of(layers=6, rate=config.rate, granularity=config.granularity, bias=True)
     pool = WatchedPool(space)
-    pool.payloads = []
+    pool.asked = []
     pool.foresees = foresees
     search = Run(config, space, MemoryRecorder(), pool=pool, proposer=proposer)
     return asyncio.run(search.go()), search, pool
@@ -90,7 +90,7 @@ def test_more_budget_more_generations() -> None:
 def test_a_race_spares_tokens_and_keeps_the_quality() -> None:
     raced, search, pool = run(generations=5)
     plain, unraced, all_tokens = run(generations=5, early_rejection=False)
-    assert not any("race" in payload for payload in all_tokens.payloads)
+    assert not any(request.race for request in all_tokens.asked)
     assert not any(c.rejected for c in unraced.recorder.candidates.values())
     assert pool.tokens["fitness"] < all_tokens.tokens["fitness"]
     assert pool.kl(Plan(raced.best.levels)) <= 1.02 * pool.kl(Plan(plain.best.levels))
@@ -107,14 +107,14 @@ def test_a_race_spares_tokens_and_keeps_the_quality() -> None:
 
 def test_leader_and_uniform_plan_run_in_no_race() -> None:
     _, search, pool = run(generations=5)
-    uniform = list(search.search.uniform.levels)
-    races = [payload for payload in pool.payloads if "race" in payload]
+    uniform = search.search.uniform.levels
+    races = [request for request in pool.asked if request.race is not None]
     assert races
-    for payload in races:
-        race = payload["race"]
-        assert race["keep"] in (5, 3)
-        assert len(race["contenders"]) > race["keep"]
-        assert uniform not in [payload["plans"][index] for index in race["contenders"]]
+    for request in races:
+        assert request.race is not None
+        assert request.race.keep in (5, 3)
+        assert len(request.race.contenders) > request.race.keep
+        assert uniform not in [request.plans[index] for index in request.race.contenders]
     uniform_rows = [row for (name, _), row in search.recorder.evaluations.items() if name == search.search.uniform.hash]
     assert all(row.reason is None for row in uniform_rows)
     names = {c.plan_hash: c for c in search.recorder.candidates.values()}

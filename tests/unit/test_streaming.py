@@ -37,6 +37,7 @@ from selfpruner.planning.space import Plan
 from selfpruner.pruning.measurements import held_bytes
 from selfpruner.testing.prepared_models import ready
 from selfpruner.testing.tiny_models import sample_text, tiny_model, tokens_of
+from selfpruner.workers.tasks import CardFields, ExportRequest, MeasureRequest, PrepareRequest, ProposeRequest, TaskRequest
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers import ROOT
 from tests.helpers.pruned import random_plans
@@ -282,11 +283,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(config: SearchConfig, cache: Path, *tasks: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    async def main() -> list[dict[str, Any]]:
+def run(config: SearchConfig, cache: Path, *requests: TaskRequest[Any]) -> list[Any]:
+    async def main() -> list[Any]:
         pool = InProcessPool(lambda: SessionHandler("cpu"))
         try:
-            return [await pool.run(session_of(config, cache), kind, payload) for kind, payload in tasks]
+            return [await pool.run(session_of(config, cache), request) for request in requests]
         finally:
             await pool.close()
 
@@ -297,25 +298,25 @@ def run(config: SearchConfig, cache: Path, *tasks: tuple[str, dict[str, Any]]) -
 def test_a_streamed_export_is_the_resident_one(place: Path, tmp_path: Path, method: str) -> None:
     """Pruned, dense and dropped blocks; the checkpoint is written tensor by tensor, and loads in transformers."""
     texts = place / "model", place / "text.txt"
-    logits, plan = {}, []
+    logits = {}
     tokens = tokens_of(2, 16, vocab=500)
     for memory in ("34MiB", None):
         config = job_config(*texts, memory=memory, compensation=method, drop_blocks=True)
-        blocks = run(config, place / "cache", ("prepare", {}))[0]["space"]["blocks"]
-        last = [len(block["options"]) - 1 for block in blocks]
-        plan = [0, 1, 1, 0, last[4], 3, 2, last[7], *[min(1, index % 3) for index in range(len(blocks) - 8)]]
+        blocks = run(config, place / "cache", PrepareRequest())[0].space.blocks
+        last = [len(block.options) - 1 for block in blocks]
+        plan = (0, 1, 1, 0, last[4], 3, 2, last[7], *[min(1, index % 3) for index in range(len(blocks) - 8)])
         directory = tmp_path / str(memory)
-        card = {"base_model": "tiny", "rate": 0.25, "criterion": "obs", "compensation": method, "levels": plan}
+        card = CardFields(base_model="tiny", rate=0.25, criterion="obs", compensation=method, levels=plan)
         done, timed = run(
             config,
             place / "cache",
-            ("export", {"plan": plan, "directory": str(directory), "card": card}),
-            ("measure", {"plans": {"dense": [0] * len(plan), "best": plan}}),
+            ExportRequest(plan=plan, directory=str(directory), card=card),
+            MeasureRequest(plans={"dense": (0,) * len(plan), "best": plan}),
         )
-        assert done["verification"]["problems"] == []
-        assert done["verification"].get("streamed", False) == (memory is not None)
-        assert ("not_timed" in timed) == (memory is not None)
-        assert timed["rows"]["best"]["parameters"] == done["parameters"]
+        assert done.verification["problems"] == []
+        assert done.verification.get("streamed", False) == (memory is not None)
+        assert (timed.not_timed is not None) == (memory is not None)
+        assert timed.rows["best"].parameters == done.parameters
         model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
         with torch.no_grad():
             logits[memory] = model(tokens).logits
@@ -328,10 +329,10 @@ def test_a_streamed_export_is_the_resident_one(place: Path, tmp_path: Path, meth
 def test_verification_sees_a_wrong_tensor(place: Path, tmp_path: Path) -> None:
     config = job_config(place / "model", place / "text.txt", memory="34MiB")
     directory = tmp_path / "out"
-    blocks = run(config, place / "cache", ("prepare", {}))[0]["space"]["blocks"]
-    plan = [0, 1] * (len(blocks) // 2)
-    card = {"base_model": "tiny", "rate": 0.25, "criterion": "obs", "compensation": "least_squares", "levels": plan}
-    run(config, place / "cache", ("export", {"plan": plan, "directory": str(directory), "card": card}))
+    blocks = run(config, place / "cache", PrepareRequest())[0].space.blocks
+    plan = (0, 1) * (len(blocks) // 2)
+    card = CardFields(base_model="tiny", rate=0.25, criterion="obs", compensation="least_squares", levels=plan)
+    run(config, place / "cache", ExportRequest(plan=plan, directory=str(directory), card=card))
     model: Any = checkpoint.load(directory)
     tokens = tokens_of(2, 16, vocab=500)
     ids = json.dumps(models.load(models.resolve(str(place / "model"), tmp_path), "cpu").tokenizer("the")["input_ids"])
@@ -352,16 +353,16 @@ def test_verification_sees_a_wrong_tensor(place: Path, tmp_path: Path) -> None:
 
 def test_a_streamed_model_is_no_proposer(place: Path) -> None:
     config = job_config(place / "model", place / "text.txt", memory="34MiB")
-    ask = {"messages": [], "schema": {}, "temperature": 1.0, "max_tokens": 8, "seed": 0}
+    ask = ProposeRequest(messages=(), reply_schema={}, temperature=1.0, max_tokens=8, seed=0)
     with pytest.raises(ProposerError, match="Name another proposer"):
-        run(config, place / "cache", ("propose", ask))
+        run(config, place / "cache", ask)
 
 
 def test_ordering_that_does_not_fit_says_what_would_do(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", "llama", layers=24, hidden=64, ffn=1024, heads=2, kv_heads=2, head_dim=32)
     (tmp_path / "text.txt").write_text(sample_text(6000))
     with pytest.raises(ConfigError, match=r"Ordering .* Set it to \d+MiB or more") as refused:
-        run(job_config(folder, tmp_path / "text.txt", memory="15MiB"), tmp_path / "cache", ("prepare", {}))
+        run(job_config(folder, tmp_path / "text.txt", memory="15MiB"), tmp_path / "cache", PrepareRequest())
     assert refused.value.param == "memory"
 
 

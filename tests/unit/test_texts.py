@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfpruner.calibration import openings, pydoc, selftext, texts
-from selfpruner.calibration.texts import Role, TokenBatches, apportion, separator, token_batches
-from selfpruner.config import SearchConfig, Source, TextConfig
+from selfpruner.calibration.texts import TokenBatches, apportion, separator, token_batches
+from selfpruner.config import Role, SearchConfig, Source, TextConfig
 from selfpruner.errors import CancelledTaskError, ModelNotFoundError, TextError
 from selfpruner.jobs.handler import ServedSessionHandler
 from selfpruner.models import LoadedModel, load, resolve
 from selfpruner.testing.tiny_models import tiny_model
 from selfpruner.workers.base import Session
+from selfpruner.workers.tasks import PrepareRequest
 
 ROLES: tuple[Role, ...] = ("calibration", "fitness", "report")
 FIELDS = {"calibration": "calibration", "fitness": "fitness_text", "report": "report_text"}
@@ -310,7 +311,7 @@ def test_a_worker_of_a_server_reads_texts_below_its_root_only(
         text = {"sources": [{"source": name}], "sequences": 4, "length": 32}
         asked = SearchConfig.model_validate({"rate": 0.2, "model": "nobody/nothing", "preset": "evolution", field: text})
         session = Session("key", asked.model_dump(mode="json"), str(tmp_path / "cache"))
-        handler.handle(session, "prepare", {"texts": []}, lambda _: None, lambda: False)
+        handler.handle(session, PrepareRequest(texts=()), lambda _: None, lambda: False)
 
     for name in (str(numbered), "../numbered.txt", str(root / "link.txt")):
         with pytest.raises(TextError, match="inside the folder") as caught:

@@ -7,7 +7,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from selfpruner.timing import llamacpp_model, run, transformers_model
 from selfpruner.timing.model_cost import Attention, ModelCost, decode_bound, prefill_bound
 from selfpruner.timing.report import Report, Settings, TimedModel, interval
 from selfpruner.timing.served_model import Server
-from selfpruner.workers.base import Json
+from selfpruner.timing.tasks import DecodeRequest, DecodeResult, LoadResult, MemoryResult, PrefillRequest, PrefillResult
 
 # The tiny Llama: 3 layers, hidden 32, 4 heads and 2 KV groups of 8, 64 channels, vocabulary 128.
 MATRICES = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
@@ -125,7 +125,7 @@ def test_bytes_are_those_of_the_files_and_of_a_real_cache(tmp_path: Path, family
     work = transformers_model.work_of(model)
     assert work.weight_bytes == stored
     assert work == transformers_model.work_of(AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16"))
-    assert transformers_model.outline(str(folder), "auto", tmp_path / "cache")[0]["work"]["weight_bytes"] == stored
+    assert transformers_model.outline(str(folder), "auto", tmp_path / "cache")[0].work.weight_bytes == stored
     assert cache_bytes(model, 10) == 10 * work.cache_bytes
 
 
@@ -221,20 +221,22 @@ class Recorded:
 
     def __init__(self, name: str, asked: list[tuple[str, str, int]], limit: int = 512, dtype: str = "float32") -> None:
         self.name, self.asked = name, asked
-        self.facts = {"limit": limit, "dtype": dtype, "device": "cpu", "threads": 1, "base_mib": 1.0}
+        work = ModelCost(1, 1, 1, 1, 1, ())
+        self.facts = LoadResult(work=work, limit=limit, dtype=dtype, device="cpu", threads=1, base_mib=1.0)
 
-    async def load(self) -> Json:
-        return {
-            **self.facts,
-            "work": {**dict.fromkeys(("parameters", "matrices", "head", "weight_bytes", "step_bytes"), 1), "attention": []},
-        }
+    async def load(self) -> LoadResult:
+        return self.facts
 
-    async def run(self, kind: str, payload: Json) -> Json:
-        self.asked.append((self.name, kind, payload.get("batch", 0)))
-        return {"seconds": 1.0, "first_token": 1.0, "tokens": 4}
+    async def prefill(self, request: PrefillRequest) -> PrefillResult:
+        self.asked.append((self.name, request.kind, 0))
+        return PrefillResult(seconds=1.0, first_token=1.0)
 
-    async def memory(self) -> Json:
-        return {"mib": 2.0, "of": "process"}
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        self.asked.append((self.name, request.kind, request.batch))
+        return DecodeResult(seconds=1.0, tokens=4)
+
+    async def memory(self) -> MemoryResult:
+        return MemoryResult(mib=2.0, of="process")
 
     async def close(self) -> None: ...
 
@@ -337,7 +339,7 @@ class Streaming:
     PAUSE = 0.02
 
     def __init__(self, mode: str) -> None:
-        self.bodies: list[Json] = []
+        self.bodies: list[dict[str, Any]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -373,7 +375,7 @@ class Streaming:
                 self.end_headers()
                 self.wfile.write(text)
 
-            def _chunk(self, body: Json) -> None:
+            def _chunk(self, body: dict[str, Any]) -> None:
                 self.wfile.write(b"data: " + json.dumps(body).encode() + b"\n\n")
                 self.wfile.flush()
 
@@ -398,11 +400,11 @@ def streaming(request: pytest.FixtureRequest) -> Iterator[Streaming]:
 KEY = "sk-nobody-is-told"
 
 
-def ask(url: str, kind: str, **payload: int) -> Any:
+def ask(url: str, call: Callable[[Server], Awaitable[Any]]) -> Any:
     async def go() -> Any:
         server = Server(url, "served", 100, key=KEY)
         try:
-            return await getattr(server, kind)(**payload)
+            return await call(server)
         finally:
             await server.close()
 
@@ -439,7 +441,7 @@ def test_a_server_is_timed_by_what_it_streams(streaming: Streaming, tmp_path: Pa
 )
 def test_what_a_server_gets_wrong_is_named(streaming: Streaming, message: str) -> None:
     with pytest.raises(BenchmarkError, match=message) as error:
-        ask(streaming.url, "decode", batch=1, prompt=8, new_tokens=4)
+        ask(streaming.url, lambda server: server.decode(DecodeRequest(batch=1, prompt=8, new_tokens=4)))
     assert KEY not in error.value.message
 
 
@@ -447,7 +449,7 @@ def test_which_server_and_which_model() -> None:
     with pytest.raises(ConfigError, match="no address"):
         Server("127.0.0.1:8000", "served", 100)
     with pytest.raises(BenchmarkError, match="Start the server"):
-        ask("http://127.0.0.1:9", "model")
+        ask("http://127.0.0.1:9", lambda server: server.model())
     two = Streaming("two")
     try:
 

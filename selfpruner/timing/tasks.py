@@ -1,0 +1,69 @@
+"""What the process that holds a timed model is asked and answers; see :mod:`selfpruner.workers.tasks`. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from selfpruner.timing.model_cost import ModelCost
+from selfpruner.workers.tasks import TaskRequest, TaskResult
+
+
+class LoadResult(TaskResult):
+    """``limit``: positions the model has. ``threads`` are those it computes with, ``base_mib`` the process's peak before it was
+    loaded; None where it runs elsewhere."""
+
+    work: ModelCost
+    limit: int
+    device: str
+    dtype: str
+    threads: int | None
+    base_mib: float | None
+
+
+class LoadRequest(TaskRequest[LoadResult]):
+    """Load the session's model, and say what it is."""
+
+    kind: ClassVar[str] = "load"
+
+
+class PrefillResult(TaskResult):
+    """``seconds`` until the logits of the last position were there, ``first_token`` until the token after it was known here."""
+
+    seconds: float
+    first_token: float
+
+
+class PrefillRequest(TaskRequest[PrefillResult]):
+    """Read one prompt of ``tokens`` tokens."""
+
+    kind: ClassVar[str] = "prefill"
+    tokens: int
+
+
+class DecodeResult(TaskResult):
+    """``tokens`` written by all sequences together, and in how long."""
+
+    tokens: int
+    seconds: float
+
+
+class DecodeRequest(TaskRequest[DecodeResult]):
+    """Write ``new_tokens`` after a prompt of ``prompt`` tokens, ``batch`` sequences at once; reading it is not timed."""
+
+    kind: ClassVar[str] = "decode"
+    batch: int
+    prompt: int
+    new_tokens: int
+
+
+class MemoryResult(TaskResult):
+    """Peak memory in MiB, ``of`` the ``process`` or of the model and its work on the ``device``; None where it runs elsewhere."""
+
+    mib: float | None
+    of: str | None
+
+
+class MemoryRequest(TaskRequest[MemoryResult]):
+    """How much memory it took so far."""
+
+    kind: ClassVar[str] = "memory"

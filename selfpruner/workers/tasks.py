@@ -1,0 +1,354 @@
+"""What goes to a worker and what comes back: one request and one result per kind of task. Imports no torch.
+
+On the wire both are plain JSON. Whoever makes one and whoever reads one checks it: a field of another type, one that is missing and
+one that nobody knows are a :class:`~selfpruner.errors.ContractError` which names the field.
+
+A request says by its type parameter what answers it, so ``await pool.run(session, EvaluateRequest(...))`` is an EvaluateResult. A
+handler may have requests of its own (see ``selfpruner.timing.tasks``); nothing here knows which there are.
+
+Levels are those of a plan: one per block, attention before FFN, layer by layer. ``sequences`` are numbers of a text's sequences,
+each cut into pieces of ``piece`` tokens where that is given. KL and NLL are nats per token; seconds are wall-clock time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import ClassVar, Generic, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from selfpruner.config import Role
+from selfpruner.errors import ContractError
+from selfpruner.planning.space import SearchSpace
+
+Levels = tuple[int, ...]
+
+
+class Contract(BaseModel):
+    """Plain data that both ends agree on: strict types, no unknown fields, and numbers that are not finite are allowed."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """What was given of the fields, as JSON data: defaults are the same at the other end."""
+        return self.model_dump(mode="json", exclude_unset=True, warnings=False)
+
+    @classmethod
+    def read(cls, body: object) -> Self:
+        """The contract in ``body``, JSON data. Raises ContractError."""
+        try:
+            return cls.model_validate_json(json.dumps(body))
+        except ValidationError as error:
+            raise wrong_shape(error) from None
+
+
+def wrong_shape(error: ValidationError) -> ContractError:
+    """pydantic's error as ours: the first problem by the name of its field, the others counted. The input is never quoted."""
+    first, *others = error.errors(include_url=False, include_input=False)
+    field = ".".join(str(part) for part in first["loc"])[:200] or None
+    more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''})" if others else ""
+    where = f"{error.title}.{field}" if field else error.title
+    return ContractError(
+        f"{where}: {first['msg']}{more}. Both ends of a task have to be of one version of selfpruner.", param=field
+    )
+
+
+class TaskResult(Contract):
+    """``peak_mib``: the largest resident size of the worker's process so far, in MiB; filled in by what runs the handler."""
+
+    peak_mib: float = 0.0
+
+
+R = TypeVar("R", bound=TaskResult, covariant=True)
+
+
+class TaskRequest(Contract, Generic[R]):
+    """A task that is answered by ``R``. ``kind`` is its name on the wire."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def result_type(cls) -> type[R]:
+        """The class of the result, from the type parameter."""
+        parameters = (base.__pydantic_generic_metadata__["args"] for base in cls.__mro__ if issubclass(base, TaskRequest))
+        result: type[R] = next(filter(None, parameters))[0]
+        return result
+
+
+# -- making ready ------------------------------------------------------------------------------------------------------
+class ModelFacts(Contract):
+    """The dense model. ``channels`` of an FFN; ``decoder_parameters`` are those of all decoder layers."""
+
+    name: str
+    fingerprint: str
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_groups: int
+    head_dim: int
+    channels: int
+    parameters: int
+    decoder_parameters: int
+
+
+class SourceFacts(Contract):
+    """One source of a text as it was used: its share of the whole, and how many sequences that made."""
+
+    source: str
+    weight: float
+    sequences: int
+
+
+class TextFacts(Contract):
+    """One text: ``sequences`` of ``length`` tokens each; ``fingerprint`` identifies exactly these tokens."""
+
+    sources: tuple[SourceFacts, ...]
+    sequences: int
+    length: int
+    fingerprint: str
+
+
+class PrepareResult(TaskResult):
+    """``signals``: numbers measured on the dense model, see :func:`selfpruner.pruning.signals.gather`. ``seconds`` from the texts
+    to the levels. ``streamed``: whether weights are read from their files when they are needed."""
+
+    space: SearchSpace
+    signals: dict[str, JsonValue]
+    model: ModelFacts
+    texts: dict[Role, TextFacts]
+    dtype: str
+    device: str
+    streamed: bool
+    seconds: float
+
+
+class PrepareRequest(TaskRequest[PrepareResult]):
+    """Make the session ready: model, these texts, statistics, levels. ``output``: the folder a checkpoint will be written to,
+    looked at before anything takes its time."""
+
+    kind: ClassVar[str] = "prepare"
+    texts: tuple[Role, ...] = ("calibration", "fitness", "report")
+    output: str | None = None
+
+
+class ExpectResult(TaskResult):
+    """The search space as it will be, up to what a criterion leaves of weights."""
+
+    space: SearchSpace
+
+
+class ExpectRequest(TaskRequest[ExpectResult]):
+    """The space before anything is measured. ``output`` as in :class:`PrepareRequest`."""
+
+    kind: ClassVar[str] = "expect"
+    output: str | None = None
+
+
+# -- judging plans -----------------------------------------------------------------------------------------------------
+class ScoreRow(Contract):
+    """One plan on some tokens: ``kl`` from the dense model and ``nll``, or None and the ``reason`` where they are not finite.
+    ``rejected``: a race ended early for it, its figures are estimates and ``tokens`` what was spent on it."""
+
+    kl: float | None
+    nll: float | None
+    tokens: int
+    reason: str | None = None
+    rejected: bool = False
+
+
+class RaceTerms(Contract):
+    """Of the plans at the indices ``contenders`` only ``keep`` will be kept, so others may be dropped early, each with this
+    ``confidence``; see :mod:`selfpruner.evaluation.race`."""
+
+    keep: int
+    contenders: tuple[int, ...]
+    confidence: float = 0.99
+
+
+class EvaluateResult(TaskResult):
+    """One row per plan, in the order asked. ``passes`` through a layer, and what they would have been without shared prefixes."""
+
+    rows: tuple[ScoreRow, ...]
+    seconds: float
+    passes: int
+    passes_without_sharing: int
+
+
+class EvaluateRequest(TaskRequest[EvaluateResult]):
+    """Score plans on the same tokens. ``exact``: whether expectations over the vocabulary are exact; by default on the text
+    ``report`` only."""
+
+    kind: ClassVar[str] = "evaluate"
+    plans: tuple[Levels, ...]
+    text: Role
+    sequences: tuple[int, ...]
+    piece: int | None = None
+    exact: bool | None = None
+    race: RaceTerms | None = None
+
+
+class SlopesResult(TaskResult):
+    """The plan's ``kl``, and per move the ``first`` term of its change in nats and the ``size`` of what it does to the block's
+    output as a share of that output's energy; means over ``tokens``. See :mod:`selfpruner.evaluation.slopes`."""
+
+    kl: float
+    first: tuple[float, ...]
+    size: tuple[float, ...]
+    tokens: int
+    seconds: float
+
+
+class SlopesRequest(TaskRequest[SlopesResult]):
+    """What every move (block, level) away from ``plan`` would change, from one walk forth and back."""
+
+    kind: ClassVar[str] = "slopes"
+    plan: Levels
+    moves: tuple[tuple[int, int], ...]
+    text: Role
+    sequences: tuple[int, ...]
+    piece: int | None = None
+
+
+class BaselineResult(ScoreRow, TaskResult):
+    """The uniform plan's score, and the ``parameters`` it leaves of the model."""
+
+    parameters: int
+    seconds: float
+
+
+class BaselineRequest(TaskRequest[BaselineResult]):
+    """Score the uniform plan of the same config with ``changes``, another criterion or compensation. The worker gives up its
+    session for that."""
+
+    kind: ClassVar[str] = "baseline"
+    changes: dict[str, str]
+    text: Role
+    sequences: tuple[int, ...]
+
+
+class MeasureRow(Contract):
+    """One model: its ``parameters``, and tokens per second of reading a prompt and of writing after it, at batch 1, where timed."""
+
+    parameters: int
+    prefill_tps: float | None = None
+    decode_tps: float | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those there are, as a report has them."""
+        found: dict[str, float] = self.model_dump(exclude_none=True)
+        return found
+
+
+class MeasureResult(TaskResult):
+    """One row per name. ``not_timed``: why there are no speeds."""
+
+    rows: dict[str, MeasureRow]
+    not_timed: str | None = None
+
+
+class MeasureRequest(TaskRequest[MeasureResult]):
+    """Build the plans, by name, and time them in turn; all-zero levels are the dense model itself. Without ``decode`` only reading
+    is timed."""
+
+    kind: ClassVar[str] = "measure"
+    plans: dict[str, Levels]
+    decode: bool = True
+
+
+class GenerateResult(TaskResult):
+    """How much the text of each plan repeats itself, in [0, 1]."""
+
+    repetition: dict[str, float]
+    seconds: float
+
+
+class GenerateRequest(TaskRequest[GenerateResult]):
+    """Let plans, by name, write ``new_tokens`` greedily after the first ``prompt`` tokens of each sequence; all-zero levels are the
+    dense model itself. A worker whose model is streamed cannot, and raises ConfigError."""
+
+    kind: ClassVar[str] = "generate"
+    plans: dict[str, Levels]
+    text: Role
+    sequences: tuple[int, ...]
+    prompt: int
+    new_tokens: int
+
+
+class TimeBlocksResult(TaskResult):
+    """Microseconds of one prefill of ``tokens`` tokens at batch 1: per block and level, and of the ``rest``, which no plan
+    changes."""
+
+    tokens: int
+    blocks: tuple[tuple[float, ...], ...]
+    rest: float
+
+
+class TimeBlocksRequest(TaskRequest[TimeBlocksResult]):
+    """Time every block at every level on the worker's device."""
+
+    kind: ClassVar[str] = "time_blocks"
+    tokens: int
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+class ProposeResult(TaskResult):
+    """The reply of ``model``, JSON under the schema asked for."""
+
+    text: str
+    model: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+class ProposeRequest(TaskRequest[ProposeResult]):
+    """Let the dense model answer ``messages`` (role and content); ``reply_schema`` is the JSON schema of the reply."""
+
+    kind: ClassVar[str] = "propose"
+    messages: tuple[dict[str, str], ...]
+    reply_schema: dict[str, JsonValue]
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+class CardFields(Contract):
+    """What the model card says that a worker cannot see; see :class:`selfpruner.export.card.CardInfo`."""
+
+    base_model: str
+    rate: float | None
+    of: str = "decoder"
+    pattern: str = "structured"
+    criterion: str = ""
+    compensation: str = ""
+    calibration: tuple[str, ...] = ()
+    plan_hash: str = ""
+    levels: Levels = ()
+    layer_rates: tuple[float, ...] = ()
+    metrics: Mapping[str, Mapping[str, int | float]] = {}
+    job_id: str | None = None
+
+
+class ExportResult(TaskResult):
+    """The checkpoint in the folder ``path``. ``bytes`` are those of its weight files; ``reused``: it was there already."""
+
+    path: str
+    parameters: int
+    bytes: int
+    manifest_sha256: str
+    verification: dict[str, JsonValue]
+    write_seconds: float
+    verify_seconds: float
+    reused: bool
+
+
+class ExportRequest(TaskRequest[ExportResult]):
+    """Write the plan's checkpoint to ``directory`` and verify it."""
+
+    kind: ClassVar[str] = "export"
+    plan: Levels
+    directory: str
+    card: CardFields
