@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 
 from benchmarks.streaming import SHAPES, write_random
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.workers.lifeline import tied
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--random-shape", choices=SHAPES, help="a model of random weights instead")
     parser.add_argument("--folder", type=Path, help="where the random model is, or is written to")
     parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens, of the calibration text")
-    parser.add_argument("--criteria", nargs="+", default=list(names.CRITERIA))
+    parser.add_argument("--criteria", nargs="+", default=list(catalogue.CRITERIA))
     parser.add_argument("--compensation", default="none")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/criteria_memory.json"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -46,7 +46,7 @@ def main() -> None:
         return
     rows = []
     for criterion in options.criteria:
-        for pattern in names.CRITERION_PATTERNS[criterion]:
+        for pattern in catalogue.CRITERIA[criterion].patterns:
             command = tied("-m", "benchmarks.criteria_memory", *sys.argv[1:], "--one", pattern, criterion)
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append({"criterion": criterion, "pattern": pattern, **json.loads(done.stdout.splitlines()[-1])})
@@ -99,7 +99,7 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
         loaded.model(batches.tokens[:1])  # every kernel and its scratch space once
     rule = criteria.create(criterion, pattern)
     fingerprint = f"{loaded.source.fingerprint}:{batches.fingerprint}"
-    sites = SITES if names.PATTERNS[pattern].zeros else OUTPUTS
+    sites = SITES if catalogue.PATTERNS[pattern].zeros else OUTPUTS
     widths = {"qkv": arch.hidden, "attention": arch.heads * arch.head_dim, "gate_up": arch.hidden, "ffn": arch.channels}
     statistics = sum(8 * widths[site] ** 2 for site in sites)
     if "gradients" in rule.needs:

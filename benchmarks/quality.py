@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import c4_calibration, text
-from selfpruner import api, names
+from selfpruner import api, catalogue
 from selfpruner.files import manifest
 from selfpruner.judging.quality import MeasurementFile, Quality, markdown
 
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--preset", default="evolution", help="of the searches")
-    parser.add_argument("--tasks", nargs="*", default=names.ZERO_SHOT_TASKS)
-    parser.add_argument("--texts", nargs="*", default=tuple(names.PERPLEXITY_TEXTS))
+    parser.add_argument("--tasks", nargs="*", default=catalogue.ZERO_SHOT_TASKS)
+    parser.add_argument("--texts", nargs="*", default=tuple(catalogue.PERPLEXITY_TEXTS))
     parser.add_argument("--seqlen", nargs="+", type=int, default=[128, 512, 2048])
     parser.add_argument("--limit", type=int, default=1000, help="documents per task; 0 for all")
     parser.add_argument("--windows", type=int, default=0, help="windows per text; 0 for all")

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 import selfpruner
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.criteria.base import Matrix, ScoreWeights
 
 
@@ -30,7 +30,7 @@ class RootWanda(ScoreWeights):
 
 def main(model: str, output: str, fields: str | None = None) -> None:
     more = json.loads(Path(fields).read_text("utf-8")) if fields else {}
-    names.add_plugin(names.CRITERION_PLUGINS, RootWanda.name, f"{__name__}:RootWanda")
+    catalogue.add_plugin(catalogue.CRITERION_PLUGINS, RootWanda.name, f"{__name__}:RootWanda")
     made = selfpruner.prune(output, rate=0.5, **{"model": model, "pattern": "n_m", "criterion": "root_wanda", **more})
     print(f"{made.path}: {made.parameters:,} parameters, verified: {made.verification['greedy']}")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.calibration import files
 from selfpruner.config import SearchConfig, Source, TextConfig, field_names
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
@@ -102,7 +102,7 @@ def search(
     config = config_of({"rate": rate, **fields})
     named = {"local": ProposerSettings(), **(proposers or {})}
     if "llm" in config.needs:
-        names.check_proposer(config.proposer, named)
+        catalogue.check_proposer(config.proposer, named)
     folder, cache_dir = Path(directory), cache or default_cache()
     runs.refuse(folder, config)
     places.writable_folder(cache_dir, param="cache")
@@ -198,14 +198,14 @@ def export(
     cache: Path | None = None,
     progress: bool | OnProgress = True,
 ) -> Pruned:
-    """Write a checkpoint, or any plan of a finished or unfinished search, in one of the formats of ``names.FORMATS``.
+    """Write a checkpoint, or any plan of a finished or unfinished search, in one of the formats of ``catalogue.FORMATS``.
 
     ``source`` is a checkpoint's folder, that of a model which was saved later (trained further, say), or the folder or database of
     a search; of that, ``job`` defaults to the newest one, ``plan`` (a hash) to its best. Raises NotFoundError, and FormatError
     for what the format cannot take.
     """
     how = {"quantize": quantize, "tensor_parallel": tensor_parallel}
-    names.check("export format", format, names.FORMATS, param="format")
+    catalogue.check("export format", format, catalogue.FORMATS, param="format")
     from selfpruner.export.folder import refuse_place
 
     if Path(source).resolve() != Path(directory).resolve():
@@ -382,7 +382,7 @@ def quality(
     from selfpruner.judging.quality import MeasurementFile, Quality, measure
 
     for text in perplexity:
-        names.check("text", text, names.PERPLEXITY_TEXTS, param="perplexity")
+        catalogue.check("text", text, catalogue.PERPLEXITY_TEXTS, param="perplexity")
     if any(length < 2 for length in seqlen) or not seqlen:
         raise ConfigError("seqlen must be windows of two tokens or more, such as 128,512,2048.", param="seqlen")
     folder = data if data is not None else os.environ.get("SELFPRUNER_DATA")
@@ -428,8 +428,8 @@ def benchmark(
 ) -> Report:
     """Speed of dense models and checkpoints, in turn in one run; the first is what the others are compared with.
 
-    ``backend`` is one of ``names.BACKENDS``: ``vllm`` needs ``urls`` of running servers and perhaps a ``key``; the folders still
-    have to be here, for the bounds. ``prompt_tokens`` are 512 by default, or as many as all models have positions for.
+    ``backend`` is one of ``catalogue.BACKENDS``: ``vllm`` needs ``urls`` of running servers and perhaps a ``key``; the folders
+    still have to be here, for the bounds. ``prompt_tokens`` are 512 by default, or as many as all models have positions for.
     ``compiled`` decodes by torch.compile with a cache of fixed size. ``Report.markdown()`` and ``Report.to_dict()`` say what was
     found. Raises ConfigError, ModelError and BenchmarkError.
     """
@@ -488,7 +488,7 @@ async def _ready(
     """
     whole = session_of(config, cache)
     asked = PrepareRequest(texts=("calibration",), output=str(directory))
-    if names.PATTERNS[config.pattern].zeros:
+    if catalogue.PATTERNS[config.pattern].zeros:
         space = (await pool.run(whole, ExpectRequest(output=str(directory)), progress)).space
         for _ in range(3):
             plan = choose(space)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from selfpruner import names
+from selfpruner import catalogue
 
 Metric = Literal["kl", "nll"]
 # What a text is for.
@@ -247,23 +247,23 @@ class SearchConfig(Strict):
             preset = PRESETS.get(str(data.get("preset", "default")))
             if preset is not None:
                 data = {**preset, **data}
-            pattern = names.PATTERNS.get(str(data.get("pattern")))
+            pattern = catalogue.PATTERNS.get(str(data.get("pattern")))
             if "criterion" not in data and pattern is not None:
                 data = {**data, "criterion": pattern.criterion}
         return data
 
     @model_validator(mode="after")
     def _names_exist(self) -> SearchConfig:
-        names.check_device(self.device)
-        names.check("pattern", self.pattern, names.PATTERNS)
-        names.check_criterion(self.criterion, self.pattern)
-        names.check("compensation", self.compensation, names.COMPENSATIONS)
-        if names.PATTERNS[self.pattern].zeros:
+        catalogue.check_device(self.device)
+        catalogue.check("pattern", self.pattern, catalogue.PATTERNS)
+        catalogue.check_criterion(self.criterion, self.pattern)
+        catalogue.check("compensation", self.compensation, catalogue.COMPENSATIONS)
+        if catalogue.PATTERNS[self.pattern].zeros:
             self._fits_zeros()
         for name in self.initial:
-            names.check("initial operator", name, names.INITIAL_OPERATORS, param="initial")
+            catalogue.check("initial operator", name, catalogue.INITIAL_OPERATORS, param="initial")
         for name in self.operators:
-            names.check("operator", name, names.OFFSPRING_OPERATORS, param="operators")
+            catalogue.check("operator", name, catalogue.OFFSPRING_OPERATORS, param="operators")
         if "uniform" not in self.initial and self.preset != "self-pruner":
             raise ValueError("initial must contain 'uniform': every result is compared with it")
         if self.ffn_step is not None and self.ffn_step % self.tensor_parallel:
@@ -280,7 +280,7 @@ class SearchConfig(Strict):
 
     def _fits_zeros(self) -> None:
         """Refuse what makes no sense where shapes stay as they are."""
-        if self.compensation not in (able := names.compensations_of(self.pattern)):
+        if self.compensation not in (able := catalogue.compensations_of(self.pattern)):
             raise ValueError(
                 f"the compensation {self.compensation} is for whole units; with {self.pattern} use {' or '.join(able)}, which "
                 "adds no bias there"
@@ -293,9 +293,11 @@ class SearchConfig(Strict):
             raise ValueError(f"with {self.pattern} the rate is of the matrices that are pruned: leave out of")
 
     @property
-    def needs(self) -> frozenset[names.OperatorNeed]:
+    def needs(self) -> frozenset[catalogue.OperatorNeed]:
         """What its operators need."""
-        return frozenset[names.OperatorNeed]().union(*(names.OPERATORS[name].needs for name in (*self.initial, *self.operators)))
+        return frozenset[catalogue.OperatorNeed]().union(
+            *(catalogue.OPERATORS[name].needs for name in (*self.initial, *self.operators))
+        )
 
     @property
     def front_rates(self) -> tuple[float, ...]:

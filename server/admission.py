@@ -14,9 +14,9 @@ from pathlib import Path
 
 from selfpruner import models
 from selfpruner.calibration import files
+from selfpruner.catalogue import EMBEDDED_MODELS, check_proposer
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, ModelNotFoundError, TextError, UnknownNameError
-from selfpruner.names import EMBEDDED_MODELS, check_proposer
 from server.settings import ServerSettings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

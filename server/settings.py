@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from selfpruner import environment, names
+from selfpruner import catalogue, environment
 from selfpruner.errors import ConfigError
 from selfpruner.proposers.settings import ProposerSettings
 
@@ -59,7 +59,7 @@ class ServerSettings(BaseSettings):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for device in value:
             try:
-                names.check_device(device)
+                catalogue.check_device(device)
             except ConfigError as error:
                 raise ValueError(error.message) from None
         return value

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.cli import shared_options
 from selfpruner.errors import ConfigError
 from selfpruner.files.cache_folder import KINDS, clean, default_cache, entries, limit, size
@@ -60,7 +60,7 @@ def remove(
     if not (everything or kind or older_than):
         raise ConfigError("Say what to remove: --older-than 7d, --kind statistics, or --all.")
     for name in kind or ():
-        names.check("kind of entry", name, dict.fromkeys(KINDS, ""), param="kind")
+        catalogue.check("kind of entry", name, dict.fromkeys(KINDS, ""), param="kind")
     removed, kept = clean(folder or default_cache(), kinds=kind or KINDS, older_than=_seconds(older_than))
     freed = sum(entry.bytes for entry in removed)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.cli import shared_options
 from selfpruner.cli.show import print_pruned
 from selfpruner.errors import NotFoundError
@@ -24,7 +24,7 @@ def export(
         typer.Argument(help="A checkpoint, or what was saved of one later; a job on a server; the folder or database of a search."),
     ],
     output: shared_options.Output,
-    format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(names.FORMATS)}.")] = "transformers",
+    format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(catalogue.FORMATS)}.")] = "transformers",
     quantize: Annotated[str | None, typer.Option(help="For formats that quantize.", show_default="none")] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Refuse what does not divide among so many ranks.")] = 1,
     job: Annotated[str | None, typer.Option(help="Which job of a database.", show_default="the newest")] = None,
@@ -38,7 +38,7 @@ def export(
     """Write a checkpoint, or any plan of a search, in the format of a runtime; loaded again in a fresh process and compared."""
     from selfpruner import api
 
-    names.check("export format", format, names.FORMATS, param="format")
+    catalogue.check("export format", format, catalogue.FORMATS, param="format")
     places.writable_folder(output)
     with ExitStack() as stack:
         place: Path | str = source

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from selfpruner import models, names
+from selfpruner import catalogue, models
 from selfpruner.calibration import files
 from selfpruner.cli import shared_options
 from selfpruner.config import Share
@@ -27,9 +27,10 @@ Text = Annotated[
 def evaluate(
     model: Annotated[list[str], typer.Argument(help="Checkpoints, or models by name, folder or hub id.", show_default=False)],
     tasks: Annotated[
-        str | None, typer.Option(help=f"Zero-shot tasks, by commas: {','.join(names.ZERO_SHOT_TASKS)}, or others of the harness.")
+        str | None,
+        typer.Option(help=f"Zero-shot tasks, by commas: {','.join(catalogue.ZERO_SHOT_TASKS)}, or others of the harness."),
     ] = None,
-    perplexity: Annotated[str | None, typer.Option(help=f"Customary texts: {','.join(names.PERPLEXITY_TEXTS)}.")] = None,
+    perplexity: Annotated[str | None, typer.Option(help=f"Customary texts: {','.join(catalogue.PERPLEXITY_TEXTS)}.")] = None,
     seqlen: Annotated[str, typer.Option(help="Tokens per window of them: 128,512,2048.")] = "2048",
     generation: Annotated[bool, typer.Option("--generation", help="How they write: repetition and distinct-n, greedily.")] = False,
     limit: Annotated[
@@ -139,7 +140,7 @@ def benchmark(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for all figures.")],
-    backend: Annotated[str, typer.Option(help=f"What runs them: {', '.join(names.BACKENDS)}.")] = "transformers",
+    backend: Annotated[str, typer.Option(help=f"What runs them: {', '.join(catalogue.BACKENDS)}.")] = "transformers",
     url: Annotated[
         list[str] | None,
         typer.Option(help="Address of a running server up to /v1, for vllm; repeat for each model. A key comes from VLLM_API_KEY."),
@@ -186,14 +187,14 @@ def criteria(as_json: shared_options.Json = False) -> int:
     """What can decide what stays: every criterion with its patterns, what it needs beyond the weights, and its source."""
     from selfpruner import criteria as registry
 
-    known = [registry.create(name) for name in (*names.CRITERIA, *sorted(names.plugins(names.CRITERION_PLUGINS)))]
+    known = [registry.create(name) for name in (*catalogue.CRITERIA, *sorted(catalogue.plugins(catalogue.CRITERION_PLUGINS)))]
     rows: list[dict[str, Any]] = [
         {
             "name": criterion.name,
             "patterns": list(criterion.patterns),
             "needs": sorted(criterion.needs),
             "source": criterion.source,
-            "what": names.CRITERIA.get(criterion.name, "from a plug-in"),
+            "what": entry.text if (entry := catalogue.CRITERIA.get(criterion.name)) else "from a plug-in",
         }
         for criterion in known
     ]
@@ -213,7 +214,7 @@ def compare(
     more: Annotated[list[str] | None, typer.Argument(metavar="[RATE]...", help="Further rates.", show_default=False)] = None,
     rates: Annotated[str, typer.Option(help="Uniform rates: 0.2,0.3,0.5.")] = "0.2,0.3,0.5",
     model: shared_options.Model = None,
-    patterns: Annotated[str, typer.Option(help=f"Which of {', '.join(names.PATTERNS)}.")] = "structured",
+    patterns: Annotated[str, typer.Option(help=f"Which of {', '.join(catalogue.PATTERNS)}.")] = "structured",
     criteria: Annotated[str | None, typer.Option(help="Which criteria, by commas.", show_default="all of the patterns")] = None,
     compensations: Annotated[str | None, typer.Option(help="Which compensations, by commas.", show_default="all")] = None,
     calibration: shared_options.Calibration = None,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.config import PRESETS
 from selfpruner.errors import ConfigError
 
@@ -50,13 +50,13 @@ Rates = Annotated[
     str | None, typer.Option(help="Rates of a front over parameters: 0.1,0.15,0.2.", show_default="half of the rate up to it")
 ]
 Preset = Annotated[str | None, typer.Option(help=f"Fills in what is not given: {_known(PRESETS)}.", show_default="default")]
-Pattern = Annotated[str | None, typer.Option(help=f"What is removed: {_known(names.PATTERNS)}.", show_default="structured")]
+Pattern = Annotated[str | None, typer.Option(help=f"What is removed: {_known(catalogue.PATTERNS)}.", show_default="structured")]
 Criterion = Annotated[
     str | None,
-    typer.Option(help=f"What to keep: {_known(names.CRITERIA)}; see `selfpruner criteria`.", show_default="obs, or sparsegpt"),
+    typer.Option(help=f"What to keep: {_known(catalogue.CRITERIA)}; see `selfpruner criteria`.", show_default="obs, or sparsegpt"),
 ]
 Compensation = Annotated[
-    str | None, typer.Option(help=f"Repair of the kept weights: {_known(names.COMPENSATIONS)}.", show_default="least_squares")
+    str | None, typer.Option(help=f"Repair of the kept weights: {_known(catalogue.COMPENSATIONS)}.", show_default="least_squares")
 ]
 Calibration = Annotated[
     list[str] | None,

@@ -1,6 +1,6 @@
 """The contracts of a criterion: which units of a block stay longest, or which weights of a matrix. Higher score = keep.
 
-A criterion names the ``patterns`` it can order (see :data:`selfpruner.names.PATTERNS`) and what it ``needs`` beyond the weights.
+A criterion names the ``patterns`` it can order (see ``catalogue.PATTERNS``) and what it ``needs`` beyond the weights.
 One that orders units (``structured``) is a :class:`UnitCriterion`, one that orders single weights (``n_m``, ``unstructured``) a
 :class:`WeightCriterion`; it may be both.
 

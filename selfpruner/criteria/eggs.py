@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.criteria.base import Matrix
 from selfpruner.criteria.masks import Sparsity, grouped, keep_n, masks_of
 from selfpruner.criteria.ria import Ria
@@ -27,8 +28,8 @@ class Eggs(Ria):
     """
 
     name: ClassVar[str] = "eggs"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "reconstruction of EGGS-PTP, arXiv 2508.09471, on RIA's score"
-    patterns: ClassVar[tuple[str, ...]] = ("n_m",)
     diagonals: ClassVar[int] = 1
     """B. One is the natural choice at 2:4; B = 0 is RIA, B = N a doubly regular mask."""
 

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.criteria.base import Heads, Need, ScoreUnits, UnitBlock
 
 
@@ -15,8 +16,8 @@ class Flap(ScoreUnits):
     """
 
     name: ClassVar[str] = "flap"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "An et al. 2023, arXiv 2312.11983, WIFV"
-    patterns: ClassVar[tuple[str, ...]] = ("structured",)
     needs: ClassVar[frozenset[Need]] = frozenset({"activations"})
 
     def score_columns(self, block: UnitBlock) -> Tensor:
@@ -30,6 +31,7 @@ class FlapNorm(Flap):
     """WIFN: S_j = mean_i |W_ij| * ||X_j||_2 / sqrt(sequences), reduced over heads as FLAP does."""
 
     name: ClassVar[str] = "flap_wifn"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "An et al. 2023, arXiv 2312.11983, WIFN"
 
     def score_columns(self, block: UnitBlock) -> Tensor:
@@ -40,6 +42,7 @@ class FlapVariance(Flap):
     """IFV: S_j = var(X_j), whatever the weights."""
 
     name: ClassVar[str] = "flap_ifv"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "An et al. 2023, arXiv 2312.11983, IFV"
 
     def score_columns(self, block: UnitBlock) -> Tensor:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.criteria.base import Heads, Matrix, Need, ScoreUnits, ScoreWeights, UnitBlock
 
 # The paper's code multiplies gradients by 100 and takes 128 samples; the sum over samples grows with their number and the
@@ -22,8 +23,8 @@ class Gblm(ScoreUnits, ScoreWeights):
     """
 
     name: ClassVar[str] = "gblm"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "Das et al. 2023, arXiv 2311.04902, L1 gradients"
-    patterns: ClassVar[tuple[str, ...]] = ("structured", "n_m", "unstructured")
     needs: ClassVar[frozenset[Need]] = frozenset({"activations", "gradients"})
     by_row: ClassVar[bool] = True
 
@@ -47,6 +48,7 @@ class GblmL2(Gblm):
     """The same with the gradients' L2 norm over the samples, sqrt(sum_k (g_ij^(k))^2), and alpha = 100 * sqrt(128 / n)."""
 
     name: ClassVar[str] = "gblm_l2"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "Das et al. 2023, arXiv 2311.04902, L2 gradients"
 
     def gradient_term(self, matrix: Matrix) -> Tensor:

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.criteria.base import Matrix, Need, ScoreUnits, ScoreWeights, UnitBlock
 
 
@@ -12,8 +13,8 @@ class Magnitude(ScoreUnits, ScoreWeights):
     its columns."""
 
     name: ClassVar[str] = "magnitude"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
-    patterns: ClassVar[tuple[str, ...]] = ("structured", "n_m", "unstructured")
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     def score_columns(self, block: UnitBlock) -> Tensor:

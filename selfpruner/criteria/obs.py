@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.compensation.base import STRIP
 from selfpruner.compensation.least_squares import precision
 from selfpruner.criteria.base import Heads, Need, UnitBlock
@@ -32,8 +33,8 @@ class Obs:
     """Greedy elimination by least-squares residual."""
 
     name: ClassVar[str] = "obs"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "Hassibi & Stork 1993; Kurtic et al. 2023, arXiv 2302.04089"
-    patterns: ClassVar[tuple[str, ...]] = ("structured",)
     needs: ClassVar[frozenset[Need]] = frozenset({"activations", "second_order"})
 
     def order_channels(self, block: UnitBlock) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.criteria.base import Matrix, Need, ScoreWeights
 from selfpruner.criteria.masks import Sparsity, grouped, keep_n, masks_of
 
@@ -21,8 +22,8 @@ class Ria(ScoreWeights):
     """S_ij = (|W_ij| / sum_i' |W_i'j| + |W_ij| / sum_j' |W_ij'|) * (||X_j||_2 / sqrt(sequences))^0.5, one threshold per matrix."""
 
     name: ClassVar[str] = "ria"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "Zhang et al. 2024, RIA (ICLR 2024)"
-    patterns: ClassVar[tuple[str, ...]] = ("n_m", "unstructured")
     needs: ClassVar[frozenset[Need]] = frozenset({"activations"})
 
     def score(self, matrix: Matrix) -> Tensor:
@@ -37,7 +38,7 @@ class RiaPermuted(Ria):
     """
 
     name: ClassVar[str] = "ria_permuted"
-    patterns: ClassVar[tuple[str, ...]] = ("n_m",)
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
 
     def masks(self, matrix: Matrix, levels: Sequence[Sparsity]) -> Iterator[Tensor]:
         scores = self.score(matrix)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.compensation.sweep import COLUMNS, factor, sweep
 from selfpruner.criteria.base import Matrix, Need
 from selfpruner.criteria.masks import Sparsity, grouped, keep_n, masks_of
@@ -21,8 +22,8 @@ class SparseGpt:
     """
 
     name: ClassVar[str] = "sparsegpt"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "Frantar & Alistarh 2023, arXiv 2301.00774"
-    patterns: ClassVar[tuple[str, ...]] = ("n_m", "unstructured")
     needs: ClassVar[frozenset[Need]] = frozenset({"activations", "second_order"})
 
     def masks(self, matrix: Matrix, levels: Sequence[Sparsity]) -> Iterator[Tensor]:

@@ -13,13 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.criteria.base import Heads, Matrix, Need, ScoreUnits, ScoreWeights, UnitBlock
 
 OUTPUTS = ("o", "down")
 
 
 class _Taylor(ScoreUnits):
-    patterns: ClassVar[tuple[str, ...]] = ("structured",)
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     source: ClassVar[str] = "Ma et al. 2023, LLM-Pruner, arXiv 2305.11627"
 
@@ -51,7 +51,7 @@ class Taylor(_Taylor, ScoreWeights):
     """element^1: the sum of |w g| over the members. As a weight's own score |w g|, within the matrix."""
 
     name: ClassVar[str] = "taylor"
-    patterns: ClassVar[tuple[str, ...]] = ("structured", "n_m", "unstructured")
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
 
     def element(self, matrix: Matrix) -> Tensor:
         return (matrix.W * matrix.gradient.mean.to(matrix.W)).abs()
@@ -64,6 +64,7 @@ class TaylorVector(_Taylor):
     """vector: |sum of w g| over each member."""
 
     name: ClassVar[str] = "taylor_vector"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
 
     def element(self, matrix: Matrix) -> Tensor:
         return matrix.W * matrix.gradient.mean.to(matrix.W)
@@ -76,6 +77,7 @@ class TaylorSecond(_Taylor):
     """element^2: the sum of w F w."""
 
     name: ClassVar[str] = "taylor_element2"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
 
     def element(self, matrix: Matrix) -> Tensor:
         return matrix.W.pow(2) * matrix.gradient.fisher.to(matrix.W)
@@ -85,6 +87,7 @@ class TaylorMixed(_Taylor):
     """mixed: the sum of |w g - w F w / 2|."""
 
     name: ClassVar[str] = "taylor_mixed"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
 
     def element(self, matrix: Matrix) -> Tensor:
         gradients = matrix.gradient

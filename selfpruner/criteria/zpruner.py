@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfpruner.catalogue import CRITERIA
 from selfpruner.criteria.base import Matrix, Need, ScoreWeights
 
 ROW_SHARE, SPARSE_SHARE, SPARSE_BELOW = 0.7, 0.3, 0.1
@@ -23,8 +24,8 @@ class ZPruner(ScoreWeights):
     """
 
     name: ClassVar[str] = "zpruner"
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     source: ClassVar[str] = "Bhuiyan et al. 2025, arXiv 2508.15828"
-    patterns: ClassVar[tuple[str, ...]] = ("n_m", "unstructured")
     needs: ClassVar[frozenset[Need]] = frozenset({"activations"})
 
     def score(self, matrix: Matrix) -> Tensor:
@@ -38,7 +39,7 @@ class ZPrunerRows(ZPruner):
     """Z-Pruner whose weights compete within their output's row."""
 
     name: ClassVar[str] = "zpruner_row"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured",)
+    patterns: ClassVar[tuple[str, ...]] = CRITERIA[name].patterns
     by_row: ClassVar[bool] = True
 
 

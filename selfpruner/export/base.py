@@ -20,8 +20,8 @@ positions, with the metadata ``parameters`` (what ``write`` returned), ``dtype``
 written; in float32 also where its weights have 16 bits, because in 16 bits single tokens' logits depend on processor and shapes. A
 verifier computes in ``dtype``.
 
-A new format: its own file with a subclass of :class:`Format`, its class in ``formats.FORMATS``, a line in ``names.FORMATS``, a
-subclass of ``selfpruner.testing.FormatSuite`` in ``tests/conformance/test_formats.py``.
+A new format: its own file with a subclass of :class:`Format`, a line in ``catalogue.FORMATS``, a subclass of
+``selfpruner.testing.FormatSuite`` in ``tests/conformance/test_formats.py``.
 """
 
 from __future__ import annotations

@@ -12,26 +12,23 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import proof
 from selfpruner.export.base import FinishedCheckpoint, Format
 from selfpruner.export.card import converted
 from selfpruner.export.checkpoint import copy_terms, stopper
 from selfpruner.export.folder import Exported, write_folder
-from selfpruner.export.gguf import Gguf
-from selfpruner.export.masked import Masked
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.files import manifest
 from selfpruner.progress import OnProgress, shown
 
-# One class per format, imported above.
-FORMATS: dict[str, type[Format]] = {cls.name: cls for cls in (Transformers, Masked, Gguf)}
+FORMATS: dict[str, type[Format]] = {name: entry.load() for name, entry in catalogue.FORMATS.items()}
 
 
 def create(name: str) -> Format:
     """The format of that name. Raises UnknownNameError."""
-    names.check("export format", name, names.FORMATS, param="format")
+    catalogue.check("export format", name, catalogue.FORMATS, param="format")
     return FORMATS[name]()
 
 

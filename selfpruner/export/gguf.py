@@ -35,13 +35,13 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import AutoConfig, AutoTokenizer
 
+from selfpruner.catalogue import PATTERNS
 from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
 from selfpruner.export.base import FinishedCheckpoint, Format, Origin
 from selfpruner.models import quiet
 from selfpruner.models.family_layouts import LAYOUTS
-from selfpruner.names import PATTERNS
 from selfpruner.pruning.layer_shapes import LayerShape
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig
 
+from selfpruner.catalogue import PATTERNS
 from selfpruner.errors import FormatError
 from selfpruner.export.base import FinishedCheckpoint, Origin
 from selfpruner.export.build import count_parameters, ordinary
@@ -30,7 +31,6 @@ from selfpruner.export.older import with_older_fields
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.models import quiet
 from selfpruner.models.family_layouts import LAYOUTS, Layout
-from selfpruner.names import PATTERNS
 from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 
 

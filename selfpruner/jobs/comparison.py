@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.config import Part, SearchConfig, differences
 from selfpruner.errors import ConfigError, SelfprunerError
 from selfpruner.files import atomic
@@ -63,19 +63,19 @@ def methods_of(
     """All methods there are of these patterns, or those of the named criteria and compensations. Raises UnknownNameError; a
     criterion that knows none of the patterns is a ConfigError."""
     for pattern in patterns:
-        names.check("pattern", pattern, names.PATTERNS)
+        catalogue.check("pattern", pattern, catalogue.PATTERNS)
     for name in compensations or ():
-        names.check("compensation", name, names.COMPENSATIONS)
+        catalogue.check("compensation", name, catalogue.COMPENSATIONS)
     for name in criteria or ():
-        names.check_criterion(name)
-        if name in names.CRITERION_PATTERNS and not set(names.CRITERION_PATTERNS[name]) & set(patterns):
-            names.check_pattern(name, patterns[0], names.CRITERION_PATTERNS[name])
+        catalogue.check_criterion(name)
+        if (known := catalogue.CRITERIA.get(name)) is not None and not set(known.patterns) & set(patterns):
+            catalogue.check_pattern(name, patterns[0], known.patterns)
     methods = []
     for pattern in patterns:
-        for criterion in criteria or names.CRITERIA:
-            if pattern not in names.CRITERION_PATTERNS.get(criterion, names.PATTERNS):
+        for criterion in criteria or catalogue.CRITERIA:
+            if criterion in catalogue.CRITERIA and pattern not in catalogue.CRITERIA[criterion].patterns:
                 continue
-            able = names.compensations_of(pattern)
+            able = catalogue.compensations_of(pattern)
             methods += [Method(pattern, criterion, name) for name in compensations or able if name in able]
     return methods
 
@@ -203,7 +203,7 @@ COLUMNS = ("criterion", "compensation", "parameters", "KL", "perplexity", "secon
 def sections(results: ComparisonFile) -> Iterator[tuple[str, list[tuple[str, ...]], list[str]]]:
     """(heading, rows of cells, why those failed that did) per pattern and rate, the best KL first, failures last."""
     groups = dict.fromkeys((row["pattern"], row["rate"]) for row in results.rows)
-    for pattern, rate in sorted(groups, key=lambda group: (list(names.PATTERNS).index(group[0]), group[1])):
+    for pattern, rate in sorted(groups, key=lambda group: (list(catalogue.PATTERNS).index(group[0]), group[1])):
         rows = [row for row in results.rows if (row["pattern"], row["rate"]) == (pattern, rate)]
         rows.sort(key=lambda row: (row["error"] is not None, math.inf if row["kl"] is None else row["kl"]))
         failures = [f"{row['criterion']} + {row['compensation']}: {row['error']}" for row in rows if row["error"] is not None]

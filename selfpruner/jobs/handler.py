@@ -20,6 +20,7 @@ from selfpruner import models
 from selfpruner.architectures import describe
 from selfpruner.architectures.cost import decoder_parameters, model_parameters
 from selfpruner.calibration import files
+from selfpruner.catalogue import PATTERNS
 from selfpruner.config import Role, SearchConfig
 from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
@@ -38,7 +39,6 @@ from selfpruner.judging.repetition import repetition
 from selfpruner.models import LoadedModel
 from selfpruner.models.checks import sampled_digest
 from selfpruner.models.memory import release
-from selfpruner.names import PATTERNS
 from selfpruner.planning.space import Plan
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning.measurements import held_bytes

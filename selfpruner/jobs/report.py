@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from selfpruner.catalogue import PATTERNS
 from selfpruner.evolution.evaluator import Fitness
 from selfpruner.evolution.extras import finite
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import report_windows
 from selfpruner.jobs.running_job import PREPARED, RunningJob
-from selfpruner.names import PATTERNS
 from selfpruner.planning.space import Plan
 from selfpruner.workers.tasks import BaselineRequest, MeasureRequest, MeasureResult
 

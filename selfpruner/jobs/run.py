@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.config import Role, SearchConfig
 from selfpruner.errors import ConflictError
 from selfpruner.evolution.evaluator import Evaluator
@@ -65,7 +65,7 @@ async def run_job(
     """
     started = time.monotonic()
     if "llm" in config.needs:
-        names.check_proposer(config.proposer, proposer_settings)
+        catalogue.check_proposer(config.proposer, proposer_settings)
     session = session_of(config, cache)
     windows = Windows.of(config)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.errors import ConfigError, ModelError, OutOfMemoryError, TextError
 from selfpruner.models import checks
 from selfpruner.models.sources import ModelSource, quiet
@@ -193,7 +193,7 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda:0" if cuda else "mps" if mps else "cpu")
     here = ["cpu", *(["mps"] if mps else []), *(f"cuda:{n}" for n in range(torch.cuda.device_count() if cuda else 0))]
-    target = torch.device(names.check_device(device, here))
+    target = torch.device(catalogue.check_device(device, here))
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda:0")
     if str(target) not in here:

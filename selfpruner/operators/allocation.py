@@ -6,7 +6,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from selfpruner.names import OPERATORS
+from selfpruner.catalogue import OPERATORS
 from selfpruner.operators.base import Context, Offspring, Operator
 from selfpruner.planning.space import Plan, SearchSpace
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from selfpruner.names import OperatorNeed
+from selfpruner.catalogue import OperatorNeed
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate
 

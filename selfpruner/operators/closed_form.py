@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from selfpruner.names import OPERATORS
+from selfpruner.catalogue import OPERATORS
 from selfpruner.operators.base import Context, Offspring, Operator
 from selfpruner.planning.allocation import cheapest, predicted_losses, ramp
 

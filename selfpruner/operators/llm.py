@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from selfpruner.catalogue import OPERATORS
 from selfpruner.errors import BudgetError, ProposerError
-from selfpruner.names import OPERATORS
 from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Rejected
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed

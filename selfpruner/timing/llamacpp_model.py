@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from selfpruner import models
+from selfpruner.catalogue import EMBEDDED_MODELS
 from selfpruner.errors import BenchmarkError, ConfigError, ModelError
 from selfpruner.models.memory import peak_mib
-from selfpruner.names import EMBEDDED_MODELS
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.timing.model_cost import Attention, ModelCost
 from selfpruner.timing.tasks import (

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.errors import ConfigError
 from selfpruner.progress import OnProgress
 from selfpruner.timing.report import Report, Settings, TimedModel, decode
@@ -202,7 +202,7 @@ async def run(
 
 def check(models: Mapping[str, Model], settings: Settings, urls: Sequence[str]) -> None:
     """Raise ConfigError for numbers and combinations that make no run."""
-    names.check("backend", settings.backend, names.BACKENDS)
+    catalogue.check("backend", settings.backend, catalogue.BACKENDS)
     if not models:
         raise ConfigError("Name at least one model; the first is what the others are compared with.", param="models")
     for field in ("prompt_tokens", "new_tokens", "repetitions"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from selfpruner.names import EMBEDDED_MODELS
+from selfpruner.catalogue import EMBEDDED_MODELS
 from server.admission import local_models
 from server.errors import responses
 from server.schemas import ListObject, ModelObject

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.config import SearchConfig
 from selfpruner.operators import CLASSICAL, OPERATORS, Context, LlmOperator, Offspring
 from selfpruner.operators.allocation import Alpha, FlapGlobal, Owl, alpha_rates, below_threshold, owl_rates
@@ -315,13 +315,13 @@ def test_every_operator_is_what_its_line_says() -> None:
     assert {suite.operator for suite in OperatorSuite.__subclasses__()} == set(CLASSICAL.values())
     for name, operator in OPERATORS.items():
         assert operator.name == name
-        assert operator.needs == names.OPERATORS[name].needs
+        assert operator.needs == catalogue.OPERATORS[name].needs
         assert issubclass(operator, LlmOperator) == ("llm" in operator.needs)
 
 
-@pytest.mark.parametrize("name", names.OPERATORS)
+@pytest.mark.parametrize("name", catalogue.OPERATORS)
 def test_a_config_needs_what_its_operators_need(name: str) -> None:
-    entry = names.OPERATORS[name]
+    entry = catalogue.OPERATORS[name]
     named = {"initial": ("uniform", name)} if entry.initial else {"initial": ("uniform",), "operators": (name,)}
     config = SearchConfig(rate=0.2, **{"operators": (), **named})
     assert config.needs == entry.needs

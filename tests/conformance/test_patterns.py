@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.architectures import describe
 from selfpruner.architectures.order import restore_channels
 from selfpruner.config import SearchConfig
@@ -64,11 +64,11 @@ class PatternSuite:
 
     def test_is_what_its_line_says(self) -> None:
         assert PATTERNS[self.pattern.name] is self.pattern
-        entry = names.PATTERNS[self.pattern.name]
+        entry = catalogue.PATTERNS[self.pattern.name]
         _, baseline = entry.baseline
         for criterion in (entry.criterion, baseline["criterion"]):
-            names.check_criterion(criterion, self.pattern.name)
-        assert baseline["compensation"] in names.compensations_of(self.pattern.name)
+            catalogue.check_criterion(criterion, self.pattern.name)
+        assert baseline["compensation"] in catalogue.compensations_of(self.pattern.name)
         assert SearchConfig.model_validate({"rate": 0.2, "pattern": self.pattern.name}).criterion == entry.criterion
 
     @pytest.mark.parametrize("drop", [False, True])
@@ -105,7 +105,7 @@ class PatternSuite:
             for level in range(1, len(block.options)):
                 pruned = dict(tensors_of(block.weights(level)))
                 removed = block.options[0].parameters - block.options[level].parameters
-                if names.PATTERNS[self.pattern.name].zeros:
+                if catalogue.PATTERNS[self.pattern.name].zeros:
                     assert {name: tensor.shape for name, tensor in pruned.items()} == shapes
                     assert sum(int((tensor == 0).sum()) for tensor in pruned.values()) >= removed
                 else:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from selfpruner import api, errors, names
+from selfpruner import api, catalogue, errors
 from selfpruner.cli import app as cli
 from selfpruner.config import SearchConfig, differences, field_names
 from selfpruner.errors import ConfigError, NoPermissionError, SelfprunerError, UnknownNameError, disk_errors
@@ -88,7 +88,7 @@ def test_devices_are_those_of_this_machine() -> None:
 
 def test_how_a_proposer_is_defined() -> None:
     with pytest.raises(UnknownNameError, match=r"Known: gpt, local\. .*SELFPRUNER_PROPOSERS='\{\"NAME\": \{\"kind\": \"openai\""):
-        names.check_proposer("gtp", ["local", "gpt"])
+        catalogue.check_proposer("gtp", ["local", "gpt"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfpruner import api, criteria, names
+from selfpruner import api, catalogue, criteria
 from selfpruner.config import SearchConfig
 from selfpruner.errors import CalibrationError, ModelError
 from selfpruner.jobs.handler import SessionHandler
@@ -46,15 +46,15 @@ def prepare(folder: Path, text: Path | str, cache: Path, **fields: Any) -> Prepa
     return SessionHandler("cpu").handle(session, PrepareRequest(texts=("calibration",)), lambda _: None, lambda: False)
 
 
-@pytest.mark.parametrize("pattern", names.PATTERNS)
+@pytest.mark.parametrize("pattern", catalogue.PATTERNS)
 def test_every_criterion_and_compensation(pattern: str, text: Path, tmp_path: Path) -> None:
     folder = damaged(tmp_path / "model", in_up)
-    known = [name for name in names.CRITERIA if pattern in criteria.CRITERIA[name].patterns]
+    known = [name for name in catalogue.CRITERIA if pattern in criteria.CRITERIA[name].patterns]
     assert len(known) > 3
     for criterion in known:
         with pytest.raises(CalibrationError, match="not finite on the calibration text"):
             prepare(folder, text, tmp_path / "cache", pattern=pattern, criterion=criterion)
-    for compensation in names.compensations_of(pattern):
+    for compensation in catalogue.compensations_of(pattern):
         with pytest.raises(CalibrationError, match="not finite on the calibration text"):
             prepare(folder, text, tmp_path / "cache", pattern=pattern, criterion="magnitude", compensation=compensation)
 

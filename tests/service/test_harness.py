@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not in
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from selfpruner import api, names  # noqa: E402
+from selfpruner import api, catalogue  # noqa: E402
 from selfpruner.cli import app as cli  # noqa: E402
 from selfpruner.errors import ConfigError, TextError  # noqa: E402
 from selfpruner.judging import harness, measures  # noqa: E402
@@ -105,7 +105,7 @@ def test_the_numbers_are_the_harness_s(name: str, data: Path, subject: measures.
     check(name, data, subject, None)
 
 
-@pytest.mark.parametrize("name", names.ZERO_SHOT_TASKS)
+@pytest.mark.parametrize("name", catalogue.ZERO_SHOT_TASKS)
 def test_the_seven_tasks(name: str, subject: measures.MeasuredModel) -> None:
     root = os.environ.get("SELFPRUNER_DATA")
     if not root or LocalTask.find(name, Path(root)) is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, UnknownNameError
 from selfpruner.jobs.comparison import Method, methods_of
@@ -31,9 +31,9 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_methods_of_patterns() -> None:
-    assert methods_of(["structured"], ["obs"]) == [Method("structured", "obs", name) for name in names.COMPENSATIONS]
-    every = methods_of(list(names.PATTERNS))
-    assert {m.criterion for m in every} == set(names.CRITERIA)
+    assert methods_of(["structured"], ["obs"]) == [Method("structured", "obs", name) for name in catalogue.COMPENSATIONS]
+    every = methods_of(list(catalogue.PATTERNS))
+    assert {m.criterion for m in every} == set(catalogue.CRITERIA)
     assert not any(m.compensation == "bias" and m.pattern != "structured" for m in every)
     assert len(every) == len(set(every))
     with pytest.raises(UnknownNameError):
@@ -92,7 +92,7 @@ def test_a_model_that_cannot_be_pruned_is_refused_once(tmp_path: Path, capsys: p
 def test_the_list_of_criteria(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["criteria", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(rows) == set(names.CRITERIA)
+    assert set(rows) == set(catalogue.CRITERIA)
     assert rows["gblm"]["needs"] == ["activations", "gradients"]
     assert rows["eggs"]["patterns"] == ["n_m"]
     assert "reconstruction" in rows["eggs"]["source"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfpruner import criteria, names
+from selfpruner import catalogue, criteria
 from selfpruner.criteria import UnitCriterion, WeightCriterion
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import ConfigError
@@ -37,9 +37,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (section,) = re.findall(r'\[project.entry-points."selfpruner.criteria"\]\n(\w+) = "([\w:]+)"', text)
     (info / "entry_points.txt").write_text(f"[selfpruner.criteria]\n{section[0]} = {section[1]}\n")
     monkeypatch.syspath_prepend(str(folder))
-    names.plugins.cache_clear()
+    catalogue.plugins.cache_clear()
     yield folder  # type: ignore[misc]
-    names.plugins.cache_clear()
+    catalogue.plugins.cache_clear()
 
 
 @pytest.mark.usefixtures("package")
@@ -52,15 +52,15 @@ def test_it_is_found_and_does_what_it_says() -> None:
     scores = (m.W.abs() * m.norm**0.75).view(24, -1, 4)
     assert torch.equal(mask.view(24, -1, 4).sum(-1), torch.full((24, 8), 2))
     assert float(scores[mask.view(24, -1, 4)].sum()) == pytest.approx(float(scores.topk(2, -1).values.sum()), rel=1e-5)
-    names.check_criterion("root_wanda", "n_m")
+    catalogue.check_criterion("root_wanda", "n_m")
     with pytest.raises(ConfigError, match="not checkered"):
         criteria.create("root_wanda", "checkered")
 
 
 def test_without_the_package_nobody_knows_it() -> None:
-    names.plugins.cache_clear()
+    catalogue.plugins.cache_clear()
     with pytest.raises(ConfigError, match="root_wanda"):
-        names.check_criterion("root_wanda")
+        catalogue.check_criterion("root_wanda")
 
 
 def test_it_prunes_a_model_from_the_command_line(package: Path, tmp_path: Path) -> None:

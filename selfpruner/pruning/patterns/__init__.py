@@ -1,9 +1,8 @@
-"""Patterns: the shapes of what is removed. To add one: its own file, a line in ``names.PATTERNS``, a subclass of the conformance
-suite."""
+"""Patterns: the shapes of what is removed. To add one: its own file, a line in ``catalogue.PATTERNS``, a subclass of its suite."""
 
 from __future__ import annotations
 
-from selfpruner import names
+from selfpruner import catalogue
 from selfpruner.architectures import Architecture
 from selfpruner.config import SearchConfig
 from selfpruner.pruning.patterns.base import Pattern, Prunable
@@ -19,7 +18,7 @@ from selfpruner.pruning.patterns.units import (
     measure_ffn,
 )
 
-PATTERNS: dict[str, type[Pattern]] = {name: entry.load() for name, entry in names.PATTERNS.items()}
+PATTERNS: dict[str, type[Pattern]] = {name: entry.load() for name, entry in catalogue.PATTERNS.items()}
 
 
 def create(config: SearchConfig, arch: Architecture) -> Pattern:

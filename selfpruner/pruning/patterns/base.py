@@ -20,7 +20,7 @@ Prunable = PrunableAttention | PrunableFfn | PrunableMasked
 
 
 class Pattern(ABC):
-    """What those who ask for a pattern need to know of it without torch is its line in ``names.PATTERNS``."""
+    """What those who ask for a pattern need to know of it without torch is its line in ``catalogue.PATTERNS``."""
 
     name: ClassVar[str]
 

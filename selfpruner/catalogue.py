@@ -1,7 +1,7 @@
-"""The names a request may use, and what each means in one line.
+"""All that can be asked for by name, one line each: what it is, the class behind it, and what has to be known of it without torch.
 
-Kept apart from the code behind the names so that the API process and ``--help`` know them without importing torch. A
-conformance test holds each table equal to the registry of its kind.
+The registries of criteria, compensations, patterns, operators and formats are made of these lines, which the API process and
+``--help`` read without importing what is behind them. Packages of others add criteria by entry points, which look the same.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from selfpruner.errors import ConfigError, UnknownNameError
 
 
 @dataclass(frozen=True, slots=True)
-class PatternEntry:
-    """A pattern in one line, the class behind it, and what differs for those who ask for it.
+class Entry:
+    """What it is, and the class behind it as ``module:Class``, which is imported when it is used."""
+
+    text: str
+    where: str
+
+    def load(self) -> Any:
+        """The class, imported."""
+        return resolve_name(self.where)
+
+
+@dataclass(frozen=True, slots=True)
+class PatternEntry(Entry):
+    """What differs for those who ask for it.
 
     ``zeros``: weights become zero and shapes stay, so that every level is work of its own; else units are cut out. ``criterion``
     chooses where the request names none. ``baseline``: uniform rates as is usual without retraining, a reference in every report:
     under which name it is reported, and what it changes of the config.
     """
 
-    text: str
-    where: str
     zeros: bool
     criterion: str
     baseline: tuple[str, Mapping[str, str]]
-
-    def load(self) -> Any:
-        """The class, imported."""
-        return resolve_name(self.where)
 
 
 _PATTERNS = "selfpruner.pruning.patterns"
@@ -64,58 +70,77 @@ PATTERNS: Mapping[str, PatternEntry] = {
     ),
 }
 
-CRITERIA: Mapping[str, str] = {
-    "magnitude": "|W|; column norms of the block's output matrix",
-    "wanda": "|W| times input norm (Wanda)",
-    "wanda_sp": "mean |W| times input norm (Wanda-sp)",
-    "flap": "input variance times squared column norm (FLAP, WIFV)",
-    "flap_wifn": "mean |W| times input norm, reduced as FLAP does (WIFN)",
-    "flap_ifv": "input variance (FLAP, IFV)",
-    "obs": "least-squares residual, eliminated greedily (default)",
-    "taylor": "|W times gradient| (LLM-Pruner, element1)",
-    "taylor_vector": "|sum of W times gradient| (LLM-Pruner, vector)",
-    "taylor_element2": "W^2 times squared gradient (LLM-Pruner, element2)",
-    "taylor_mixed": "first and second order together (LLM-Pruner, mixed)",
-    "gblm": "|W| times input norm and gradients over the samples (GBLM-Pruner, L1)",
-    "gblm_l2": "the same with the gradients' L2 norm (GBLM-Pruner, L2)",
-    "ria": "share of row and column times the root of the input norm (RIA)",
-    "ria_permuted": "RIA at N:M after its channel permutation",
-    "zpruner": "cubed z-scores times input norm to the 1.5 (Z-Pruner)",
-    "zpruner_row": "the same, competing within the rows",
-    "sparsegpt": "error of a weight while those before it are repaired (SparseGPT)",
-    "eggs": "RIA at N:M with diagonals that keep every input connected (EGGS-PTP, reconstructed)",
-}
-_ALL, _STRUCTURED, _WEIGHTS = ("structured", "n_m", "unstructured"), ("structured",), ("n_m", "unstructured")
-CRITERION_PATTERNS: Mapping[str, tuple[str, ...]] = {
-    "magnitude": _ALL,
-    "wanda": _WEIGHTS,
-    **dict.fromkeys(("wanda_sp", "flap", "flap_wifn", "flap_ifv", "obs"), _STRUCTURED),
-    "taylor": _ALL,
-    **dict.fromkeys(("taylor_vector", "taylor_element2", "taylor_mixed"), _STRUCTURED),
-    **dict.fromkeys(("gblm", "gblm_l2"), _ALL),
-    "ria": _WEIGHTS,
-    "ria_permuted": ("n_m",),
-    "zpruner": _WEIGHTS,
-    "zpruner_row": ("unstructured",),
-    "sparsegpt": _WEIGHTS,
-    "eggs": ("n_m",),
+
+@dataclass(frozen=True, slots=True)
+class CriterionEntry(Entry):
+    """``patterns``: those it can order."""
+
+    patterns: tuple[str, ...]
+
+
+_CRITERIA, _ALL, _UNITS, _WEIGHTS = "selfpruner.criteria", tuple(PATTERNS), ("structured",), ("n_m", "unstructured")
+
+CRITERIA: Mapping[str, CriterionEntry] = {
+    "magnitude": CriterionEntry("|W|; column norms of the block's output matrix", f"{_CRITERIA}.magnitude:Magnitude", _ALL),
+    "wanda": CriterionEntry("|W| times input norm (Wanda)", f"{_CRITERIA}.wanda:Wanda", _WEIGHTS),
+    "wanda_sp": CriterionEntry("mean |W| times input norm (Wanda-sp)", f"{_CRITERIA}.wanda:WandaSp", _UNITS),
+    "flap": CriterionEntry("input variance times squared column norm (FLAP, WIFV)", f"{_CRITERIA}.flap:Flap", _UNITS),
+    "flap_wifn": CriterionEntry("mean |W| times input norm, reduced as FLAP does (WIFN)", f"{_CRITERIA}.flap:FlapNorm", _UNITS),
+    "flap_ifv": CriterionEntry("input variance (FLAP, IFV)", f"{_CRITERIA}.flap:FlapVariance", _UNITS),
+    "obs": CriterionEntry("least-squares residual, eliminated greedily (default)", f"{_CRITERIA}.obs:Obs", _UNITS),
+    "taylor": CriterionEntry("|W times gradient| (LLM-Pruner, element1)", f"{_CRITERIA}.taylor:Taylor", _ALL),
+    "taylor_vector": CriterionEntry("|sum of W times gradient| (LLM-Pruner, vector)", f"{_CRITERIA}.taylor:TaylorVector", _UNITS),
+    "taylor_element2": CriterionEntry(
+        "W^2 times squared gradient (LLM-Pruner, element2)", f"{_CRITERIA}.taylor:TaylorSecond", _UNITS
+    ),
+    "taylor_mixed": CriterionEntry(
+        "first and second order together (LLM-Pruner, mixed)", f"{_CRITERIA}.taylor:TaylorMixed", _UNITS
+    ),
+    "gblm": CriterionEntry("|W| times input norm and gradients over the samples (GBLM-Pruner, L1)", f"{_CRITERIA}.gblm:Gblm", _ALL),
+    "gblm_l2": CriterionEntry("the same with the gradients' L2 norm (GBLM-Pruner, L2)", f"{_CRITERIA}.gblm:GblmL2", _ALL),
+    "ria": CriterionEntry("share of row and column times the root of the input norm (RIA)", f"{_CRITERIA}.ria:Ria", _WEIGHTS),
+    "ria_permuted": CriterionEntry("RIA at N:M after its channel permutation", f"{_CRITERIA}.ria:RiaPermuted", ("n_m",)),
+    "zpruner": CriterionEntry("cubed z-scores times input norm to the 1.5 (Z-Pruner)", f"{_CRITERIA}.zpruner:ZPruner", _WEIGHTS),
+    "zpruner_row": CriterionEntry("the same, competing within the rows", f"{_CRITERIA}.zpruner:ZPrunerRows", ("unstructured",)),
+    "sparsegpt": CriterionEntry(
+        "error of a weight while those before it are repaired (SparseGPT)", f"{_CRITERIA}.sparsegpt:SparseGpt", _WEIGHTS
+    ),
+    "eggs": CriterionEntry(
+        "RIA at N:M with diagonals that keep every input connected (EGGS-PTP, reconstructed)", f"{_CRITERIA}.eggs:Eggs", ("n_m",)
+    ),
 }
 # Packages of others add criteria under this group of entry points; each names a class.
 CRITERION_PLUGINS = "selfpruner.criteria"
 
-COMPENSATIONS: Mapping[str, str] = {
-    "none": "the kept weights stay as they are",
-    "bias": "the mean output of what was removed becomes a bias (FLAP)",
-    "least_squares": "kept output weights are refitted to the dense block's output, with a bias (default)",
-    "least_squares_weights": "the same without a bias, which not every family and runtime has a place for",
+
+@dataclass(frozen=True, slots=True)
+class CompensationEntry(Entry):
+    """``patterns``: those whose kept weights it can repair."""
+
+    patterns: tuple[str, ...]
+
+
+_COMPENSATION = "selfpruner.compensation"
+
+COMPENSATIONS: Mapping[str, CompensationEntry] = {
+    "none": CompensationEntry("the kept weights stay as they are", f"{_COMPENSATION}.none:Nothing", _ALL),
+    "bias": CompensationEntry("the mean output of what was removed becomes a bias (FLAP)", f"{_COMPENSATION}.bias:Bias", _UNITS),
+    "least_squares": CompensationEntry(
+        "kept output weights are refitted to the dense block's output, with a bias (default)",
+        f"{_COMPENSATION}.least_squares:LeastSquares",
+        _ALL,
+    ),
+    "least_squares_weights": CompensationEntry(
+        "the same without a bias, which not every family and runtime has a place for",
+        f"{_COMPENSATION}.least_squares:LeastSquaresWeights",
+        _UNITS,
+    ),
 }
-# The others are for whole units.
-_OF_ZEROS = ("none", "least_squares")
 
 
 def compensations_of(pattern: str) -> list[str]:
     """The compensations there are for a pattern."""
-    return [name for name in COMPENSATIONS if not PATTERNS[pattern].zeros or name in _OF_ZEROS]
+    return [name for name, entry in COMPENSATIONS.items() if pattern in entry.patterns]
 
 
 # What a benchmark runs models with.
@@ -131,19 +156,13 @@ next levels would do around the best plan. ``spectra``: those of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
-class OperatorEntry:
-    """An operator in one line, the class behind it, what it needs, and what a config may name it for: the initial population,
-    ``offspring`` of later ones, or both."""
+class OperatorEntry(Entry):
+    """``needs``: what has to be there for it to say anything. A config may name it for the ``initial`` population, for
+    ``offspring``, or for both."""
 
-    text: str
-    where: str
     needs: frozenset[OperatorNeed] = frozenset()
     initial: bool = False
     offspring: bool = False
-
-    def load(self) -> Any:
-        """The class, imported."""
-        return resolve_name(self.where)
 
 
 _CLOSED_FORM, _LLM, _EVOLUTION = "selfpruner.operators.closed_form", "selfpruner.operators.llm", "selfpruner.operators.evolution"
@@ -188,10 +207,17 @@ OPERATORS: Mapping[str, OperatorEntry] = {
 }
 INITIAL_OPERATORS = {name: entry for name, entry in OPERATORS.items() if entry.initial}
 OFFSPRING_OPERATORS = {name: entry for name, entry in OPERATORS.items() if entry.offspring}
-FORMATS: Mapping[str, str] = {
-    "transformers": "the checkpoint itself: safetensors, and a modeling file where layers differ (default)",
-    "masked": "zeros in the original shapes: an ordinary model of its family that loads everywhere and saves nothing",
-    "gguf": "one file for llama.cpp and what is built on it, quantised if wanted",
+
+FORMATS: Mapping[str, Entry] = {
+    "transformers": Entry(
+        "the checkpoint itself: safetensors, and a modeling file where layers differ (default)",
+        "selfpruner.export.transformers_format:Transformers",
+    ),
+    "masked": Entry(
+        "zeros in the original shapes: an ordinary model of its family that loads everywhere and saves nothing",
+        "selfpruner.export.masked:Masked",
+    ),
+    "gguf": Entry("one file for llama.cpp and what is built on it, quantised if wanted", "selfpruner.export.gguf:Gguf"),
 }
 PERPLEXITY_TEXTS: Mapping[str, str] = {
     "wikitext2": "the test split of WikiText-2, rows joined by a blank line",
@@ -254,15 +280,15 @@ def check_criterion(name: str, pattern: str | None = None) -> None:
     """Raise UnknownNameError for a criterion that nobody registered, ConfigError for a pattern that it does not know. What a
     plug-in knows is found out when it is used."""
     others = plugins(CRITERION_PLUGINS)
-    check("criterion", name, {**CRITERIA, **dict.fromkeys(others, "")})
-    if pattern is not None and name in CRITERION_PATTERNS:
-        check_pattern(name, pattern, CRITERION_PATTERNS[name])
+    check("criterion", name, {**CRITERIA, **others})
+    if pattern is not None and name in CRITERIA:
+        check_pattern(name, pattern, CRITERIA[name].patterns)
 
 
 def check_pattern(criterion: str, pattern: str, known: Sequence[str]) -> None:
     """Raise ConfigError unless ``pattern`` is one of those the criterion knows."""
     if pattern not in known:
-        able = [name for name, patterns in CRITERION_PATTERNS.items() if pattern in patterns]
+        able = [name for name, entry in CRITERIA.items() if pattern in entry.patterns]
         own = " and ".join(known)
         message = f"The criterion {criterion} is for {own}, not {pattern}. For {pattern} choose one of {', '.join(able)}."
         raise ConfigError(message, param="criterion")
