@@ -9,17 +9,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlmodel import Session
@@ -42,11 +42,11 @@ class Database:
         self.path = Path(path).absolute()
         self.read_only = read_only
         self._writing = threading.Lock()
-        self._lock_file: int | None = None
+        self._lock: FileLock | None = None
         if read_only and not self.path.is_file():
             raise StoreError(f"There is no database at {self.path}. Start the server once to make it, or name the right file.")
         if not read_only:
-            self._lock_file = _take_lock(self.path)
+            self._lock = _take_lock(self.path)
         self._engine = _engine(self.path, read_only)
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
         try:
@@ -59,9 +59,9 @@ class Database:
     def close(self) -> None:
         """Close every connection and let the next writer in. Closing twice is harmless."""
         self._engine.dispose()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -144,29 +144,24 @@ def _no_space(path: Path) -> bool:
         return False
 
 
-def _take_lock(path: Path) -> int:
-    lock_path = path.with_name(path.name + ".lock")
+def _take_lock(path: Path) -> FileLock:
+    place = path.with_name(path.name + ".lock")
+    # Whoever closes the database lets go, in whatever thread; a lock that a file system lacks is not replaced by a weaker one.
+    lock = FileLock(place, mode=0o600, thread_local=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock_file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StoreError(f"Cannot create {lock_path}: {error.strerror}. Choose a folder you may write to.") from error
-    try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(lock_file, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock_file)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        holder = place.read_text(errors="replace").strip() or "unknown"
         raise StoreError(
             f"Another process (pid {holder}) writes {path}. Stop it, use its HTTP API, or choose another database.",
             code="store_locked",
         ) from error
-    try:
-        os.ftruncate(lock_file, 0)
-        os.pwrite(lock_file, f"{os.getpid()}\n".encode(), 0)
-    except OSError:
-        # The number only serves the message above; a full disk must not keep the server from starting.
-        pass
-    return lock_file
+    except OSError as error:
+        raise StoreError(f"Cannot create {place}: {error.strerror}. Choose a folder you may write to.") from error
+    with suppress(OSError):  # the number only serves the message above; a full disk must not keep the server from starting
+        place.write_text(f"{os.getpid()}\n")
+    return lock
 
 
 def _to_json(value: Any) -> str:
