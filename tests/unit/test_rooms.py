@@ -81,8 +81,10 @@ def test_no_two_files_use_each_other() -> None:
     TopologicalSorter(imports()).prepare()  # raises CycleError, which names them
 
 
-@pytest.mark.parametrize("name", ["selfpruner", "selfpruner.client", "selfpruner.cli.app", "selfpruner.jobs.runs", "server.app"])
+@pytest.mark.parametrize(
+    "name", ["selfpruner", "selfpruner.testing", "selfpruner.client", "selfpruner.cli.app", "selfpruner.jobs.runs", "server.app"]
+)
 def test_what_serves_or_asks_imports_no_torch(name: str) -> None:
-    code = f"import sys, {name}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = f"import sys, {name}; print([m for m in ('torch', 'transformers', 'pytest') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

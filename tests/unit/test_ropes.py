@@ -13,7 +13,8 @@ import selfpruner.testing.tiny_models as tiny
 from selfpruner import models
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ExportError, ModelError
-from selfpruner.evaluation.session import prepare
+from selfpruner.jobs.handler import SessionHandler
+from selfpruner.jobs.run import session_of
 from selfpruner.testing.cut_models import folder, prune
 from selfpruner.testing.tiny_models import tokens_of
 from tests.helpers.exports import greedy, masked_logits
@@ -48,10 +49,12 @@ def test_what_phi_3_has_no_table_for_is_refused_when_it_is_loaded(tmp_path: Path
 
 def test_a_config_that_no_pruned_model_can_have_is_refused_before_the_work(tmp_path: Path) -> None:
     source = tiny.tiny_model(tmp_path / "model", "llama", **options_of("llama", "longrope"))
-    loaded = models.load(models.resolve(str(source), tmp_path), "cpu", "float32")
-    loaded.model.config.rope_parameters["long_factor"] = [1.0, 2.0, 3.0]
+    body = json.loads((source / "config.json").read_text())
+    body["rope_parameters"]["long_factor"] = [1.0, 2.0, 3.0]
+    (source / "config.json").write_text(json.dumps(body))
+    session = session_of(SearchConfig(model=str(source), rate=0.2, device="cpu"), tmp_path / "cache")
     told: list[str] = []
     with pytest.raises(ExportError, match="long_factor must have 4 numbers, not 3"):
-        prepare(SearchConfig(rate=0.2), loaded, tmp_path / "cache", ["fitness"], told.append, lambda: False)
-    assert told == []
+        SessionHandler("cpu").handle(session, "prepare", {"texts": ["fitness"]}, told.append, lambda: False)
+    assert told == [f"loading {source}"]
     assert not (tmp_path / "cache").exists()
