@@ -38,6 +38,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 # A stream is silent for at most the server's keep-alive interval; longer means that the connection is dead.
 STREAM_SILENCE = 45.0
+# Retries count the failures since something last arrived, which libraries for retries, counting attempts, do not.
 # How often in a row a broken stream is opened again, with pauses of up to five seconds: about a minute.
 FOLLOW_RETRIES = 12
 
@@ -283,7 +284,10 @@ class _Draft:
 
 
 def parse_stream(lines: Iterator[str]) -> Iterator[Message]:
-    """Messages of a text/event-stream (HTML standard, 9.2.6). One that the connection cut short is dropped, as it must be."""
+    """Messages of a text/event-stream (HTML standard, 9.2.6). One that the connection cut short is dropped, as it must be.
+
+    httpx-sse is no substitute: it repeats the last id on messages that have none, and makes a message of every keep-alive.
+    """
     draft = _Draft()
     for line in lines:
         if not line:

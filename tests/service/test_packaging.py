@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.helpers import ROOT
 
@@ -64,6 +65,18 @@ def test_what_is_declared_is_pinned_and_the_version_has_its_changes() -> None:
     assert re.search(
         rf"^## \[{re.escape(project()['version'])}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M
     )
+
+
+def test_the_workflow_tests_the_versions_of_python_that_are_promised() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text("utf-8"))
+    promised = [line.rpartition(" ")[2] for line in project()["classifiers"] if line.startswith("Programming Language")]
+    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == promised
+    assert project()["requires-python"] == f">={promised[0]}"
+
+
+def test_the_hooks_are_what_make_runs() -> None:
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
+    assert [hook["id"] for hook in local["hooks"]] == ["ruff", "ruff-format", "mypy"]
 
 
 @pytest.mark.slow
