@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from selfpruner.testing.exported_model_suite import ExportedModelSuite
     from selfpruner.testing.format_suite import FormatSuite
     from selfpruner.testing.operator_suite import OperatorSuite
+    from selfpruner.testing.pattern_suite import PatternSuite
     from selfpruner.testing.tiny_models import sample_text, tiny_model, tiny_tokenizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ExportedModelSuite",
     "FormatSuite",
     "OperatorSuite",
+    "PatternSuite",
     "WeightCriterionSuite",
     "sample_text",
     "tiny_model",
@@ -43,6 +45,7 @@ _SUITES = {
     "ExportedModelSuite": "exported_model_suite",
     "FormatSuite": "format_suite",
     "OperatorSuite": "operator_suite",
+    "PatternSuite": "pattern_suite",
     "WeightCriterionSuite": "criterion_suites",
 }
 
