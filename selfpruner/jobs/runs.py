@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from selfpruner import models
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, NotFoundError, disk_errors
-from selfpruner.files import manifest, places
+from selfpruner.errors import ConfigError, NotFoundError
+from selfpruner.files import atomic, manifest, places
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint, Job
 
@@ -40,8 +40,7 @@ class Run:
     done: Checkpoint | None = None
 
     def write_result(self, report: Mapping[str, Any]) -> None:
-        with disk_errors(self.result):
-            self.result.write_text(json.dumps(report, indent=2) + "\n")
+        atomic.write_text(self.result, json.dumps(report, indent=2) + "\n")
 
 
 def database(source: Path | str, begin: str = "There") -> Path:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from selfpruner.errors import DiskFullError
 from selfpruner.files import atomic
+from selfpruner.jobs.runs import Run
+from selfpruner.store.tables import Job
 
 
 def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:
@@ -42,3 +45,18 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     atomic.write_text(link, "ü")
     assert link.is_symlink()
     assert file.read_text("utf-8") == "ü"
+
+
+def test_a_report_that_breaks_off_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one would pass for the report at the next call."""
+    whole = Path.write_text
+
+    def half(path: Path, text: str, *rest: Any) -> int:
+        whole(path, text[: len(text) // 2], *rest)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    run = Run(cast("Job", None), tmp_path / "checkpoint", tmp_path / "result.json")
+    with pytest.raises(DiskFullError):
+        run.write_result({"best_plan": "0" * 16})
+    assert list(tmp_path.iterdir()) == []
