@@ -1,5 +1,6 @@
-"""Model families. To add one: its layout (:mod:`selfpruner.models.family_layouts`), its own file, a line in ``FAMILIES``, its form
-(:mod:`selfpruner.export.modeling_files`), a subclass of the conformance test."""
+"""Model families. To add one: its layout (:mod:`selfpruner.models.family_layouts`), its own file, a line in ``FAMILIES``, its
+modelling file (:mod:`selfpruner.export.modeling_files`), and a subclass of the conformance suite.
+"""
 
 from __future__ import annotations
 

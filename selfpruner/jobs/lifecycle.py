@@ -5,9 +5,9 @@
                       -> cancelled, paused  on request
                       -> queued             whoever ran it stops (a server, Ctrl-C, SIGTERM); the next one goes on by replay
 
-Everything happens on one event loop, so a request for a change and the end of a job cannot overlap: whoever comes first decides,
-the other sees the new state. A running job is left only after its search has stopped, or after ``STOP_SECONDS``.
-Imports neither torch nor the search.
+Everything happens on one event loop, so a request for a change and the end of a job cannot overlap: the first one decides, and the
+other sees the new state. A running job is left only after its search has stopped, or after ``STOP_SECONDS``. Imports neither torch
+nor the search.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The jobs of a folder of searches, asked as a server's are: see :class:`selfpruner.client.Client`. Imports no torch.
+"""The jobs of a folder of searches, with the same questions as a server's: see :class:`selfpruner.client.Client`. Imports no torch.
 
-Reading disturbs no search that is running there; ``cancel`` is refused meanwhile, because one process writes.
+Reading does not disturb a search that is running there; ``cancel`` is refused meanwhile, because only one process writes.
 """
 
 from __future__ import annotations

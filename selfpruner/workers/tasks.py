@@ -1,10 +1,10 @@
 """What goes to a worker and what comes back: one request and one result per kind of task. Imports no torch.
 
-On the wire both are plain JSON. Whoever makes one and whoever reads one checks it: a field of another type, one that is missing and
-one that nobody knows are a :class:`~selfpruner.errors.ContractError` which names the field.
+On the wire both are plain JSON. They are checked where they are made and where they are read: a field of another type, a missing
+one and an unknown one are a :class:`~selfpruner.errors.ContractError` that names the field.
 
-A request says by its type parameter what answers it, so ``await pool.run(session, EvaluateRequest(...))`` is an EvaluateResult. A
-handler may have requests of its own (see ``selfpruner.timing.tasks``); nothing here knows which there are.
+The type parameter of a request says what answers it, so ``await pool.run(session, EvaluateRequest(...))`` is an EvaluateResult. A
+handler may have requests of its own (see ``selfpruner.timing.tasks``); nothing here knows them.
 
 Levels are those of a plan: one per block, attention before FFN, layer by layer. ``sequences`` are numbers of a text's sequences,
 each cut into pieces of ``piece`` tokens where that is given. KL and NLL are nats per token; seconds are wall-clock time.

@@ -1,6 +1,7 @@
-"""The contract of a pattern: the shape of what is removed. To the engine a block of any is a :class:`Prunable`: a level is a level.
+"""The contract of a pattern: the shape of what is removed. To the engine every block is a :class:`Prunable`.
 
-One made of a config and a model knows its levels before anything is measured, and makes the blocks of every layer at each of them.
+A pattern is made from a config and a model. It knows its levels before anything is measured, and makes the blocks of every layer at
+each of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Structured pruning: whole FFN channels, query heads and KV groups are cut out, and what is left runs narrower matrices."""
+"""Structured pruning: whole FFN channels, query heads and KV groups are cut out, and the rest runs with narrower matrices."""
 
 from __future__ import annotations
 

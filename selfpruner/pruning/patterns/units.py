@@ -1,10 +1,10 @@
 """Structured pruning of one layer: which units each level keeps, and the narrow weights it computes with.
 
-FFN levels are prefixes of one keep-first order. The model's own channels are put in that order, in place, so that a level's gate
-and up are views of the model's weights and only its down is a matrix of its own. Attention options are few and are cut out on
-demand. Both give plain block weights that the architecture's functions run.
+FFN levels are prefixes of one keep-first order. The model's own channels are put in that order, in place, so a level's gate and up
+are views of the model's weights and only its down is a matrix of its own. Attention options are few and are cut out on demand. Both
+give plain block weights that the architecture's functions run.
 
-What is measured once per layer (orders, errors, repairs) are *factors*; which levels there are is decided afterwards.
+What is measured once per layer (orders, errors, repairs) are *factors*; the levels are decided afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What patterns that make weights zero have in common: shapes stay, and every level of a block is made and kept in a database."""
+"""What the patterns that make weights zero share: shapes stay, and every level of a block is made once and kept in a database."""
 
 from __future__ import annotations
 
