@@ -7,9 +7,7 @@ writer sweeps up what it left.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from selfpruner.config import differences
 from selfpruner.errors import ConflictError, ExportError, SelfprunerError, disk_errors
 from selfpruner.files import manifest, places
 from selfpruner.files.atomic import sync
+from selfpruner.files.scratch import another, scratch
 from selfpruner.progress import OnProgress
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -113,13 +112,8 @@ def aside(directory: Path) -> Iterator[Path]:
     """
     with _export_errors(directory), disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(directory.parent)
-        temporary = directory.parent / f".tmp-{directory.name}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        temporary.mkdir()
-        try:
+        with scratch(directory.parent, f".tmp-{directory.name}", sweep=".tmp-") as temporary:
             yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _existing(directory: Path, plan: Mapping[str, Any], export: Mapping[str, Any], go_on: Callable[[], None]) -> Exported | None:
@@ -145,28 +139,9 @@ def _weight_bytes(body: Mapping[str, Any]) -> int:
     return sum(entry["bytes"] for name, entry in body["files"].items() if "/" not in name and name.endswith(WEIGHTS))
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what killed writers on this machine left in ``parent``."""
-    for path in parent.glob(".tmp-*"):
-        *_, host, pid, token = ["", "", *path.name.rsplit("-", 2)]
-        # The host name may itself contain dashes, so it is compared as the end of what is left.
-        if len(token) == 8 and pid.isdecimal() and host.endswith(f"-{socket.gethostname()}") and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _into_place(temporary: Path, directory: Path) -> None:
     if directory.exists():
-        old = temporary.with_name(temporary.name[:-8] + secrets.token_hex(4))
+        old = another(directory.with_name(f".tmp-{directory.name}"))
         directory.rename(old)
         temporary.rename(directory)
         shutil.rmtree(old, ignore_errors=True)

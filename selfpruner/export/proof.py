@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner.errors import ExportError
+from selfpruner.files.scratch import scratch
 from selfpruner.files.tensors import TensorFile, held_shapes, write_tensors
 from selfpruner.workers.lifeline import tied
 
@@ -81,20 +82,20 @@ def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[]
     process takes longer than VERIFY_SECONDS.
     """
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="selfpruner-verify-") as scratch:
+    with scratch(Path(tempfile.gettempdir()), "selfpruner-verify", sweep="selfpruner-verify-") as folder:
         for where in dict.fromkeys((device, "cpu")):
-            result = _run(arguments(where), Path(scratch), go_on)
+            result = _run(arguments(where), folder, go_on)
             if not result.get("out_of_memory"):
                 break
     return result
 
 
-def _run(arguments: list[str], scratch: Path, go_on: Callable[[], None]) -> dict[str, Any]:
+def _run(arguments: list[str], folder: Path, go_on: Callable[[], None]) -> dict[str, Any]:
     environment = {
         **os.environ,
         # By which the child finds this package as this process did.
         "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))),
-        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
@@ -102,7 +103,7 @@ def _run(arguments: list[str], scratch: Path, go_on: Callable[[], None]) -> dict
         # Threads that spin while they wait make this six times slower on a machine that is busy with something else.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
-    with (scratch / "stdout").open("w+") as out, (scratch / "stderr").open("w+") as err:
+    with (folder / "stdout").open("w+") as out, (folder / "stderr").open("w+") as err:
         child = subprocess.Popen(tied(*arguments), stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment)
         try:
             deadline = time.monotonic() + VERIFY_SECONDS

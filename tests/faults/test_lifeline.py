@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from selfpruner.export import proof
 from selfpruner.workers.lifeline import tied
 from tests.helpers import ROOT
 
@@ -68,7 +70,7 @@ def test_a_demo_that_is_ended_leaves_neither_server_nor_worker(tmp_path: Path) -
         wait_for(lambda: ended(left), "end of servers and workers", 30)
 
 
-def test_a_verification_ends_with_the_export_that_started_it(tmp_path: Path) -> None:
+def test_a_verification_ends_with_the_export_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its own thread, as the command line has it, of a process that is killed."""
     (tmp_path / "verifier.py").write_text("import sys, time; open(sys.argv[1], 'w').write('x'); time.sleep(120)")
     parent = f"""
@@ -77,7 +79,8 @@ from selfpruner.export import proof
 arguments = ["-P", {str(tmp_path / "verifier.py")!r}, {str(tmp_path / "begun")!r}]
 threading.Thread(target=proof.prove, args=(lambda _: arguments, "cpu", lambda: None)).start()
 """
-    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT) as process:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
         try:
             wait_for((tmp_path / "begun").exists, "verification")
             left = descendants(process.pid)
@@ -85,6 +88,9 @@ threading.Thread(target=proof.prove, args=(lambda _: arguments, "cpu", lambda: N
             process.kill()
     assert len(left) == 1
     wait_for(lambda: ended(left), "end of the verification", 10)
+    assert len(list(tmp_path.glob("selfpruner-verify-*"))) == 1
+    proof.prove(lambda _: ["-c", "print('{}')"], "cpu", lambda: None)
+    assert not list(tmp_path.glob("selfpruner-verify-*")), "the next one sweeps up"
 
 
 @pytest.mark.parametrize("arguments", [("-m", "facts", "-x", "1"), ("-P", "-m", "json.tool", "--help"), ("{}/facts.py", "-x", "1")])
