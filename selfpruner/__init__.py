@@ -33,7 +33,7 @@ class _Package(ModuleType):
     """A package whose public names no submodule of the same name replaces.
 
     Python sets a submodule as an attribute of its package when it is first imported. ``selfpruner.export`` is the function all the
-    same; the files of the folder ``export/`` are had by ``from selfpruner.export.checkpoint import load``.
+    same; import from the folder ``export/`` with ``from selfpruner.export.checkpoint import load``.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

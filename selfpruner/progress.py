@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Self
 
-# What is told how work goes on, and what it asks now and then whether to stop.
+# The first is told how work goes on; the second says, when asked now and then, whether to stop.
 OnProgress = Callable[[str], None]
 Cancelled = Callable[[], bool]
 

@@ -25,7 +25,7 @@ HUB_TEXT = re.compile(r"hub:[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:
 
 def admit(config: SearchConfig, settings: ServerSettings) -> SearchConfig:
     """The config with local paths made absolute; raises a ConfigError or ModelNotFoundError that names what is allowed, and
-    what :func:`selfpruner.models.precheck` does: a model that is none, or of an unknown family, is refused before it is queued."""
+    what :func:`selfpruner.models.precheck` does: what is no model, or of an unknown family, is refused before it is queued."""
     check_proposer(config.proposer, settings.all_proposers)
     _check_device(config.device, settings.devices)
     model = _model(config.model, settings)

@@ -91,7 +91,7 @@ class Architecture:
         return self.present_ffn(layer)
 
     def present_ffn(self, layer: int) -> FfnWeights:
-        """The same without asking for a streamed layer: what of it is here."""
+        """The same without asking for a streamed layer: its tensors that are in memory."""
         rows = {"gate": self.channels, "up": self.channels, "down": self.hidden}
         weights, biases = self._parts(layer, self.layout.ffn, rows)
         return FfnWeights(weights.get("gate"), weights["up"], weights["down"], **biases)
@@ -172,7 +172,7 @@ class Architecture:
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, d). Of a streamed model only where the whole matrix is held; :meth:`logits` always works."""
+        """(V, d). A streamed model has it only where the whole matrix is held; :meth:`logits` always works."""
         weight: Tensor = self.model.lm_head.weight
         return weight.detach()
 

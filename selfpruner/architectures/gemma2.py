@@ -54,7 +54,7 @@ class Gemma2(Architecture):
 def _capped_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int | None) -> Tensor:
     """Causal attention of q (B, K*r, S, h) on k and v (B, K, S, h) with capped scores, as (B, S, K*r*h).
 
-    torch's kernels have no cap. With QUERIES positions at a time the scores of a whole sequence are never there together.
+    torch's kernels have no cap. QUERIES positions at a time, so that the scores of a whole sequence never exist together.
     """
     length, groups = q.shape[2], k.shape[1]
     grouped = q.unflatten(1, (groups, -1))

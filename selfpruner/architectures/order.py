@@ -25,13 +25,13 @@ def reorder_channels(arch: Architecture, layer: int, order: Tensor | None) -> No
         return
     if current is None or order is None or not torch.equal(current, order):
         if arch.stream is not None:
-            arch.stream.drop(layer)  # its matrices come in the new order next time; only biases are here
+            arch.stream.drop(layer)  # its matrices come in the new order next time; only biases are in memory
         target = torch.arange(arch.channels, device=arch.device) if order is None else order
         places = target if current is None else torch.argsort(current)[target]
         own = arch.present_ffn(layer)
         axes = ((own.gate, 0), (own.up, 0), (own.down, 1), (own.gate_bias, 0), (own.up_bias, 0))
         here = [(tensor, axis) for tensor, axis in axes if tensor is not None and not tensor.is_meta]
-        # All of it first: where memory ends here, the layer is still as it was.
+        # Make everything first: if memory runs out here, the layer is still as it was.
         new = [tensor.index_select(axis, places) for tensor, axis in here]
         for (tensor, _), moved in zip(here, new, strict=True):
             tensor.copy_(moved)

@@ -87,7 +87,7 @@ def _existing(source: str, root: Path | None) -> Path | None:
 
 
 def _other(path: Path) -> str:
-    """What there is in the place of a file, and what to do."""
+    """What is there instead of a file, and what to do."""
     try:
         if path.expanduser().is_dir():
             return "a folder; name a file in it, or several by repeating the option"
@@ -131,7 +131,7 @@ class TextFile:
 
     @property
     def name(self) -> str:
-        """By which :func:`find` finds it."""
+        """The name by which :func:`find` finds it."""
         return f"{self.path}:{self.field}" if self.field != "text" else str(self.path)
 
     def check(self) -> None:
@@ -202,7 +202,7 @@ class TextFile:
             elif line.strip():
                 yield self._record(self._decoded(line, "utf-8", 0), f"The line before byte {at:,} of")
         if content:
-            # Where a long line was cut, a character may have been: what there is of it is left out.
+            # The cut of a long line may have split a character: its remaining bytes are left out.
             cut = next((index for index in range(3) if content[index : index + 1] and content[index] & 0xC0 != 0x80), 3)
             yield self._decoded(bytes(content[cut:]), "utf-8", 0, final=False)
 

@@ -25,7 +25,7 @@ from selfpruner.architectures.order import checkpoint_ffn
 from selfpruner.calibration.statistics import Stream, stream_file
 from selfpruner.errors import CancelledTaskError, ConfigError, disk_errors
 
-# Bytes that logits and what is made of them may take at a time.
+# Bytes that logits and the tensors made from them may take at a time.
 LOGIT_BYTES = 64 << 20
 
 

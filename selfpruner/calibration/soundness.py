@@ -14,7 +14,7 @@ def finite(x: Tensor) -> bool:
 
 
 def advice(model: PreTrainedModel) -> str:
-    """What to do about a model that computes what is no number: name the weight that is none itself, of those that are held."""
+    """What to do about a model that computes NaN or infinity: name the weight that holds one itself, among those in memory."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not finite(parameter):
             return f"{name} holds NaN or infinity: download the model again, or repeat the merge that made it."

@@ -35,13 +35,13 @@ _READERS: Mapping[Site, str] = {"qkv": "q, k and v", "attention": "o", "gate_up"
 TOKENS_PER_STEP = 2048
 # Rows of a scatter matrix that are updated at once; only what is on the diagonal and right of it is.
 STRIP = 128
-# Every how manieth sequence also judges what is fitted to the others.
+# One in so many sequences also judges what is fitted to the others.
 JUDGES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of inputs x (tokens, n): ``mean`` (n,) and ``scatter`` (n, n), the sum of (x - mean)(x - mean)^T."""
+    """Moments of inputs x (tokens, n): ``mean`` (n,) and ``scatter`` (n, n), the sum of (x - mean)(x - mean)^T."""
 
     tokens: int
     mean: Tensor
@@ -55,7 +55,7 @@ class BlockStatistics:
     ``mean`` (n,), ``variance`` (n,) unbiased over tokens, ``energy`` (n,) = sum of x^2 over tokens, ``scatter`` (n, n) = the sum
     of (x - mean)(x - mean)^T; ``tokens`` and ``sequences`` counted. float64 where the device has it; a scatter read from disk is
     float32 and lies in a mapped file. ``judge`` are the moments, in float32, of every ``JUDGES``-th
-    sequence, which all the others count as well; None where there are too few sequences, and at places that are no output matrix's.
+    sequence; those sequences count in the other moments too. None where there are too few, and at inputs of other matrices.
     """
 
     tokens: int
@@ -137,7 +137,7 @@ class Accumulator:
 
 
 class _Site:
-    """What is added up at one place of a layer: all sequences, and once more those that judge."""
+    """The sums at one place of a layer: over all sequences, and again over those that judge."""
 
     def __init__(self, width: int, device: torch.device, *, judged: bool) -> None:
         self.all = Accumulator(width, device)
@@ -170,7 +170,7 @@ def layer_statistics(
     With ``memory`` (bytes) fewer tokens pass at once, and where the residual stream takes more than an eighth of it, that is kept
     in a file in the folder ``scratch``. Channels are those of the checkpoint, in its order, whatever order the model's are in.
     Only one layer's statistics exist at a time unless the caller keeps them. Raises CancelledTaskError between layers, and
-    CalibrationError where the model computes what is no number.
+    CalibrationError where the model computes NaN or infinity.
     """
     length = tokens.shape[1]
     rope = arch.rope(length)
@@ -223,7 +223,7 @@ def check_finite(arch: Architecture, layer: int, found: Mapping[Site, BlockStati
 
 
 def _tokens_at_once(arch: Architecture, memory: int | None) -> int:
-    """Of a token's work in a layer about twenty bytes per FFN channel are alive at once, for which an eighth of the memory is."""
+    """A token's work in a layer keeps about twenty bytes per FFN channel alive at once; an eighth of the memory is for that."""
     return TOKENS_PER_STEP if memory is None else max(1, min(TOKENS_PER_STEP, memory // 8 // (20 * arch.channels)))
 
 

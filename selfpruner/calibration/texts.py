@@ -332,7 +332,7 @@ class _Reader:
         return stream
 
     def _cut(self, stream: array[int]) -> Tensor:
-        """Sequences, int64 (count, length): what fills none is left out."""
+        """Sequences, int64 (count, length); the rest that does not fill one is left out."""
         start = torch.tensor(self._start(), dtype=torch.int64)
         step = self.length - len(start)
         count = len(stream) // step
@@ -356,7 +356,7 @@ def _grouped(rows: Iterable[str], size: int = 20_000) -> Iterator[str]:
 def hub_documents(
     dataset: str, *, split: str, name: str | None = None, data_files: str | None = None, field: str = "text"
 ) -> Iterator[str]:
-    """Stream one field of a hub dataset. Nothing is run that comes with the dataset. Raises :class:`TextError`."""
+    """Stream one field of a hub dataset. No code that comes with the dataset is run. Raises :class:`TextError`."""
     import datasets
 
     offline = "Use source self (the model writes), pydoc, or a text file; or connect and try again."

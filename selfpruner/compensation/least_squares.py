@@ -262,7 +262,7 @@ class LeastSquares:
         return SubsetLeastSquares(parts, self.adds_bias)
 
     def _moments(self, stats: BlockStatistics) -> BlockStatistics:
-        """What is fitted to: the inputs about their mean, which a bias takes."""
+        """What the weights are fitted to: the inputs about their mean, because a bias takes the mean."""
         return stats
 
 

@@ -149,7 +149,7 @@ class Engine:
         ``exact=False`` takes the expectations over the vocabulary on chosen tokens (see :mod:`selfpruner.evaluation.divergence`).
         With a ``race``, contenders that cannot be among those kept are dropped on the way; a contender equal to a plan that
         is none is scored on everything. Sequences are taken in batches whose residual streams fit ``stream_bytes``. Raises
-        CancelledTaskError between blocks, and ModelError where the dense model computes what is no number.
+        CancelledTaskError between blocks, and ModelError where the dense model computes NaN or infinity.
         """
         unique = list(dict.fromkeys(plan.levels for plan in plans))
         sequences, length = tokens.shape
@@ -282,7 +282,7 @@ class Engine:
 
 
 def _score(kl: Tensor, nll: Tensor, sequences: int) -> Score:
-    """Of the first ``sequences`` of (sequences, length)."""
+    """Scores on the first ``sequences`` of (sequences, length)."""
     length = kl.shape[1]
     kl_sum, nll_sum = float(kl[:sequences].double().sum()), float(nll[:sequences].double().sum())
     return Score(kl_sum / (sequences * length), nll_sum / (sequences * (length - 1)), sequences * length)

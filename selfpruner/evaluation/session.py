@@ -108,7 +108,7 @@ def prepare(
 
 
 def _check_head(arch: Architecture) -> None:
-    """Raise ModelError where norm or head hold what is no number: no statistics would show it, and every score would be none."""
+    """Raise ModelError where norm or head hold NaN or infinity: no statistics would show it, and every score would be NaN."""
     head = arch.head_pieces() or [(0, arch.head_weight)]
     if not finite(arch.last_norm.weight) or not all(finite(rows) for _, rows in head):
         raise not_numbers(arch.model)

@@ -75,7 +75,7 @@ class Member:
         return Plan(self.candidate.levels)
 
     def values(self, metric: str) -> tuple[float, ...]:
-        """What is to be small, fitness first."""
+        """The figures to be minimised, fitness first."""
         return (self.fitness.value(metric), *self.costs)
 
 

@@ -93,7 +93,7 @@ def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[]
 def _run(arguments: list[str], folder: Path, go_on: Callable[[], None]) -> dict[str, Any]:
     environment = {
         **os.environ,
-        # By which the child finds this package as this process did.
+        # So that the child finds this package where this process did.
         "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",

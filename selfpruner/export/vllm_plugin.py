@@ -18,7 +18,7 @@ ARCHITECTURES = {
     "SelfPrunerGemma3ForCausalLM": "selfpruner.export.vllm_model",
     "SelfPrunerOPTForCausalLM": "selfpruner.export.vllm_opt",
 }
-# Of the names that configs of these families use; vLLM knows their gated forms.
+# Names that configs of these families use; vLLM knows their gated forms.
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "silu", "swish")
 
 

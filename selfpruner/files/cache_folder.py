@@ -188,7 +188,7 @@ def _mark(entry: Path) -> Path:
 
 
 def _locked(mark: Path, how: int) -> int:
-    """A descriptor of the file, locked. Whoever removed it while this waited leaves a lock on nothing: then once more."""
+    """A descriptor of the file, locked. If someone removed the file meanwhile, the lock is on nothing: try again."""
     while True:
         descriptor = os.open(mark, os.O_RDWR | os.O_CREAT, 0o600)
         try:

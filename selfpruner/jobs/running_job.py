@@ -39,7 +39,7 @@ class RunningJob:
         return Plan(self.outcome.best.levels)
 
     def parameters(self, plan: Plan) -> int:
-        """Of the whole model with ``plan`` applied."""
+        """Parameters of the whole model with ``plan`` applied."""
         return self.prepared.model.parameters - self.space.removed(plan)
 
     def teller(self, stage: str) -> Callable[[str], None]:

@@ -77,7 +77,7 @@ def likelihoods(
     Where context and continuation are longer than ``max_length`` tokens (default: the model's context), the beginning of the
     context is cut off. A batch is as many rows as ``batch_tokens`` and ``logit_bytes`` hold, at least one. Without ``share``
     every continuation has a row of its own. ``progress`` is told (tokens done, all tokens). Raises CancelledTaskError between
-    batches, and ModelError where the model computes what is no number.
+    batches, and ModelError where the model computes NaN or infinity.
     """
     tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS_ELSEWHERE)
     config: Any = model.config.get_text_config()

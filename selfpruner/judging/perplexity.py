@@ -28,7 +28,7 @@ def score(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Score:
     """Mean NLL, and KL(reference || model) per token, on token ids (sequences, length). ``kl`` is NaN without a reference. Raises
-    ModelError where a model computes what is no number."""
+    ModelError where a model computes NaN or infinity."""
     kl, nll = 0.0, 0.0
     sequences, length = tokens.shape
     for index, row in enumerate(tokens):

@@ -78,7 +78,7 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
         tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, **how)
     try:
         with _reading(str(source.folder), "Download the model again."):
-            # Of what is streamed the checkpoint is too, in its own type.
+            # A streamed model's checkpoint is streamed too, in its own type.
             layer = max(layer, layer // chosen.itemsize * written.itemsize)
             model = _model(source, config, target, chosen, room if streamed else None, layer)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -111,7 +111,7 @@ class WeightFiles:
         return file.read(stored, out, start=start, stop=stop)
 
     def _shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """What is stored: dtype and shape."""
+        """Dtype and shape as stored."""
         file, stored = self._files[name]
         return file.shapes[stored]
 

@@ -145,7 +145,7 @@ class LlmChannel:
             return answer
 
     async def _call(self, question: _Question[T], chat: Chat, accepted: str) -> T:
-        """One numbered call: replayed or made, judged, recorded, counted. Nothing is kept of it before the reply is here."""
+        """One numbered call: replayed or made, judged, recorded, counted. Nothing is kept before the reply is here."""
         sequence = self.calls + 1
         settings = self.settings
         seed = int(hashlib.sha256(f"{self._seed}:{sequence}".encode()).hexdigest()[:7], 16)

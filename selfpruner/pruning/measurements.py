@@ -114,7 +114,7 @@ def _ordering_bytes(arch: Architecture, loaded: LoadedModel) -> int:
 
 
 def held_bytes(arch: Architecture, loaded: LoadedModel) -> int:
-    """What is always in memory: the whole model, or the buffers of a streamed one with what it keeps of the vocabulary."""
+    """Bytes always in memory: the whole model, or the buffers of a streamed one and its part of the vocabulary."""
     if arch.stream is None:
         return sum(p.numel() for p in loaded.model.parameters()) * loaded.dtype.itemsize
     head = arch.piece_width * arch.hidden * loaded.dtype.itemsize
