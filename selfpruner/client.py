@@ -32,7 +32,7 @@ from selfpruner.errors import (
 from selfpruner.files import manifest
 
 Json = dict[str, Any]
-PART = ".part"  # ends the name of a file that is not there as a whole
+PART = ".part"  # ends the name of a file that is not complete yet
 FINISHED = ("succeeded", "failed", "cancelled")
 DEFAULT_URL = "http://127.0.0.1:8000"
 

@@ -49,8 +49,8 @@ Kind = TypeVar("Kind")
 
 
 class Part(Enum):
-    """What a field of a search belongs to: to what a worker makes ready and holds for it, to how plans are looked for, or to what
-    is said of them in the end."""
+    """What a field of a search belongs to: the state that a worker prepares and holds, the way plans are looked for, or the report
+    at the end."""
 
     PREPARATION = "preparation"
     SEARCH = "search"
@@ -67,7 +67,7 @@ Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_listed, json_sche
 
 
 def _share(value: Any) -> Any:
-    """``20%`` as 0.2. What is meant as percent without saying so is refused with what it would be."""
+    """``20%`` as 0.2. A number that was meant as percent is refused with the share it would be."""
     number = value
     if isinstance(value, str):
         text = value.strip()
@@ -328,7 +328,7 @@ def _part(name: str, field: FieldInfo) -> Part:
     return marks[0]
 
 
-SearchConfig.fields_of()  # a field without its part is found at once
+SearchConfig.fields_of()  # a field without a part is found at once
 
 
 def field_names(model: type[BaseModel] = SearchConfig) -> list[str]:

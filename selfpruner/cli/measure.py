@@ -246,7 +246,7 @@ def compare(
     files.look_at(checked, ("report",))
     results = side_by_side.ComparisonFile(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
     if not results.rows:
-        models.precheck(checked.model)  # else every method would find out for itself
+        models.precheck(checked.model)  # otherwise every method would find out on its own
     cache_dir, where = cache or api.default_cache(), checked.device
     with shown(True) as tell:
         asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=cache_dir, device=where, progress=tell))

@@ -48,7 +48,7 @@ def fields(as_json: shared_options.Json = False) -> int:
         *path, last = name.split(".")
         model, given = SearchConfig, None
         for part in path:
-            given = model.model_fields[part].default  # may say other values than its own class
+            given = model.model_fields[part].default  # may name other values than its own class
             model = type(given)
         field = model.model_fields[last]
         default = field.default if given is None else getattr(given, last)

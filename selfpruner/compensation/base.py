@@ -94,7 +94,7 @@ def output_energy(W: Tensor, stats: BlockStatistics) -> float:
 def factored(C: Tensor) -> Tensor:
     """The lower Cholesky factor of the symmetric C (n, n), in C's memory. Raises torch.linalg.LinAlgError.
 
-    A symmetric matrix is its own transpose, and LAPACK wants columns: given so, nothing of its size is made besides.
+    A symmetric matrix is its own transpose, and LAPACK wants columns: passed this way, no second matrix of its size is made.
     """
     L = C.T
     torch.linalg.cholesky(L, out=L)
@@ -114,7 +114,7 @@ def suffix_energies(W: Tensor, scatter: Tensor, order: Tensor, mean: Tensor | No
         part = scatter[order[start:stop]][:, order[start:]].to(W.dtype)
         if mean is not None:
             part.addr_(mean[order[start:stop]], mean[order[start:]], alpha=tokens)
-        # What column k has to do with itself, and twice with those after it.
+        # Column k with itself, and twice with those after it.
         part *= ordered[:, start:stop].T @ ordered[:, start:]
         own[start:stop] = 2 * part.triu(1).sum(1) + part.diagonal()
     return own.flip(0).cumsum(0).flip(0).clamp_min(0)

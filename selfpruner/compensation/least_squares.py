@@ -57,7 +57,7 @@ def covariance(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
 def precision(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
     """C^-1 for :func:`covariance`'s C, (n, n), float32.
 
-    The correlation matrix is what is inverted, in float32 and in place.
+    It is the correlation matrix that is inverted, in float32 and in place.
     """
     n, diagonal = len(stats.mean), stats.scatter.diagonal().to(stats.mean)
     level = diagonal.mean()
@@ -86,7 +86,7 @@ def _damped(stats: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def _damping(C: Tensor, ridge: float) -> Tensor:
-    """What comes onto the diagonal of C (n, n): (n,), above 0.
+    """What is added to the diagonal of C (n, n): (n,), above 0.
 
     An input that never moves has no covariance with anything; what rounding left there in C is cleared, so that only the floor
     stays: it costs next to nothing to remove and changes no other column.
@@ -232,13 +232,13 @@ class LeastSquares:
         n, mean = len(order), stats.mean.to(W)[order]
         ridge = held_out_ridge(W, stats, order[: max(1, round(TYPICAL * n))])
         W = W[:, order]
-        C = W.new_empty(n, n)  # in the order, strip by strip: of its size there is only the inverse besides
+        C = W.new_empty(n, n)  # in the order, strip by strip: only the inverse has the same size
         for start in range(0, n, STRIP):
             C[start : start + STRIP] = stats.scatter[order[start : start + STRIP]][:, order]
         damping = _damping(C, ridge)
         C.diagonal().add_(damping)
         fit = NestedFit.of_factor(W, factored(C))
-        # What the ridge takes for the removed columns themselves is no error of anybody's.
+        # The ridge's charge for the removed columns themselves is not an error.
         own = (W.square().sum(0) * damping).flip(0).cumsum(0).flip(0)
         left = (fit.errors() - torch.cat((own, own.new_zeros(1)))).clamp_min(0)
         parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), left=left)

@@ -21,7 +21,7 @@ class Slice:
     biased: bool = False
 
     def weights(self, k: int, W: Tensor) -> tuple[Tensor, Tensor | None]:
-        # A copy: levels are kept, and W is a buffer that other layers will be read into, where a model is streamed.
+        # A copy, because levels are kept, and a streamed model's W is a buffer that other layers will be read into.
         kept = W[:, :k].to(torch.float32, copy=True)
         return kept, W[:, k:].float() @ self.parts["mean"][k:] if self.biased else None
 

@@ -140,7 +140,7 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
         if left < 0.8 * names.numel():
             alive = (~gone).nonzero().flatten()
             count = len(alive)
-            for start in range(0, count, STRIP):  # in place: what moves up has been read before it is written over
+            for start in range(0, count, STRIP):  # in place: every row that moves up is read before it is overwritten
                 P[start : min(start + STRIP, count), :count] = P[alive[start : start + STRIP]][:, alive]
             W[:, :count] = W[:, alive]
             names, W, P = names[alive], W[:, :count], P[:count, :count]

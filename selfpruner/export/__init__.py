@@ -15,8 +15,8 @@ from selfpruner.export.modeling_files import MODELING_FILES
 _auto: Any = transformers
 for _form in MODELING_FILES.values():
     _auto.AutoConfig.register(str(_form.config.model_type), _form.config, exist_ok=True)
-    # By the names for itself a model that is saved from here brings its modelling file along, as one does that was loaded with the
-    # folder's own code.
+    # Registered by their own names, so that a model saved from here brings its modelling file along, like one that was loaded with
+    # the folder's own code.
     _form.config.register_for_auto_class()
     for _name, _model in _form.models.items():
         getattr(_auto, _name).register(_form.config, _model, exist_ok=True)

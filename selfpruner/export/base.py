@@ -82,7 +82,7 @@ class FinishedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a checkpoint will be of, by the names that its plan.json will have."""
+    """What a checkpoint will be made of, under the names that its plan.json will use."""
 
     family: str
     pattern: str

@@ -14,15 +14,15 @@ from huggingface_hub import metadata_load
 from selfpruner.export.older import requirement
 from selfpruner.pruning.layer_shapes import LayerShape
 
-# What a base model's card says that holds for what is made from it, too.
+# What a base model's card says that also holds for models made from it.
 _TERMS = ("license", "license_name", "license_link", "language")
-# Where models that have a name of ours are on the hub, and under which terms.
+# Where the models that we gave a name are on the hub, and under which terms.
 _KNOWN: Mapping[str, Mapping[str, Any]] = {
     "smollm2-135m": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
 }
-# A repository's name has an owner; a path on some disk is no such thing.
+# A repository's name has an owner, a path on some disk has not.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# What a licence's text begins with, by the hub's name for it.
+# How a licence's text begins, by the hub's name for it.
 _LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("Permission is hereby granted, free of charge",)}
 
 
@@ -30,7 +30,7 @@ _LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("Permissio
 class CardInfo:
     """What the export cannot see in the model.
 
-    ``base_model`` is the name by which it was loaded; of a path nothing but the last part is ever written. ``rate`` is removed /
+    ``base_model`` is the name by which it was loaded; only the last part of a path is ever written. ``rate`` is removed /
     original parameters of ``of``, None where what was done to the model is not known; ``layer_rates`` the same per layer.
     ``metrics`` maps a name ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table.
     ``nonzeros`` counts the model's parameters without those that the pattern made zero, where shapes stay as they are. ``terms``
@@ -72,12 +72,12 @@ def with_terms(info: CardInfo, folder: Path | None) -> CardInfo:
     says nothing."""
     try:
         metadata = (metadata_load(folder / "README.md") if folder else None) or {}
-    except Exception:  # whatever a stranger's file makes of a YAML parser
+    except Exception:  # a stranger's file may do anything to a YAML parser
         metadata = {}
     terms = {key: metadata[key] for key in _TERMS if metadata.get(key)}
     if not _on_hub(info.base_model) and (above := _repositories(metadata.get("base_model"))):
         terms["base_model"] = above  # the nearest of its ancestors that the hub has
-    if "license" in info.terms:  # what was asked for; the name and link of another one say nothing of it
+    if "license" in info.terms:  # what was asked for; the name and link of another licence do not belong to it
         terms = {key: value for key, value in terms.items() if not key.startswith("license")}
     elif folder is not None and "license" not in terms:
         terms |= _license(folder)
@@ -85,7 +85,7 @@ def with_terms(info: CardInfo, folder: Path | None) -> CardInfo:
 
 
 def _license(folder: Path) -> dict[str, str]:
-    """What the hub calls the licence whose text lies in ``folder``."""
+    """The hub's name for the licence whose text lies in ``folder``."""
     for path in sorted(folder.glob("LICENSE*")):
         text = path.read_bytes()[:2000].decode("utf-8", "replace")
         for name, marks in _LICENSES.items():
@@ -100,19 +100,19 @@ def _on_hub(name: str) -> bool:
 
 
 def _repositories(value: Any) -> str | list[str] | None:
-    """What of ``value``, the base model or models of a stranger's card, can be repositories of the hub."""
+    """Those of ``value``, the base model or models of a stranger's card, that can be repositories of the hub."""
     if isinstance(value, list):
         return [name for name in value if isinstance(name, str) and _on_hub(name)] or None
     return value if isinstance(value, str) and _on_hub(value) else None
 
 
 def last_part(name: str) -> str:
-    """The last part of a path, which is all of it that says anything elsewhere."""
+    """The last part of a path: the others mean nothing elsewhere."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "model"
 
 
 def _source(name: str) -> str:
-    """A source of text, without where its file lies."""
+    """A source of text, without the folder of its file."""
     return name if name.startswith("hub:") else last_part(name)
 
 
@@ -205,7 +205,7 @@ def _what_was_done(info: CardInfo) -> dict[str, str]:
 
 
 def loading(config: Mapping[str, Any]) -> str:
-    """How a folder is loaded that transformers takes; ``config`` is its config.json."""
+    """How to load a folder that transformers takes; ``config`` is its config.json."""
     code = config.get("auto_map", {}).get("AutoConfig", "").partition(".")[0]
     needs = f"It takes {requirement(config)}."
     shapes = (

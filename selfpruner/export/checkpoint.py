@@ -115,7 +115,7 @@ def write(
 
 
 def stopper(cancelled: Callable[[], bool]) -> Callable[[], None]:
-    """What raises CancelledTaskError once ``cancelled`` says so."""
+    """A function that raises CancelledTaskError once ``cancelled`` says so."""
 
     def go_on() -> None:
         if cancelled():
@@ -127,7 +127,7 @@ def stopper(cancelled: Callable[[], bool]) -> Callable[[], None]:
 def verifier(folder: Path, reference: Path, device: str, memory: int | None = None, *, own_code: bool = True) -> list[str]:
     """Arguments of the process that proves a folder that transformers loads.
 
-    ``own_code``: with what code the folder brings, as a stranger does, else with the installed selfpruner's. With ``memory``, in
+    ``own_code``: load it with the code in the folder, as a stranger does; else with the installed selfpruner's. With ``memory``, in
     bytes, it is streamed from its files instead of loaded: see :mod:`selfpruner.export.verify_streamed`.
     """
     if memory is not None:

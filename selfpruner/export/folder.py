@@ -59,7 +59,7 @@ def write_folder(
     directory = Path(os.path.abspath(directory))
     if kept := _existing(directory, plan, export, go_on):
         return kept
-    # A link, say to a larger disk, stays one: what it leads to is made or replaced.
+    # A link, say to a larger disk, stays one: its target is made or replaced.
     target = Path(os.path.realpath(directory))
     with aside(target) as temporary:
         started = time.perf_counter()
@@ -117,7 +117,7 @@ def aside(directory: Path) -> Iterator[Path]:
 
 
 def _existing(directory: Path, plan: Mapping[str, Any], export: Mapping[str, Any], go_on: Callable[[], None]) -> Exported | None:
-    """What is in ``directory`` if it is complete and the same; None when the place is free or may be overwritten."""
+    """The export in ``directory`` if it is complete and the same; None when the place is free or may be overwritten."""
     if not directory.exists():
         return None
     if not directory.is_dir():

@@ -61,7 +61,7 @@ class Masked(Transformers):
         def tensor(name: str) -> Tensor:
             go_on()
             if name not in checkpoint.tensors:
-                # A bias of nothing, or what belongs to a block that is gone; what its norm says is multiplied by zeros.
+                # A bias that is zero, or a tensor of a block that is gone: the output of its norm is multiplied by zeros.
                 return torch.full(outline[name].shape, float("norm" in name), dtype=dtype)
             return _put_back(name, checkpoint.tensor(name), outline[name].shape, units, layout, width)
 

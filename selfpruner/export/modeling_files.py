@@ -61,7 +61,7 @@ def own_fields(config: type[PreTrainedConfig]) -> set[str]:
 
 def _llama_switches(config: Any, names: Collection[str]) -> dict[str, Any]:
     attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
-    llama = config.model_type == "llama"  # ignores a sliding window, whatever its config says
+    llama = config.model_type == "llama"  # ignores a sliding window even where its config has one
     return {
         "attention_bias": attention + "q_proj.bias" in names,
         "mlp_bias": mlp + "gate_proj.bias" in names,

@@ -33,7 +33,7 @@ def with_older_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     if (kind := main.get("rope_type", "default")) != "default":
         fields["rope_scaling"] = {key: main[key] for key in main.keys() - {"rope_theta", "partial_rotary_factor", "type"}}
         if body["model_type"] == "phi3":
-            # Its own check knows these three alone, under this name.
+            # Its own check knows only these three, under this name.
             fields["rope_scaling"] = {"type": kind, **{key: main[key] for key in ("short_factor", "long_factor")}}
         elif kind == "longrope":
             fields["original_max_position_embeddings"] = main["original_max_position_embeddings"]
@@ -76,9 +76,11 @@ def oldest_version(body: Mapping[str, Any]) -> str:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save ``tokenizer`` so that older versions, and PreTrainedTokenizerFast in any, make the same of it: ``tokenizer_config.json``
-    has their names of a class and of special tokens, the chat template, which some do not read from a file of its own, and what
-    else would follow from the class."""
+    """Save ``tokenizer`` so that older versions, and PreTrainedTokenizerFast in any version, read it as the same.
+
+    ``tokenizer_config.json`` gets their names for the class and for special tokens, the chat template, which some versions do not
+    read from a file of its own, and whatever else would follow from the class.
+    """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     body = json.loads(path.read_text("utf-8"))

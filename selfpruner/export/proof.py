@@ -25,7 +25,7 @@ from selfpruner.files.tensors import TensorFile, held_shapes, write_tensors
 from selfpruner.workers.lifeline import tied
 
 REFERENCE = "proof/reference.safetensors"
-# With 49,152 words 21 positions of two sequences, with 256,000 words four; the last ones have all others before them.
+# 21 positions of two sequences with 49,152 words, four with 256,000; the last ones, because they see all others.
 REFERENCE_BYTES = 8 << 20
 SEQUENCES, LENGTH = 2, 48
 VERIFY_SECONDS = 3600.0

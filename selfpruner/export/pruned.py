@@ -37,7 +37,7 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
     shapes, tensors = [], {}
     if isinstance(prepared.engine.blocks[0], PrunableMasked):
         arch = prepared.arch
-        restore_channels(arch)  # what was left dense is written as it was
+        restore_channels(arch)  # a block that stayed dense is written as it was
         return [LayerShape(*whole_shape(arch), arch.channels)] * arch.layers, dict(_masked_tensors(prepared, plan))
     for layer in range(prepared.arch.layers):
         levels = plan.levels[2 * layer], plan.levels[2 * layer + 1]
@@ -47,7 +47,7 @@ def pruned_tensors(prepared: Prepared, plan: Plan) -> tuple[list[LayerShape], di
         for index, level in zip((2 * layer, 2 * layer + 1), levels, strict=True):
             if level:
                 tensors.update(_named(prepared.arch, layer, prepared.engine.weights(index, level)))
-            elif index % 2:  # a layer that nothing was taken from is written as it was, its channels in the checkpoint's order
+            elif index % 2:  # an untouched layer is written as it was, its channels in the checkpoint's order
                 tensors.update(_named(prepared.arch, layer, checkpoint_ffn(prepared.arch, layer)))
     return shapes, tensors
 
@@ -116,7 +116,7 @@ def streamed_export(prepared: Prepared, plan: Plan) -> tuple[PreTrainedModel, Te
 
     @torch.no_grad()
     def logits(tokens: Tensor) -> Tensor:
-        # In float32 like the verification, so that all that can differ is what was written.
+        # In float32 like the verification, so that only the written files can differ.
         x, rope = arch.embed_exactly(tokens.to(arch.device)), arch.rope(tokens.shape[1])
         for block, level in enumerate(plan.levels):
             weights = engine.weights(block, level)

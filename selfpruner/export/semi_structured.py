@@ -17,7 +17,7 @@ from selfpruner.errors import FormatError
 
 CAPABILITY = (8, 0)  # Ampere's sparse tensor cores, and later ones
 DTYPES = (torch.float16, torch.bfloat16)
-# Rows and columns are to be multiples of these, for both of PyTorch's backends.
+# Rows and columns must be multiples of these, for both of PyTorch's backends.
 ROWS, COLUMNS = 32, 64
 
 

@@ -84,7 +84,7 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
     started = time.perf_counter()
     with safe_open(reference, "pt") as file:
         tokens, expected, facts = file.get_tensor("tokens").to(device), file.get_tensor("logits"), file.metadata()
-    # Told to go on, so that the report names tensors of another shape.
+    # It goes on, so that the report can name tensors of another shape.
     how = {"trust_remote_code": own_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
     model, report = loaded
@@ -126,7 +126,7 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
         elif not rounding <= ROUNDING:
             problems.append(f"logits in {_dtype(model)} are {rounding:.2g} of their spread off, allowed {ROUNDING:g}")
 
-    # Told neither way it asks on the terminal, because the config it reads first has code of its own.
+    # Without an answer it asks on the terminal, because the config that it reads first has code of its own.
     ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)(facts["text"])["input_ids"]
     if ids != json.loads(facts["ids"]):
         problems.append("the tokenizer gives other tokens than the one in memory")
@@ -189,7 +189,7 @@ def main() -> int:
         result = verify(options.folder, options.reference, options.device, own_code=not options.installed)
     except torch.OutOfMemoryError as error:
         result = {"problems": [str(error)], "out_of_memory": True}
-    except Exception as error:  # whatever stops a stranger from using the folder is the finding
+    except Exception as error:  # anything that stops a stranger from using the folder is a finding
         result = {"problems": [f"{type(error).__name__}: {error}"]}
     print(json.dumps(result))
     return 1 if result["problems"] else 0

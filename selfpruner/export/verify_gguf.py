@@ -214,7 +214,7 @@ def main() -> int:
         result = verify(options.folder, options.reference, options.device)
     except torch.OutOfMemoryError as error:
         result = {"problems": [str(error)], "out_of_memory": True}
-    except Exception as error:  # whatever stops the file from being read is the finding
+    except Exception as error:  # anything that stops the file from being read is a finding
         result = {"problems": [f"{type(error).__name__}: {error}"]}
     print(json.dumps(result))
     return 1 if result["problems"] else 0

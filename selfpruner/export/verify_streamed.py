@@ -81,7 +81,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         result = verify(options.folder, options.reference, options.device, options.memory)
-    except Exception as error:  # whatever stops the folder from being used is the finding
+    except Exception as error:  # anything that stops the folder from being used is a finding
         result = {"problems": [f"{type(error).__name__}: {error}"]}
     print(json.dumps(result))
     return 1 if result["problems"] else 0

@@ -34,7 +34,7 @@ KINDS = ("models", "texts", "statistics", "factors", "levels", "spectra", "laten
 LARGE = ("models", "statistics", "factors", "levels", "datasets")
 LIMIT = "SELFPRUNER_CACHE_LIMIT"
 _MARKS = "used"
-# What a killed process was writing: nobody writes one file for so long.
+# Age of a file that a killed process was writing: nobody writes one file for so long.
 _LEFTOVER_SECONDS = 24 * 3600
 
 _held: dict[Path, int] = {}  # the entries this process uses, and the descriptors of their marks
@@ -69,7 +69,7 @@ class Entry:
 
 
 def use(entry: Path, model: str, what: str) -> None:
-    """Keep ``entry``, which exists or is about to, from being removed until :func:`let_go`. To be called before it is looked for.
+    """Keep ``entry``, which exists or is about to, from being removed until :func:`let_go`. Call it before looking for the entry.
     A folder that cannot be written needs none of this."""
     mark = _mark(entry)
     with contextlib.suppress(OSError):
@@ -83,13 +83,13 @@ def use(entry: Path, model: str, what: str) -> None:
 
 
 def let_go(*, keep: Collection[Path] = ()) -> None:
-    """This process uses nothing any more, but what is in ``keep``."""
+    """This process no longer uses anything except the entries in ``keep``."""
     for entry in [entry for entry in _held if entry not in keep]:
         os.close(_held.pop(entry))
 
 
 def entries(cache: Path) -> list[Entry]:
-    """What is there, the longest unused first."""
+    """All entries, the longest unused first."""
     listed = []
     for kind in KINDS:
         for path in _listed(cache / kind):
@@ -129,7 +129,7 @@ def remove(entry: Entry) -> bool:
 
 
 def discard(entry: Path) -> None:
-    """Remove what this process has used and made for one thing only; it stays where another process uses it too."""
+    """Remove an entry that this process made for a single use; it stays where another process uses it too."""
     if entry in _held:
         os.close(_held.pop(entry))
     with contextlib.suppress(OSError):
@@ -154,7 +154,7 @@ def clean(cache: Path, *, kinds: Collection[str] = KINDS, older_than: float = 0.
 def make_room(cache: Path, needed: int, tell: Callable[[str], None]) -> None:
     """Remove what was not used for longest until ``needed`` bytes more are within the limit, and say so.
 
-    Nothing that is in use goes; what is then still too much is said. Raises ConfigError for a limit that is no size, DiskFullError
+    Entries in use stay; if they are too large, that is said. Raises ConfigError for a limit that is no size, DiskFullError
     where the disk has less.
     """
     most = limit()

@@ -70,7 +70,7 @@ def read(directory: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("files"), dict):
         raise CorruptCheckpointError(f"{path} is not a manifest of format {FORMAT}. Export the checkpoint again.")
-    return {"export": CHECKPOINT, **body}  # one that was written before there were others
+    return {"export": CHECKPOINT, **body}  # a manifest from before there were other formats
 
 
 def _absent(directory: Path) -> ExportError:

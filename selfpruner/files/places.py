@@ -13,7 +13,7 @@ from pathlib import Path
 
 from selfpruner.errors import ConfigError, DiskFullError, disk_errors
 
-# What other writers may take meanwhile, and what a disk keeps for itself.
+# For other writers meanwhile, and for the disk's own needs.
 SPARE = 64 << 20
 
 
@@ -42,7 +42,7 @@ def writable_folder(folder: Path, *, param: str = "output") -> None:
 
 
 def writable_file(file: Path, *, param: str = "output") -> None:
-    """The same of a file that will be replaced."""
+    """The same for a file that will be replaced."""
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; name a file in it.", param=param)
     writable_folder(Path(os.path.realpath(file)).parent, param=param)
@@ -59,7 +59,7 @@ def room_for(size: int, folder: Path, what: str) -> None:
 
 
 def _nearest(place: Path) -> Path:
-    """``place``, or what exists of the way to it."""
+    """``place``, or its nearest parent that exists."""
     folder = Path(os.path.realpath(place.expanduser()))
     while not os.path.lexists(folder):
         folder = folder.parent

@@ -29,7 +29,7 @@ from selfpruner.files.tensors import TensorFile
 from selfpruner.models.family_layouts import layout_of
 
 HEAD = "lm_head.weight"
-# What is read at once: small on a CPU, where it only has to outweigh a system call; large enough for the bus of a GPU.
+# Bytes read at once: small on a CPU, where they only have to outweigh a system call; large enough for the bus of a GPU.
 _PIECE = {"cpu": 1 << 20, "cuda": 32 << 20}
 # The output head is kept where it takes at most this share of the memory; else pieces of it of at most that share are read.
 _HEAD_SHARE, _HEAD_PIECE_SHARE = 4, 16
