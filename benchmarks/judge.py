@@ -27,6 +27,7 @@ from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.judging.corpora import joined_rows
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Granularity, Plan, SearchSpace
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, Window
@@ -143,7 +144,7 @@ class Run:
     budget: int
     sequences: int
     length: int
-    signals: Mapping[str, Any] = field(default_factory=dict)
+    signals: Signals = field(default_factory=Signals)
 
     def __post_init__(self) -> None:
         self.started = time.perf_counter()

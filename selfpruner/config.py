@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -25,7 +25,7 @@ Objective = Literal["quality", "latency", "parameters"]
 Tokens = Annotated[int, Field(ge=16, le=100_000_000)]
 
 
-def _bytes(value: Any) -> Any:
+def _bytes(value: object) -> object:
     """``2GiB``, ``800 MiB``, ``1.5GB`` or plain bytes."""
     if not isinstance(value, str):
         return value
@@ -40,7 +40,7 @@ def _bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=1, le=1 << 50)]
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """``a,b`` as a list, as a command line has it."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
@@ -66,7 +66,7 @@ Report = Annotated[Kind, Part.REPORT]
 Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_listed, json_schema_input_type=str | tuple[Objective, ...])]
 
 
-def _share(value: Any) -> Any:
+def _share(value: object) -> object:
     """``20%`` as 0.2. A number that was meant as percent is refused with the share it would be."""
     number = value
     if isinstance(value, str):
@@ -241,7 +241,7 @@ class SearchConfig(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, data: Any) -> Any:
+    def _preset(cls, data: object) -> object:
         """Fields the request leaves out come from the preset; fields it names win."""
         if isinstance(data, dict):
             preset = PRESETS.get(str(data.get("preset", "default")))
@@ -341,16 +341,16 @@ def field_names(model: type[BaseModel] = SearchConfig) -> list[str]:
     return known
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Which fields two configs in plain JSON data differ in, in words: ``rate 0.2 then, 0.3 now``. Empty for equal ones."""
 
-    def flat(body: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        fields: dict[str, Any] = {}
+    def flat(body: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+        fields: dict[str, object] = {}
         for key, value in body.items():
             fields |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
         return fields
 
-    def shown(value: Any) -> str:
+    def shown(value: object) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
         return text if len(text) <= 60 else text[:57] + "..."
 
@@ -362,7 +362,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, object]] = {
     "default": {},
     "evolution": {
         "initial": ("uniform", "ramp", "sensitivity"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 Severity = Literal["info", "warn", "error"]
 CandidateStatus = Literal["pending", "evaluated", "infeasible", "failed"]
@@ -103,7 +103,7 @@ class Progress:
     best_relative: float | None = None
     best_plan: str | None = None
     message: str = ""
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
 
 
 class Recorder(Protocol):
@@ -116,10 +116,12 @@ class Recorder(Protocol):
     def save_candidates(self, rows: Sequence[Candidate]) -> None:
         """Insert, or update the row of the same plan. ``parents``, ``operator`` and ``generation`` keep their first value."""
 
-    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:
+    def event(
+        self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, object] | None = None
+    ) -> None:
         """Append an event once: a second one with the same ``key`` is ignored."""
 
-    def find_event(self, key: str) -> Mapping[str, Any] | None:
+    def find_event(self, key: str) -> Mapping[str, object] | None:
         """The data of the event with ``key``."""
 
     def progress(self, progress: Progress) -> None: ...

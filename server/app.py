@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
-from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI
@@ -62,7 +61,7 @@ def create_app(
     app.add_middleware(BodyGuard, settings=settings)
     app.add_middleware(RequestContext)
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> dict[str, object]:
         """FastAPI documents validation errors in its own shape; ours is the one that is sent."""
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -68,7 +67,7 @@ def plain_error(status: int, message: str, *, code: str | None = None, headers: 
     return JSONResponse({"error": body}, status_code=status, headers=dict(headers or {}))
 
 
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def responses(*statuses: int) -> dict[int | str, dict[str, object]]:
     """OpenAPI entries of the errors a route can end in, besides 401 and 422."""
     return {
         status: {"model": ErrorReply, "description": HTTPStatus(status).phrase} for status in sorted({401, 422, 500, *statuses})

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, Literal
+from typing import Literal
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
@@ -161,7 +161,7 @@ def _unexpected(error: Exception) -> str:
 def default_run_job() -> RunJob:
     """The real search, imported by the first job and in a thread: meanwhile the server answers."""
 
-    async def run(*args: Any, **kwargs: Any) -> JobResult:
+    async def run(*args: object, **kwargs: object) -> JobResult:
         job = await asyncio.to_thread(import_module, "selfpruner.jobs.run")
         result: JobResult = await job.run_job(*args, **kwargs)
         return result

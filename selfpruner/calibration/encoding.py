@@ -9,7 +9,9 @@ ends, for a tokenizer that does not report the places of its tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from selfpruner.models import quiet
 
@@ -24,7 +26,7 @@ AGREED = 16
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
     """Token ids of ``text``, without what is put around a text, in parts."""
-    encoder: Any = tokenizer
+    encoder = tokenizer
     if len(text) <= PIECE:
         with quiet():  # a document longer than the context is no cause for a warning: it is cut
             yield encoder(text, add_special_tokens=False)["input_ids"]
@@ -47,7 +49,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]
     yield [token for token, _, _ in known[given:]]
 
 
-def _tokens(encoder: Any, text: str, first: int) -> list[tuple[int, int, int]]:
+def _tokens(encoder: PreTrainedTokenizerBase, text: str, first: int) -> list[tuple[int, int, int]]:
     with quiet():
         encoded = encoder(text[first : first + PIECE], add_special_tokens=False, return_offsets_mapping=True)
     places = encoded["offset_mapping"]
@@ -73,7 +75,7 @@ def _joint(before: list[tuple[int, int, int]], after: list[tuple[int, int, int]]
     return None if best is None else best[1:]
 
 
-def _by_lines(encoder: Any, text: str) -> Iterator[list[int]]:
+def _by_lines(encoder: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
     first = 0
     while first < len(text):
         end = first + PIECE

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AttentionInterface, StaticCache
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from selfpruner.architectures.kernels import soft_cap
 from selfpruner.calibration.openings import opening
@@ -115,7 +115,7 @@ def write(
 
 
 def _rows_at_once(loaded: LoadedModel, length: int) -> int:
-    config: Any = loaded.model.config
+    config: PreTrainedConfig = loaded.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     per_row: int = 2 * config.num_hidden_layers * groups * head_dim * length * loaded.dtype.itemsize
@@ -163,7 +163,7 @@ def _decode(
 
     Openings are fed token by token like everything else: rows never need padding, whatever their openings' lengths.
     """
-    model: Any = loaded.model
+    model: PreTrainedModel = loaded.model
     rows = [_Row(random.Random(name)) for name in names]
     ends = set(separator) | _end_tokens(loaded)
     specials = [index for index in loaded.tokenizer.all_special_ids if index < model.config.vocab_size and index not in ends]
@@ -193,7 +193,7 @@ def _decode(
 
 
 @contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
@@ -203,16 +203,16 @@ def _attention(model: Any, name: str) -> Iterator[None]:
 
 
 def _one_token_attention(
-    _module: Any,
+    _module: object,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _mask: Any,
+    _mask: object,
     *,
     scaling: float,
     cached_tokens: int,
     softcap: float | None = None,
-    **_options: Any,
+    **_options: object,
 ) -> tuple[Tensor, None]:
     """Attention of one new token (rows, heads, 1, width) to the ``cached_tokens`` first of the cache (rows, groups, all, width).
 

@@ -23,6 +23,7 @@ from selfpruner.evaluation.engine import Engine
 from selfpruner.files.cache_folder import discard, use
 from selfpruner.models import LoadedModel
 from selfpruner.models.memory import release
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning.blocks import prepare_blocks
@@ -46,7 +47,7 @@ class Prepared:
     cache: Path
     texts: dict[Role, TokenBatches]
     space: SearchSpace
-    signals: Mapping[str, Any]
+    signals: Signals
     engine: Engine
     seconds: float
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, SelfprunerError
@@ -29,6 +28,7 @@ from selfpruner.evolution.windows import Windows
 from selfpruner.operators import OPERATORS, Offspring
 from selfpruner.operators.closed_form import Ramp, Uniform
 from selfpruner.planning.landscape import Landscape, spearman
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers.in_flight import in_flight
 from selfpruner.proposers.llm_calls import LlmChannel
@@ -46,7 +46,7 @@ class Search:
         recorder: Recorder,
         windows: Windows,
         channel: LlmChannel | None,
-        signals: Mapping[str, Any] | None = None,
+        signals: Signals | None = None,
     ) -> None:
         self.config = config
         self.space = space
@@ -54,7 +54,7 @@ class Search:
         self.recorder = recorder
         self.windows = windows
         self.channel = channel
-        self.state = State(config, space, signals or {})
+        self.state = State(config, space, signals or Signals())
         self.uniform = space.project([space.rate] * space.layers)
         self.surveyor = Surveyor(space, evaluator, windows, recorder, config.survey_step)
         self.breeder = Breeder(config, self.state, self.uniform, channel)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from selfpruner.config import SearchConfig
 from selfpruner.evolution.evaluator import Fitness
 from selfpruner.operators.base import Context, Hint, Reflections, Rejected
 from selfpruner.planning.landscape import Landscape
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate, Window
 
@@ -30,7 +30,7 @@ class State:
 
     config: SearchConfig
     space: SearchSpace
-    signals: Mapping[str, Any] = field(default_factory=dict)
+    signals: Signals = field(default_factory=Signals)
     candidates: dict[str, Candidate] = field(default_factory=dict)
     population: list[Candidate] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)

@@ -6,13 +6,11 @@ remote code wherever selfpruner is installed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 
 from selfpruner.export.modeling_files import MODELING_FILES
 
-_auto: Any = transformers
+_auto = transformers
 for _form in MODELING_FILES.values():
     _auto.AutoConfig.register(str(_form.config.model_type), _form.config, exist_ok=True)
     # Registered by their own names, so that a model saved from here brings its modelling file along, like one that was loaded with

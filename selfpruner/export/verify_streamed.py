@@ -15,11 +15,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.models.checks import read_header, weight_files
@@ -28,17 +28,17 @@ from selfpruner.models.streaming import stream
 
 
 @torch.inference_mode()
-def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, Any]:
+def verify(folder: Path, reference: str, device: str, memory: int) -> dict[str, object]:
     """The findings; ``problems`` is empty when the checkpoint is good."""
     started = time.perf_counter()
     with safe_open(reference, "pt") as file:
         tokens, expected, facts = file.get_tensor("tokens").to(device), file.get_tensor("logits"), file.metadata()
-    auto: Any = transformers
+    auto = transformers
     config = auto.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     paths = weight_files(folder)
     stored = {name for path in paths for name in read_header(path)}
     with torch.inference_mode(False):
-        model: Any = stream(config, paths, torch.device(device), getattr(torch, facts["dtype"]), memory)
+        model: PreTrainedModel = stream(config, paths, torch.device(device), getattr(torch, facts["dtype"]), memory)
     wanted = set(model.state_dict()) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
     problems = [f"unexpected: {name}" for name in sorted(stored - wanted)[:3]]
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -6,7 +6,7 @@ each of its processes. Imports no vLLM; :mod:`selfpruner.export.vllm_model` and 
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PreTrainedConfig
 
 from selfpruner.errors import UnsupportedModelError
 
@@ -33,13 +33,13 @@ def register() -> None:
         ModelRegistry.register_model(name, f"{module}:{name}")
 
 
-def activation(config: Any) -> str:
+def activation(config: PreTrainedConfig) -> str:
     """The name of the FFN's activation, wherever a family's config has it."""
     keys = ("hidden_act", "hidden_activation", "activation_function")
     return next(str(found) for key in keys if (found := getattr(config, key, None)) is not None)
 
 
-def check(config: Any, tensor_parallel: int) -> None:
+def check(config: PreTrainedConfig, tensor_parallel: int) -> None:
     """Whether the native class can compute ``config`` on ``tensor_parallel`` devices.
 
     vLLM cuts heads and channels of every layer into equal shares; KV heads may also be fewer than devices and are then copied.

@@ -177,7 +177,7 @@ class SessionHandler:
         texts = {role: prepared.text(role, progress, cancelled) for role in request.texts}
         return PrepareResult(
             space=prepared.space,
-            signals=dict(prepared.signals),
+            signals=prepared.signals,
             model=ModelFacts(
                 name=source.name,
                 fingerprint=source.fingerprint,

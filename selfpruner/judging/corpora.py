@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def joined_rows(raw: str) -> str:
 
 def windows(text: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None = None) -> Tensor:
     """Token ids (windows, length). ``count`` takes so many, evenly spread over the text. Raises TextError where not one is full."""
-    encode: Any = tokenizer
+    encode = tokenizer
     with quiet():  # a text longer than the context is no cause for a warning: it is cut
         ids = torch.tensor(encode(text.text)["input_ids"], dtype=torch.int64)
     whole = ids.numel() // length

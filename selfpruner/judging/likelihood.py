@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfpruner.calibration.soundness import not_numbers
 from selfpruner.errors import CancelledTaskError
@@ -80,7 +79,7 @@ def likelihoods(
     batches, and ModelError where the model computes NaN or infinity.
     """
     tokens = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS_ELSEWHERE)
-    config: Any = model.config.get_text_config()
+    config: PreTrainedConfig = model.config.get_text_config()
     longest = max_length or int(config.max_position_embeddings)
     # Within its window a sliding layer sees everything; beyond, what it sees depends on the layer, and rows are left to the model.
     window = getattr(config, "sliding_window", None) or longest

@@ -8,7 +8,6 @@ end of text does not count. :func:`distinct` is another figure of the field.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ def after_prompts(
 ) -> list[list[int]]:
     """What the model writes after each prompt (:func:`continuations`), as much as it has positions for. Prompts of one length are a
     batch; none is padded."""
-    encode: Any = tokenizer
+    encode = tokenizer
     positions = int(model.config.max_position_embeddings)
     longest, new_tokens = fitting(positions, new_tokens, positions)
     ids = [encode(prompt)["input_ids"][:longest] for prompt in prompts]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from selfpruner.catalogue import OperatorNeed
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate
 
@@ -94,7 +95,7 @@ class Context:
     reflections: Reflections = Reflections()
     hints: Sequence[Hint] = ()
     landscape: Landscape | None = None
-    signals: Mapping[str, Any] = field(default_factory=dict)
+    signals: Signals = field(default_factory=Signals)
 
     def snapshot(self) -> Context:
         """The same knowledge with copies of all candidates. A search gives its candidates new scores while it scores them: who is

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 from selfpruner.errors import ConflictError, ProposerError
 from selfpruner.operators import prompt_facts as facts
@@ -52,7 +51,7 @@ class Reflect(LlmOperator):
         text = {"type": "string", "minLength": 1}
         schema = closed({"lesson": {**text, "maxLength": SHORT}, "summary": {**text, "maxLength": LONG}})
 
-        def read(reply: dict[str, Any]) -> Reflections:
+        def read(reply: dict[str, object]) -> Reflections:
             answer = _Lessons.model_validate(reply)
             short = lesson(answer.lesson, SHORT)
             try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
+
+from pydantic import JsonValue
 
 from selfpruner.errors import ProposerError
 
@@ -40,7 +42,7 @@ class Request:
 
     operator: str
     messages: tuple[Mapping[str, str], ...]
-    schema: Mapping[str, Any]
+    schema: Mapping[str, JsonValue]
     temperature: float
     max_tokens: int
     seed: int

@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
 @asynccontextmanager
-async def in_flight(asking: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+async def in_flight(asking: Coroutine[object, None, T]) -> AsyncIterator[asyncio.Task[T]]:
     """Run ``asking`` beside the block. A block that ends before it was awaited, by an error or by cancellation, cancels it and
     waits until it has stopped: after the block nothing asks, counts or records any more."""
     task = asyncio.create_task(asking)

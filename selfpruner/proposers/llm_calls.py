@@ -16,9 +16,9 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 import prompts
 from selfpruner.config import LlmLimits
@@ -42,8 +42,8 @@ class _Question(Generic[T]):
 
     operator: str
     generation: int
-    schema: Mapping[str, Any]
-    validate: Callable[[dict[str, Any]], T]
+    schema: Mapping[str, JsonValue]
+    validate: Callable[[dict[str, object]], T]
     heat: float
 
 
@@ -103,9 +103,9 @@ class LlmChannel:
         self,
         operator: str,
         generation: int,
-        variables: Mapping[str, Any],
-        schema: Mapping[str, Any],
-        validate: Callable[[dict[str, Any]], T],
+        variables: Mapping[str, object],
+        schema: Mapping[str, JsonValue],
+        validate: Callable[[dict[str, object]], T],
         *,
         heat: float = 0.0,
         vital: bool = True,
@@ -224,7 +224,7 @@ class LlmChannel:
             )
 
 
-def judge(reply: Reply, validate: Callable[[dict[str, Any]], T]) -> T:
+def judge(reply: Reply, validate: Callable[[dict[str, object]], T]) -> T:
     """What ``validate`` makes of the reply. Raises CallError ``not_json``, ``invalid``, or what ``validate`` chose."""
     try:
         return validate(extract(reply.text))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.texts import TokenBatches
 from selfpruner.config import SearchConfig
 from selfpruner.models import LoadedModel
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Plan
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning import patterns
@@ -25,7 +25,7 @@ def prepare_blocks(
     progress: OnProgress,
     cancelled: Cancelled,
     plan: Plan | None = None,
-) -> tuple[list[Prunable], dict[str, Any]]:
+) -> tuple[list[Prunable], Signals]:
     """Every block at every level, in plan order, for the config's criterion and compensation; and the model's signals.
 
     Orders and repairs are made once and then read from ``cache``; the model's channels are put in the criterion's order.

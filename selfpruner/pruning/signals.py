@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -24,13 +24,27 @@ from selfpruner.criteria.flap import Flap
 from selfpruner.criteria.masks import Sparsity
 from selfpruner.errors import CancelledTaskError
 from selfpruner.files import atomic
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Option
 
 # OWL calls a weight an outlier when |W_ij| * ||X_j|| is above M times the layer's mean.
 OUTLIER_M = 5.0
 
 
-def layer_facts(arch: Architecture, layer: int, statistics: tuple[BlockStatistics, BlockStatistics]) -> dict[str, Any]:
+class LayerFacts(TypedDict):
+    outlier_ratio: float
+    head_scores: list[float]
+    channel_scores: list[float]
+
+
+class LayerSignals(TypedDict, total=False):
+    """Nothing where only one plan is asked for. ``flap_thresholds``: those of the attention and of the FFN."""
+
+    outlier_ratio: float
+    flap_thresholds: list[list[float]]
+
+
+def layer_facts(arch: Architecture, layer: int, statistics: tuple[BlockStatistics, BlockStatistics]) -> LayerFacts:
     """What the signals of one layer are made of, whatever its levels; ``statistics`` are those of (attention, ffn)."""
     W = [matrix.float() for matrix in (arch.attention(layer).o, checkpoint_ffn(arch, layer).down)]
     outputs = [Matrix(name, w, stats) for name, w, stats in zip(("o", "down"), W, statistics, strict=True)]
@@ -42,7 +56,7 @@ def layer_facts(arch: Architecture, layer: int, statistics: tuple[BlockStatistic
     }
 
 
-def layer_signals(facts: Mapping[str, Any], options: tuple[Sequence[Option], Sequence[Option]]) -> dict[str, Any]:
+def layer_signals(facts: LayerFacts, options: tuple[Sequence[Option], Sequence[Option]]) -> LayerSignals:
     """The signals of one layer from its facts; ``options`` are those of (attention, ffn).
 
     ``outlier_ratio``: share of outliers among the weights (OWL, arXiv 2310.05175). ``flap_thresholds``: for attention and FFN, per
@@ -57,7 +71,7 @@ def layer_signals(facts: Mapping[str, Any], options: tuple[Sequence[Option], Seq
     }
 
 
-def weight_facts(matrices: Mapping[str, Matrix], levels: Sequence[Sparsity]) -> dict[str, Any]:
+def weight_facts(matrices: Mapping[str, Matrix], levels: Sequence[Sparsity]) -> LayerSignals:
     """The signals of one layer for patterns that make weights zero, in the form of :func:`layer_signals`.
 
     OWL's outliers are counted in all matrices, as published. FLAP's threshold has no form for single weights; taken here is its
@@ -87,7 +101,7 @@ def _varying(matrix: Matrix) -> Tensor:
     return matrix.W.square().mul_(matrix.inputs.variance.to(matrix.W))
 
 
-def gather(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def gather(layers: Sequence[LayerSignals]) -> Signals:
     """The signals of a model: ``outlier_ratio`` one number per layer, ``flap_thresholds`` one list per block in plan order."""
     return {
         "outlier_ratio": [layer["outlier_ratio"] for layer in layers],

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
@@ -164,7 +163,7 @@ def _take_lock(path: Path) -> FileLock:
     return lock
 
 
-def _to_json(value: Any) -> str:
+def _to_json(value: object) -> str:
     """Readable in the sqlite3 shell, never NaN, and half a surrogate pair from a broken LLM reply becomes a question mark."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "replace").decode()

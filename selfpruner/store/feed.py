@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from selfpruner.store.objects import EventObject, JobObject
 from selfpruner.store.store import Store
 
@@ -21,7 +19,7 @@ class Feed:
         self._store = store
         self._job_id = job_id
         self._after = after
-        self._seen: tuple[Any, ...] | None = None
+        self._seen: tuple[object, ...] | None = None
 
     def look(self) -> list[EventObject | JobObject]:
         """What is new since the last look, at most ``PAGE`` events and then the job. Reads the database."""

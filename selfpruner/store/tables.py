@@ -70,7 +70,7 @@ class Job(Table, table=True):
     """A search. ``number`` is the order of creation; ``user_metadata`` is the column ``metadata``, the submitter's own pairs."""
 
     __tablename__: ClassVar[str] = "job"
-    __table_args__: ClassVar[Any] = (
+    __table_args__: ClassVar[object] = (
         check("job_status", one_of("status", get_args(JobStatus))),
         check("job_finished", f"({one_of('status', TERMINAL)}) = (finished_at IS NOT NULL)"),
         check("job_started", f"{one_of('status', ('queued', 'cancelled'))} OR started_at IS NOT NULL"),
@@ -93,11 +93,11 @@ class Job(Table, table=True):
     created_at: int
     started_at: int | None = None
     finished_at: int | None = None
-    config: dict[str, Any] = Field(sa_type=Json)
+    config: dict[str, object] = Field(sa_type=Json)
     user_metadata: dict[str, str] = Field(sa_column=Column("metadata", Json, nullable=False))
-    progress: dict[str, Any] | None = Field(default=None, sa_type=Json)
+    progress: dict[str, object] | None = Field(default=None, sa_type=Json)
     result: dict[str, Any] | None = Field(default=None, sa_type=Json)
-    error: dict[str, Any] | None = Field(default=None, sa_type=Json)
+    error: dict[str, object] | None = Field(default=None, sa_type=Json)
 
     @property
     def finished(self) -> bool:
@@ -109,7 +109,7 @@ class CandidateRow(Table, table=True):
     ``informed_by`` are what was believed when it was made, see :class:`selfpruner.records.Candidate`."""
 
     __tablename__: ClassVar[str] = "candidate"
-    __table_args__: ClassVar[Any] = (
+    __table_args__: ClassVar[object] = (
         UniqueConstraint("job_id", "sequence", name="candidate_sequence"),
         check("candidate_status", one_of("status", get_args(CandidateStatus))),
         check("candidate_fitness", finite("fitness", "relative")),
@@ -148,7 +148,7 @@ class EvaluationRow(Table, table=True):
     """One plan on one window of text. Plans that are no candidates (probes, references) have rows too. nats per token."""
 
     __tablename__: ClassVar[str] = "evaluation"
-    __table_args__: ClassVar[Any] = (
+    __table_args__: ClassVar[object] = (
         check("evaluation_finite", finite("kl", "nll", "seconds")),
         check("evaluation_reason", "kl IS NOT NULL OR nll IS NOT NULL OR reason IS NOT NULL"),
         check("evaluation_counts", "tokens >= 0 AND seconds >= 0"),
@@ -169,7 +169,7 @@ class LlmCallRow(Table, table=True):
     """One call of the proposer: what was asked, what came back, what it cost."""
 
     __tablename__: ClassVar[str] = "llm_call"
-    __table_args__: ClassVar[Any] = (
+    __table_args__: ClassVar[object] = (
         check("llm_call_outcome", one_of("outcome", OUTCOMES)),
         check("llm_call_finite", finite("seconds", "cost")),
         check("llm_call_counts", "prompt_tokens >= 0 AND completion_tokens >= 0 AND seconds >= 0 AND cost >= 0"),
@@ -197,7 +197,7 @@ class Event(Table, table=True):
     """Something that happened in a job. ``sequence`` counts from 1 without gaps; ``key`` makes writing it twice harmless."""
 
     __tablename__: ClassVar[str] = "event"
-    __table_args__: ClassVar[Any] = (
+    __table_args__: ClassVar[object] = (
         UniqueConstraint("job_id", "key", name="event_key"),
         check("event_level", one_of("level", get_args(Severity))),
         check("event_sequence", "sequence >= 1"),
@@ -210,7 +210,7 @@ class Event(Table, table=True):
     level: str
     type: str
     message: str
-    data: dict[str, Any] = Field(sa_type=Json)
+    data: dict[str, object] = Field(sa_type=Json)
     key: str
 
 
@@ -218,7 +218,7 @@ class Checkpoint(Table, table=True):
     """An exported, verified folder: ``bytes`` on disk, ``parameters`` of the pruned model, sha256 of its manifest."""
 
     __tablename__: ClassVar[str] = "checkpoint"
-    __table_args__: ClassVar[Any] = (
+    __table_args__: ClassVar[object] = (
         UniqueConstraint("job_id", "plan_hash", name="checkpoint_plan"),
         check("checkpoint_sizes", "parameters > 0 AND bytes > 0"),
         check("checkpoint_manifest", "length(manifest_sha256) = 64"),
@@ -234,15 +234,15 @@ class Checkpoint(Table, table=True):
     parameters: int
     bytes: int
     manifest_sha256: str
-    verification: dict[str, Any] = Field(sa_type=Json)
-    metrics: dict[str, Any] = Field(sa_type=Json)
+    verification: dict[str, object] = Field(sa_type=Json)
+    metrics: dict[str, object] = Field(sa_type=Json)
 
 
 class Idempotency(Table, table=True):
     """An Idempotency-Key of the last 24 hours, and the job it made."""
 
     __tablename__: ClassVar[str] = "idempotency"
-    __table_args__: ClassVar[Any] = (check("idempotency_key", "length(key) BETWEEN 1 AND 255"),)
+    __table_args__: ClassVar[object] = (check("idempotency_key", "length(key) BETWEEN 1 AND 255"),)
 
     owner: str = Field(primary_key=True)
     key: str = Field(primary_key=True)

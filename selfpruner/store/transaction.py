@@ -7,7 +7,6 @@ nobody else writes between the two.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sqlalchemy import func
 from sqlmodel import Session, col, select
@@ -30,7 +29,7 @@ class Transaction:
     def job(self, job_id: str, owner: str | None = None) -> Job:
         return find_job(self.session, job_id, owner)
 
-    def move(self, job: Job, to: JobStatus, error: Mapping[str, Any] | None = None) -> Job:
+    def move(self, job: Job, to: JobStatus, error: Mapping[str, object] | None = None) -> Job:
         """See ``Store.transition``."""
         if job.cancel_requested and to in ("queued", "paused"):
             to = "cancelled"
@@ -60,7 +59,7 @@ class Transaction:
             self.event(job.id, f"status/{number}", f"job.{job.status}", f"Job {job.status}.")
 
     def event(
-        self, job_id: str, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None
+        self, job_id: str, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, object] | None = None
     ) -> None:
         """Append an event under the job's next sequence number, unless ``key`` was used before."""
         if self.session.exec(select(Event.sequence).where(Event.job_id == job_id, Event.key == key)).first() is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from selfpruner.planning.space import Block, Option, SearchSpace, attention_shapes, ffn_widths, without_dominated
 
@@ -65,7 +65,7 @@ def positions(space: SearchSpace, levels: Sequence[int]) -> list[int]:
     return [dial.settings.index(tuple(levels[block] for block in dial.blocks)) for dial in space.dials]
 
 
-def shape(**changes: Any) -> dict[str, Any]:
+def shape(**changes: object) -> dict[str, object]:
     """Arguments of :func:`space_of` for SmolLM2-135M."""
     smollm = {"layers": 30, "hidden": 576, "channels": 1536, "step": 64, "kv_groups": 3, "heads_per_group": 3, "head_dim": 64}
     return {**smollm, **changes}

@@ -27,6 +27,7 @@ from selfpruner.timing.model_cost import Attention, ModelCost
 from selfpruner.timing.tasks import (
     DecodeRequest,
     DecodeResult,
+    GgufConfig,
     LoadRequest,
     LoadResult,
     MemoryRequest,
@@ -97,7 +98,8 @@ class LlamaCppTimer:
     def _load(self, session: Session) -> None:
         base = peak_mib()
         self._lib: Any = importlib.import_module("llama_cpp.llama_cpp")
-        path, sequences, context = str(session.config["model"]), int(session.config["sequences"]), int(session.config["context"])
+        config = GgufConfig.read(session.config)
+        path, sequences, context = config.model, config.sequences, config.context
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         self._lib.llama_backend_init()
         how = self._lib.llama_model_default_params()

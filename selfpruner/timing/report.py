@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import comb
-from typing import Any
 
 from selfpruner.timing.model_cost import ModelCost, decode_bound, prefill_bound
 
@@ -93,7 +92,7 @@ class Report:
             bound = decode_bound(dense.work, subject.work, batch, asked.prompt_tokens, asked.new_tokens)
         return Ratio(statistics.median(ratios), low, high, coverage, bound)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Everything, every repetition included, as JSON data."""
         models = []
         for subject in self.subjects:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from pydantic import JsonValue
 
 from selfpruner import catalogue
 from selfpruner.errors import ConfigError
@@ -18,18 +20,21 @@ from selfpruner.timing.report import Report, Settings, TimedModel, decode
 from selfpruner.timing.tasks import (
     DecodeRequest,
     DecodeResult,
+    GgufConfig,
     LoadRequest,
     LoadResult,
     MemoryRequest,
     MemoryResult,
     PrefillRequest,
     PrefillResult,
+    TransformersConfig,
 )
 from selfpruner.workers.base import Session
 from selfpruner.workers.process_pool import ProcessPool
+from selfpruner.workers.tasks import Contract
 
 # A name, a folder, a file, or the fields of a config, whose model gets random weights.
-Model = str | Mapping[str, Any]
+Model = str | Mapping[str, JsonValue]
 _RUNTIMES = {
     "transformers": "selfpruner.timing.transformers_model:TransformersTimer",
     "llamacpp": "selfpruner.timing.llamacpp_model:LlamaCppTimer",
@@ -55,9 +60,9 @@ class Timed(Protocol):
 class TimedProcess:
     """A model in a child process. Its libraries start with their own settings, not with a worker's: what users get is timed."""
 
-    def __init__(self, backend: str, device: str, config: Mapping[str, Any], cache: Path, progress: OnProgress) -> None:
+    def __init__(self, backend: str, device: str, config: Contract, cache: Path, progress: OnProgress) -> None:
         self._pool = ProcessPool([device], runtime=_RUNTIMES[backend], max_attempts=1, environment={})
-        self._session = Session(str(config), config, str(cache))
+        self._session = Session(str(config), config.to_json(), str(cache))
         self._progress = progress
 
     async def load(self) -> LoadResult:
@@ -192,7 +197,8 @@ async def run(
             elif settings.backend == "llamacpp":
                 subjects[name] = _gguf(name, settings, device, dtype, cache, progress)
             else:
-                config = {"model": model, "dtype": dtype, "compiled": settings.compiled}
+                fields = model if isinstance(model, str) else dict(model)
+                config = TransformersConfig(model=fields, dtype=dtype, compiled=settings.compiled)
                 subjects[name] = TimedProcess("transformers", device, config, cache, progress)
         return await measure(subjects, settings, shorten=shorten, progress=progress)
     finally:
@@ -224,11 +230,11 @@ def _gguf(name: str, settings: Settings, device: str, dtype: str, cache: Path, p
 
     if dtype != "auto":
         raise ConfigError("A GGUF file has its own types; leave --dtype out, or export it with another --quantize.", param="dtype")
-    config = {
-        "model": str(llamacpp_model.file_of(name)),
-        "sequences": max(settings.batches),
-        "context": settings.prompt_tokens + settings.new_tokens,
-    }
+    config = GgufConfig(
+        model=str(llamacpp_model.file_of(name)),
+        sequences=max(settings.batches),
+        context=settings.prompt_tokens + settings.new_tokens,
+    )
     return TimedProcess("llamacpp", "cpu" if device == "auto" else device, config, cache, progress)
 
 

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import JsonValue
+
 from selfpruner.timing.model_cost import ModelCost
-from selfpruner.workers.tasks import TaskRequest, TaskResult
+from selfpruner.workers.tasks import Contract, TaskRequest, TaskResult
+
+
+class TransformersConfig(Contract):
+    """A session of transformers: ``model`` is a name, a folder, a checkpoint of selfpruner, or the fields of a config
+    (``{"model_type": ...}``), whose model gets random weights."""
+
+    model: str | dict[str, JsonValue]
+    dtype: str
+    compiled: bool = False
+
+
+class GgufConfig(Contract):
+    """A session of llama.cpp: a file, how many ``sequences`` there is room for, and of how many tokens (``context``)."""
+
+    model: str
+    sequences: int
+    context: int
 
 
 class LoadResult(TaskResult):

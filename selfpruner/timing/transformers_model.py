@@ -33,6 +33,7 @@ from selfpruner.timing.tasks import (
     MemoryResult,
     PrefillRequest,
     PrefillResult,
+    TransformersConfig,
 )
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
@@ -82,9 +83,10 @@ class TransformersTimer:
         if self._model is None or self._key != session.key:
             self._base_mib = peak_mib()
             progress("loading")
-            self._model = load(session.config["model"], self._device, session.config["dtype"], Path(session.cache))
+            config = TransformersConfig.read(session.config)
+            self._model = load(config.model, self._device, config.dtype, Path(session.cache))
             self._key = session.key
-            if session.config.get("compiled"):
+            if config.compiled:
                 self._compiled = torch.compile(self._model.forward, dynamic=False, mode=_mode(self._model.device))
         return self._model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydantic import JsonValue
 
@@ -25,7 +25,7 @@ class Session:
     a ``plan`` (levels) nothing is asked for but its export, and what only others need may be left out."""
 
     key: str
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     cache: str
     plan: Sequence[int] | None = None
 

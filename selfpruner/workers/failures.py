@@ -8,7 +8,6 @@ the caller gets its class and message, and the log its traceback.
 from __future__ import annotations
 
 import errno
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -46,7 +45,7 @@ def is_expected(error: BaseException) -> bool:
     return isinstance(error, SelfprunerError)
 
 
-def to_wire(error: BaseException) -> dict[str, Any]:
+def to_wire(error: BaseException) -> dict[str, object]:
     """What :func:`selfpruner.errors.from_dict` rebuilds: the HTTP body and the name of the class."""
     typed = classify(error)
     return {**typed.to_dict(), "class": type(typed).__name__}

@@ -23,7 +23,7 @@ from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.progress import OnProgress
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest
-from selfpruner.workers.worker_process import Link
+from selfpruner.workers.worker_process import Link, Message
 
 CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 5.0  # seconds before a worker that died twice in a row starts again
@@ -176,7 +176,7 @@ class ProcessPool:
                 raise WorkerError(f"{tries} on the task {task['kind']!r}. The worker on {slot.device} {link.cause()}")
         raise AssertionError("unreachable")
 
-    async def _reply(self, slot: _Slot, link: Link, on_progress: OnProgress | None) -> dict[str, Any] | None:
+    async def _reply(self, slot: _Slot, link: Link, on_progress: OnProgress | None) -> Message | None:
         """The result or error of the slot's task; None when the worker died first."""
         while (message := await link.inbox.get()) is not None:
             if message["id"] != slot.task:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from selfpruner.config import Role
 from selfpruner.errors import ContractError
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import SearchSpace
 
 Levels = tuple[int, ...]
@@ -111,11 +112,11 @@ class TextFacts(Contract):
 
 
 class PrepareResult(TaskResult):
-    """``signals``: numbers measured on the dense model, see :func:`selfpruner.pruning.signals.gather`. ``seconds`` from the texts
+    """``signals``: numbers measured on the dense model, see :class:`Signals`. ``seconds`` from the texts
     to the levels. ``streamed``: whether weights are read from their files when they are needed."""
 
     space: SearchSpace
-    signals: dict[str, JsonValue]
+    signals: Signals
     model: ModelFacts
     texts: dict[Role, TextFacts]
     dtype: str

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.workers.lifeline import tied
@@ -20,6 +20,16 @@ _BEATS = 4  # signs of life a worker sends per heartbeat timeout
 _CHECKS = 8  # and how often the parent looks in that time
 _TAIL_BYTES = 8192
 _TAIL_LINES = 50
+
+
+class Message(TypedDict, total=False):
+    """What a worker says of the task ``id``: progress has a ``text``, an answer a ``result`` or an ``error``."""
+
+    op: str
+    id: int
+    text: str
+    result: object
+    error: dict[str, object]
 
 
 class Link:
@@ -33,7 +43,7 @@ class Link:
         self._silence = 0
         self._frozen = False
         self._garbled = ""
-        self.inbox: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.inbox: asyncio.Queue[Message | None] = asyncio.Queue()
         self.alive = True
         self._reader = asyncio.create_task(self._read())
         self._watcher = asyncio.create_task(self._watch())

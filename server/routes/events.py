@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -57,7 +57,7 @@ async def list_events(
     after: Annotated[int, Query(ge=0, le=MAX_SEQUENCE, description="the last id of the page before")] = 0,
     limit: Limit = 20,
     last_event_id: Annotated[str | None, Header(description="stream only: go on after this event")] = None,
-) -> Any:
+) -> object:
     if "text/event-stream" not in request.headers.get("accept", "").lower():
         page = await run_in_threadpool(store.events, job.id, after, limit)
         return ListObject[EventObject].of([EventObject.of(event) for event in page.data], page.has_more)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from selfpruner.architectures import Architecture
 from selfpruner.config import SearchConfig
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Block, Option, Plan
 from selfpruner.pruning.measurements import Measurements
 from selfpruner.pruning.patterns.masked import PrunableMasked
@@ -43,5 +44,5 @@ class Pattern(ABC):
         """The parameters of the smallest step, within which a plan meets its budget."""
 
     @abstractmethod
-    def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], dict[str, Any]]:
+    def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], Signals]:
         """Every block at every level, in plan order, and the model's signals. With a ``plan`` only its levels need be made."""

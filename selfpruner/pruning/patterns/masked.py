@@ -30,6 +30,7 @@ from selfpruner.files import atomic
 from selfpruner.files.tensors import TensorFile, write_tensors
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Option, Plan
+from selfpruner.pruning.signals import LayerSignals
 
 # The matrices of a block, by its place in the layer; an FFN may have no gate.
 BLOCKS = (("q", "k", "v", "o"), ("gate", "up", "down"))
@@ -127,7 +128,7 @@ def write_levels(
     criterion: WeightCriterion,
     levels: Sequence[Sparsity],
     dtype: torch.dtype,
-    facts: Mapping[str, Any],
+    facts: LayerSignals,
     *,
     repair: bool,
     only: tuple[int, int] | None = None,
@@ -179,7 +180,7 @@ def facts_file(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
-def read_facts(file: Path) -> tuple[tuple[tuple[Option, ...], ...], dict[str, Any]]:
+def read_facts(file: Path) -> tuple[tuple[tuple[Option, ...], ...], LayerSignals]:
     """The options of attention and FFN, with the weights that really stay and the mean error of the block's matrices, and the
     facts."""
     body = json.loads(facts_file(file).read_text("utf-8"))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +18,7 @@ from selfpruner.criteria import Criterion
 from selfpruner.files import atomic
 from selfpruner.files.tensors import HeldParts, StoredParts, TensorFile, held_shapes, write_tensors
 from selfpruner.pruning.patterns.units import AttentionFactors, FfnFactors
+from selfpruner.pruning.signals import LayerFacts
 
 # Raise it when a criterion, a compensation or the layout changes what is in the files.
 _FORMAT = 3
@@ -34,7 +33,7 @@ def factor_files(
     return [stored_in / f"layer-{layer:04d}.safetensors" for layer in range(arch.layers)]
 
 
-def write_factors(file: Path, attention: AttentionFactors, ffn: FfnFactors, facts: Mapping[str, Any]) -> None:
+def write_factors(file: Path, attention: AttentionFactors, ffn: FfnFactors, facts: LayerFacts) -> None:
     """Write one layer's factors, and ``facts`` (JSON) with them. Raises DiskFullError, and leaves nothing then."""
     tensors = {"order": ffn.order.int(), "errors": ffn.errors}
     for name, repair in (("attention.", attention.repair), ("ffn.", ffn.repair)):
@@ -46,9 +45,7 @@ def write_factors(file: Path, attention: AttentionFactors, ffn: FfnFactors, fact
         write_tensors(aside, held_shapes(tensors), tensors.__getitem__, metadata)
 
 
-def read_factors(
-    file: Path, compensation: Compensation, device: torch.device
-) -> tuple[AttentionFactors, FfnFactors, dict[str, Any]]:
+def read_factors(file: Path, compensation: Compensation, device: torch.device) -> tuple[AttentionFactors, FfnFactors, LayerFacts]:
     """One layer's factors, their repairs still in the file, and the facts."""
     opened = TensorFile(file)
     shapes = json.loads(opened.metadata["attention"])

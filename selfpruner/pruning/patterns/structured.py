@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures.cost import attention_cost, decoder_parameters, ffn_cost, model_parameters
@@ -12,6 +12,7 @@ from selfpruner.criteria import UnitCriterion
 from selfpruner.errors import CancelledTaskError
 from selfpruner.files.cache_folder import use
 from selfpruner.models.memory import release
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Block, Option, Plan, attention_shapes, default_ffn_step, ffn_widths
 from selfpruner.pruning import outlook
 from selfpruner.pruning.measurements import Measurements, where_to_order
@@ -39,7 +40,7 @@ class Structured(Pattern):
         channels = self.config.ffn_step or default_ffn_step(self.arch.channels, self.config.tensor_parallel)
         return ffn_cost(self.arch, 2 * channels) - ffn_cost(self.arch, channels)
 
-    def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], dict[str, Any]]:  # noqa: ARG002
+    def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], Signals]:  # noqa: ARG002
         """All levels come from orders and repairs that are made once and then read from the cache; the model's channels are put in
         the criterion's order."""
         config, arch = self.config, self.arch

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures.order import restore_channels
@@ -16,12 +15,13 @@ from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.files.cache_folder import discard, use
 from selfpruner.files.tensors import TensorFile
 from selfpruner.models.memory import release
+from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Block, Option, Plan
 from selfpruner.pruning.measurements import Measurements
 from selfpruner.pruning.patterns import masked
 from selfpruner.pruning.patterns.base import Pattern, Prunable
 from selfpruner.pruning.patterns.masked import PrunableMasked
-from selfpruner.pruning.signals import gather, weight_facts
+from selfpruner.pruning.signals import LayerSignals, gather, weight_facts
 
 
 class ZeroingPattern(Pattern):
@@ -43,7 +43,7 @@ class ZeroingPattern(Pattern):
         sizes = [option.parameters for option in blocks[1].options]
         return max(before - after for before, after in pairwise(sizes))
 
-    def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], dict[str, Any]]:
+    def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], Signals]:
         """From a level database that is made where there is none; with a ``plan`` one of this plan's levels, unless there is one of
         all. See :func:`selfpruner.evaluation.session.forget_plan`."""
         config, arch, levels, folder = self.config, self.arch, self.levels(), measured.cache / "levels"
@@ -82,7 +82,7 @@ class ZeroingPattern(Pattern):
                 if files[layer] in missing:
                     matrices = masked.LayerMatrices(arch, layer, found, gradients(layer))
                     # What is known of the weights serves a search.
-                    facts = weight_facts(matrices, levels) if plan is None else {}
+                    facts = weight_facts(matrices, levels) if plan is None else LayerSignals()
                     only = None if plan is None else (plan.levels[2 * layer], plan.levels[2 * layer + 1])
                     masked.write_levels(
                         files[layer], matrices, criterion, levels, arch.dtype, facts, repair=repair.refits, only=only
@@ -102,4 +102,4 @@ class ZeroingPattern(Pattern):
                 blocks.append(PrunableMasked(arch, layer, block, opened, options))
             signals.append(facts)
         release()
-        return blocks, gather(signals) if plan is None else {}
+        return blocks, gather(signals) if plan is None else Signals()
