@@ -30,10 +30,11 @@ from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job, session_of
 from selfpruner.judging.quality import MeasurementFile
 from selfpruner.planning.space import Plan
+from selfpruner.testing.spaces import space_of
 from selfpruner.testing.tiny_models import sample_text
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import PrepareRequest
-from tests.helpers.searching import MemoryRecorder
+from tests.helpers.searching import MemoryRecorder, prepared_of
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
 
@@ -310,7 +311,7 @@ def test_a_job_does_not_go_on_with_other_files(then: dict[str, str], words: str)
     }
 
     async def prepared(*_: Any) -> Any:
-        return {"model": {"fingerprint": "same"}, "texts": {"fitness": {"fingerprint": "same"}, "report": {}}}
+        return prepared_of(space_of())
 
     recorder = MemoryRecorder()
     recorder.event("prepared", "search.prepared", "", data=now)

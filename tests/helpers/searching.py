@@ -35,6 +35,7 @@ from selfpruner.workers.tasks import (
     SlopesRequest,
     SlopesResult,
     TaskRequest,
+    TextFacts,
     TimeBlocksRequest,
     TimeBlocksResult,
 )
@@ -308,11 +309,12 @@ def prepared_of(space: SearchSpace, **signals: Any) -> PrepareResult:
     """What a worker says that made ``space`` ready."""
     sizes = {"layers": space.layers, "hidden": 32, "heads": 4, "kv_groups": 2, "head_dim": 8, "channels": 96}
     counts = {"parameters": space.total, "decoder_parameters": space.total}
+    text = TextFacts(sources=(), sequences=8, length=64, fingerprint="same")
     return PrepareResult(
         space=space,
         signals=signals,
-        model=ModelFacts(name="tiny", fingerprint="0", family="llama", **sizes, **counts),
-        texts={},
+        model=ModelFacts(name="tiny", fingerprint="same", family="llama", **sizes, **counts),
+        texts={"fitness": text, "report": text},
         dtype="float32",
         device="cpu",
         streamed=False,
