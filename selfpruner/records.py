@@ -13,6 +13,10 @@ from typing import Literal, Protocol
 
 Severity = Literal["info", "warn", "error"]
 CandidateStatus = Literal["pending", "evaluated", "infeasible", "failed"]
+EvaluationKind = Literal["measured", "raced", "foreseen"]
+"""``measured`` on all tokens of the window; ``raced``: a race ended early, and the figures are estimates from the tokens there
+were; ``foreseen`` from slopes, on no tokens of its own."""
+EvaluationOutcome = Literal["ok", "out_of_memory", "not_finite"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One plan on one window. ``kl`` and ``nll`` are nats per token; a reason is given when they are not finite."""
+    """One plan on one window. ``kl`` and ``nll`` are nats per token, and missing unless the ``outcome`` is ok. ``reason`` says the
+    same to people, and nothing is decided by it."""
 
     plan_hash: str
     window: str
@@ -37,13 +42,16 @@ class Evaluation:
     nll: float | None
     seconds: float
     reason: str | None = None
+    kind: EvaluationKind = "measured"
+    outcome: EvaluationOutcome = "ok"
 
 
 @dataclass(slots=True)
 class Candidate:
     """A plan in the population. ``fitness`` is on its latest and largest window; ``relative`` is that over the uniform
     plan's fitness on the same tokens, so candidates of different generations can be compared (1 = uniform, lower is better);
-    None for a front's plan of another rate, which the uniform plan says nothing about.
+    None for a front's plan of another rate, which the uniform plan says nothing about. ``rejected``: a race ended early for it, and
+    both are estimates, good enough to be left out by. ``reason`` is for people.
 
     ``predicted`` is the relative fitness the landscape's model expected before it was scored; ``credit`` what the bandit believed
     its operator gains per second; ``informed_by`` the latest generation whose scores an LLM operator knew."""
@@ -61,14 +69,10 @@ class Candidate:
     tokens: int = 0
     reason: str | None = None
     survived: bool = False
+    rejected: bool = False
     predicted: float | None = None
     credit: float | None = None
     informed_by: int | None = None
-
-    @property
-    def rejected(self) -> bool:
-        """Whether a race ended early for it: its fitness is an estimate, good enough to be left out by."""
-        return self.status == "evaluated" and self.reason is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.planning.space import Plan
-from selfpruner.records import Evaluation, Recorder, Window
+from selfpruner.records import Evaluation, EvaluationOutcome, Recorder, Window
 from selfpruner.workers.base import Session, WorkerPool
-from selfpruner.workers.tasks import EvaluateRequest, GenerateRequest, RaceTerms, SlopesRequest
+from selfpruner.workers.tasks import EvaluateRequest, GenerateRequest, RaceTerms, ScoreRow, SlopesRequest
 
 # A race drops a plan that is worse than the last survivor at this confidence (one-sided, normal).
 CONFIDENCE = 0.995
@@ -18,16 +18,14 @@ CONFIDENCE = 0.995
 # around a closed-form plan of SmolLM2-135M, on whose tokens they leave 1.5 of 5.3 thousandths of a nat (benchmarks/README.md).
 FIRST, OWN = 0.92, 0.7
 SLOPE_PASSES = 5
-# The reason of an estimate that comes from slopes.
-FORESEEN = "foreseen from slopes"
-# How the reason of an evaluation begins that a race ended early.
-REJECTED = "rejected early"
+_NOT_FINITE = "the fitness is not finite"
 
 
 @dataclass(frozen=True, slots=True)
 class Fitness:
-    """Token-weighted means over the windows asked for; ``reason`` says why there is none. ``seconds`` went into scoring the plan;
-    ``rejected``: a race ended early for it, and its means are estimates from the tokens it got."""
+    """Token-weighted means over the windows asked for; there are none unless the ``outcome`` is ok, and ``reason`` tells people
+    why. ``seconds`` went into scoring the plan; ``rejected``: a race ended early for it, and its means are estimates from the
+    tokens it got."""
 
     kl: float
     nll: float
@@ -35,6 +33,7 @@ class Fitness:
     reason: str | None = None
     seconds: float = 0.0
     rejected: bool = False
+    outcome: EvaluationOutcome = "ok"
 
     @property
     def perplexity(self) -> float:
@@ -137,7 +136,9 @@ class Evaluator:
             rows = [base]
             for (move, weight), first, size in zip(moves.items(), result.first, result.size, strict=True):
                 expected = max(kl + FIRST * first + OWN * weight * size, 0.0)
-                known[move] = Evaluation(plans[move].hash, window.name, 0, expected, None, each, FORESEEN)
+                known[move] = Evaluation(
+                    plans[move].hash, window.name, 0, expected, None, each, "foreseen from slopes", kind="foreseen"
+                )
                 rows.append(known[move])  # type: ignore[arg-type]
             self._recorder.save_evaluations(rows)
         self.tokens += base.tokens
@@ -163,24 +164,38 @@ class Evaluator:
                 middle = len(plans) // 2
                 first = await self._evaluate(plans[:middle], window, contenders, keep)
                 return first + await self._evaluate(plans[middle:], window, contenders, keep)
-            rows = [Evaluation(plan.hash, window.name, 0, None, None, 0.0, f"out of memory: {error.message}") for plan in plans]
+            reason = f"out of memory: {error.message}"
+            rows = [Evaluation(plan.hash, window.name, 0, None, None, 0.0, reason, outcome="out_of_memory") for plan in plans]
         else:
             self.peak_mib = max(self.peak_mib, result.peak_mib)
             tokens = sum(row.tokens for row in result.rows) or 1
             rows = [
-                Evaluation(
-                    plan.hash,
-                    window.name,
-                    row.tokens,
-                    row.kl,
-                    row.nll,
-                    result.seconds * row.tokens / tokens,
-                    f"{REJECTED} after {row.tokens} tokens" if row.rejected else row.reason,
-                )
+                _recorded(plan, window, row, result.seconds * row.tokens / tokens)
                 for plan, row in zip(plans, result.rows, strict=True)
             ]
         self._recorder.save_evaluations(rows)
         return rows
+
+
+def _recorded(plan: Plan, window: Window, row: ScoreRow, seconds: float) -> Evaluation:
+    finite = row.kl is not None and row.nll is not None
+    return Evaluation(
+        plan.hash,
+        window.name,
+        row.tokens,
+        row.kl,
+        row.nll,
+        seconds,
+        _reason(row, finite=finite),
+        kind="raced" if row.rejected else "measured",
+        outcome="ok" if finite else "not_finite",
+    )
+
+
+def _reason(row: ScoreRow, *, finite: bool) -> str | None:
+    if not finite:
+        return row.reason or _NOT_FINITE
+    return f"rejected early after {row.tokens} tokens" if row.rejected else None
 
 
 def _mean(rows: Sequence[Evaluation]) -> Fitness:
@@ -188,8 +203,8 @@ def _mean(rows: Sequence[Evaluation]) -> Fitness:
     seconds = math.fsum(row.seconds for row in rows)
     for row in rows:
         if row.kl is None or row.nll is None:
-            return Fitness(math.nan, math.nan, tokens, row.reason or "the fitness is not finite", seconds)
+            outcome = "not_finite" if row.outcome == "ok" else row.outcome
+            return Fitness(math.nan, math.nan, tokens, row.reason or _NOT_FINITE, seconds, outcome=outcome)
     kl = math.fsum((row.kl or 0.0) * row.tokens for row in rows) / max(tokens, 1)
     nll = math.fsum((row.nll or 0.0) * row.tokens for row in rows) / max(tokens, 1)
-    rejected = any((row.reason or "").startswith(REJECTED) for row in rows)
-    return Fitness(kl, nll, tokens, None, seconds, rejected)
+    return Fitness(kl, nll, tokens, None, seconds, rejected=any(row.kind == "raced" for row in rows))

@@ -278,4 +278,4 @@ def _spread(items: Sequence[T], most: int) -> list[T]:
 
 
 def _finite(fitness: Fitness) -> bool:
-    return fitness.reason is None and math.isfinite(fitness.kl) and math.isfinite(fitness.nll)
+    return fitness.outcome == "ok" and math.isfinite(fitness.kl) and math.isfinite(fitness.nll)

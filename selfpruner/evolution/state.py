@@ -104,8 +104,10 @@ class State:
         value = fitness.value(self.config.fitness)
         candidate.window = "+".join(window.name for window in windows)
         candidate.tokens = fitness.tokens
-        if fitness.reason is not None or not math.isfinite(value):
-            candidate.status = "failed" if (fitness.reason or "").startswith("out of memory") else "infeasible"
+        candidate.rejected = fitness.rejected
+        if fitness.outcome != "ok" or not math.isfinite(value):
+            candidate.status = "failed" if fitness.outcome == "out_of_memory" else "infeasible"
+            candidate.rejected = False
             candidate.reason = fitness.reason or "the fitness is not a number"
             candidate.fitness = candidate.relative = None
             return

@@ -66,7 +66,7 @@ async def _scores(job: RunningJob, plans: Mapping[str, Plan]) -> dict[str, Fitne
         {},
     )
     job.evaluator.evaluations = counted  # the report's figures are no part of the search's cost
-    if reason := next((score.reason for score in scores.values() if score.reason is not None), None):
+    if reason := next((score.reason for score in scores.values() if score.outcome != "ok"), None):
         job.extras.note("scores", "Not all plans were scored on the held-out text", f"{reason}.")
     return scores
 

@@ -76,9 +76,9 @@ class EventObject(BaseModel):
 
 class CandidateObject(BaseModel):
     """``id`` is the plan's hash. ``fitness`` is nats per token on ``window``; ``relative`` is that over the uniform plan's on the
-    same tokens, null for a front's plan of another rate; of an evaluated plan with a ``reason``, which was rejected early, both are
-    estimates. ``predicted`` is the ``relative`` that was expected before it was scored, ``credit`` the relative gain per second its
-    operator was believed to bring, ``informed_by`` the latest generation whose scores the LLM knew."""
+    same tokens, null for a front's plan of another rate; of a plan that was ``rejected`` early both are estimates. ``predicted`` is
+    the ``relative`` that was expected before it was scored, ``credit`` the relative gain per second its operator was believed to
+    bring, ``informed_by`` the latest generation whose scores the LLM knew."""
 
     id: str
     object: Literal["candidate"] = "candidate"
@@ -95,6 +95,7 @@ class CandidateObject(BaseModel):
     tokens: int
     reason: str | None
     survived: bool
+    rejected: bool
     predicted: float | None
     credit: float | None
     informed_by: int | None

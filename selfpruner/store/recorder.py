@@ -39,7 +39,7 @@ class JobRecorder:
             row = session.get(EvaluationRow, (self.job_id, plan_hash, window))
         if row is None:
             return None
-        return Evaluation(row.plan_hash, row.window, row.tokens, row.kl, row.nll, row.seconds, row.reason)
+        return Evaluation(**row.model_dump(exclude={"job_id", "created_at"}))
 
     def save_evaluations(self, rows: Sequence[Evaluation]) -> None:
         if not rows:
@@ -132,5 +132,5 @@ def _beliefs(candidate: Candidate) -> dict[str, Any]:
 
 def _score(candidate: Candidate) -> dict[str, Any]:
     fields = _fields(candidate)
-    kept = ("status", "fitness", "relative", "window", "tokens", "survived")
+    kept = ("status", "fitness", "relative", "window", "tokens", "survived", "rejected")
     return {**{name: fields[name] for name in kept}, "reason": _text(candidate.reason)}

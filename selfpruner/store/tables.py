@@ -20,9 +20,9 @@ from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
 from selfpruner.proposers.base import OUTCOMES
-from selfpruner.records import CandidateStatus, Severity
+from selfpruner.records import CandidateStatus, EvaluationKind, EvaluationOutcome, Severity
 
-REVISION = "0002"
+REVISION = "0003"
 
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TRANSITIONS: Mapping[JobStatus, tuple[JobStatus, ...]] = {
@@ -116,6 +116,7 @@ class CandidateRow(Table, table=True):
         check("candidate_evaluated", "status <> 'evaluated' OR fitness IS NOT NULL"),
         check("candidate_reason", "status NOT IN ('infeasible', 'failed') OR reason IS NOT NULL"),
         check("candidate_counts", "generation >= 0 AND tokens >= 0 AND sequence >= 1 AND survived IN (0, 1)"),
+        check("candidate_rejected", "rejected IN (0, 1) AND (rejected = 0 OR status = 'evaluated')"),
         check("candidate_beliefs", finite("predicted", "credit")),
         check("candidate_informed_by", "informed_by BETWEEN 0 AND generation"),
         check("candidate_levels_json", json("levels", "array")),
@@ -139,18 +140,23 @@ class CandidateRow(Table, table=True):
     tokens: int
     reason: str | None = None
     survived: bool
+    rejected: bool
     predicted: float | None = None
     credit: float | None = None
     informed_by: int | None = None
 
 
 class EvaluationRow(Table, table=True):
-    """One plan on one window of text. Plans that are no candidates (probes, references) have rows too. nats per token."""
+    """One plan on one window of text. Plans that are no candidates (probes, references) have rows too. nats per token. ``kind`` and
+    ``outcome`` as in :mod:`selfpruner.records`; ``reason`` is for people."""
 
     __tablename__: ClassVar[str] = "evaluation"
     __table_args__: ClassVar[object] = (
         check("evaluation_finite", finite("kl", "nll", "seconds")),
-        check("evaluation_reason", "kl IS NOT NULL OR nll IS NOT NULL OR reason IS NOT NULL"),
+        check("evaluation_kind", one_of("kind", get_args(EvaluationKind))),
+        check("evaluation_outcome", one_of("outcome", get_args(EvaluationOutcome))),
+        check("evaluation_figures", "(outcome = 'ok') = (kl IS NOT NULL OR nll IS NOT NULL)"),
+        check("evaluation_reason", "outcome = 'ok' OR reason IS NOT NULL"),
         check("evaluation_counts", "tokens >= 0 AND seconds >= 0"),
     )
 
@@ -162,6 +168,8 @@ class EvaluationRow(Table, table=True):
     kl: float | None = None
     nll: float | None = None
     seconds: float
+    kind: str
+    outcome: str
     reason: str | None = None
 
 

@@ -23,8 +23,7 @@ SELECT
                 (SELECT json_extract(event.data, '$.best') FROM event WHERE event.job_id = job.id AND event.key = 'final'),
                 json_extract(job.progress, '$.best_plan')
             ),
-            candidate.status <> 'evaluated',
-            candidate.reason IS NOT NULL,
+            CASE candidate.status WHEN 'evaluated' THEN candidate.rejected WHEN 'pending' THEN 2 ELSE 3 END,
             candidate.relative IS NULL,
             candidate.window IS NOT 'final',
             NOT candidate.survived,
@@ -36,8 +35,8 @@ FROM candidate
 JOIN job ON job.id = candidate.job_id;
 
 -- One row per candidate. rank 1 is the best plan of its job (see ranking); plans without fitness have none. window: the tokens that
--- fitness and relative are of, final or those of a generation. predicted: the relative fitness expected before it was scored. An
--- evaluated plan with a reason was rejected early: its fitness is an estimate.
+-- fitness and relative are of, final or those of a generation. predicted: the relative fitness expected before it was scored.
+-- rejected: a race ended early for it, and its fitness is an estimate.
 CREATE VIEW population AS
 SELECT
     candidate.job_id,
@@ -53,6 +52,7 @@ SELECT
     predicted,
     status,
     survived,
+    rejected,
     reason,
     sequence
 FROM candidate
@@ -111,7 +111,7 @@ ORDER BY ancestor.job_id, depth, candidate.sequence;
 -- over plans.
 CREATE VIEW operator_report AS
 WITH scored AS (
-    SELECT *, CASE WHEN status = 'evaluated' AND reason IS NULL THEN
+    SELECT *, CASE WHEN status = 'evaluated' AND NOT rejected THEN
         CASE WHEN max(relative) OVER (PARTITION BY job_id) IS NULL THEN fitness ELSE relative END
     END AS score
     FROM candidate
@@ -128,7 +128,7 @@ SELECT
     operator,
     count(*) AS plans,
     count(*) FILTER (WHERE status = 'evaluated') AS evaluated,
-    count(*) FILTER (WHERE status = 'evaluated' AND reason IS NOT NULL) AS rejected,
+    count(*) FILTER (WHERE rejected) AS rejected,
     count(*) FILTER (WHERE status = 'infeasible') AS infeasible,
     count(*) FILTER (WHERE status = 'failed') AS failed,
     count(*) FILTER (WHERE survived) AS survived,
@@ -152,7 +152,7 @@ SELECT
     json_extract(event.data, '$.rank_correlation') AS rank_correlation
 FROM candidate
 LEFT JOIN event ON event.job_id = candidate.job_id AND event.key = 'generation-' || candidate.generation
-WHERE candidate.predicted IS NOT NULL AND candidate.relative IS NOT NULL AND candidate.reason IS NULL
+WHERE candidate.predicted IS NOT NULL AND candidate.relative IS NOT NULL AND NOT candidate.rejected
 GROUP BY candidate.job_id, candidate.generation;
 
 -- What the proposer's calls cost. ok: calls that gave plans; seconds and cost are sums, cost in the currency of the prices.

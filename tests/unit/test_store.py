@@ -337,7 +337,7 @@ def test_a_replayed_history_changes_nothing(store: Store) -> None:
         recorder.event("start", "search.started", "Searching", data={"plans": 3})
         recorder.save_candidates([candidate("a"), candidate("b", operator="mutate", parents=("a",), generation=1)])
         recorder.save_evaluations(
-            [Evaluation("a", "w0", 64, 0.5, 3.1, 0.1), Evaluation("b", "w0", 64, None, None, 0.1, "no heads")]
+            [Evaluation("a", "w0", 64, 0.5, 3.1, 0.1), Evaluation("b", "w0", 64, None, None, 0.1, "no heads", outcome="not_finite")]
         )
         recorder.save_candidates(
             [
@@ -360,7 +360,7 @@ def test_a_replayed_history_changes_nothing(store: Store) -> None:
 
     recorder = store.recorder(job_id)
     assert recorder.find_evaluation("a", "w0") == Evaluation("a", "w0", 64, 0.5, 3.1, 0.1)
-    assert recorder.find_evaluation("b", "w0") == Evaluation("b", "w0", 64, None, None, 0.1, "no heads")
+    assert recorder.find_evaluation("b", "w0") == Evaluation("b", "w0", 64, None, None, 0.1, "no heads", outcome="not_finite")
     assert recorder.find_evaluation("a", "w1") is None
     assert recorder.find_llm_call(1) == call(1)
     assert recorder.find_llm_call(3) is None
@@ -387,22 +387,23 @@ def test_what_was_written_first_stays(store: Store) -> None:
     assert (row.levels, row.rates, row.sequence, row.survived) == ([0, 3], [0.0, 0.4], 1, True)
 
 
-def test_beliefs_stay_and_an_early_rejection_is_known_by_its_reason(store: Store) -> None:
+def test_beliefs_stay_and_an_early_rejection_is_kept(store: Store) -> None:
     recorder = store.recorder(started(store))
     new = candidate("a", generation=2, predicted=0.9, credit=0.001, informed_by=1)
     recorder.save_candidates([new])
     early = "rejected early after 64 tokens"
-    judged = replace(new, status="evaluated", fitness=0.5, relative=1.1, tokens=64, reason=early, predicted=0.1, credit=0.2)
+    judged = replace(
+        new, status="evaluated", fitness=0.5, relative=1.1, tokens=64, rejected=True, reason=early, predicted=0.1, credit=0.2
+    )
     recorder.save_candidates([judged])
-    recorder.save_evaluations([Evaluation("a", "w0", 64, 0.5, 3.1, 0.1, early)])
+    recorder.save_evaluations([Evaluation("a", "w0", 64, 0.5, 3.1, 0.1, early, "raced")])
     row = store.candidate(recorder.job_id, "a")
     assert (row.predicted, row.credit, row.informed_by) == (0.9, 0.001, 1)
-    assert (row.status, row.relative, row.reason) == ("evaluated", 1.1, early)
-    assert recorder.find_evaluation("a", "w0") == Evaluation("a", "w0", 64, 0.5, 3.1, 0.1, early)
-    assert judged.rejected
-    recorder.save_candidates([replace(judged, reason=None, fitness=0.45, tokens=256, window="final")])
+    assert (row.status, row.relative, row.rejected, row.reason) == ("evaluated", 1.1, True, early)
+    assert recorder.find_evaluation("a", "w0") == Evaluation("a", "w0", 64, 0.5, 3.1, 0.1, early, "raced")
+    recorder.save_candidates([replace(judged, rejected=False, reason=None, fitness=0.45, tokens=256, window="final")])
     row = store.candidate(recorder.job_id, "a")
-    assert (row.reason, row.fitness, row.window) == (None, 0.45, "final")
+    assert (row.rejected, row.reason, row.fitness, row.window) == (False, None, 0.45, "final")
 
 
 def test_recorders_of_two_jobs_do_not_meet(store: Store) -> None:
@@ -427,6 +428,10 @@ def test_recorders_of_two_jobs_do_not_meet(store: Store) -> None:
         lambda recorder: recorder.save_evaluations([Evaluation("a", "w", 1, float("nan"), 1.0, 0.1)]),
         lambda recorder: recorder.save_evaluations([Evaluation("a", "w", 1, float("inf"), 1.0, 0.1)]),
         lambda recorder: recorder.save_evaluations([Evaluation("a", "w", 1, None, None, 0.1)]),
+        lambda recorder: recorder.save_evaluations([Evaluation("a", "w", 1, None, None, 0.1, outcome="not_finite")]),
+        lambda recorder: recorder.save_evaluations([Evaluation("a", "w", 1, 1.0, 1.0, 0.1, "why", outcome="out_of_memory")]),
+        lambda recorder: recorder.save_evaluations([Evaluation("a", "w", 1, 1.0, 1.0, 0.1, kind="guessed")]),
+        lambda recorder: recorder.save_candidates([candidate("a", status="pending", rejected=True)]),
         lambda recorder: recorder.save_evaluations([Evaluation("b", "w", 1, 1.0, 1.0, 0), Evaluation("a", "w", -1, 1.0, 1.0, 0)]),
         lambda recorder: recorder.save_candidates([candidate("a", status="evaluated")]),
         lambda recorder: recorder.save_candidates([candidate("a", status="evaluated", fitness=float("-inf"))]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -18,12 +20,14 @@ from sqlalchemy import create_engine
 import selfpruner.store
 from selfpruner.config import SearchConfig
 from selfpruner.errors import StoreError
+from selfpruner.evolution.outcome import Outcome
 from selfpruner.records import Evaluation
 from selfpruner.store import schema
 from selfpruner.store.recorder import JobRecorder
 from selfpruner.store.store import Store
 from selfpruner.store.tables import REVISION, Table
-from tests.helpers import GOLDEN
+from selfpruner.testing.spaces import space_of
+from tests.helpers import GOLDEN, searching
 
 DATABASES = sorted(GOLDEN.glob("store_*.sql"))
 STORE_FOLDER = Path(selfpruner.store.__file__).parent
@@ -104,6 +108,8 @@ def test_an_old_database_opens_with_everything_in_it(dump: Path, tmp_path: Path)
         assert beliefs == [(0.875, 0.00025, 0) if dump.stem >= "store_0002" else (None, None, None), *[(None, None, None)] * 2]
         recorder = store.recorder(done.id)
         assert recorder.find_evaluation("bbbb", "w1") == Evaluation("bbbb", "w1", 3072, 0.27, 3.4, 0.5)
+        infeasible = Evaluation("cccc", "w1", 0, None, None, 0.0, "no attention head left", "measured", "not_finite")
+        assert recorder.find_evaluation("cccc", "w1") == infeasible
         assert [call.outcome for call in store.llm_calls(done.id)] == ["ok", "timeout"]
         assert [event.sequence for event in store.events(done.id).data] == [1, 2, 3, 4]
         assert [checkpoint.metrics for checkpoint in store.checkpoints(done.id)] == [{"kl": 0.27}]
@@ -112,6 +118,97 @@ def test_an_old_database_opens_with_everything_in_it(dump: Path, tmp_path: Path)
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT plan, relative FROM best").fetchall() == [("bbbb", 0.9)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+# What releases before 0003 wrote, whose state was in the beginning of a reason, and what it is now: kind and outcome.
+EVALUATIONS = {
+    (0.31, 3.5, None): ("measured", "ok"),
+    (0.35, None, None): ("measured", "ok"),  # the plan that a survey went around
+    (0.33, 3.5, "rejected early after 64 tokens"): ("raced", "ok"),
+    (None, None, "rejected early after 64 tokens"): ("raced", "not_finite"),
+    (0.32, None, "foreseen from slopes"): ("foreseen", "ok"),
+    (None, None, "out of memory: A task needs more than the device has."): ("measured", "out_of_memory"),
+    (None, None, "fitness is not finite (kl nan, nll nan)"): ("measured", "not_finite"),
+}
+
+
+@pytest.mark.parametrize("dump", [dump for dump in DATABASES if dump.stem < "store_0003"], ids=lambda dump: dump.stem)
+def test_state_is_read_from_the_reasons_of_older_rows(dump: Path, tmp_path: Path) -> None:
+    path = restored(dump, tmp_path / "old.db")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        (job,) = connection.execute("SELECT id FROM job WHERE status = 'succeeded'").fetchone()
+        write = "INSERT INTO evaluation (job_id, plan_hash, window, created_at, tokens, kl, nll, seconds, reason) VALUES "
+        for number, figures in enumerate(EVALUATIONS):
+            connection.execute(f"{write} (?, ?, 'w2', 1800000007, 64, ?, ?, 0.1, ?)", (job, f"p{number}", *figures))
+        columns = (
+            "(job_id, plan_hash, sequence, created_at, generation, operator, parents, levels, rates, status, fitness, relative"
+        )
+        row = "1800000007, 1, 'mutate', '[]', '[1,2]', '[0.1,0.2]'"
+        for plan, status, fitness, reason in (
+            ("early", "evaluated", 0.33, "rejected early after 64 tokens"),
+            ("large", "failed", None, "out of memory: A task needs more than the device has."),
+        ):
+            connection.execute(
+                f"INSERT INTO candidate {columns}, tokens, reason, survived) "
+                f"VALUES (?, ?, (SELECT max(sequence) + 1 FROM candidate), {row}, ?, ?, ?, 64, ?, 0)",
+                (job, plan, status, fitness, fitness, reason),
+            )
+    with Store(path) as store:
+        recorder = store.recorder(job)
+        for number, ((kl, nll, reason), state) in enumerate(EVALUATIONS.items()):
+            assert recorder.find_evaluation(f"p{number}", "w2") == Evaluation(f"p{number}", "w2", 64, kl, nll, 0.1, reason, *state)
+        assert {row.plan_hash: row.rejected for row in store.candidates(job).data} == {
+            **dict.fromkeys(("aaaa", "bbbb", "cccc", "large"), False),
+            "early": True,
+        }
+
+
+def as_it_was(path: Path, old: Path, revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows in a database of an earlier ``revision``, without the columns that it had not."""
+    engine = create_engine(f"sqlite:///{old}")
+    with monkeypatch.context() as patch, engine.begin() as connection:
+        patch.setattr(schema, "REVISION", revision)
+        schema._migrate(connection)
+    engine.dispose()
+    with closing(sqlite3.connect(old)) as connection, connection:
+        connection.execute("ATTACH ? AS new", (str(path),))
+        for table in ("job", "candidate", "evaluation", "llm_call", "event"):
+            columns = ", ".join(f'"{name}"' for _, name, *_ in connection.execute(f"PRAGMA main.table_info({table})"))
+            connection.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
+
+
+@pytest.mark.parametrize("revision", ["0001", "0002"])
+def test_a_job_of_an_older_release_goes_on(revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its history is replayed from the migrated rows: nothing is scored again, and the search decides as before."""
+    config, space = searching.config_of("default"), space_of(layers=3)
+    tried = searching.MemoryRecorder()
+    asyncio.run(searching.Run(config, space, tried).go())
+    too_large, broken = [plan for plan, row in tried.candidates.items() if row.generation == 1 and not row.survived][:2]
+
+    def search(path: Path, job: str | None = None) -> tuple[str, Outcome, searching.AnalyticPool, list[dict[str, Any]]]:
+        pool = searching.AnalyticPool(space)
+        pool.too_large, pool.broken = {too_large}, {broken}
+        with Store(path) as store:
+            job = job or store.create_job(config)[0].id
+            outcome = asyncio.run(searching.Run(config, space, store.recorder(job), pool=pool).go())  # type: ignore[arg-type]
+            return job, outcome, pool, [row.model_dump() for row in store.candidates(job, limit=500).data]
+
+    job, outcome, pool, rows = search(tmp_path / "new.db")
+    assert pool.seen
+    assert {row["status"] for row in rows} == {"evaluated", "failed", "infeasible"}
+    assert any(row["rejected"] for row in rows)
+    as_it_was(tmp_path / "new.db", tmp_path / "old.db", revision, monkeypatch)
+    _, again, asked, replayed = search(tmp_path / "old.db", job)
+    assert not asked.seen
+    lost = {} if revision > "0001" else {"predicted": None, "credit": None, "informed_by": None}
+    assert replayed == [row | lost for row in rows]
+    assert (again.best.plan_hash, again.made, again.improved, again.tokens, again.stopped) == (
+        outcome.best.plan_hash,
+        outcome.made,
+        outcome.improved,
+        outcome.tokens,
+        outcome.stopped,
+    )
 
 
 def test_views_follow_the_file(tmp_path: Path) -> None:
@@ -130,8 +227,8 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "0004"
+down_revision = "0003"
 
 
 def upgrade():
@@ -143,14 +240,14 @@ def upgrade():
 
 @pytest.fixture
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Pretend that a release with revision 0003, which rebuilds the table every other table refers to, is running."""
+    """Pretend that a release with revision 0004, which rebuilds the table every other table refers to, is running."""
 
     def install(then: str) -> None:
         folder = tmp_path / "release"
         shutil.copytree(STORE_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "migrations/versions/v0003_note.py").write_text(NEXT_REVISION.format(then=then))
+        (folder / "migrations/versions/v0004_note.py").write_text(NEXT_REVISION.format(then=then))
         monkeypatch.setattr(schema, "files", lambda _: folder)
-        monkeypatch.setattr(schema, "REVISION", "0003")
+        monkeypatch.setattr(schema, "REVISION", "0004")
 
     return install
 
@@ -173,7 +270,7 @@ def test_a_migration_keeps_every_row(dump: Path, tmp_path: Path, next_release: C
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute(counts).fetchall() == before
         assert connection.execute("SELECT DISTINCT note FROM job").fetchall() == [("none",)]
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0003",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0004",)]
         assert connection.execute("SELECT plan FROM best").fetchall() == [("bbbb",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
