@@ -21,8 +21,12 @@ from typing import IO, Self
 OnProgress = Callable[[str], None]
 Cancelled = Callable[[], bool]
 
-# How a worker's progress begins that says, once and before it begins, what preparing will take. It is kept as an event.
-FORESEEN = "a first preparation takes "
+
+class Foreseen(str):
+    """Progress that says, once and before it begins, what preparing will take. It is kept as an event."""
+
+    __slots__ = ()
+
 
 # Seconds between two lines where lines cannot be taken back, and until one says that the same still goes on.
 EVERY, STILL = 5.0, 30.0

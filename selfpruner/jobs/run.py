@@ -25,7 +25,7 @@ from selfpruner.jobs.front_report import front_report, latencies_of
 from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.jobs.running_job import PREPARED, RunningJob
 from selfpruner.planning.space import Plan
-from selfpruner.progress import FORESEEN
+from selfpruner.progress import Foreseen
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Progress, Recorder
@@ -70,7 +70,7 @@ async def run_job(
     windows = Windows.of(config)
 
     def tell(text: str) -> None:
-        if text.startswith(FORESEEN):
+        if isinstance(text, Foreseen):
             recorder.event("foreseen", "search.foreseen", text)
         recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))
 

@@ -21,7 +21,7 @@ from selfpruner.architectures.cost import attention_cost, ffn_cost
 from selfpruner.calibration.cache import strip_rows
 from selfpruner.calibration.statistics import JUDGES, OUTPUTS, TOKENS_PER_STEP, Site, layer_statistics
 from selfpruner.files.cache_folder import size
-from selfpruner.progress import FORESEEN
+from selfpruner.progress import Foreseen
 
 # Factorisations of a layer's width that ordering and repairing it is worth, and how that grows with the width.
 _PROBE, _REFERENCE, _GROWTH = 768, 1536, 2.2
@@ -38,10 +38,10 @@ class Outlook:
     memory: int
     disk: int
 
-    def told(self, folder: Path) -> str:
+    def told(self, folder: Path) -> Foreseen:
         more = f" and what its {' and '.join(self.unknown)} take" if self.unknown else ""
-        return (
-            f"{FORESEEN}{_span(_LOW * self.seconds, _HIGH * self.seconds)}{more} (a guess, by a piece of it), "
+        return Foreseen(
+            f"a first preparation takes {_span(_LOW * self.seconds, _HIGH * self.seconds)}{more} (a guess, by a piece of it), "
             f"{size(self.memory)} of memory and {size(self.disk)} of disk in {folder} (see: selfpruner cache)"
         )
 

@@ -5,7 +5,7 @@
     in   {op: "task", id, session: {key, config, cache}, kind, payload}
          {op: "cancel", id}
     out  {op: "heartbeat"}                      every --heartbeat seconds, while Python runs at all
-         {op: "progress", id, text}
+         {op: "progress", id, text, foreseen}    foreseen: whether it is a progress.Foreseen
          {op: "result", id, result}
          {op: "error", id, error}               error as in errors.to_dict, and its class
 
@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, NoReturn
 from pydantic import JsonValue
 
 from selfpruner.errors import CancelledTaskError
+from selfpruner.progress import Foreseen
 from selfpruner.workers.base import Session, TaskHandler, perform
 from selfpruner.workers.failures import is_expected, to_wire
 
@@ -94,7 +95,7 @@ class Child:
             Session(**task["session"]),
             task["kind"],
             task["payload"],
-            lambda text: self._write({"op": "progress", "id": number, "text": text}),
+            lambda text: self._write({"op": "progress", "id": number, "text": text, "foreseen": isinstance(text, Foreseen)}),
             lambda: number in self._cancelled,
         )
 

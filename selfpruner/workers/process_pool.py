@@ -20,7 +20,7 @@ from typing import Any
 
 from selfpruner.errors import ConfigError, WorkerError, from_dict
 from selfpruner.models.memory import ENVIRONMENT
-from selfpruner.progress import OnProgress
+from selfpruner.progress import Foreseen, OnProgress
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest
 from selfpruner.workers.worker_process import Link, Message
@@ -184,7 +184,7 @@ class ProcessPool:
             if message["op"] != "progress":
                 return message
             if on_progress is not None:
-                on_progress(message["text"])
+                on_progress(Foreseen(message["text"]) if message["foreseen"] else message["text"])
         return None
 
     async def _settle(self, slot: _Slot) -> None:

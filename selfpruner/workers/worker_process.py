@@ -23,11 +23,13 @@ _TAIL_LINES = 50
 
 
 class Message(TypedDict, total=False):
-    """What a worker says of the task ``id``: progress has a ``text``, an answer a ``result`` or an ``error``."""
+    """What a worker says of the task ``id``: progress has a ``text`` and whether it is a ``Foreseen``, an answer a ``result`` or
+    an ``error``."""
 
     op: str
     id: int
     text: str
+    foreseen: bool
     result: object
     error: dict[str, object]
 

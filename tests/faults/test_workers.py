@@ -21,6 +21,7 @@ import pytest
 
 from selfpruner import errors
 from selfpruner.models.memory import peak_mib
+from selfpruner.progress import Foreseen
 from selfpruner.workers import process_pool
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.process_pool import ProcessPool
@@ -103,6 +104,16 @@ async def test_echo_with_progress_and_peak(pool: WorkerPool) -> None:
     assert said == ["one", "two — ü\n"]
     assert 5 < result.peak_mib < 10_000
     assert result.sessions == ["a"]
+
+
+@both_pools
+async def test_what_was_foreseen_stays_known_as_that(pool: WorkerPool) -> None:
+    said: list[str] = []
+    await pool.run(SESSION, Echo(say=("a first preparation takes ages",), foresee="about an hour"), said.append)
+    assert [(str(text), isinstance(text, Foreseen)) for text in said] == [
+        ("a first preparation takes ages", False),
+        ("about an hour", True),
+    ]
 
 
 @both_pools

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from pydantic import JsonValue
 
 from selfpruner.errors import CancelledTaskError, ProposerError, UnsupportedModelError
+from selfpruner.progress import Foreseen
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
 
@@ -35,6 +36,7 @@ class Echo(TaskRequest[Done]):
     kind: ClassVar[str] = "echo"
     value: JsonValue = None
     say: tuple[str, ...] = ()
+    foresee: str = ""
 
 
 class Note(TaskRequest[Done]):
@@ -105,6 +107,8 @@ class FakeHandler:
     def echo(self, request: Echo) -> Done:
         for text in request.say:
             self.progress(text)
+        if request.foresee:
+            self.progress(Foreseen(request.foresee))
         return self.done(value=request.value)
 
     def note(self, request: Note) -> Done:

@@ -26,7 +26,7 @@ from selfpruner.files import cache_folder
 from selfpruner.files.cache_folder import clean, entries, let_go, make_room, remove, size, use
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.models import load, resolve
-from selfpruner.progress import FORESEEN
+from selfpruner.progress import Foreseen
 from selfpruner.testing.tiny_models import sample_text
 from selfpruner.workers.base import Session
 from selfpruner.workers.lifeline import tied
@@ -196,7 +196,7 @@ def test_what_preparing_takes_is_said_before_it_begins(
     cache, told = tmp_path / "cache", list[str]()
     config, loaded = config_of(tmp_path, **fields), load(resolve(str(tiny_llama), tmp_path), "cpu", "float32")
     prepare(config, loaded, cache, ["calibration"], told.append, lambda: False)
-    (said,) = [text for text in told if text.startswith(FORESEEN)]
+    (said,) = [text for text in told if isinstance(text, Foreseen)]
     first = next(index for index, text in enumerate(told) if "of layer 1" in text)
     assert told.index(said) < first
     assert re.search(r"about \d+ to \d+ seconds.*MiB of memory and \d+ KiB of disk", said)
@@ -208,7 +208,7 @@ def test_what_preparing_takes_is_said_before_it_begins(
     assert {entry.model for entry in entries(cache)} == {str(tiny_llama)}
     told.clear()
     prepare(config, loaded, cache, ["calibration"], told.append, lambda: False)
-    assert not [text for text in told if text.startswith(FORESEEN)], "nothing is left to do"
+    assert not [text for text in told if isinstance(text, Foreseen)], "nothing is left to do"
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_measured(
