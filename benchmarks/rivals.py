@@ -92,7 +92,7 @@ class _Masks:
                 self.levels[index] = level
 
     def _write(self, index: int, level: int) -> None:
-        layer = self.arch.decoder.layers[index // 2]
+        layer: Any = self.arch.decoder.layers[index // 2]
         module = layer.mlp.down_proj if index % 2 else layer.self_attn.o_proj
         if index not in self.saved:
             self.saved[index] = module.weight.clone(), module.bias

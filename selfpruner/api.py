@@ -54,7 +54,7 @@ class Pruned:
     parameters: int
     plan: Plan
     layer_rates: Sequence[float]
-    verification: Mapping[str, Any]
+    verification: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ The residual stream stays in float32; matrix products run in the weights' dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from selfpruner.architectures.kernels import LONG, QUERIES, causal_in_blocks, rms_norm, rotate, soft_cap
+from selfpruner.architectures.modules import Decoder, Part
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.errors import UnsupportedModelError
 from selfpruner.models.family_layouts import LAYOUTS, Layout
@@ -37,11 +38,11 @@ class Architecture:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.config: Any = model.config
+        self.config = model.config
         self.layout: Layout = LAYOUTS[self.family]
         if why := self.layout.refusal(self.config.to_dict()):
             raise UnsupportedModelError(f"This model is not supported. {why}", param="model")
-        self.decoder: Any = cast(Any, model).get_submodule(self.layout.decoder)
+        self.decoder = cast(Decoder, model.get_submodule(self.layout.decoder))
         layers = self.decoder.layers
         if not len(layers):
             raise UnsupportedModelError("The model has no decoder layers.", param="model")
@@ -57,7 +58,7 @@ class Architecture:
         self.layers = len(layers)
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[getattr(self.config, self.layout.activation_key)]
         self.cap: float | None = getattr(self.config, "final_logit_softcapping", None)  # of the head's product
-        self.last_norm: Any = self.decoder.get_submodule(self.layout.final_norm)
+        self.last_norm = self.decoder.get_submodule(self.layout.final_norm)
         self.eps = float(getattr(self.config, "rms_norm_eps", 0.0))
         self.dtype: torch.dtype = self.last_norm.weight.dtype
         self.device: torch.device = self.last_norm.weight.device
@@ -111,7 +112,7 @@ class Architecture:
             biases[f"{part}_bias"] = None if module.bias is None else module.bias.detach()[start:stop]
         return weights, biases
 
-    def module(self, layer: int, part: str) -> Any:
+    def module(self, layer: int, part: str) -> Part:
         """The module of the matrix ``part`` (``q`` .. ``down``) of a layer."""
         place = {**self.layout.attention, **self.layout.ffn}[part]
         return self.decoder.layers[layer].get_submodule(place)
@@ -138,7 +139,7 @@ class Architecture:
     # -- computing ---------------------------------------------------------------------------------------------------
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, S) token ids to the float32 residual stream (B, S, d)."""
-        return self.decoder.embed_tokens(tokens).float()  # type: ignore[no-any-return]
+        return self.decoder.embed_tokens(tokens).float()
 
     def embed_exactly(self, tokens: Tensor) -> Tensor:
         """What :meth:`embed` would be if the weights were float32 numbers: the same, where nothing is computed with the rows."""
@@ -184,7 +185,7 @@ class Architecture:
         """What gate and up see: residual x (B, S, d), normalised, in ``dtype`` (x's own)."""
         return self.normalize(self.decoder.layers[layer].get_submodule(self.layout.ffn_norms[0]), x, dtype)
 
-    def normalize(self, norm: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def normalize(self, norm: Part, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x through a norm module of the family, computed in float32 and returned in ``dtype`` (x's own)."""
         return rms_norm(x, norm.weight.detach(), self.eps, dtype)
 
@@ -256,5 +257,5 @@ class Architecture:
         return x if w is None else x + self.ffn_update(layer, x, w)
 
 
-def _weight(module: Any) -> Tensor | None:
+def _weight(module: Part | None) -> Tensor | None:
     return None if module is None else module.weight.detach()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from selfpruner.architectures.base import Architecture
+from selfpruner.architectures.modules import Part
 
 
 class Opt(Architecture):
@@ -26,6 +25,7 @@ class Opt(Architecture):
     def place(self, layer: int, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG002
         return heads
 
-    def normalize(self, norm: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def normalize(self, norm: Part, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        assert norm.bias is not None
         weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
         return F.layer_norm(x.float(), weight.shape, weight, bias, norm.eps).to(dtype or x.dtype)

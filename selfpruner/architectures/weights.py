@@ -94,8 +94,8 @@ W = TypeVar("W", AttentionWeights, FfnWeights)
 
 def in_float32(weights: W) -> W:
     """The same weights, so that the block computes in float32."""
-    values: dict[str, Any] = {field.name: getattr(weights, field.name) for field in fields(weights)}
-    changed: dict[str, Any] = {name: value.float() for name, value in values.items() if isinstance(value, Tensor)}
+    values = ((field.name, getattr(weights, field.name)) for field in fields(weights))
+    changed: dict[str, Any] = {name: value.float() for name, value in values if isinstance(value, Tensor)}
     return replace(weights, **changed)
 
 

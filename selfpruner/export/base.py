@@ -49,8 +49,8 @@ class FinishedCheckpoint:
 
     folder: Path
     config: Mapping[str, Any]
-    plan: Mapping[str, Any]
-    manifest: Mapping[str, Any]
+    plan: manifest.PlanFile
+    manifest: manifest.Manifest
     tensors: Mapping[str, TensorFile]
 
     @classmethod

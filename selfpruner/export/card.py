@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 
 from selfpruner.export.older import requirement
+from selfpruner.files.manifest import PlanFile
 from selfpruner.pruning.layer_shapes import LayerShape
 
 # What a base model's card says that also holds for models made from it.
@@ -121,9 +122,9 @@ def named(model: str) -> str:
     return model if _on_hub(model) else last_part(model)
 
 
-def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: str, parameters: int) -> dict[str, Any]:
+def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: str, parameters: int) -> PlanFile:
     """The content of plan.json. Two exports with equal plans are the same checkpoint; measured numbers are not part of it."""
-    return {
+    made: PlanFile = {
         "base_model": named(info.base_model),
         "made_from": dict(info.made_from),
         "family": family,
@@ -138,9 +139,11 @@ def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: st
         "plan_hash": info.plan_hash,
         "levels": list(info.levels),
         "layer_rates": [round(rate, 6) for rate in info.layer_rates],
-        **({} if info.nonzeros is None else {"nonzeros": info.nonzeros}),
         "layers": [{"query_heads": shape.heads, "kv_groups": shape.kv_groups, "ffn_channels": shape.channels} for shape in shapes],
     }
+    if info.nonzeros is not None:
+        made["nonzeros"] = info.nonzeros
+    return made
 
 
 def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, config: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from selfpruner.export.folder import Exported, write_folder
 from selfpruner.export.modeling_files import modeling_file_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.files import manifest
+from selfpruner.files.manifest import Verification
 from selfpruner.files.tensors import held_shapes, write_tensors
 from selfpruner.models import LoadedModel, ModelSource, quiet, saved
 from selfpruner.models.checks import weight_files
@@ -102,7 +103,7 @@ def write(
         proof.write_reference(folder, tokens, logits, parameters=parameters, tokenizer=tokenizer)
         return parameters
 
-    def prove(folder: Path) -> dict[str, Any]:
+    def prove(folder: Path) -> Verification:
         memory = None if source is None else source.memory
         device = model.device if source is None else source.device
         return proof.refused(
@@ -208,7 +209,7 @@ def _write_config(model: PreTrainedModel, folder: Path, card: CardInfo, shapes: 
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, body: dict[str, Any]) -> None:
+def write_json(path: Path, body: Mapping[str, object]) -> None:
     path.write_text(json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selfpruner.config import differences
 from selfpruner.errors import ConflictError, ExportError, SelfprunerError, disk_errors
 from selfpruner.files import manifest, places
 from selfpruner.files.atomic import sync
+from selfpruner.files.manifest import ExportFacts, Manifest, PlanFile, Verification
 from selfpruner.files.scratch import another, scratch
 from selfpruner.progress import OnProgress
 
@@ -33,7 +33,7 @@ class Exported:
     parameters: int
     bytes: int
     manifest_sha256: str
-    verification: dict[str, Any]
+    verification: Verification
     write_seconds: float = 0.0
     verify_seconds: float = 0.0
     reused: bool = False
@@ -42,10 +42,10 @@ class Exported:
 def write_folder(
     directory: Path,
     *,
-    plan: Mapping[str, Any],
-    export: Mapping[str, Any],
+    plan: PlanFile,
+    export: ExportFacts,
     fill: Callable[[Path], int],
-    prove: Callable[[Path], dict[str, Any]],
+    prove: Callable[[Path], Verification],
     go_on: Callable[[], None],
     progress: OnProgress = lambda _: None,
 ) -> Exported:
@@ -78,7 +78,7 @@ def write_folder(
     return Exported(directory, parameters, size, digest, verification, round(written - started, 2), round(verified - written, 2))
 
 
-def refuse_place(directory: Path, made_of: Mapping[str, Any] | None = None) -> None:
+def refuse_place(directory: Path, made_of: Mapping[str, object] | None = None) -> None:
     """Raise, before anything is computed, what :func:`write_folder` would in the end: for a folder that cannot be written or holds
     something else, and with ``made_of`` (what is known of the new plan.json) for one with another checkpoint."""
     places.writable_folder(directory)
@@ -92,7 +92,7 @@ def refuse_place(directory: Path, made_of: Mapping[str, Any] | None = None) -> N
         plan = manifest.read(directory)["plan"]
     except ExportError:
         return  # a corrupt one is replaced
-    if changed := differences({key: plan[key] for key in made_of if key in plan}, made_of):
+    if changed := differences({key: value for key, value in plan.items() if key in made_of}, made_of):
         raise ConflictError(
             f"{directory} already holds a checkpoint made otherwise: {'; '.join(changed)}. Choose another folder or remove it.",
             code="other_settings",
@@ -116,7 +116,7 @@ def aside(directory: Path) -> Iterator[Path]:
             yield temporary
 
 
-def _existing(directory: Path, plan: Mapping[str, Any], export: Mapping[str, Any], go_on: Callable[[], None]) -> Exported | None:
+def _existing(directory: Path, plan: PlanFile, export: ExportFacts, go_on: Callable[[], None]) -> Exported | None:
     """The export in ``directory`` if it is complete and the same; None when the place is free or may be overwritten."""
     if not directory.exists():
         return None
@@ -135,7 +135,7 @@ def _existing(directory: Path, plan: Mapping[str, Any], export: Mapping[str, Any
     return Exported(directory, body["parameters"], _weight_bytes(body), digest, body["verification"], reused=True)
 
 
-def _weight_bytes(body: Mapping[str, Any]) -> int:
+def _weight_bytes(body: Manifest) -> int:
     return sum(entry["bytes"] for name, entry in body["files"].items() if "/" not in name and name.endswith(WEIGHTS))
 
 

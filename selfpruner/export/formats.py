@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from selfpruner import catalogue
 from selfpruner.errors import ExportError, FormatError
@@ -21,6 +21,7 @@ from selfpruner.export.checkpoint import copy_terms, stopper
 from selfpruner.export.folder import Exported, write_folder
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.files import manifest
+from selfpruner.files.manifest import ExportFacts, PlanFile, Verification
 from selfpruner.progress import OnProgress, shown
 
 FORMATS: dict[str, type[Format]] = {name: entry.load() for name, entry in catalogue.FORMATS.items()}
@@ -71,7 +72,7 @@ def convert(
     form.check(checkpoint, quantize)
     if tensor_parallel > 1:
         _check_ranks(checkpoint, tensor_parallel)
-    export = {"format": name, "checkpoint": manifest.sha256(folder / manifest.NAME)}
+    export: ExportFacts = {"format": name, "checkpoint": manifest.sha256(folder / manifest.NAME)}
     if quantize is not None:
         export["quantize"] = quantize
 
@@ -85,12 +86,13 @@ def convert(
             proof.copy_reference(folder, place, parameters)
         return parameters
 
-    def prove(place: Path) -> dict[str, Any]:
+    def prove(place: Path) -> Verification:
         reference = place / proof.REFERENCE
         return proof.refused(proof.prove(lambda where: form.verifier(place, reference, where), device, go_on))
 
-    how: dict[str, Any] = {"plan": checkpoint.plan, "export": export, "go_on": go_on, "progress": progress}
-    return write_folder(Path(directory), fill=fill, prove=prove, **how)
+    return write_folder(
+        Path(directory), plan=checkpoint.plan, export=export, fill=fill, prove=prove, go_on=go_on, progress=progress
+    )
 
 
 def _check_ranks(checkpoint: FinishedCheckpoint, ranks: int) -> None:
@@ -105,6 +107,18 @@ def _check_ranks(checkpoint: FinishedCheckpoint, ranks: int) -> None:
             )
 
 
+class Proof(TypedDict):
+    """What :func:`verify` says of an export that is good."""
+
+    path: str
+    format: str
+    parameters: int
+    files: int
+    bytes: int
+    plan: PlanFile
+    verification: Verification
+
+
 def verify(
     directory: Path | str,
     *,
@@ -112,7 +126,7 @@ def verify(
     memory: int | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     progress: bool | OnProgress = True,
-) -> dict[str, Any]:
+) -> Proof:
     """Prove an export again: the sha256 of every file, then, in a fresh process, that it loads and computes what it did in memory
     when it was made. Code that the folder brings is run only where it is this version's own.
 

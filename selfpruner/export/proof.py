@@ -13,13 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner.errors import ExportError
+from selfpruner.files.manifest import Verification
 from selfpruner.files.scratch import scratch
 from selfpruner.files.tensors import TensorFile, held_shapes, write_tensors
 from selfpruner.workers.lifeline import tied
@@ -75,13 +75,13 @@ def _write(folder: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> N
     write_tensors(path, held_shapes(tensors), tensors.__getitem__, facts)
 
 
-def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[], None]) -> dict[str, Any]:
+def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[], None]) -> Verification:
     """Run a verifier, ``python *arguments(device)``, in a fresh process and return what it printed, ``problems`` among it.
 
     Where the device has no room for what is verified, the CPU takes it. Raises what ``go_on`` raises, and ExportError when the
     process takes longer than VERIFY_SECONDS.
     """
-    result: dict[str, Any] = {}
+    result: Verification = {}
     with scratch(Path(tempfile.gettempdir()), "selfpruner-verify", sweep="selfpruner-verify-") as folder:
         for where in dict.fromkeys((device, "cpu")):
             result = _run(arguments(where), folder, go_on)
@@ -90,7 +90,7 @@ def prove(arguments: Callable[[str], list[str]], device: str, go_on: Callable[[]
     return result
 
 
-def _run(arguments: list[str], folder: Path, go_on: Callable[[], None]) -> dict[str, Any]:
+def _run(arguments: list[str], folder: Path, go_on: Callable[[], None]) -> Verification:
     environment = {
         **os.environ,
         # So that the child finds this package where this process did.
@@ -119,7 +119,7 @@ def _run(arguments: list[str], folder: Path, go_on: Callable[[], None]) -> dict[
         err.seek(0)
         lines, messages = out.read().splitlines(), err.read()
     try:
-        result: dict[str, Any] = json.loads(lines[-1])
+        result: Verification = json.loads(lines[-1])
     except (IndexError, ValueError):
         return {
             "problems": [f"the verifying process ended with code {child.returncode}: {messages.strip()[-2000:] or 'no message'}"]
@@ -127,7 +127,7 @@ def _run(arguments: list[str], folder: Path, go_on: Callable[[], None]) -> dict[
     return result
 
 
-def refused(result: dict[str, Any]) -> dict[str, Any]:
+def refused(result: Verification) -> Verification:
     """``result`` of a new export's proof, or ExportError with its problems."""
     if result["problems"]:
         raise ExportError(

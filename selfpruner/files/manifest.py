@@ -10,17 +10,85 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from selfpruner.errors import CorruptCheckpointError, ExportError
 from selfpruner.files.atomic import sync
 
 NAME = "manifest.json"
 FORMAT = 1
-CHECKPOINT: Mapping[str, Any] = {"format": "transformers"}  # what a search exports
+
+
+class LayerCounts(TypedDict):
+    query_heads: int
+    kv_groups: int
+    ffn_channels: int
+
+
+class PlanFile(TypedDict):
+    """The content of plan.json. ``rate`` is removed / original parameters of ``of``, ``layer_rates`` the same per layer;
+    ``parameters`` are those of the pruned model, ``nonzeros`` those of them that a pattern did not make zero."""
+
+    base_model: str
+    made_from: dict[str, str]
+    family: str
+    dtype: str
+    parameters: int
+    rate: float | None
+    of: str
+    pattern: str
+    criterion: str
+    compensation: str
+    calibration: list[str]
+    plan_hash: str
+    levels: list[int]
+    layer_rates: list[float]
+    nonzeros: NotRequired[int]
+    layers: list[LayerCounts]
+
+
+class ExportFacts(TypedDict):
+    """``checkpoint``: the sha256 of the manifest of the checkpoint that was converted."""
+
+    format: str
+    checkpoint: NotRequired[str]
+    quantize: NotRequired[str]
+
+
+class Verification(TypedDict, total=False):
+    """What a verifier found, as far as others read it; the rest is for people. Nothing is wrong where ``problems`` is empty."""
+
+    problems: list[str]
+    out_of_memory: bool
+    transformers: str
+    greedy: str
+    error: float
+    allowed_error: float
+    max_difference: float
+    allowed_difference: float
+
+
+class FileEntry(TypedDict):
+    sha256: str
+    bytes: int
+
+
+class Manifest(TypedDict):
+    """The content of manifest.json."""
+
+    format: int
+    created_at: str
+    plan: PlanFile
+    export: ExportFacts
+    parameters: int
+    verification: Verification
+    files: dict[str, FileEntry]
+
+
+CHECKPOINT: ExportFacts = {"format": "transformers"}  # what a search exports
 
 
 def sha256(path: Path) -> str:
@@ -31,10 +99,10 @@ def sha256(path: Path) -> str:
 def write(
     directory: Path,
     *,
-    plan: Mapping[str, Any],
+    plan: PlanFile,
     parameters: int,
-    verification: Mapping[str, Any],
-    export: Mapping[str, Any] = CHECKPOINT,
+    verification: Verification,
+    export: ExportFacts = CHECKPOINT,
 ) -> str:
     """List every file of ``directory`` in its manifest, durably, and return the manifest's own sha256."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -54,12 +122,12 @@ def write(
     return sha256(target)
 
 
-def kept(plan: Mapping[str, Any]) -> int:
+def kept(plan: PlanFile) -> int:
     """Parameters of the pruned model by its plan.json, without those that a pattern made zero: what reports and tables count."""
-    return int(plan.get("nonzeros") or plan["parameters"])
+    return plan.get("nonzeros") or plan["parameters"]
 
 
-def read(directory: Path) -> dict[str, Any]:
+def read(directory: Path) -> Manifest:
     """Raises ExportError when there is no manifest, CorruptCheckpointError when it is not one of ours."""
     path = directory / NAME
     try:
@@ -70,7 +138,9 @@ def read(directory: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} cannot be read ({error}). Export the checkpoint again.") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("files"), dict):
         raise CorruptCheckpointError(f"{path} is not a manifest of format {FORMAT}. Export the checkpoint again.")
-    return {"export": CHECKPOINT, **body}  # a manifest from before there were other formats
+    body.setdefault("export", CHECKPOINT)  # a manifest from before there were other formats
+    found: Manifest = body  # type: ignore[assignment] # beyond that sha256 says whether it is what was written
+    return found
 
 
 def _absent(directory: Path) -> ExportError:
@@ -94,7 +164,7 @@ def _absent(directory: Path) -> ExportError:
     return ExportError(f"{no}it is no checkpoint.")
 
 
-def check(directory: Path, cancelled: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def check(directory: Path, cancelled: Callable[[], None] = lambda: None) -> Manifest:
     """Compare every listed file with its size and sha256 and return the manifest; reads all bytes once.
 
     ``cancelled`` is called between files and may raise. Raises as :func:`read`, and CorruptCheckpointError naming the first
