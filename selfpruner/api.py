@@ -280,7 +280,7 @@ def _made(
     from selfpruner.export.folder import refuse_place
 
     database = runs.database(source, f"{source} is no checkpoint (a folder with {MANIFEST}), and there")
-    with Store(database, read_only=True) as store:
+    with runs.reading(database) as store:
         newest = store.jobs(limit=1).data
         if job is None and not newest:
             raise NotFoundError(f"{database} holds no job yet.", param="source")

@@ -27,7 +27,7 @@ class LocalJobs:
 
     def __init__(self, source: Path) -> None:
         self._database = runs.database(source)
-        self._store = Store(self._database, read_only=True)
+        self._store = runs.reading(self._database)
 
     def __enter__(self) -> Self:
         return self

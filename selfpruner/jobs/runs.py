@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from selfpruner import models
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, NotFoundError
+from selfpruner.errors import ConfigError, NotFoundError, StoreError
 from selfpruner.files import atomic, manifest, places
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint, Job
@@ -50,6 +50,18 @@ def database(source: Path | str, begin: str = "There") -> Path:
     if not file.is_file():
         raise NotFoundError(f"{begin} is no database of a search at {file}.", param="source")
     return file
+
+
+def reading(database: Path) -> Store:
+    """The jobs of a folder, to be read. A database of an earlier release is brought up to date first: here is no server that would
+    do it. Raises StoreError where a process of that release still writes it."""
+    try:
+        return Store(database, read_only=True)
+    except StoreError as error:
+        if error.code != "store_older":
+            raise
+    Store(database).close()
+    return Store(database, read_only=True)
 
 
 def checkpoint_folder(folder: Path, job: Job) -> Path:

@@ -21,6 +21,8 @@ import selfpruner.store
 from selfpruner.config import SearchConfig
 from selfpruner.errors import StoreError
 from selfpruner.evolution.outcome import Outcome
+from selfpruner.jobs import runs
+from selfpruner.jobs.local_jobs import LocalJobs
 from selfpruner.records import Evaluation
 from selfpruner.store import schema
 from selfpruner.store.recorder import JobRecorder
@@ -209,6 +211,20 @@ def test_a_job_of_an_older_release_goes_on(revision: str, tmp_path: Path, monkey
         outcome.tokens,
         outcome.stopped,
     )
+
+
+@pytest.mark.parametrize("dump", DATABASES, ids=lambda dump: dump.stem)
+def test_a_folder_of_an_older_release_is_read(dump: Path, tmp_path: Path) -> None:
+    path = restored(dump, tmp_path / runs.DATABASE)
+    with LocalJobs(tmp_path) as jobs:
+        done = jobs.list()["data"][-1]
+        assert [(row["id"], row["rejected"]) for row in jobs.candidates(done["id"])] == [
+            ("aaaa", False),
+            ("bbbb", False),
+            ("cccc", False),
+        ]
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(REVISION,)]
 
 
 def test_views_follow_the_file(tmp_path: Path) -> None:
