@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from selfpruner import catalogue
 from selfpruner.calibration import files
-from selfpruner.config import SearchConfig, Source, TextConfig, field_names
+from selfpruner.config import Bytes, SearchConfig, Source, TextConfig, field_names
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
 from selfpruner.files import manifest, places
 from selfpruner.files.cache_folder import default_cache as default_cache
@@ -35,7 +35,7 @@ from selfpruner.progress import OnProgress, shown
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.store.store import Store
 from selfpruner.timing.report import Report, Settings
-from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.base import Session, TaskHandler, WorkerPool
 from selfpruner.workers.tasks import ExpectRequest, ExportRequest, PrepareRequest, PrepareResult
 
 if TYPE_CHECKING:
@@ -311,43 +311,29 @@ def evaluate(
     length: int = 512,
     against: str | None = None,
     device: str = "auto",
+    memory: int | str | None = None,
     cache: Path | None = None,
     progress: bool | OnProgress = True,
 ) -> ModelScore:
-    """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``."""
-    from selfpruner import models
-    from selfpruner.calibration.texts import token_batches
-    from selfpruner.export import checkpoint
-    from selfpruner.export.build import count_parameters
-    from selfpruner.judging import perplexity
+    """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``. ``memory``
+    (bytes, or 2GiB say) bounds what both and the work with them may take; larger models are streamed from their files."""
+    from selfpruner.judging.tasks import HeldOutRequest
 
     cache_dir = cache or default_cache()
-    folder = Path(model)
     wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
     files.check(wanted, "text")
     places.writable_folder(cache_dir, param="cache")
     for name in (str(model), *([] if against is None else [against])):
         saved.precheck(name)
+
+    async def run(pool: WorkerPool) -> ModelScore:
+        session = _judged(str(model), device, "auto", ceiling, length, cache_dir)
+        score = await pool.run(session, HeldOutRequest(text=wanted, against=against), tell)
+        return ModelScore(str(model), list(score.sources), score.parameters, score.tokens, score.perplexity, score.kl)
+
+    ceiling = _ceiling(memory)
     with shown(progress) as tell:
-        tell(f"loading {model}")
-        if saved.is_pruned(folder):
-            if against is None and "self" in text:
-                raise ConfigError("The dense model writes the text `self`: name it with --against.", param="against")
-            subject = checkpoint.opened(folder, models.choose_device(device))
-        else:
-            subject = models.load(models.resolve(str(model), cache_dir), device)
-        base = subject if against is None else models.load(models.resolve(against, cache_dir), device)
-        batches = token_batches(wanted, "report", base, cache_dir, 0, tell)
-        reference = base.model if against is not None else None
-        score = perplexity.score(subject.model, batches.tokens, reference, progress=tell)
-    return ModelScore(
-        str(model),
-        [share.source for share in batches.sources],
-        manifest.kept(manifest.read(folder)["plan"]) if (folder / MANIFEST).is_file() else count_parameters(subject.model),
-        score.tokens,
-        score.perplexity,
-        None if math.isnan(score.kl) else score.kl,
-    )
+        return _with_pool(run, _judge)
 
 
 def quality(
@@ -364,6 +350,7 @@ def quality(
     data: Path | str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    memory: int | str | None = None,
     cache: Path | None = None,
     progress: bool | OnProgress = True,
 ) -> Quality:
@@ -373,11 +360,11 @@ def quality(
     Every result is written to ``file`` as soon as it is there; the same call goes on where it stopped. ``limit`` documents of each
     task and ``windows`` of each text are taken, the same for every model; None takes all. ``against`` is the model the others are
     compared with, by default the first. ``data`` is a folder with local task files and texts, by default ``$SELFPRUNER_DATA``.
+    ``memory`` bounds what a model and the work with it may take; of a larger one perplexity is streamed, and the rest is refused.
 
     Raises ConfigError (nothing asked for, an unknown name, no harness, ``file`` holds something else), TextError for data that
     cannot be had, and what loading a model raises.
     """
-    from selfpruner import models
     from selfpruner.judging import measures
     from selfpruner.judging.quality import MeasurementFile, Quality, measure
 
@@ -404,11 +391,16 @@ def quality(
     asked = tuple(dict.fromkeys((compared, *map(str, subjects))))
     for name in asked:
         saved.precheck(name)
-    where = models.choose_device(device)
-    kept = cache or default_cache()
+    catalogue.check_device(device)
+    longest = max(seqlen) if perplexity else measures.NEW_TOKENS
+    ceiling, kept = _ceiling(memory), cache or default_cache()
+    sessions = {name: _judged(name, device, dtype, ceiling, longest, kept) for name in asked}
+
+    async def run(pool: WorkerPool) -> Quality:
+        return Quality(asked, compared, await measure(pool, sessions, wanted, results, progress=tell))
+
     with shown(progress) as tell:
-        measured = measure([measures.Place(name, kept, where, dtype) for name in asked], wanted, results, progress=tell)
-    return Quality(asked, compared, measured)
+        return _with_pool(run, _judge)
 
 
 def benchmark(
@@ -423,6 +415,7 @@ def benchmark(
     compiled: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    memory: int | str | None = None,
     cache: Path | None = None,
     progress: bool | OnProgress = True,
 ) -> Report:
@@ -430,8 +423,8 @@ def benchmark(
 
     ``backend`` is one of ``catalogue.BACKENDS``: ``vllm`` needs ``urls`` of running servers and perhaps a ``key``; the folders
     still have to be here, for the bounds. ``prompt_tokens`` are 512 by default, or as many as all models have positions for.
-    ``compiled`` decodes by torch.compile with a cache of fixed size. ``Report.markdown()`` and ``Report.to_dict()`` say what was
-    found. Raises ConfigError, ModelError and BenchmarkError.
+    ``memory`` bounds what all models together may take; what would have to be streamed is refused. ``compiled`` decodes by
+    torch.compile with a cache of fixed size. ``Report.markdown()`` and ``Report.to_dict()`` say what was
     """
     from selfpruner.timing import run as timing
 
@@ -449,6 +442,7 @@ def benchmark(
                 key=key,
                 device=device,
                 dtype=dtype,
+                memory=_ceiling(memory),
                 cache=cache or default_cache(),
                 shorten=prompt_tokens is None,
                 progress=tell,
@@ -501,15 +495,42 @@ async def _ready(
     return whole, prepared, choose(prepared.space)
 
 
-def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]]) -> T:
+def _judged(model: str, device: str, dtype: str, memory: int | None, tokens: int, cache: Path) -> Session:
+    from selfpruner.judging.tasks import Judged
+
+    config = Judged(model=model, device=device, dtype=dtype, memory=memory, tokens=tokens).to_json()
+    return Session(json.dumps(config), config, str(cache))
+
+
+def _ceiling(memory: int | str | None) -> int | None:
+    """Bytes. Raises ConfigError for what is no size."""
+    try:
+        return TypeAdapter[int | None](Bytes | None).validate_python(memory)
+    except ValidationError as error:
+        problem = {**error.errors()[0], "loc": ("memory",)}
+        raise from_problems([problem]) from None
+
+
+def _search() -> TaskHandler:
+    from selfpruner.jobs.handler import SessionHandler
+
+    return SessionHandler("auto")
+
+
+def _judge() -> TaskHandler:
+    from selfpruner.judging.handler import JudgeHandler
+
+    return JudgeHandler("auto")
+
+
+def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]], handler: Callable[[], TaskHandler] = _search) -> T:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # of use where torch is not imported yet, as on the command line
 
     async def run() -> T:
-        from selfpruner.jobs.handler import SessionHandler
         from selfpruner.workers.thread_pool import InProcessPool
 
-        pool = InProcessPool(lambda: SessionHandler("auto"))
+        pool = InProcessPool(handler)
         try:
             return await work(pool)
         finally:

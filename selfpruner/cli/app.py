@@ -38,7 +38,7 @@ INTERRUPTED = 130
 # Commands that take up what an interrupted one left: a search, results, files, or statistics in the cache.
 GO_ON = ("search", "prune", "evaluate", "compare", "export", "download")
 # Commands whose work is not the main thread's, so that a signal is seen at once; seconds until they end after one all the same.
-IN_A_THREAD, GRACE = ("search", "prune"), 10.0
+IN_A_THREAD, GRACE = ("search", "prune", "evaluate"), 10.0
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
 JobOrFolder = Annotated[

@@ -48,13 +48,15 @@ def evaluate(
     length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
     device: shared_options.Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
+    memory: shared_options.Memory = None,
     cache: shared_options.Cache = None,
     as_json: shared_options.Json = False,
 ) -> int:
     """Quality: zero-shot tasks, perplexity and writing of several models; or one model's perplexity and KL on held-out text."""
     wanted = _split(tasks), _split(perplexity)
     if not any(wanted) and not generation:
-        return _held_out(model, text, sequences, length, against, device, cache, as_json)
+        how = {"sequences": sequences, "length": length, "against": against, "memory": memory, "cache": cache}
+        return _held_out(model, as_json, text=tuple(text or ("auto",)), device=device or "auto", **how)
     if text:
         raise ConfigError("--text is a measurement of its own; leave out --tasks, --perplexity and --generation.", param="text")
     if output is None:
@@ -76,6 +78,7 @@ def evaluate(
         data=data,
         device=device or "auto",
         dtype=dtype,
+        memory=memory,
         cache=cache,
     )
     if as_json:
@@ -92,31 +95,15 @@ def evaluate(
     return 0
 
 
-def _held_out(
-    model: Sequence[str],
-    text: Sequence[str] | None,
-    sequences: int,
-    length: int,
-    against: str | None,
-    device: str | None,
-    cache: Path | None,
-    as_json: bool,
-) -> int:
+def _held_out(model: Sequence[str], as_json: bool, **how: Any) -> int:
+    """What ``api.evaluate`` says of one model."""
     from dataclasses import asdict
 
     from selfpruner import api
 
     if len(model) > 1:
         raise ConfigError("Say what to measure on several models: --tasks, --perplexity or --generation.", param="tasks")
-    score = api.evaluate(
-        model[0],
-        text=tuple(text or ("auto",)),
-        sequences=sequences,
-        length=length,
-        against=against,
-        device=device or "auto",
-        cache=cache,
-    )
+    score = api.evaluate(model[0], **how)
     if as_json:
         print(json.dumps(asdict(score)))
     else:
@@ -154,6 +141,9 @@ def benchmark(
     ] = False,
     device: shared_options.Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    memory: Annotated[
+        str | None, typer.Option(help="Ceiling for all models together, 2GiB say; larger ones are refused.", show_default="none")
+    ] = None,
     cache: shared_options.Cache = None,
     as_json: shared_options.Json = False,
 ) -> int:
@@ -174,6 +164,7 @@ def benchmark(
         compiled=compiled,
         device=device or "auto",
         dtype=dtype,
+        memory=memory,
         cache=cache,
     )
     body = report.to_dict()

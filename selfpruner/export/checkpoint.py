@@ -33,8 +33,9 @@ from selfpruner.files import manifest
 from selfpruner.files.manifest import Verification
 from selfpruner.files.tensors import held_shapes, write_tensors
 from selfpruner.models import LoadedModel, ModelSource, quiet, saved
-from selfpruner.models.checks import weight_files
-from selfpruner.models.streaming import WeightFiles
+from selfpruner.models.checks import stored_dtype, weight_bytes, weight_files
+from selfpruner.models.loading import RESIDENT_FACTOR, check_ceiling
+from selfpruner.models.streaming import WeightFiles, stream
 from selfpruner.progress import OnProgress
 from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 
@@ -176,9 +177,14 @@ def load(
     return found
 
 
-def opened(folder: Path, device: torch.device, dtype: torch.dtype | Literal["auto"] = "auto") -> LoadedModel:
-    """What :func:`load` gives with its tokenizer, as models are handed on. Raises as that, and ModelError without a tokenizer."""
-    model = load(folder, device=str(device), dtype=dtype)
+def opened(
+    folder: Path, device: torch.device, dtype: torch.dtype | Literal["auto"] = "auto", memory: int | None = None
+) -> LoadedModel:
+    """What :func:`load` gives with its tokenizer, as models are handed on; streamed from its files where it is larger than
+    ``memory`` bytes. Raises as that, ModelError without a tokenizer, and ConfigError for a ceiling too low to stream."""
+    kind = getattr(torch, stored_dtype(folder)) if dtype == "auto" else dtype
+    streamed = memory is not None and weight_bytes(folder, kind.itemsize)[0] * RESIDENT_FACTOR > memory
+    model = _streamed(folder, device, kind, memory or 0) if streamed else load(folder, device=str(device), dtype=dtype)
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -189,7 +195,15 @@ def opened(folder: Path, device: torch.device, dtype: torch.dtype | Literal["aut
         ) from error
     config = model.config.to_dict()
     source = ModelSource(folder, str(folder), saved.fingerprint(folder), str(model.config.model_type), config)
-    return LoadedModel(model, tokenizer, source, model.dtype)
+    return LoadedModel(model, tokenizer, source, model.dtype, memory, streamed)
+
+
+def _streamed(folder: Path, device: torch.device, dtype: torch.dtype, memory: int) -> PreTrainedModel:
+    saved.check(folder)
+    check_ceiling(str(folder), memory, weight_bytes(folder, dtype.itemsize)[1], device)
+    with quiet():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return stream(config, weight_files(folder), device, dtype, memory)
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from selfpruner import models
 from selfpruner.errors import ConfigError, OutOfMemoryError
-from selfpruner.files import manifest
 from selfpruner.judging.estimates import mean
+from selfpruner.judging.loading import load, share
 from selfpruner.judging.task_files import LocalTask
 from selfpruner.models import checks, saved
 
@@ -45,6 +45,16 @@ class MeasuredModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     cache: Path
+    streamed: bool = False
+
+    def refuse_streamed(self, what: str) -> None:
+        """Raise OutOfMemoryError for what reads a model once per word, where that means reading all its files."""
+        if self.streamed:
+            raise OutOfMemoryError(
+                f"The model does not fit the memory there is whole, and {what} are not streamed. Give more memory, use another "
+                "device, or measure perplexity only.",
+                param="memory",
+            )
 
     @property
     def context(self) -> int:
@@ -54,12 +64,15 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is and what it is called: a checkpoint of selfpruner, or a model by name, folder or hub id."""
+    """Where a model is and what it is called: a checkpoint of selfpruner, or a model by name, folder or hub id. ``memory`` and
+    ``tokens`` as in :class:`selfpruner.judging.tasks.Judged`."""
 
     name: str
     cache: Path
     device: torch.device
     dtype: str
+    memory: int | None = None
+    tokens: int = NEW_TOKENS
 
     @property
     def own(self) -> bool:
@@ -85,26 +98,11 @@ class Place:
         stored = checks.stored_dtype(Path(self.name) if self.own else self.source.folder)
         return models.choose_dtype(self.dtype, self.device, stored=stored)
 
-    def parameters(self, subject: MeasuredModel) -> int:
-        """Of the model; of a checkpoint without the zeros of its pattern."""
-        if (Path(self.name) / manifest.NAME).is_file():
-            return manifest.kept(manifest.read(Path(self.name))["plan"])
-        return sum(parameter.numel() for parameter in subject.model.parameters())
-
     def load(self) -> MeasuredModel:
-        """Raises the errors of loading, and OutOfMemoryError where the model does not fit the device whole."""
-        if self.own:
-            from selfpruner.export import checkpoint
-
-            own = checkpoint.opened(Path(self.name), self.device, self.torch_dtype)
-            return MeasuredModel(own.model, own.tokenizer, self.cache)
-        loaded = models.load(self.source, str(self.device), str(self.torch_dtype).removeprefix("torch."))
-        if loaded.streamed:
-            raise OutOfMemoryError(
-                f"{self.name} does not fit {self.device} whole, and tasks and texts are not streamed. Use another device.",
-                param="device",
-            )
-        return MeasuredModel(loaded.model, loaded.tokenizer, self.cache)
+        """Raises the errors of loading. A model that does not fit is streamed."""
+        room = share(self.memory, [self.name], self.cache, self.tokens)
+        loaded = load(self.name, self.cache, self.device, str(self.torch_dtype).removeprefix("torch."), room)
+        return MeasuredModel(loaded.model, loaded.tokenizer, self.cache, loaded.streamed)
 
 
 class Measure(Protocol):
@@ -141,6 +139,7 @@ class Task:
         def progress(done: int, total: int) -> None:
             tell(f"{self.name}: {done:,}/{total:,} tokens")
 
+        subject.refuse_streamed("tasks")
         tell(f"{self.name}: reading")
         task = harness.load_task(self.name, self._local, subject.cache)
         outcome = harness.run(
@@ -227,6 +226,7 @@ class RepetitionProbe:
     def run(self, subject: MeasuredModel, tell: Tell) -> Json:
         from selfpruner.judging import repetition
 
+        subject.refuse_streamed("writing probes")
         tell(f"writing after {len(repetition.PROMPTS)} prompts")
         written = repetition.after_prompts(subject.model, subject.tokenizer, repetition.PROMPTS, self.new_tokens)
         rates = [repetition.repeated(tokens) for tokens in written]

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selfpruner.errors import ConfigError
 from selfpruner.files import atomic
 from selfpruner.judging.estimates import Estimate, average, mean, paired
-
-if TYPE_CHECKING:
-    from selfpruner.judging.measures import Measure, Place
+from selfpruner.judging.measures import Measure
+from selfpruner.judging.tasks import AskedMeasure, IdentifyRequest, JudgeRequest
+from selfpruner.workers.base import Session, WorkerPool
 
 Record = dict[str, Any]
 _FORMAT = "selfpruner evaluate 1"
@@ -87,42 +86,42 @@ class MeasurementRow:
     cells: tuple[Cell, ...]
 
 
-def measure(
-    places: Sequence[Place],
+async def measure(
+    pool: WorkerPool,
+    sessions: Mapping[str, Session],
     measures: Sequence[Measure],
     results: MeasurementFile,
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, dict[str, Record]]:
-    """Fill ``results`` with what is missing, model by model; a model is loaded only if something is. Raises what measuring raises:
-    what is finished stays."""
-    records: dict[str, dict[str, Record]] = {}
-    for place in places:
-        subject = None
-        fingerprint = place.fingerprint
-        records[place.name] = {}
-        for each in measures:
-            setting = {**each.setting, "dtype": str(place.torch_dtype).removeprefix("torch."), "device": place.device.type}
-            record = results.find(fingerprint, setting)
+    """Fill ``results`` with what is missing, model by model (``sessions`` by their names); a model is loaded only if something is.
+    Raises what measuring raises: what is finished stays."""
+    measured: dict[str, dict[str, Record]] = {}
+    asked = {measure.name: AskedMeasure.of(measure) for measure in measures}
+    for name, session in sessions.items():
+        known = await pool.run(session, IdentifyRequest(measures=tuple(asked.values())))
+        measured[name] = {}
+        for (title, measure), setting in zip(asked.items(), known.settings, strict=True):
+            record = results.find(known.fingerprint, setting)
             if record is None:
-                if subject is None:
-                    progress(f"{place.name}: loading")
-                    subject = place.load()
-                started, worked = time.perf_counter(), time.process_time()
-                result = each.run(subject, lambda text, name=place.name: progress(f"{name}: {text}"))  # type: ignore[misc]
+
+                def tell(text: str, name: str = name) -> None:
+                    progress(f"{name}: {text}")
+
+                judged = await pool.run(session, JudgeRequest(measure=measure), tell)
                 record = {
-                    "model": place.name,
-                    "fingerprint": fingerprint,
-                    "parameters": place.parameters(subject),
-                    "measure": each.name,
+                    "model": name,
+                    "fingerprint": known.fingerprint,
+                    "parameters": judged.parameters,
+                    "measure": title,
                     "setting": setting,
-                    "seconds": round(time.perf_counter() - started, 1),
-                    "cpu_seconds": round(time.process_time() - worked, 1),
-                    "result": result,
+                    "seconds": judged.seconds,
+                    "cpu_seconds": judged.cpu_seconds,
+                    "result": judged.result,
                 }
                 results.add(record)
-            records[place.name][each.name] = record
-    return records
+            measured[name][title] = record
+    return measured
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------------

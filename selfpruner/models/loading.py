@@ -165,17 +165,24 @@ def _model(
     paths = checks.weight_files(source.folder)
     if memory is None:
         model = streaming.whole(config, paths, target, dtype)
-    elif memory < (least := streaming.least_memory(layer_bytes, target)):
-        raise ConfigError(
-            f"{source.name} cannot be worked on in {memory / 2**20:,.0f} MiB. Set memory to {-(-least >> 20)}MiB or more, or use a "
-            "device that has it.",
-            param="memory",
-        )
     else:
+        check_ceiling(source.name, memory, layer_bytes, target)
         model = streaming.stream(config, paths, target, dtype, memory)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = auto.GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     return model
+
+
+def check_ceiling(name: str, memory: int, layer_bytes: int, target: torch.device) -> None:
+    """Raise ConfigError where a model whose largest layer has so many bytes cannot be streamed within ``memory``."""
+    from selfpruner.models import streaming
+
+    if memory < (least := streaming.least_memory(layer_bytes, target)):
+        raise ConfigError(
+            f"{name} cannot be worked on in {memory / 2**20:,.0f} MiB. Set memory to {-(-least >> 20)}MiB or more, or use a "
+            "device that has it.",
+            param="memory",
+        )
 
 
 def _free_memory(device: torch.device) -> int | None:

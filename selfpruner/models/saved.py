@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from selfpruner.errors import ModelError, UnsupportedModelError
 from selfpruner.files import manifest
 from selfpruner.models import checks, sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORM = "selfpruner"  # what the model types of the modelling files begin with
 
@@ -53,6 +57,13 @@ def precheck(name: str) -> None:
             manifest.read(Path(name))
     else:
         sources.precheck(name)
+
+
+def parameters(folder: Path, model: PreTrainedModel) -> int:
+    """Of a model from ``folder``, tied ones once; of a checkpoint without the zeros of its pattern."""
+    if (folder / manifest.NAME).is_file():
+        return manifest.kept(manifest.read(folder)["plan"])
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def fingerprint(folder: Path) -> str:

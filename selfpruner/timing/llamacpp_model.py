@@ -34,6 +34,7 @@ from selfpruner.timing.tasks import (
     MemoryResult,
     PrefillRequest,
     PrefillResult,
+    refuse_larger,
 )
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
@@ -91,6 +92,8 @@ class LlamaCppTimer:
     ) -> R:
         if self._key != session.key:
             progress("loading")
+            path = Path(GgufConfig.read(session.config).model)
+            refuse_larger(path, path.stat().st_size, request.memory if isinstance(request, LoadRequest) else None)
             self._load(session)
         result: R = self._tasks[type(request)](request)
         return result

@@ -46,7 +46,7 @@ _WARM = 4
 class Timed(Protocol):
     """One model that can be timed."""
 
-    async def load(self) -> LoadResult: ...
+    async def load(self, memory: int | None) -> LoadResult: ...
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult: ...
 
@@ -65,8 +65,8 @@ class TimedProcess:
         self._session = Session(str(config), config.to_json(), str(cache))
         self._progress = progress
 
-    async def load(self) -> LoadResult:
-        return await self._pool.run(self._session, LoadRequest(), self._progress)
+    async def load(self, memory: int | None) -> LoadResult:
+        return await self._pool.run(self._session, LoadRequest(memory=memory), self._progress)
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
         return await self._pool.run(self._session, request)
@@ -91,7 +91,7 @@ class Served:
         self._server = Server(url, name, vocabulary, key=key)
         self._url = url
 
-    async def load(self) -> LoadResult:
+    async def load(self, memory: int | None) -> LoadResult:  # noqa: ARG002 - the server's memory is its own
         return self._facts.model_copy(update={"device": f"{self._url} ({await self._server.model()})"})
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:
@@ -108,9 +108,15 @@ class Served:
 
 
 async def measure(
-    subjects: Mapping[str, Timed], settings: Settings, *, shorten: bool = False, progress: OnProgress = lambda _: None
+    subjects: Mapping[str, Timed],
+    settings: Settings,
+    *,
+    memory: int | None = None,
+    shorten: bool = False,
+    progress: OnProgress = lambda _: None,
 ) -> Report:
-    """Time all ``subjects`` (by name, the first is what the others are compared with).
+    """Time all ``subjects`` (by name, the first is what the others are compared with), whose weights take at most ``memory`` bytes
+    together.
 
     Raises what loading them raises; ConfigError when prompt and new tokens are more than a model has positions for, unless
     ``shorten`` allows a prompt that fits all of them.
@@ -118,7 +124,8 @@ async def measure(
     facts: dict[str, LoadResult] = {}
     for name, subject in subjects.items():
         progress(f"loading {name}")
-        facts[name] = await subject.load()
+        taken = sum(fact.work.weight_bytes for fact in facts.values())
+        facts[name] = await subject.load(None if memory is None else memory - taken)
         room = facts[name].limit - settings.new_tokens
         if shorten and 0 < room < settings.prompt_tokens:
             settings = replace(settings, prompt_tokens=room)
@@ -153,7 +160,7 @@ async def measure(
                     note(name, decode(batch), written.tokens, written.seconds)
     rows = []
     for name, subject in subjects.items():
-        held, memory = facts[name], await subject.memory()
+        held, peak = facts[name], await subject.memory()
         rows.append(
             TimedModel(
                 name=name,
@@ -161,9 +168,9 @@ async def measure(
                 device=held.device,
                 dtype=held.dtype,
                 threads=held.threads,
-                peak_mib=memory.mib,
+                peak_mib=peak.mib,
                 base_mib=held.base_mib,
-                peak_of=memory.of,
+                peak_of=peak.of,
                 seconds=seconds[name],
                 tokens=tokens[name],
             )
@@ -179,16 +186,20 @@ async def run(
     key: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    memory: int | None = None,
     cache: Path,
     shorten: bool = False,
     progress: OnProgress = lambda _: None,
 ) -> Report:
-    """Time models by name. ``urls``: of ``vllm``'s servers, one for each model or one for all; ``key`` is sent to them.
+    """Time models by name. ``memory``: bytes that the weights of all may take at once. ``urls``: of ``vllm``'s servers, one for
+    each model or one for all; ``key`` is sent to them.
 
     Raises ConfigError and UnknownNameError for what cannot be asked, ModelError and its kin for what cannot be loaded,
     BenchmarkError for a runtime that is not there or fails.
     """
     check(models, settings, urls)
+    if memory is not None and settings.backend == "vllm":
+        raise ConfigError("A server that runs already has its own memory; leave --memory out.", param="memory")
     subjects: dict[str, Timed] = {}
     try:
         for index, (name, model) in enumerate(models.items()):
@@ -200,7 +211,7 @@ async def run(
                 fields = model if isinstance(model, str) else dict(model)
                 config = TransformersConfig(model=fields, dtype=dtype, compiled=settings.compiled)
                 subjects[name] = TimedProcess("transformers", device, config, cache, progress)
-        return await measure(subjects, settings, shorten=shorten, progress=progress)
+        return await measure(subjects, settings, memory=memory, shorten=shorten, progress=progress)
     finally:
         for subject in subjects.values():
             await subject.close()

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
+from selfpruner.errors import OutOfMemoryError
 from selfpruner.timing.model_cost import ModelCost
 from selfpruner.workers.tasks import Contract, TaskRequest, TaskResult
 
@@ -27,6 +28,16 @@ class GgufConfig(Contract):
     context: int
 
 
+def refuse_larger(name: object, weights: int, memory: int | None) -> None:
+    """Raise OutOfMemoryError for a model that does not fit beside those that are there already."""
+    if memory is not None and weights > memory:
+        raise OutOfMemoryError(
+            f"{name} takes {weights / 2**20:,.0f} MiB, and {max(memory, 0) / 2**20:,.0f} MiB of memory are left for it. Give more, "
+            "or time fewer models at once; a model that is streamed from its files has no speed to compare.",
+            param="memory",
+        )
+
+
 class LoadResult(TaskResult):
     """``limit``: positions the model has. ``threads`` are those it computes with, ``base_mib`` the process's peak before it was
     loaded; None where it runs elsewhere."""
@@ -40,9 +51,10 @@ class LoadResult(TaskResult):
 
 
 class LoadRequest(TaskRequest[LoadResult]):
-    """Load the session's model, and say what it is."""
+    """Load the session's model, and say what it is. One that takes more than ``memory`` bytes is refused."""
 
     kind: ClassVar[str] = "load"
+    memory: int | None = None
 
 
 class PrefillResult(TaskResult):

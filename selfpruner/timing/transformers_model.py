@@ -34,6 +34,7 @@ from selfpruner.timing.tasks import (
     PrefillRequest,
     PrefillResult,
     TransformersConfig,
+    refuse_larger,
 )
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
@@ -71,7 +72,8 @@ class TransformersTimer:
         cancelled: Cancelled,  # noqa: ARG002 - a task is over in seconds
     ) -> R:
         try:
-            result: R = self._tasks[type(request)](self._held(session, progress), request)
+            memory = request.memory if isinstance(request, LoadRequest) else None
+            result: R = self._tasks[type(request)](self._held(session, progress, memory), request)
             return result
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
@@ -79,12 +81,12 @@ class TransformersTimer:
                 "fewer at once, or shorten the prompt."
             ) from error
 
-    def _held(self, session: Session, progress: Callable[[str], None]) -> PreTrainedModel:
+    def _held(self, session: Session, progress: Callable[[str], None], memory: int | None) -> PreTrainedModel:
         if self._model is None or self._key != session.key:
             self._base_mib = peak_mib()
             progress("loading")
             config = TransformersConfig.read(session.config)
-            self._model = load(config.model, self._device, config.dtype, Path(session.cache))
+            self._model = load(config.model, self._device, config.dtype, Path(session.cache), memory)
             self._key = session.key
             if config.compiled:
                 self._compiled = torch.compile(self._model.forward, dynamic=False, mode=_mode(self._model.device))
@@ -124,16 +126,18 @@ class TransformersTimer:
         return DecodeResult(tokens=batch * new_tokens, seconds=seconds)
 
 
-def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path) -> PreTrainedModel:
+def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path, memory: int | None = None) -> PreTrainedModel:
     """The model on the device: of a name, folder or checkpoint, or with random weights from the fields of a config.
 
-    Raises ModelError and its kin for what cannot be loaded, CorruptCheckpointError, ConfigError for an unknown device or dtype.
+    Raises OutOfMemoryError for files that take more than ``memory`` bytes, ModelError and its kin for what cannot be loaded,
+    CorruptCheckpointError, ConfigError for an unknown device or dtype.
     """
     target = models.choose_device(device)
     folder, config = _found(model, cache)
     kind = models.choose_dtype(dtype, target, stored=_stored(config))
     if folder is None:
         return random_model(config, target, kind)
+    refuse_larger(model, checks.weight_bytes(folder, kind.itemsize)[0], memory)
     with models.quiet():
         return streaming.whole(config, checks.weight_files(folder), target, kind)
 

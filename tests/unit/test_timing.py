@@ -224,7 +224,7 @@ class Recorded:
         work = ModelCost(1, 1, 1, 1, 1, ())
         self.facts = LoadResult(work=work, limit=limit, dtype=dtype, device="cpu", threads=1, base_mib=1.0)
 
-    async def load(self) -> LoadResult:
+    async def load(self, memory: int | None) -> LoadResult:  # noqa: ARG002
         return self.facts
 
     async def prefill(self, request: PrefillRequest) -> PrefillResult:

@@ -1,0 +1,52 @@
+"""Models to be judged, within a ceiling of memory: whole where they fit, else streamed from their files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfpruner import models
+from selfpruner.errors import ConfigError
+from selfpruner.models import LoadedModel, checks, saved
+
+if TYPE_CHECKING:
+    import torch
+
+# Positions whose logits are taken to float32 at a time, and how many such copies there are.
+CHUNK, COPIES = 128, 3
+_FLOAT = 4
+
+
+def load(name: str, cache: Path, device: torch.device, dtype: str, memory: int | None) -> LoadedModel:
+    """A checkpoint of selfpruner, or a model by name, folder or hub id. A model larger than ``memory`` is streamed."""
+    if saved.is_pruned(Path(name)):
+        import torch
+
+        from selfpruner.export import checkpoint
+
+        if dtype == "auto":
+            return checkpoint.opened(Path(name), device, memory=memory)
+        return checkpoint.opened(Path(name), device, getattr(torch, dtype), memory)
+    return models.load(models.resolve(name, cache), str(device), dtype, memory)
+
+
+def share(memory: int | None, names: Sequence[str], cache: Path, tokens: int) -> int | None:
+    """What each of the models in ``names`` may take of ``memory`` bytes, beside their logits of ``tokens`` tokens. Raises
+    ConfigError where these alone take all of it."""
+    if memory is None:
+        return None
+    logits = sum(_vocabulary(name, cache) * (tokens + COPIES * CHUNK) * _FLOAT for name in names)
+    if logits >= memory:
+        raise ConfigError(
+            f"The logits of {tokens:,} tokens take {logits / 2**20:,.0f} MiB, and memory is {memory / 2**20:,.0f} MiB. Use shorter "
+            "sequences, or more memory.",
+            param="memory",
+        )
+    return (memory - logits) // len(names)
+
+
+def _vocabulary(name: str, cache: Path) -> int:
+    folder = Path(name) if saved.is_pruned(Path(name)) else models.resolve(name, cache).folder
+    config = checks.read_json(folder / "config.json", "The model configuration")
+    return int(config.get("text_config", config)["vocab_size"])
