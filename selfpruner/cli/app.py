@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from selfpruner.cli import cache, shared_options
 from selfpruner.cli.export import export, verify
 from selfpruner.cli.measure import benchmark, compare, criteria, evaluate
-from selfpruner.cli.prune import prune, search
+from selfpruner.cli.prune import prune, run_search, search
 from selfpruner.cli.show import fields
 from selfpruner.cli.show import front as show_front
 from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems, of_system
@@ -185,9 +185,23 @@ def pause(job_id: JobId, as_json: shared_options.Json = False, url: shared_optio
 
 
 @app.command()
-def resume(job_id: JobId, as_json: shared_options.Json = False, url: shared_options.Url = shared_options.DEFAULT_URL) -> int:
-    """Queue a paused job again."""
-    return _act(url, as_json, lambda client: client.resume(job_id))
+def resume(
+    source: JobOrFolder,
+    job: OfFolder = None,
+    cache: shared_options.Cache = None,
+    as_json: shared_options.Json = False,
+    url: shared_options.Url = shared_options.DEFAULT_URL,
+) -> int:
+    """Queue a paused job again; of a folder, go on here with a search that was interrupted."""
+    from selfpruner.jobs.local_jobs import LocalJobs
+
+    with _jobs_of(source, job, url) as (client, job_id):
+        if not isinstance(client, LocalJobs):
+            resumed = client.resume(job_id)
+            _print(resumed, as_json, f"{resumed['id']} {resumed['status']}")
+            return 0
+        config, folder = client.waiting(job_id)["config"], client.folder
+    return run_search(config, folder, cache, as_json=as_json)
 
 
 @app.command()

@@ -53,11 +53,8 @@ def follow(client: Client, job: dict[str, Any]) -> dict[str, Any]:
     """Watch the job to its end, on stderr."""
     with LiveView(f"{job['model']}, {job['config']['rate']:.0%} of the decoder") as view:
         for name, data in client.follow(job["id"]):
-            if name == "job":
-                job = data
-                view.progress(job["progress"], job["status"])
-            else:
-                view.event(data)
+            view.watch(name, data)
+            job = data if name == "job" else job
     return job
 
 

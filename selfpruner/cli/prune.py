@@ -23,11 +23,15 @@ def search(
     as_json: shared_options.Json = False,
 ) -> int:
     """Search in this process, without a server. The same call again goes on where it was interrupted, or shows what was found."""
+    return run_search(options.body(), output, cache, again=again, as_json=as_json)
+
+
+def run_search(body: dict[str, Any], output: Path, cache: Path | None, *, again: bool = False, as_json: bool = False) -> int:
+    """Run the search that ``body`` asks for, and print what it found."""
     from selfpruner import api
     from selfpruner.jobs.live_view import account
     from selfpruner.proposers.settings import from_environment
 
-    body = options.body()
     checked = api.config_of(body)
     proposers = from_environment() if "llm" in checked.needs else {}
     rest = {key: value for key, value in body.items() if key != "rate"}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
-from selfpruner.errors import NotFoundError, UnknownNameError
+from selfpruner.errors import ConflictError, NotFoundError, UnknownNameError
 from selfpruner.jobs import runs
 from selfpruner.store.feed import Feed, named
 from selfpruner.store.objects import CandidateObject, CheckpointObject, EventObject, JobObject
@@ -34,6 +34,17 @@ class LocalJobs:
 
     def __exit__(self, *_: object) -> None:
         self._store.close()
+
+    @property
+    def folder(self) -> Path:
+        return self._database.parent
+
+    def waiting(self, job_id: str) -> Json:
+        """The job, if a search may go on with it. Raises ConflictError for one that has finished."""
+        job = self.get(job_id)
+        if job["finished_at"] is not None:
+            raise ConflictError(f"Job {job_id} is {job['status']}; only one that has not finished can be resumed.")
+        return job
 
     def newest(self) -> str:
         """The id of the newest job. Raises NotFoundError where there is none yet."""
@@ -82,7 +93,7 @@ class LocalJobs:
         with Store(self._database) as store:
             store.requeue_running()
             job = store.request_cancel(job_id)
-        shutil.rmtree(runs.checkpoint_folder(self._database.parent, job), ignore_errors=True)
+        shutil.rmtree(runs.checkpoint_folder(self.folder, job), ignore_errors=True)
         return JobObject.of(job).model_dump(mode="json")
 
 

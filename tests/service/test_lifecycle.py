@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import sqlite3
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -16,12 +18,13 @@ from selfpruner.calibration import files
 from selfpruner.cli import app as cli
 from selfpruner.client import Client
 from selfpruner.errors import BudgetError, DiskFullError, NotFoundError
+from selfpruner.jobs import lifecycle
 from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.jobs.local_jobs import LocalJobs
 from selfpruner.records import Recorder
 from selfpruner.store.store import Store
 from server.settings import ServerSettings
-from tests.helpers.serving import BUDGET, CRASHES, DISK, QUICK, SCRIPT, WAITS_ONCE, running_server
+from tests.helpers.serving import BUDGET, CRASHES, DISK, QUICK, SCRIPT, STUBBORN, WAITS_ONCE, running_server
 
 FINISHED = ("succeeded", "failed", "cancelled")
 
@@ -214,6 +217,9 @@ def test_jobs_of_a_folder_are_shown_as_a_servers(
     kinds = [json.loads(line)["type"] for line in printed("events", str(home), "--job", oldest["id"], "--json").splitlines()]
     assert (kinds[0], kinds[-1]) == ("job.queued", "job.succeeded")
     assert printed("show", "-f", str(home), code=1) == ""
+    printed("resume", str(home), "--job", oldest["id"], code=2)
+    printed("resume", str(home), "--cache", str(home / "cache"), "--json")
+    assert [job["status"] for job in json.loads(printed("jobs", str(home), "--json"))["data"]] == ["succeeded", "succeeded"]
     printed("show", str(tmp_path / "nothing"), "--job", oldest["id"], code=2)
     with LocalJobs(home) as jobs:
         followed = list(jobs.follow(oldest["id"]))
@@ -237,3 +243,24 @@ def test_what_watches_hears_the_stream(tmp_path: Path, monkeypatch: pytest.Monke
     events = [[{**data, "created_at": 0} for name, data in messages if name != "job"] for messages in (heard, sent)]
     assert events[0] == events[1]
     assert heard[-1][1].keys() == sent[-1][1].keys()
+
+
+def test_ctrl_c_queues_a_job_whatever_its_search_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the search begins, and while it does not stop."""
+    here = InThisProcess(tmp_path / "early", monkeypatch)
+
+    def at_once(_name: str, _data: Mapping[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        here._search(QUICK, at_once)
+    assert job_in(here.database)["status"] == "queued"
+
+    late = InThisProcess(tmp_path / "late", monkeypatch)
+    monkeypatch.setattr(lifecycle, "STOP_SECONDS", 0.1)
+    timer = threading.Timer(1.0, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        late._search(STUBBORN, lambda _name, _data: None)
+    timer.join()
+    assert job_in(late.database)["status"] == "queued"
