@@ -17,6 +17,7 @@ from selfpruner.calibration import files
 from selfpruner.catalogue import EMBEDDED_MODELS, check_proposer
 from selfpruner.config import SearchConfig, Source, TextConfig
 from selfpruner.errors import ConfigError, ModelNotFoundError, TextError, UnknownNameError
+from selfpruner.evolution.windows import Windows
 from server.settings import ServerSettings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -28,6 +29,7 @@ def admit(config: SearchConfig, settings: ServerSettings) -> SearchConfig:
     what :func:`selfpruner.models.precheck` does: what is no model, or of an unknown family, is refused before it is queued."""
     check_proposer(config.proposer, settings.all_proposers)
     _check_device(config.device, settings.devices)
+    Windows.of(config)  # raises for a fitness text too short for the stages
     model = _model(config.model, settings)
     models.precheck(model)
     return config.model_copy(

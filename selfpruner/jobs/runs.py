@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from selfpruner import models
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, NotFoundError, StoreError
+from selfpruner.evolution.windows import Windows
 from selfpruner.files import atomic, manifest, places
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint, Job
@@ -70,9 +71,10 @@ def checkpoint_folder(folder: Path, job: Job) -> Path:
 
 
 def refuse(folder: Path, config: SearchConfig) -> None:
-    """Raise what can be raised before anything is written: for a model that cannot be pruned, a folder that cannot be, or with
-    something else where a first checkpoint would go. Where there is a search already the rest is :func:`find`'s to say: what it
-    found is shown although its model may be gone."""
+    """Raise what can be raised before anything is written: for a model that cannot be pruned, a fitness text too short for the
+    stages, a folder that cannot be, or with something else where a first checkpoint would go. Where there is a search already the
+    rest is :func:`find`'s to say: what it found is shown although its model may be gone."""
+    Windows.of(config)
     places.writable_folder(folder)
     if not (folder / DATABASE).is_file():
         models.precheck(config.model)

@@ -281,6 +281,8 @@ def test_admission_of_models_and_texts(tmp_path: Path, tiny_llama: Path) -> None
             model(name)
         assert "smollm2-135m" in caught.value.message
         assert caught.value.param == "model"
+    with pytest.raises(ConfigError, match="fitness text has 2 sequences"):
+        admit(SearchConfig(rate=0.2, fitness_text={"sequences": 2}), allowed)
     assert model("any/model", ServerSettings()) == "any/model"
     with pytest.raises(SelfprunerError):
         model("any/model", ServerSettings(token="long-enough"))

@@ -81,6 +81,8 @@ def test_bad_requests_leave_nothing_behind(fields: dict[str, Any], tmp_path: Pat
         api.search(0.2, tmp_path / "run", **{**fields, "preset": "default", "proposer": "nobody"})
     with pytest.raises(ConfigError):
         api.search(1.2, tmp_path / "run", **fields)
+    with pytest.raises(ConfigError, match="fitness text has 2 sequences"):
+        api.search(0.2, tmp_path / "run", **{**fields, "fitness_text": {**fields["fitness_text"], "sequences": 2}})
     with pytest.raises(ConfigError):
         api.prune(tmp_path / "run", **fields)
     with pytest.raises(ConfigError):
