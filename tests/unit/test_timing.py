@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from selfpruner.timing.model_cost import Attention, ModelCost, decode_bound, pre
 from selfpruner.timing.report import Report, Settings, TimedModel, interval
 from selfpruner.timing.served_model import Server
 from selfpruner.timing.tasks import DecodeRequest, DecodeResult, LoadResult, MemoryResult, PrefillRequest, PrefillResult
+from selfpruner.workers.thread_pool import InProcessPool
 
 # The tiny Llama: 3 layers, hidden 32, 4 heads and 2 KV groups of 8, 64 channels, vocabulary 128.
 MATRICES = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
@@ -309,6 +311,18 @@ def test_dense_and_pruned_in_processes_of_their_own(
     assert f"| {dense['weight_bytes'] / 1e6:,.1f} |" in out
 
 
+@pytest.fixture
+def timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are timed in this process, where what is asked is not how they are told apart."""
+
+    def pool(devices: list[str], runtime: str, **_: Any) -> InProcessPool:
+        module, name = runtime.split(":")
+        return InProcessPool(lambda: getattr(import_module(module), name)(devices[0]))
+
+    monkeypatch.setattr(run, "ProcessPool", pool)
+
+
+@pytest.mark.usefixtures("timed_here")
 def test_a_shape_of_random_weights_needs_no_files(tmp_path: Path) -> None:
     fields = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
     fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
@@ -467,6 +481,7 @@ def test_which_server_and_which_model() -> None:
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("timed_here")
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -556,6 +571,7 @@ def test_shapes_vary_as_a_plan_does_and_remove_what_is_asked() -> None:
     assert half == {"num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 22 * 256}
 
 
+@pytest.mark.usefixtures("timed_here")
 def test_the_script_runs_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out" / "speed.json"
     sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--repetitions", "1", "--device", "cpu", "--dtype", "float32"]
