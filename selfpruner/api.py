@@ -69,7 +69,7 @@ class ModelScore:
     kl: float | None
 
 
-def config_of(body: Mapping[str, Any]) -> SearchConfig:
+def config_of(body: Mapping[str, object]) -> SearchConfig:
     """A SearchConfig from plain data. Raises ConfigError naming the field instead of pydantic's error."""
     try:
         return SearchConfig.model_validate(dict(body))
@@ -86,7 +86,7 @@ def search(
     watch: Watch | None = None,
     again: bool = False,
     progress: bool | OnProgress = True,
-    **fields: Any,
+    **fields: object,
 ) -> JobResult:
     """Search for the best plan and leave it in ``directory``: ``checkpoint/``, ``result.json``, ``selfpruner.db``.
 
@@ -150,7 +150,7 @@ def prune(
     levels: Sequence[int] | None = None,
     cache: Path | None = None,
     progress: bool | OnProgress = True,
-    **fields: Any,
+    **fields: object,
 ) -> Pruned:
     """Apply one plan without a search: uniform at ``rate``, given ``rates`` (per layer or block), or exact ``levels``.
 
@@ -523,7 +523,7 @@ def _judge() -> TaskHandler:
     return JudgeHandler("auto")
 
 
-def _with_pool(work: Callable[[WorkerPool], Coroutine[Any, Any, T]], handler: Callable[[], TaskHandler] = _search) -> T:
+def _with_pool(work: Callable[[WorkerPool], Coroutine[object, None, T]], handler: Callable[[], TaskHandler] = _search) -> T:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # of use where torch is not imported yet, as on the command line
 

@@ -53,7 +53,7 @@ class SelfprunerError(Exception):
             self.code = code
         self.param = param
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The body of the HTTP error object: ``{message, type, param, code}``."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 

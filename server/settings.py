@@ -47,7 +47,7 @@ class ServerSettings(BaseSettings):
 
     @field_validator("devices", "models", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
         if value.lstrip().startswith("["):
@@ -66,7 +66,7 @@ class ServerSettings(BaseSettings):
 
     @field_validator("home", "model_root", "text_root", mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _named(cls, value: object) -> object:
         if value == "":  # pathlib takes it for the folder the server was started in
             raise ValueError("is empty; name a folder, or leave the variable out")
         return value

@@ -311,7 +311,7 @@ class _Reader:
 
     def _start(self) -> list[int]:
         """BOS, if the tokenizer puts it before a text by itself."""
-        tokenizer: Any = self.loaded.tokenizer
+        tokenizer = self.loaded.tokenizer
         bos = tokenizer.bos_token_id
         return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -126,7 +125,7 @@ def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[Prunab
     return Engine(arch, blocks, memory_bytes=left // 2)
 
 
-def baseline_engine(prepared: Prepared, changes: Mapping[str, Any], progress: OnProgress, cancelled: Cancelled) -> Prepared:
+def baseline_engine(prepared: Prepared, changes: Mapping[str, object], progress: OnProgress, cancelled: Cancelled) -> Prepared:
     """The same model, texts and target with another criterion or compensation (``changes`` of the config).
 
     Takes the place of ``prepared``, whose engine is emptied first.

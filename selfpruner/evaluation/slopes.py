@@ -118,7 +118,7 @@ class _Walk:
 
     def _lanes(self, work: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
         """``work`` of every lane with its own of each list."""
-        results: list[Any] = [None] * len(lists[0])
+        results: list[object] = [None] * len(lists[0])
 
         def task(lane: int) -> None:
             with torch.no_grad():

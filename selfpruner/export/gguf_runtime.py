@@ -42,9 +42,9 @@ class LlamaCpp:
     """A GGUF file loaded by llama.cpp on the CPU, with a float32 KV cache, so that rounding is the file's own."""
 
     def __init__(self, path: Path, context: int, *, flash_attention: bool = False) -> None:
-        llama_cpp: Any = importlib.import_module("llama_cpp")
+        llama_cpp = importlib.import_module("llama_cpp")
         self.version = str(llama_cpp.__version__)
-        self._model: Any = llama_cpp.Llama(
+        self._model = llama_cpp.Llama(
             str(path),
             n_ctx=context,
             n_gpu_layers=0,
@@ -80,7 +80,7 @@ class LlamaCpp:
 
 
 def _quantize(source: str, target: str, file_type: int) -> int:
-    llama_cpp: Any = importlib.import_module("llama_cpp")
+    llama_cpp = importlib.import_module("llama_cpp")
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type

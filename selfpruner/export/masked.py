@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Masked(Transformers):
     def _twin(self, checkpoint: FinishedCheckpoint) -> PreTrainedModel:
         """The ordinary model, on the meta device, that has a place for every tensor of the checkpoint. Raises FormatError."""
         with quiet():
-            config: Any = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
         base = _units(checkpoint).base
         family = checkpoint.plan["family"]
         layout = LAYOUTS[family]

@@ -22,7 +22,7 @@ _FIRST_OF_ALL, _CURRENT = (4, 45), (5, 15)
 
 def with_older_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON ``body`` of an ordinary config with what transformers 4 calls the same things."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     main, *others = _tables(body)
     if "rope_theta" in main:
         fields["rope_theta"] = main["rope_theta"]
@@ -42,7 +42,7 @@ def with_older_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**body, **fields}
 
 
-def requirement(body: Mapping[str, Any]) -> str:
+def requirement(body: Mapping[str, object]) -> str:
     """Which transformers loads a checkpoint of this config.json, in words."""
     if "auto_map" in body:
         return f"transformers {'.'.join(map(str, _CURRENT))} or later"

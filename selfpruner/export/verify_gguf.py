@@ -56,7 +56,7 @@ _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @torch.inference_mode()
-def verify(folder: Path, reference: str, device: str) -> dict[str, Any]:
+def verify(folder: Path, reference: str, device: str) -> dict[str, object]:
     """The findings; ``problems`` is empty when the file is good."""
     started = time.perf_counter()
     with safe_open(reference, "pt") as file:
@@ -173,7 +173,7 @@ def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> 
         rope["factor"] = own["rope.scaling.factor"]
     if "rope.scaling.original_context_length" in own:
         rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
-    common: dict[str, Any] = {key: max(layer[key] for layer in layers.values()) for key in layers[0]}
+    common: dict[str, object] = {key: max(layer[key] for layer in layers.values()) for key in layers[0]}
     body: dict[str, Any] = {
         "vocab_size": own["vocab_size"],
         "hidden_size": own["embedding_length"],
@@ -194,7 +194,7 @@ def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> 
     }
     config = SelfPrunerConfig(**body)
     with torch.device("meta"):
-        model: Any = SelfPrunerForCausalLM._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model = SelfPrunerForCausalLM._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     model.load_state_dict(tensors, assign=True)
     # Its table is computed, not stored, and was computed on the meta device above.

@@ -116,9 +116,9 @@ class SelfPrunerOPTModel(OPTModel):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: object = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> Any:
+    ) -> object:
         return self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
 

@@ -107,7 +107,7 @@ def write_tensors(
 ) -> int:
     """Write a safetensors file, asking for one tensor after the other in the order of ``shapes``, whole or as runs of its rows;
     returns the tensors' bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + prod(shape) * dtype.itemsize

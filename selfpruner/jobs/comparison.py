@@ -83,7 +83,7 @@ def methods_of(
 class ComparisonFile:
     """What was measured with these ``settings``, on disk after every row."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.file = folder / "compare.json"
         self.settings = dict(settings)
         self.rows: list[PlainRow] = []
@@ -230,7 +230,7 @@ def markdown(results: ComparisonFile) -> str:
     return "\n".join(lines)
 
 
-def chart(results: ComparisonFile) -> Any:
+def chart(results: ComparisonFile) -> object:
     """KL over the rate, a line per method, a panel per pattern. Altair."""
     import altair as alt
 

@@ -18,9 +18,9 @@ from selfpruner.workers.tasks import MeasureRequest, MeasureResult, TimeBlocksRe
 TOGETHER = 3
 
 
-async def front_report(job: RunningJob, members: Sequence[Member], latencies: Latencies | None) -> dict[str, Any]:
+async def front_report(job: RunningJob, members: Sequence[Member], latencies: Latencies | None) -> dict[str, object]:
     """``front`` (see :func:`front_rows`), and ``latency`` where that is an objective: what its predictions are made of."""
-    found: dict[str, Any] = {"front": await front_rows(job, members, report_windows(job.prepared.texts["report"].sequences))}
+    found: dict[str, object] = {"front": await front_rows(job, members, report_windows(job.prepared.texts["report"].sequences))}
     if latencies is not None:
         dense, rest = round(latencies.of(job.space.dense), 1), round(latencies.rest, 1)
         found["latency"] = {"prompt_tokens": latencies.tokens, "dense_us": dense, "unpruned_us": rest}

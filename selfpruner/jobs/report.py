@@ -19,7 +19,7 @@ from selfpruner.planning.space import Plan
 from selfpruner.workers.tasks import BaselineRequest, MeasureRequest, MeasureResult
 
 
-async def figures(job: RunningJob) -> dict[str, Any]:
+async def figures(job: RunningJob) -> dict[str, object]:
     """The dense model and the plans worth comparing, and what was pruned how."""
     plans = {"dense": job.space.dense, "uniform": Plan(job.outcome.uniform.levels), "best": job.best}
     if job.outcome.ramp is not None:
@@ -82,7 +82,7 @@ async def _speeds(job: RunningJob, plans: Mapping[str, Plan]) -> MeasureResult:
     return timed
 
 
-async def baseline(job: RunningJob) -> dict[str, dict[str, Any]]:
+async def baseline(job: RunningJob) -> dict[str, dict[str, object]]:
     """The uniform baseline by its name; nothing where the job's own uniform plan is it, or it could not be scored. The last task of
     a job, because the worker gives up the session for it."""
     name, changes = PATTERNS[job.config.pattern].baseline

@@ -117,7 +117,7 @@ async def run_job(
     members = await _front(job, front, search, latencies)
     found = await report.figures(job)
     if members:
-        nothing: dict[str, Any] = {}
+        nothing: dict[str, object] = {}
         found |= await extras.attempt("front", "The report has no front", lambda: front_report(job, members, latencies), nothing)
     checkpoint = await _export(job, found, checkpoint_dir)
     found |= await report.baseline(job)
@@ -154,7 +154,7 @@ async def _front(job: RunningJob, front: Front, search: Search, latencies: Laten
     return members
 
 
-async def _export(job: RunningJob, figures: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+async def _export(job: RunningJob, figures: Mapping[str, object], directory: Path) -> dict[str, object]:
     """The verified checkpoint of the best plan, as :class:`JobResult` describes it."""
     tell = job.teller("exporting")
     tell("writing and verifying the checkpoint")

@@ -13,7 +13,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -40,7 +39,7 @@ class Run:
     result: Path
     done: Checkpoint | None = None
 
-    def write_result(self, report: Mapping[str, Any]) -> None:
+    def write_result(self, report: Mapping[str, object]) -> None:
         atomic.write_text(self.result, json.dumps(report, indent=2) + "\n")
 
 
@@ -106,7 +105,7 @@ def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Ru
     return _run(folder, job)
 
 
-def _settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(stored: Mapping[str, object]) -> dict[str, object]:
     """A stored config as this version would store it: an older one lacks fields that came since."""
     try:
         return SearchConfig.model_validate(dict(stored)).model_dump(mode="json")

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner import models
 from selfpruner.errors import ConfigError, OutOfMemoryError
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from selfpruner.judging.corpora import Corpus
 
-Json = dict[str, Any]
+Json = dict[str, object]
 Tell = Callable[[str], None]
 
 INSTALL = "pip install 'lm_eval>=0.4.13'"
@@ -58,7 +60,7 @@ class MeasuredModel:
 
     @property
     def context(self) -> int:
-        config: Any = self.model.config.get_text_config()
+        config = self.model.config.get_text_config()
         return int(config.max_position_embeddings)
 
 
@@ -231,7 +233,7 @@ class RepetitionProbe:
         written = repetition.after_prompts(subject.model, subject.tokenizer, repetition.PROMPTS, self.new_tokens)
         rates = [repetition.repeated(tokens) for tokens in written]
         value = mean(rates)
-        decode: Any = subject.tokenizer
+        decode = subject.tokenizer
         return {
             "prompts": len(written),
             "repetition": round(value.value, 6),

@@ -40,7 +40,7 @@ class LocalTask:
             digest.update(sampled_digest(path).encode())
         return digest.hexdigest()[:16]
 
-    def config(self, cache: Path) -> dict[str, Any]:
+    def config(self, cache: Path) -> dict[str, object]:
         """The task for the harness: data files by absolute paths, prepared under ``cache``. Raises TextError."""
         body = self._read()
         self._files(body)

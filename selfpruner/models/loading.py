@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 from selfpruner import catalogue
 from selfpruner.errors import ConfigError, ModelError, OutOfMemoryError, TextError
 from selfpruner.models import checks
@@ -91,7 +93,7 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
 def read_config(source: ModelSource) -> Any:
     """transformers' configuration of a resolved model, its ``dtype`` what its files have: what ``config.json`` says of that is a
     note, which differs among versions and may be wrong."""
-    mapping: Any = importlib.import_module("transformers.models.auto.configuration_auto")
+    mapping = importlib.import_module("transformers.models.auto.configuration_auto")
     body = {key: value for key, value in source.config.items() if key not in ("dtype", "torch_dtype")}
     config = mapping.CONFIG_MAPPING[source.model_type].from_dict(body)
     config.dtype = getattr(importlib.import_module("torch"), checks.stored_dtype(source.folder))
@@ -119,7 +121,7 @@ def check_ids(ids: Iterable[int], model: PreTrainedModel, tokenizer: PreTrainedT
     rows = int(model.config.get_text_config().vocab_size)
     beyond = max(ids, default=0)
     if beyond >= rows:
-        names: Any = tokenizer
+        names = tokenizer
         raise TextError(
             f"{what} holds the token {names.convert_ids_to_tokens(beyond)!r} (id {beyond}), for which the model has no embedding "
             f"(it has {rows:,}). Take the token out of the text; or, where ordinary text has such ids, copy the tokenizer files "
@@ -156,12 +158,12 @@ def _reading(what: str, advice: str) -> Iterator[None]:
 
 
 def _model(
-    source: ModelSource, config: Any, target: torch.device, dtype: torch.dtype, memory: int | None, layer_bytes: int
+    source: ModelSource, config: PreTrainedConfig, target: torch.device, dtype: torch.dtype, memory: int | None, layer_bytes: int
 ) -> PreTrainedModel:
     """The model whole, or streamed within ``memory``."""
     from selfpruner.models import streaming
 
-    auto: Any = importlib.import_module("transformers")
+    auto = importlib.import_module("transformers")
     paths = checks.weight_files(source.folder)
     if memory is None:
         model = streaming.whole(config, paths, target, dtype)

@@ -220,8 +220,8 @@ def hub_available() -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars, log lines or warnings of transformers, the hub and datasets on stderr while the block runs."""
-    hub: Any = importlib.import_module("huggingface_hub.utils")
-    own: Any = importlib.import_module("transformers.utils.logging")
+    hub = importlib.import_module("huggingface_hub.utils")
+    own = importlib.import_module("transformers.utils.logging")
     others = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
     levels, bars = [logger.level for logger in others], own.is_progress_bar_enabled()
     # datasets is asked only where somebody has imported it: that takes seconds.

@@ -37,7 +37,7 @@ class Change(Answer):
 
 
 class Plans(Answer):
-    plans: list[dict[str, Any]] = Field(min_length=1)
+    plans: list[dict[str, object]] = Field(min_length=1)
 
 
 class Changes(Answer):
@@ -77,7 +77,7 @@ class PlanFormat:
         }
         self._model: type[Answer] = create_model("PlanAnswer", __base__=Answer, **fields)
 
-    def schema(self, count: int) -> dict[str, Any]:
+    def schema(self, count: int) -> dict[str, object]:
         """JSON schema of ``{"plans": [...]}`` with ``count`` plans."""
         lists = {
             key: {
@@ -90,9 +90,9 @@ class PlanFormat:
         }
         return closed({"plans": {"type": "array", "items": closed(lists), "minItems": count, "maxItems": count}})
 
-    def schema_of_changes(self, count: int) -> dict[str, Any]:
+    def schema_of_changes(self, count: int) -> dict[str, object]:
         """JSON schema of ``{"plans": [...]}`` with ``count`` plans, each a few changes of its parent."""
-        change: dict[str, Any] = {"layer": {"type": "integer", "minimum": 1, "maximum": self.space.layers}}
+        change: dict[str, object] = {"layer": {"type": "integer", "minimum": 1, "maximum": self.space.layers}}
         if len(self.keys) > 1:
             change["block"] = {"type": "string", "enum": self.keys}
         change["rate"] = {"type": "integer", "minimum": 0, "maximum": self.most}

@@ -285,7 +285,7 @@ class SearchSpace:
         return Plan(tuple(levels))
 
     # -- plain data ----------------------------------------------------------------------------------------------------
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {
             "blocks": [asdict(block) for block in self.blocks],
             "total": self.total,

@@ -44,7 +44,7 @@ class ReplayProposer:
         return reply
 
 
-def read_recording(path: Path) -> list[dict[str, Any]]:
+def read_recording(path: Path) -> list[dict[str, object]]:
     """The calls of a JSONL file, one ``llm_call`` row a line. Raises ConfigError naming the first line that is not one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

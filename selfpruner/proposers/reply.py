@@ -18,7 +18,7 @@ class NonFiniteError(ValueError):
     """NaN or Infinity, which JSON does not have."""
 
 
-def extract(text: str) -> dict[str, Any]:
+def extract(text: str) -> dict[str, object]:
     """The JSON object in ``text``: the whole of it, in a code fence, or the last one inside prose or after a chain of thought.
 
     Raises NotJsonError, or NonFiniteError where a number is NaN or infinite.
@@ -39,7 +39,7 @@ def extract(text: str) -> dict[str, Any]:
     return _last_object(body)
 
 
-def follows(text: str, schema: Mapping[str, Any]) -> bool:
+def follows(text: str, schema: Mapping[str, object]) -> bool:
     """Whether ``text`` is what decoding constrained to ``schema`` writes: one JSON value of the right shape, and nothing else.
 
     Bounds of numbers and lengths of strings are left out: some servers constrain the shape only, and a reply is validated anyway.
@@ -63,9 +63,9 @@ def _has_shape(value: object, schema: Mapping[str, Any]) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _last_object(text: str) -> dict[str, Any]:
+def _last_object(text: str) -> dict[str, object]:
     decoder = json.JSONDecoder(parse_constant=_refuse)
-    last: dict[str, Any] | None = None
+    last: dict[str, object] | None = None
     start = text.find("{")
     for _ in range(_MAX_TRIES):
         if start < 0:

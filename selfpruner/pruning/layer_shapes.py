@@ -29,7 +29,7 @@ class KeptUnits:
     base: LayerShape
     layers: Sequence[tuple[Sequence[int] | None, Sequence[int] | None]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The content of units.json."""
         return {
             "query_heads": self.base.heads,

@@ -94,11 +94,13 @@ class JobRecorder:
                 elif candidate.status != "pending":
                     row.sqlmodel_update(_score(candidate))
 
-    def event(self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, Any] | None = None) -> None:
+    def event(
+        self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, object] | None = None
+    ) -> None:
         with self._transactions() as write:
             write.event(self.job_id, key, type, message, level=level, data=data)
 
-    def find_event(self, key: str) -> Mapping[str, Any] | None:
+    def find_event(self, key: str) -> Mapping[str, object] | None:
         with self._database.reading() as session:
             return session.exec(select(Event.data).where(Event.job_id == self.job_id, Event.key == key)).first()
 

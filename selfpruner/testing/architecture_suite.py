@@ -14,7 +14,7 @@ from selfpruner.architectures.cost import attention_cost, decoder_parameters, ff
 from selfpruner.testing.prepared_models import ready
 from selfpruner.testing.tiny_models import layers_of, load_tiny, tokens_of
 
-Shapes = dict[str, dict[str, Any]]
+Shapes = dict[str, dict[str, object]]
 SHAPES: Shapes = {
     "mha": {"kv_heads": 4},
     "gqa": {"kv_heads": 2},

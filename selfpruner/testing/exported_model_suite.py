@@ -55,7 +55,7 @@ class ExportedModelSuite:
     """Subclass it with ``family``, ``options`` of the tiny model, and what the pruning does besides cutting."""
 
     family: ClassVar[str]
-    options: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[dict[str, object]] = {}
     drop: ClassVar[bool] = False  # the first layer's attention and the last layer's FFN are gone
     biased: ClassVar[bool] = False  # o_proj and down_proj have biases in some layers only
     tied: ClassVar[bool] = True

@@ -31,7 +31,7 @@ def candidate_of(space: SearchSpace, plan: Plan, relative: float = 1.0) -> Candi
     return Candidate(plan.hash, plan.levels, rates, 0, "random", status="evaluated", fitness=relative, relative=relative)
 
 
-def context_of(space: SearchSpace, members: int = 5, **changes: Any) -> Context:
+def context_of(space: SearchSpace, members: int = 5, **changes: object) -> Context:
     rng = random.Random(1)
     plans = [space.project([rng.random() for _ in space.dials]) for _ in range(members)]
     population = [candidate_of(space, plan, 1 + 0.1 * index) for index, plan in enumerate(dict.fromkeys(plans))]

@@ -22,7 +22,7 @@ from selfpruner.pruning.search_space import expected_space
 from selfpruner.testing.tiny_models import load_tiny, sample_text, tiny_model
 
 
-def config_of(pattern: str, model: str = "m", text: str = "t", **changes: Any) -> SearchConfig:
+def config_of(pattern: str, model: str = "m", text: str = "t", **changes: object) -> SearchConfig:
     words = {"sources": [{"source": text}], "sequences": 8, "length": 32}
     fields_ = {"model": model, "rate": 0.3, "pattern": pattern, "ffn_step": 8, "calibration": words, "compensation": "none"}
     return SearchConfig.model_validate({**fields_, "device": "cpu", "dtype": "float32", **changes})

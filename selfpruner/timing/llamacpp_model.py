@@ -100,7 +100,7 @@ class LlamaCppTimer:
 
     def _load(self, session: Session) -> None:
         base = peak_mib()
-        self._lib: Any = importlib.import_module("llama_cpp.llama_cpp")
+        self._lib = importlib.import_module("llama_cpp.llama_cpp")
         config = GgufConfig.read(session.config)
         path, sequences, context = config.model, config.sequences, config.context
         threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)

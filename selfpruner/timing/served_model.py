@@ -116,7 +116,7 @@ class Server:
                 if not line.startswith("data:") or (text := line[5:].strip()) == "[DONE]":
                     continue
                 now = time.perf_counter() - started
-                chunk: Any = json.loads(text)
+                chunk = json.loads(text)
                 if "error" in chunk:
                     raise BenchmarkError(f"{self._url} failed: {self._said(str(chunk['error']))}")
                 usage = (chunk.get("usage") or {}).get("completion_tokens")
@@ -134,7 +134,7 @@ class Server:
         return reply
 
     @asynccontextmanager
-    async def _stream(self, body: Mapping[str, Any]) -> AsyncIterator[AsyncIterator[str]]:
+    async def _stream(self, body: Mapping[str, object]) -> AsyncIterator[AsyncIterator[str]]:
         try:
             async with self._client.stream("POST", f"{self._url}/completions", json=body) as response:
                 if response.status_code != 200:

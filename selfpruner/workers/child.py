@@ -47,7 +47,7 @@ class Child:
         self._runtime_path = runtime
         self._device = device
         self._runtime: TaskHandler | None = None
-        self._tasks: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._tasks: queue.Queue[dict[str, object]] = queue.Queue()
         self._cancelled: set[int] = set()
         self._writing = threading.Lock()
 
@@ -73,7 +73,7 @@ class Child:
             self._write({"op": "heartbeat"})
             time.sleep(seconds)
 
-    def _perform(self, task: dict[str, Any]) -> None:
+    def _perform(self, task: dict[str, object]) -> None:
         number = task["id"]
         try:
             line = _line({"op": "result", "id": number, "result": self._handle(task)})

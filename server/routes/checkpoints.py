@@ -11,7 +11,7 @@ from __future__ import annotations
 import tarfile
 from functools import lru_cache
 from pathlib import Path as FilePath
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response, StreamingResponse
@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}/checkpoints", tags=["checkpoints"])
 CheckpointId = Annotated[str, Path(max_length=64)]
 
 
-def _bytes(what: str, media: str = "application/octet-stream") -> dict[int | str, dict[str, Any]]:
+def _bytes(what: str, media: str = "application/octet-stream") -> dict[int | str, dict[str, object]]:
     """The replies of what is served in bytes."""
     return {
         **responses(404, 416),
