@@ -30,8 +30,8 @@ from selfpruner.errors import (
     from_dict,
 )
 from selfpruner.files import manifest
+from selfpruner.json_objects import JsonMapping, JsonObject
 
-Json = dict[str, Any]
 PART = ".part"  # ends the name of a file that is not complete yet
 FINISHED = ("succeeded", "failed", "cancelled")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -103,38 +103,38 @@ class Client:
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
     def submit(
-        self, config: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None, idempotency_key: str | None = None
-    ) -> Json:
+        self, config: JsonMapping, *, metadata: Mapping[str, str] | None = None, idempotency_key: str | None = None
+    ) -> JsonObject:
         """Queue a search: the fields of SearchConfig. Sent again after a lost connection, it is still one job."""
         body = {**config, **({"metadata": dict(metadata)} if metadata else {})}
         headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
         return self._json("POST", "/v1/jobs", json=body, headers=headers)
 
-    def get(self, job_id: str) -> Json:
+    def get(self, job_id: str) -> JsonObject:
         return self._json("GET", f"/v1/jobs/{_id(job_id)}")
 
-    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> Json:
+    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> JsonObject:
         """One page, newest first: ``{data, has_more, first_id, last_id}``."""
         return self._json("GET", "/v1/jobs", params=_given(after=after, limit=limit, status=status))
 
-    def cancel(self, job_id: str) -> Json:
+    def cancel(self, job_id: str) -> JsonObject:
         return self._act(job_id, "cancel")
 
-    def pause(self, job_id: str) -> Json:
+    def pause(self, job_id: str) -> JsonObject:
         return self._act(job_id, "pause")
 
-    def resume(self, job_id: str) -> Json:
+    def resume(self, job_id: str) -> JsonObject:
         return self._act(job_id, "resume")
 
-    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[Json]:
+    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[JsonObject]:
         """All candidates, page by page."""
         return self._pages(f"/v1/jobs/{_id(job_id)}/candidates", {"order": order})
 
-    def candidate(self, job_id: str, plan: str) -> Json:
+    def candidate(self, job_id: str, plan: str) -> JsonObject:
         """One candidate, by its hash or a beginning that only it has."""
         return self._json("GET", f"/v1/jobs/{_id(job_id)}/candidates/{_id(plan)}")
 
-    def checkpoints(self, job_id: str) -> Iterator[Json]:
+    def checkpoints(self, job_id: str) -> Iterator[JsonObject]:
         return self._pages(f"/v1/jobs/{_id(job_id)}/checkpoints", {})
 
     def download(self, job_id: str, checkpoint_id: str, folder: Path) -> Path:
@@ -163,7 +163,7 @@ class Client:
                     raise CorruptCheckpointError(f"{target} is another file of that name. Remove it, or name a new folder.")
         return folder
 
-    def _fetch(self, path: str, target: Path, file: Json) -> None:
+    def _fetch(self, path: str, target: Path, file: JsonObject) -> None:
         """Fetch one file; what was fetched before it broke stays in a file beside it."""
         part, failures = target.with_name(target.name + PART), 0
         while True:
@@ -192,15 +192,15 @@ class Client:
             raise CorruptCheckpointError(f"{target.name} arrived damaged. Fetch it again.")
         part.rename(target)
 
-    def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
+    def events(self, job_id: str, after: int = 0) -> Iterator[JsonObject]:
         """The events so far, those after number ``after``."""
         return self._pages(f"/v1/jobs/{_id(job_id)}/events", {"after": after})
 
-    def models(self) -> Json:
+    def models(self) -> JsonObject:
         return self._json("GET", "/v1/models")
 
     # -- following -----------------------------------------------------------------------------------------------------
-    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, Json]]:
+    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, JsonObject]]:
         """``(name, data)`` of everything that happens until the job has finished.
 
         Events come once each, in order, under their type; ``("job", job)`` comes whenever its status or progress changed,
@@ -239,10 +239,10 @@ class Client:
             yield from parse_stream(_lines(reply.iter_bytes()))
 
     # -- requests ------------------------------------------------------------------------------------------------------
-    def _act(self, job_id: str, action: str) -> Json:
+    def _act(self, job_id: str, action: str) -> JsonObject:
         return self._json("POST", f"/v1/jobs/{_id(job_id)}/{action}", retry=False)
 
-    def _pages(self, path: str, params: Mapping[str, Any]) -> Iterator[Json]:
+    def _pages(self, path: str, params: JsonMapping) -> Iterator[JsonObject]:
         params = {"limit": 100, **params}
         while True:
             page = self._json("GET", path, params=params)
@@ -251,7 +251,7 @@ class Client:
                 return
             params = {**params, "after": page["last_id"]}
 
-    def _json(self, method: str, path: str, *, retry: bool = True, **request: Any) -> Json:
+    def _json(self, method: str, path: str, *, retry: bool = True, **request: Any) -> JsonObject:
         for attempt in range(self._retries + 1):
             try:
                 reply = self._http.request(method, path, **request)
@@ -330,7 +330,7 @@ def _error(reply: httpx.Response) -> SelfprunerError:
         return UnreachableError(f"{reply.url.copy_with(query=None)} answered {reply.status_code}, not as a selfpruner server does.")
 
 
-def _is(path: Path, file: Json) -> bool:
+def _is(path: Path, file: JsonObject) -> bool:
     """Whether ``path`` has the bytes of a file that the server lists."""
     return bool(path.stat().st_size == file["bytes"] and manifest.sha256(path) == file["sha256"])
 
@@ -340,5 +340,5 @@ def _id(identity: str) -> str:
     return quote(identity, safe="")
 
 
-def _given(**params: Any) -> dict[str, Any]:
+def _given(**params: Any) -> JsonObject:
     return {name: value for name, value in params.items() if value is not None}

@@ -33,11 +33,13 @@ the request that caused it, when one did. Nothing here imports torch.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from selfpruner.json_objects import JsonMapping, JsonObject
 
 
 class SelfprunerError(Exception):
@@ -218,7 +220,7 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         raise
 
 
-def from_dict(body: dict[str, Any]) -> SelfprunerError:
+def from_dict(body: JsonObject) -> SelfprunerError:
     """Rebuild an error that crossed a process boundary as :meth:`SelfprunerError.to_dict`.
 
     The class is found by its name where the sender added one as ``class``, else by its code.
@@ -249,7 +251,7 @@ def nearest(name: str, fields: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(close))[:3]
 
 
-def from_problems(problems: Sequence[Mapping[str, Any]], fields: Sequence[str] = ()) -> ConfigError:
+def from_problems(problems: Sequence[JsonMapping], fields: Sequence[str] = ()) -> ConfigError:
     """pydantic's ``ValidationError.errors()`` as one error: the first problem by name, the others counted.
 
     ``fields`` are the names there are, with dots for nested ones: an unknown one is told its nearest. The input is never quoted: it

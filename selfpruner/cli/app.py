@@ -14,10 +14,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -29,6 +29,7 @@ from selfpruner.cli.prune import prune, run_search, search
 from selfpruner.cli.show import fields
 from selfpruner.cli.show import front as show_front
 from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems, of_system
+from selfpruner.json_objects import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from selfpruner.client import Client
@@ -272,14 +273,14 @@ def _jobs_of(source: str, job: str | None, url: str) -> Iterator[tuple[Client | 
             yield client, source
 
 
-def _act(url: str, as_json: bool, action: Callable[[Client], dict[str, Any]]) -> int:
+def _act(url: str, as_json: bool, action: Callable[[Client], JsonObject]) -> int:
     with shared_options.client(url) as client:
         job = action(client)
     _print(job, as_json, f"{job['id']} {job['status']}")
     return 0
 
 
-def _follow(client: Client | LocalJobs, job: dict[str, Any], as_json: bool) -> int:
+def _follow(client: Client | LocalJobs, job: JsonObject, as_json: bool) -> int:
     """Watch a job to its end. stdout gets the result only, so that ``--json`` is one document."""
     from selfpruner.jobs.live_view import LiveView
 
@@ -307,7 +308,7 @@ def _follow(client: Client | LocalJobs, job: dict[str, Any], as_json: bool) -> i
     return 0 if job["status"] == "succeeded" else 1
 
 
-def _report(client: Client | LocalJobs, job: Mapping[str, Any]) -> None:
+def _report(client: Client | LocalJobs, job: JsonMapping) -> None:
     from itertools import islice
 
     from selfpruner.jobs.live_view import account, contributions, operators
@@ -340,13 +341,13 @@ def _report(client: Client | LocalJobs, job: Mapping[str, Any]) -> None:
         )
 
 
-def _summary(job: Mapping[str, Any]) -> str:
+def _summary(job: JsonMapping) -> str:
     from selfpruner.jobs.live_view import facts
 
     return facts(job["progress"], job["status"]).plain if job["progress"] else ""
 
 
-def _print(job: Mapping[str, Any], as_json: bool, text: str) -> None:
+def _print(job: JsonMapping, as_json: bool, text: str) -> None:
     print(json.dumps(job) if as_json else text)
 
 

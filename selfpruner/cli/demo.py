@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from selfpruner.cli.show import comparison
 from selfpruner.client import Client
 from selfpruner.errors import SelfprunerError
 from selfpruner.jobs.live_view import LiveView, account, contributions
+from selfpruner.json_objects import JsonObject
 from selfpruner.tables import Screen
 from selfpruner.workers.lifeline import tied
 
@@ -49,7 +49,7 @@ def server(home: Path) -> Iterator[str]:
         log.close()
 
 
-def follow(client: Client, job: dict[str, Any]) -> dict[str, Any]:
+def follow(client: Client, job: JsonObject) -> JsonObject:
     """Watch the job to its end, on stderr."""
     with LiveView(f"{job['model']}, {job['config']['rate']:.0%} of the decoder") as view:
         for name, data in client.follow(job["id"]):

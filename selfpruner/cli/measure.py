@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -17,6 +17,7 @@ from selfpruner.cli import shared_options
 from selfpruner.config import Share
 from selfpruner.errors import ConfigError, disk_errors
 from selfpruner.files import places
+from selfpruner.json_objects import JsonObject
 from selfpruner.progress import shown
 
 Text = Annotated[
@@ -179,7 +180,7 @@ def criteria(as_json: shared_options.Json = False) -> int:
     from selfpruner import criteria as registry
 
     known = [registry.create(name) for name in (*catalogue.CRITERIA, *sorted(catalogue.plugins(catalogue.CRITERION_PLUGINS)))]
-    rows: list[dict[str, Any]] = [
+    rows: list[JsonObject] = [
         {
             "name": criterion.name,
             "patterns": list(criterion.patterns),
@@ -229,7 +230,7 @@ def compare(
     wanted = _numbers([*rates.split(","), *(more or [])])
     methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)
     body = shared_options.read_config(config, settings, calibration=calibration, model=model, device=device)
-    report: dict[str, Any] = {"sequences": sequences, "length": length}
+    report: JsonObject = {"sequences": sequences, "length": length}
     if text:
         report["sources"] = [{"source": name} for name in text]
     checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})

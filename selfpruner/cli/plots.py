@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from selfpruner.json_objects import JsonMapping, JsonObject
 
 
 def draw(chart: Callable[[], Any], path: Path) -> str | None:
@@ -16,7 +18,7 @@ def draw(chart: Callable[[], Any], path: Path) -> str | None:
     return None
 
 
-def result_chart(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Any:
+def result_chart(report: JsonMapping, events: Sequence[JsonMapping]) -> Any:
     """Rates per layer of the best plan beside the best fitness by generation, as an Altair chart; and the front where there is one.
 
     ``report`` is a job's report; ``events`` its events, of which the generations' are drawn.
@@ -60,7 +62,7 @@ def result_chart(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]])
     return (bars + target) | convergence
 
 
-def front_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
+def front_chart(rows: Sequence[JsonMapping]) -> Any:
     """KL of a front's members over their predicted latency, or else over their parameters. ``rows``: a report's ``front``."""
     import altair as alt
 
@@ -83,11 +85,11 @@ def front_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
     return marks.properties(width=420, height=220, title="Front, held-out text")
 
 
-def _point(row: Mapping[str, Any]) -> dict[str, Any]:
+def _point(row: JsonMapping) -> JsonObject:
     return {"plan": row["plan"], "kl": row["kl"], "parameters": row["parameters"], "removed": f"{100 * row['rate']:g} %"}
 
 
-def _data(values: Sequence[Mapping[str, Any]]) -> Any:
+def _data(values: Sequence[JsonMapping]) -> Any:
     """Inline data as Vega-Lite's specification has it."""
     return {"values": [dict(row) for row in values]}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from selfpruner.cli import shared_options
 from selfpruner.cli.show import print_pruned, print_report
 from selfpruner.errors import ConfigError
+from selfpruner.json_objects import JsonObject
 
 
 @shared_options.spread
@@ -68,7 +69,7 @@ def prune(
     return print_pruned(result, as_json)
 
 
-def _plan_file(path: Path) -> dict[str, Any]:
+def _plan_file(path: Path) -> JsonObject:
     body = shared_options.read_object(path, "plan", '{"levels": [...]}')
     for key in ("levels", "rates"):
         if isinstance(body.get(key), list) and body[key]:

@@ -20,6 +20,7 @@ import typer
 from selfpruner import catalogue
 from selfpruner.config import PRESETS
 from selfpruner.errors import ConfigError
+from selfpruner.json_objects import JsonObject
 
 if TYPE_CHECKING:
     from selfpruner.client import Client
@@ -101,7 +102,7 @@ class PruneOptions:
     config: ConfigFile = None
     settings: Settings = None
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JsonObject:
         """The request as plain JSON data. Raises ConfigError as :func:`read_config` does."""
         given = asdict(self)
         return read_config(given.pop("config"), given.pop("settings"), **given)
@@ -156,7 +157,7 @@ def read_config(
     *,
     calibration: Sequence[str] | None = None,
     **options: Any,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The request as plain JSON data. Raises ConfigError on a file that is not a JSON object or a setting without ``=``."""
     body = read_object(file, "config") if file is not None else {}
     body.update({name: value for name, value in options.items() if value is not None})
@@ -170,7 +171,7 @@ def read_config(
     return body
 
 
-def read_object(file: Path, param: str, example: str = '{"rate": 0.2}') -> dict[str, Any]:
+def read_object(file: Path, param: str, example: str = '{"rate": 0.2}') -> JsonObject:
     """The JSON object in a file. Raises ConfigError naming ``param`` when there is none."""
     try:
         body = json.loads(file.read_text("utf-8"))
@@ -183,7 +184,7 @@ def read_object(file: Path, param: str, example: str = '{"rate": 0.2}') -> dict[
     return body
 
 
-def _set(body: dict[str, Any], key: str, value: Any) -> None:
+def _set(body: JsonObject, key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         inner = body.setdefault(part, {})

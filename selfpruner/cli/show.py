@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from selfpruner.cli import shared_options
+from selfpruner.json_objects import JsonMapping
 
 if TYPE_CHECKING:
     from selfpruner.api import Pruned
@@ -70,7 +71,7 @@ ROWS = {
 }
 
 
-def print_report(report: Mapping[str, Any]) -> None:
+def print_report(report: JsonMapping) -> None:
     from selfpruner.tables import Screen
 
     console = Screen()
@@ -79,7 +80,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         console.print(front(report["front"]))
 
 
-def comparison(report: Mapping[str, Any]) -> Table:
+def comparison(report: JsonMapping) -> Table:
     """The figures of a job's report side by side."""
     from selfpruner.tables import Table
 
@@ -98,7 +99,7 @@ def _figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def front(rows: Sequence[Mapping[str, Any]]) -> Table:
+def front(rows: Sequence[JsonMapping]) -> Table:
     """The members of a front side by side, best quality first."""
     from selfpruner.tables import Table
 

@@ -31,13 +31,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from selfpruner.errors import FormatError
 from selfpruner.files import manifest
 from selfpruner.files.tensors import TensorFile
+from selfpruner.json_objects import JsonMapping
 from selfpruner.models.checks import weight_files
 from selfpruner.pruning.layer_shapes import LayerShape
 
@@ -48,7 +49,7 @@ class FinishedCheckpoint:
     open file of every tensor by name, in the files' order (Llama's names; no lm_head.weight when it is tied)."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: JsonMapping
     plan: manifest.PlanFile
     manifest: manifest.Manifest
     tensors: Mapping[str, TensorFile]

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner.errors import FormatError
+from selfpruner.json_objects import JsonMapping, JsonObject
 
 # llama.cpp's types of a token.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -70,13 +71,13 @@ def _pre_tokenizers() -> Mapping[str, tuple[Any, bool]]:
     }
 
 
-def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence[int] = ()) -> dict[str, Any]:
+def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence[int] = ()) -> JsonObject:
     """The ``tokenizer.*`` keys of a GGUF file for a model of ``vocabulary`` tokens; ``ends`` are the ids that end a generation.
 
     Raises FormatError for a tokenizer that llama.cpp cannot run.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    body: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "Python"}}
+    body: JsonObject = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "Python"}}
     model = body["model"]
     if model["type"] != "BPE":
         raise _refusal(f"is a {model['type']} model, not BPE")
@@ -84,7 +85,7 @@ def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence
         raise _refusal("has no merges")
     tokens, types = _tokens(body, vocabulary)
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-    found: dict[str, Any]
+    found: JsonObject
     if model["byte_fallback"]:
         prefix = bool(backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁"))
         scores = _scores(tokens, types, merges)
@@ -106,7 +107,7 @@ def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence
     return keys
 
 
-def encode(keys: Mapping[str, Any], text: str) -> list[int]:
+def encode(keys: JsonMapping, text: str) -> list[int]:
     """The ids that llama.cpp computes for ``text`` without special tokens in it, from a file's ``tokenizer.ggml.*`` keys."""
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
     vocabulary = {token: index for index, token in enumerate(own["tokens"])}
@@ -132,7 +133,7 @@ def _refusal(what: str) -> FormatError:
     )
 
 
-def _tokens(body: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
+def _tokens(body: JsonMapping, vocabulary: int) -> tuple[list[str], list[int]]:
     """Every id's token and type; ids that the tokenizer does not use get a name that no text has. Tokens that the model has no row
     for are left out: llama.cpp wants as many as there are rows."""
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
@@ -156,7 +157,7 @@ def _tokens(body: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[i
     return tokens, types
 
 
-def _pre_tokenizer_name(backend: Any, body: Mapping[str, Any]) -> str:
+def _pre_tokenizer_name(backend: Any, body: JsonMapping) -> str:
     normalizer = body["normalizer"] or {"type": None}
     # llama.cpp leaves composed forms to the user, as nearly all text is in them.
     if normalizer["type"] not in (None, "NFC") and normalizer.get("normalizers") != []:
@@ -193,7 +194,7 @@ def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequen
     return [scores.get(token, -float(len(merges))) if kind == NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
 
 
-def _merge_by_score(own: Mapping[str, Any], vocabulary: Mapping[str, int], text: str) -> list[int]:
+def _merge_by_score(own: JsonMapping, vocabulary: Mapping[str, int], text: str) -> list[int]:
     """Neighbours whose concatenation is a token are merged, the highest score first and the leftmost of equals."""
     parts = list(("▁" if own["add_space_prefix"] and text else "") + text.replace(" ", "▁"))
     while True:
@@ -209,13 +210,13 @@ def _merge_by_score(own: Mapping[str, Any], vocabulary: Mapping[str, int], text:
     return ids
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _templates(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     template: Any = tokenizer.chat_template
     if not template:
         return {}
     if isinstance(template, str):
         return {"tokenizer.chat_template": template}
     named = {name: text for name, text in template.items() if name != "default"}
-    keys: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    keys: JsonObject = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
     keys |= {"tokenizer.chat_templates": list(named)} if named else {}
     return keys | ({"tokenizer.chat_template": template["default"]} if "default" in template else {})

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfpruner.json_objects import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ _FIRST: Mapping[str, tuple[int, int]] = {"qwen3": (4, 51), "gemma3_text": (4, 50
 _FIRST_OF_ALL, _CURRENT = (4, 45), (5, 15)
 
 
-def with_older_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+def with_older_fields(body: JsonMapping) -> JsonObject:
     """The JSON ``body`` of an ordinary config with what transformers 4 calls the same things."""
     fields: dict[str, object] = {}
     main, *others = _tables(body)
@@ -51,7 +53,7 @@ def requirement(body: Mapping[str, object]) -> str:
     return f"transformers {oldest_version(body)} or later{eager}"
 
 
-def oldest_version(body: Mapping[str, Any]) -> str:
+def oldest_version(body: JsonMapping) -> str:
     """The oldest transformers that computes the same from an ordinary config with the fields above, as ``4.46``."""
     family, (main, *others) = body["model_type"], _tables(body)
     kind, layers = main.get("rope_type", "default"), body.get("layer_types") or []
@@ -94,7 +96,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _tables(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _tables(body: JsonMapping) -> list[JsonMapping]:
     """The rotary table of the layers, or of those with full attention and then of the others."""
     rope = body.get("rope_parameters") or {}
     return [rope["full_attention"], rope["sliding_attention"]] if "full_attention" in rope else [rope]

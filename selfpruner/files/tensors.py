@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.errors import ModelError
+from selfpruner.json_objects import JsonObject
 
 _NAMES = {
     torch.float64: "F64",
@@ -59,7 +60,7 @@ class TensorFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
-        header: dict[str, Any] = json.loads(os.pread(self._descriptor, length, 8))
+        header: JsonObject = json.loads(os.pread(self._descriptor, length, 8))
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.shapes = {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
         self._offsets = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}

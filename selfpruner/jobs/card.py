@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from selfpruner.config import SearchConfig
+from selfpruner.json_objects import JsonMapping
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.workers.tasks import CardFields, PrepareResult
 
@@ -40,6 +40,6 @@ def card(
     )
 
 
-def metrics(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def metrics(report: JsonMapping) -> dict[str, dict[str, float]]:
     """The figures of ``report`` that there are."""
     return {name: {key: report[name][key] for key in FIGURES if report[name].get(key) is not None} for name in MODELS}

@@ -18,11 +18,12 @@ from selfpruner.config import Part, SearchConfig, differences
 from selfpruner.errors import ConfigError, SelfprunerError
 from selfpruner.files import atomic
 from selfpruner.jobs.run import session_of
+from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.workers.process_pool import ProcessPool
 from selfpruner.workers.tasks import EvaluateRequest, PrepareRequest
 
-PlainRow = dict[str, Any]
+PlainRow = JsonObject
 # Fields of a config that the figures of a method at a rate depend on: what is prepared, but for the method, the rate, the text that
 # only a search uses and a bound that changes no figure.
 _VARIED = {"pattern", "criterion", "compensation", "rate", "fitness_text", "level_bytes"}
@@ -210,7 +211,7 @@ def sections(results: ComparisonFile) -> Iterator[tuple[str, list[tuple[str, ...
         yield f"{pattern}, rate {rate:g}", [_cells(row) for row in rows], failures
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(row: JsonMapping) -> tuple[str, ...]:
     if row["error"] is not None:
         return (row["criterion"], row["compensation"], "", "failed", "", "", "")
     quality = (f"{row['kl']:.4f}", f"{row['perplexity']:.2f}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from selfpruner.evolution.extras import finite
 from selfpruner.evolution.front import Latencies, Member
 from selfpruner.evolution.windows import report_windows
 from selfpruner.jobs.running_job import RunningJob
+from selfpruner.json_objects import JsonObject
 from selfpruner.records import Window
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.tasks import MeasureRequest, MeasureResult, TimeBlocksRequest
@@ -27,7 +27,7 @@ async def front_report(job: RunningJob, members: Sequence[Member], latencies: La
     return found
 
 
-async def front_rows(job: RunningJob, members: Sequence[Member], windows: Sequence[Window]) -> list[dict[str, Any]]:
+async def front_rows(job: RunningJob, members: Sequence[Member], windows: Sequence[Window]) -> list[JsonObject]:
     """One row per member, best quality first: ``plan``, ``operator``, ``levels``, ``layer_rates``, ``rate``, ``parameters``,
     ``fitness`` (where it was chosen), ``kl`` and ``perplexity`` (on ``windows``), ``best`` (whether it is the job's own plan).
 

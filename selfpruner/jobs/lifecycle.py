@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
+from selfpruner.json_objects import JsonObject
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.records import Recorder
 from selfpruner.store.store import Store
@@ -45,8 +46,8 @@ class JobResult:
     """``report``: the figures (see :func:`selfpruner.jobs.run.run_job`). ``checkpoint``: ``CHECKPOINT_FIELDS``. ``reused``: all of
     it was there already."""
 
-    report: dict[str, Any]
-    checkpoint: dict[str, Any]
+    report: JsonObject
+    checkpoint: JsonObject
     reused: bool = False
 
 
@@ -142,7 +143,7 @@ class JobLife:
             raise self.problem
         return self._search.result()
 
-    def _outcome(self, search: asyncio.Task[JobResult]) -> tuple[JobStatus, dict[str, Any] | None]:
+    def _outcome(self, search: asyncio.Task[JobResult]) -> tuple[JobStatus, JsonObject | None]:
         """Where the job goes after its search has ended; its result is stored here."""
         try:
             result = search.result()
@@ -164,13 +165,13 @@ class JobLife:
             return self.leave or "queued", None
         return "succeeded", None
 
-    def _failure(self, error: Exception) -> dict[str, Any]:
+    def _failure(self, error: Exception) -> JsonObject:
         if isinstance(error, SelfprunerError):
             log.warning("failed: %s (%s)", error, error.code)
             return {"code": error.code, "message": error.message, "param": error.param}
         return {"code": "internal_error", "message": self._explain(error), "param": None}
 
-    async def _write(self, to: JobStatus, failure: dict[str, Any] | None, closing: asyncio.Event | None) -> None:
+    async def _write(self, to: JobStatus, failure: JsonObject | None, closing: asyncio.Event | None) -> None:
         """Make the transition durable. While the disk is full this is tried again; after a restart the job is simply run again."""
         if self._again:
             return
@@ -199,6 +200,6 @@ async def discard_partial(folder: Path, to: str) -> None:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
-def recorded(row: Checkpoint) -> dict[str, Any]:
+def recorded(row: Checkpoint) -> JsonObject:
     """The checkpoint of a :class:`JobResult`, from its row."""
     return {name: getattr(row, name) for name in CHECKPOINT_FIELDS}

@@ -7,7 +7,7 @@ event, and now and then one that says how far the job is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -18,13 +18,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
+from selfpruner.json_objects import JsonMapping
 from selfpruner.progress import OnProgress, Teller, TimeLeft, counts, duration, printable
 from selfpruner.store.feed import Feed, named
 from selfpruner.store.store import Store
 from selfpruner.tables import Screen, Table
 
 # Called with every message of a job's stream: ("job", the job) whenever its status or progress changed, and (type, event).
-Watch = Callable[[str, Mapping[str, Any]], None]
+Watch = Callable[[str, JsonMapping], None]
 
 BAR = 30  # columns
 MARKS = {"info": ("·", "dim"), "warn": ("!", "yellow"), "error": ("x", "red")}
@@ -37,7 +38,7 @@ class LiveView:
         self.console = console or Screen(stderr=True)
         self._title = title
         self._status = ""
-        self._progress: Mapping[str, Any] = {}
+        self._progress: JsonMapping = {}
         self._started = time.monotonic()
         self._estimate = TimeLeft()
         self._lines = Teller(self.console.file)
@@ -53,21 +54,21 @@ class LiveView:
             self._live.stop()
         self._lines.__exit__()
 
-    def watch(self, name: str, data: Mapping[str, Any]) -> None:
+    def watch(self, name: str, data: JsonMapping) -> None:
         """Take in a message of a job's stream."""
         if name == "job":
             self.progress(data["progress"], data["status"])
         else:
             self.event(data)
 
-    def event(self, event: Mapping[str, Any]) -> None:
+    def event(self, event: JsonMapping) -> None:
         """Print an event: ``created_at``, ``level``, ``message``."""
         mark, style = MARKS.get(str(event.get("level")), MARKS["info"])
         when = time.strftime("%H:%M:%S", time.localtime(event.get("created_at") or time.time()))
         # Messages may quote an LLM: no markup, no control characters.
         self.console.print(Text.assemble((f"{when} {mark} ", style), printable(str(event.get("message", "")))), soft_wrap=True)
 
-    def progress(self, progress: Mapping[str, Any] | None, status: str = "running") -> None:
+    def progress(self, progress: JsonMapping | None, status: str = "running") -> None:
         self._progress, self._status = progress or {}, status
         done = measure(self._progress)
         self._estimate.see(done)
@@ -97,7 +98,7 @@ class LiveView:
         return head
 
 
-def measure(progress: Mapping[str, Any]) -> str:
+def measure(progress: JsonMapping) -> str:
     """From what to tell how far a job is: its message where that counts, else the generations of its search."""
     message = str(progress.get("message") or "")
     if counts(message) or progress.get("stage") != "searching":
@@ -105,7 +106,7 @@ def measure(progress: Mapping[str, Any]) -> str:
     return f"generation {progress.get('generation') or 0} of {progress.get('generations') or 0}"
 
 
-def facts(progress: Mapping[str, Any], status: str) -> Text:
+def facts(progress: JsonMapping, status: str) -> Text:
     """One line: stage, plans, evaluations, plan-tokens, best fitness."""
     parts = [str(progress.get("stage") or status)]
     for name in ("plans", "evaluations"):
@@ -122,7 +123,7 @@ def facts(progress: Mapping[str, Any], status: str) -> Text:
     return Text(" · ".join(parts))
 
 
-def operators(progress: Mapping[str, Any]) -> Table | None:
+def operators(progress: JsonMapping) -> Table | None:
     """How many plans each operator made and how many improved the best: ``operators`` and ``improved`` of ``data``, by name."""
     data = progress.get("data") or {}
     made, improved = data.get("operators") or {}, data.get("improved") or {}
@@ -134,14 +135,14 @@ def operators(progress: Mapping[str, Any]) -> Table | None:
     return table
 
 
-def contributions(report: Mapping[str, Any]) -> Table | None:
+def contributions(report: JsonMapping) -> Table | None:
     """The same of a job that has ended, from its report."""
     rows = report.get("operators", {})
     made, improved = ({name: row[key] for name, row in rows.items()} for key in ("made", "improved"))
     return operators({"data": {"operators": made, "improved": improved}})
 
 
-def account(report: Mapping[str, Any]) -> list[str]:
+def account(report: JsonMapping) -> list[str]:
     """Lines for the end of a job, from its report: what the search cost and why it ended, what it foresaw, how the result writes.
     Reports of older jobs lack some of that."""
     lines = []

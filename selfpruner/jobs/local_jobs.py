@@ -13,12 +13,12 @@ from typing import Any, Literal, Self, cast, get_args
 
 from selfpruner.errors import ConflictError, NotFoundError, UnknownNameError
 from selfpruner.jobs import runs
+from selfpruner.json_objects import JsonObject
 from selfpruner.store.feed import Feed, named
 from selfpruner.store.objects import CandidateObject, CheckpointObject, EventObject, JobObject
 from selfpruner.store.store import Page, Store
 from selfpruner.store.tables import JobStatus
 
-Json = dict[str, Any]
 LOOK_SECONDS = 0.5
 
 
@@ -53,10 +53,10 @@ class LocalJobs:
             raise NotFoundError(f"{self._database} holds no job yet.", param="source")
         return found[0].id
 
-    def get(self, job_id: str) -> Json:
+    def get(self, job_id: str) -> JsonObject:
         return JobObject.of(self._store.job(job_id)).model_dump(mode="json")
 
-    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> Json:
+    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> JsonObject:
         if status is not None and status not in get_args(JobStatus):
             raise UnknownNameError("status", status, get_args(JobStatus))
         page = self._store.jobs(after, limit, status=cast(JobStatus | None, status))
@@ -64,19 +64,19 @@ class LocalJobs:
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return {"object": "list", "data": data, "has_more": page.has_more, **ends}
 
-    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[Json]:
+    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[JsonObject]:
         for row in _pages(lambda last: self._store.candidates(job_id, last and last.plan_hash, order=order)):
             yield CandidateObject.of(row).model_dump(mode="json")
 
-    def checkpoints(self, job_id: str) -> Iterator[Json]:
+    def checkpoints(self, job_id: str) -> Iterator[JsonObject]:
         for row in self._store.checkpoints(job_id):
             yield CheckpointObject.of(row).model_dump(mode="json")
 
-    def events(self, job_id: str, after: int = 0) -> Iterator[Json]:
+    def events(self, job_id: str, after: int = 0) -> Iterator[JsonObject]:
         for row in _pages(lambda last: self._store.events(job_id, last.sequence if last else after)):
             yield EventObject.of(row).model_dump(mode="json")
 
-    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, Json]]:
+    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, JsonObject]]:
         """Until the job runs no more: where it waits, only a call of `search` goes on with it."""
         feed = Feed(self._store, job_id, after)
         while True:
@@ -88,7 +88,7 @@ class LocalJobs:
                 return
             time.sleep(LOOK_SECONDS)
 
-    def cancel(self, job_id: str) -> Json:
+    def cancel(self, job_id: str) -> JsonObject:
         """Cancel a job that waits. Raises ConflictError for one that has finished, StoreError while a search runs there."""
         with Store(self._database) as store:
             store.requeue_running()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from selfpruner.catalogue import PATTERNS
 from selfpruner.evolution.evaluator import Fitness
@@ -15,6 +14,7 @@ from selfpruner.evolution.extras import finite
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import report_windows
 from selfpruner.jobs.running_job import PREPARED, RunningJob
+from selfpruner.json_objects import JsonObject
 from selfpruner.planning.space import Plan
 from selfpruner.workers.tasks import BaselineRequest, MeasureRequest, MeasureResult
 
@@ -25,7 +25,7 @@ async def figures(job: RunningJob) -> dict[str, object]:
     if job.outcome.ramp is not None:
         plans["ramp"] = Plan(job.outcome.ramp.levels)
     scores, timed = await _scores(job, plans), await _speeds(job, plans)
-    report: dict[str, Any] = {}
+    report: JsonObject = {}
     for name, plan in plans.items():
         report[name] = {"parameters": job.parameters(plan), **(timed.rows[name].figures if name in timed.rows else {})}
         if plan.hash in scores:

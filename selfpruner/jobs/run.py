@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from selfpruner import catalogue
 from selfpruner.config import Role, SearchConfig
@@ -24,6 +23,7 @@ from selfpruner.jobs import card, report
 from selfpruner.jobs.front_report import front_report, latencies_of
 from selfpruner.jobs.lifecycle import JobResult
 from selfpruner.jobs.running_job import PREPARED, RunningJob
+from selfpruner.json_objects import JsonMapping
 from selfpruner.planning.space import Plan
 from selfpruner.progress import Foreseen
 from selfpruner.proposers import ProposerSettings, create
@@ -171,7 +171,7 @@ async def _export(job: RunningJob, figures: Mapping[str, object], directory: Pat
     return {**result.model_dump(exclude={"peak_mib"}), "plan_hash": job.best.hash, "metrics": metrics}
 
 
-def _refuse_other_inputs(before: Mapping[str, Any] | None, prepared: PrepareResult) -> None:
+def _refuse_other_inputs(before: JsonMapping | None, prepared: PrepareResult) -> None:
     """Raise ConflictError where a job goes on with a model or texts that are not those it began with: scores of one model would
     stand beside those of another, and decide."""
     if before is None:

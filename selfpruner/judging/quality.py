@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from selfpruner.errors import ConfigError
 from selfpruner.files import atomic
+from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.judging.estimates import Estimate, average, mean, paired
 from selfpruner.judging.measures import Measure
 from selfpruner.judging.tasks import AskedMeasure, IdentifyRequest, JudgeRequest
 from selfpruner.workers.base import Session, WorkerPool
 
-Record = dict[str, Any]
+Record = JsonObject
 _FORMAT = "selfpruner evaluate 1"
 
 
@@ -44,7 +44,7 @@ class MeasurementFile:
                 f"{file} is there and holds no results of `selfpruner evaluate`. Name another file.", param="output"
             ) from error
 
-    def find(self, fingerprint: str, setting: Mapping[str, Any]) -> Record | None:
+    def find(self, fingerprint: str, setting: JsonMapping) -> Record | None:
         return next((r for r in self.records if r["fingerprint"] == fingerprint and r["setting"] == setting), None)
 
     def add(self, record: Record) -> None:
@@ -235,7 +235,7 @@ def markdown(quality: Quality) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def plain(quality: Quality) -> dict[str, Any]:
+def plain(quality: Quality) -> JsonObject:
     """Everything as plain data, for ``--json``."""
     records = [record for model in quality.models for record in quality.found[model].values()]
     return {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from selfpruner.errors import TextError
+from selfpruner.json_objects import JsonObject
 from selfpruner.models.checks import sampled_digest
 
 
@@ -50,7 +50,7 @@ class LocalTask:
         arguments["cache_dir"] = str(cache)
         return body
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> JsonObject:
         try:
             body = yaml.safe_load(self.file.read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -62,7 +62,7 @@ class LocalTask:
             )
         return body  # type: ignore[no-any-return]
 
-    def _files(self, body: dict[str, Any]) -> list[Path]:
+    def _files(self, body: JsonObject) -> list[Path]:
         paths = [self.data / file for file in body["dataset_kwargs"]["data_files"].values()]
         for path in paths:
             if not path.is_file():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner.errors import ModelError, ModelNotFoundError, UnsafeModelError, UnsupportedModelError
+from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.models.family_layouts import LAYOUTS, Widths
 
 SUPPORTED_MODEL_TYPES = tuple(LAYOUTS)
@@ -65,7 +66,7 @@ ROPES = frozenset(("default", "dynamic", "linear", "llama3", "longrope", "propor
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> JsonObject:
     """The JSON object in ``path``. Raises :class:`ModelError` naming the file when it is not one."""
     try:
         if path.stat().st_size > _JSON_LIMIT:
@@ -78,7 +79,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def _check_numbers(path: Path, body: Mapping[str, Any]) -> None:
+def _check_numbers(path: Path, body: JsonMapping) -> None:
     """Raise :class:`ModelError` where the parsed JSON holds NaN or infinity, in any of the ways in which it may."""
     left: list[tuple[str, Any]] = list(body.items())
     while left:
@@ -95,7 +96,7 @@ def _check_numbers(path: Path, body: Mapping[str, Any]) -> None:
         left += [(f"{key}.{name}", item) for name, item in inner]
 
 
-def _check_functions(path: Path, config: Mapping[str, Any], activation: str) -> None:
+def _check_functions(path: Path, config: JsonMapping, activation: str) -> None:
     """Raise :class:`ModelError` for an activation or a rotary table that no version of transformers can make."""
     asked = [(activation, config.get(activation), ACTIVATIONS)]
     for place in ("rope_parameters", "rope_scaling"):
@@ -128,7 +129,7 @@ def refuse_pointer(path: Path) -> None:
             )
 
 
-def check_config(folder: Path) -> dict[str, Any]:
+def check_config(folder: Path) -> JsonObject:
     """Read and judge ``config.json``.
 
     Raises :class:`ModelNotFoundError` (no config), :class:`UnsafeModelError` (remote code), :class:`UnsupportedModelError`
@@ -209,7 +210,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
+def check_folder(folder: Path) -> JsonObject:
     """Judge a whole model folder; returns the parsed ``config.json``.
 
     Beyond :func:`check_config`: a tokenizer is there, weights are safetensors and complete, every header is well formed, and every
@@ -370,7 +371,7 @@ def stored_dtype(folder: Path) -> str:
     return max(counts, key=counts.__getitem__, default="float32")
 
 
-def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(folder: Path, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> None:
     layout = LAYOUTS[config["model_type"]]
     widths = Widths.of(layout, config)
     expected: dict[str, tuple[int, ...]] = {f"{place}.weight": shape for place, shape in widths.shapes(layout)}

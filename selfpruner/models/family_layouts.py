@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from selfpruner.json_objects import JsonMapping
+
 # What a configuration may not say, with what to do about it: true where it says so.
-Refusals = Mapping[str, Callable[[Mapping[str, Any]], bool]]
+Refusals = Mapping[str, Callable[[JsonMapping], bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Layout:
     positions_before: int = 0
     channels_key: str = "intermediate_size"
     activation_key: str = "hidden_act"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: JsonMapping = field(default_factory=dict)
     refuses: Refusals = field(default_factory=dict)
     published_code: frozenset[str] = frozenset()
 
@@ -62,11 +64,11 @@ class Layout:
             return int(layer), 0
         return (int(layer), 1) if module in self.ffn.values() else None
 
-    def value(self, config: Mapping[str, Any], key: str) -> Any:
+    def value(self, config: JsonMapping, key: str) -> Any:
         given = config.get(key)
         return self.defaults.get(key) if given is None else given
 
-    def refusal(self, config: Mapping[str, Any]) -> str | None:
+    def refusal(self, config: JsonMapping) -> str | None:
         """Why a model of this configuration cannot be worked on, and what to do; None where it can."""
         return next((why for why, says in self.refuses.items() if says(config)), None)
 
@@ -82,7 +84,7 @@ class Widths:
     channels: int
 
     @classmethod
-    def of(cls, layout: Layout, config: Mapping[str, Any]) -> Widths:
+    def of(cls, layout: Layout, config: JsonMapping) -> Widths:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         kv_heads = int(layout.value(config, "num_key_value_heads") or heads)
         head_dim = int(layout.value(config, "head_dim") or hidden // heads)

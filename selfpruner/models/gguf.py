@@ -17,7 +17,6 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +25,7 @@ from filelock import FileLock
 from selfpruner.errors import ModelError, UnsupportedModelError, disk_errors
 from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
+from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.models.checks import refuse_pointer, sampled_digest
 
 # Part of the folder's name: raise it when the conversion changes.
@@ -84,7 +84,7 @@ def check(gguf: Path) -> None:
         _judge(gguf, facts)
 
 
-def _judge(gguf: Path, facts: Mapping[str, Any]) -> None:
+def _judge(gguf: Path, facts: JsonMapping) -> None:
     """Raises UnsupportedModelError for an architecture whose files are not read."""
     architecture = facts.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -102,7 +102,7 @@ def _judge(gguf: Path, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _first_scalars(file: BinaryIO) -> dict[str, Any]:
+def _first_scalars(file: BinaryIO) -> JsonObject:
     """The numbers and strings before the first array of the metadata: the vocabulary, which takes the library seconds to read,
     comes after what says whose file it is. Source: the GGUF specification, "File structure"."""
 
@@ -118,7 +118,7 @@ def _first_scalars(file: BinaryIO) -> dict[str, Any]:
 
     number("I")  # the version
     number("Q")  # of tensors
-    facts: dict[str, Any] = {}
+    facts: JsonObject = {}
     for _ in range(number("Q")):
         key, kind = string(), number("I")
         if kind == _GGUF_ARRAY:
@@ -127,7 +127,7 @@ def _first_scalars(file: BinaryIO) -> dict[str, Any]:
     return facts
 
 
-def _metadata(gguf: Path) -> tuple[dict[str, Any], Any, str]:
+def _metadata(gguf: Path) -> tuple[JsonObject, Any, str]:
     """Scalar and string metadata of the file by key, its ``rope_freqs`` tensor (None where it has none), and the dtype that most of
     its layers' numbers have: bfloat16 for quantised ones, which say less than 16 bits can."""
     from gguf import GGUFReader
@@ -194,7 +194,7 @@ def _write(gguf: Path, folder: Path) -> None:
     _tidy_tokenizer(folder, clean.vocab_size, clean.max_position_embeddings)
 
 
-def _repaired_numbers(metadata: dict[str, Any], architecture: str, rope_factors: Any) -> dict[str, Any]:
+def _repaired_numbers(metadata: JsonObject, architecture: str, rope_factors: Any) -> JsonObject:
     """Configuration entries as the file has them. GGUF numbers are float32: 1e-5 comes back as 9.99e-06 unless shortened."""
     import numpy as np
 
@@ -203,10 +203,10 @@ def _repaired_numbers(metadata: dict[str, Any], architecture: str, rope_factors:
         return None if value is None else float(str(np.float32(value)))
 
     hidden, heads = int(metadata[f"{architecture}.embedding_length"]), int(metadata[f"{architecture}.attention.head_count"])
-    repaired: dict[str, Any] = {"head_dim": int(metadata.get(f"{architecture}.attention.key_length") or hidden // heads)}
+    repaired: JsonObject = {"head_dim": int(metadata.get(f"{architecture}.attention.key_length") or hidden // heads)}
     if epsilon := number("attention.layer_norm_rms_epsilon"):
         repaired["rms_norm_eps"] = epsilon
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": number("rope.freq_base") or 10_000.0}
+    rope: JsonObject = {"rope_type": "default", "rope_theta": number("rope.freq_base") or 10_000.0}
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if rope_factors is not None:
         # The factor of the slowest frequencies is the scaling itself.
@@ -222,7 +222,7 @@ def _repaired_numbers(metadata: dict[str, Any], architecture: str, rope_factors:
     return repaired | {"rope_parameters": rope}
 
 
-def _repair_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
+def _repair_tokenizer(tokenizer: Any, metadata: JsonObject) -> None:
     from tokenizers import pre_tokenizers, processors
 
     backend = tokenizer.backend_tokenizer

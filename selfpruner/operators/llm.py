@@ -13,12 +13,13 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from selfpruner.catalogue import OPERATORS
 from selfpruner.errors import BudgetError, ProposerError
+from selfpruner.json_objects import JsonObject
 from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Rejected
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed
@@ -48,7 +49,7 @@ class LlmOperator:
             self._format = PlanFormat(context.space)
         return self._format
 
-    def _facts(self, context: Context, count: int, example: str) -> dict[str, Any]:
+    def _facts(self, context: Context, count: int, example: str) -> JsonObject:
         """The variables every template needs; known plans and hints are for those that make plans."""
         plans = self._format_of(context)
         notes = dict.fromkeys(f"{note.operator}: {note.reason}" for note in (*context.rejected, *self.rejected))
@@ -122,7 +123,7 @@ class _PlanMaker(LlmOperator, Operator):
     def _read(
         self,
         context: Context,
-        reply: dict[str, Any],
+        reply: JsonObject,
         slots: Sequence[tuple[Candidate, ...]],
         known: frozenset[str],
         levels: Sequence[Sequence[int]],
@@ -168,15 +169,15 @@ class _PlanMaker(LlmOperator, Operator):
     def _example(self, plans: PlanFormat, count: int) -> str:
         return plans.example(count)
 
-    def _schema(self, plans: PlanFormat, count: int) -> dict[str, Any]:
+    def _schema(self, plans: PlanFormat, count: int) -> JsonObject:
         return plans.schema(count)
 
-    def _plan(self, plans: PlanFormat, answer: dict[str, Any], parents: Sequence[Candidate]) -> tuple[Plan, float]:  # noqa: ARG002
+    def _plan(self, plans: PlanFormat, answer: JsonObject, parents: Sequence[Candidate]) -> tuple[Plan, float]:  # noqa: ARG002
         """The plan within the budget, and the average rate (percent) of what was answered. ValueError says what does not fit."""
         rates = plans.read(answer)
         return plans.space.project(plans.near_target(rates)), plans.average(rates)
 
-    def _advice(self, context: Context, plans: PlanFormat) -> dict[str, Any]:
+    def _advice(self, context: Context, plans: PlanFormat) -> JsonObject:
         """What else the prompt says."""
         return {"hints": facts.hints(context, plans)}
 
@@ -184,7 +185,7 @@ class _PlanMaker(LlmOperator, Operator):
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:
         """The parents of each plan to ask for."""
 
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[dict[str, Any]]:
+    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[JsonObject]:
         """What the prompt shows of them: each group of parents once, with the numbers of the plans they are for."""
         plans = self._format_of(context)
         numbers: dict[tuple[str, ...], list[int]] = {}
@@ -210,13 +211,13 @@ class Initialize(_PlanMaker):
     name = "initialize"
     needs = OPERATORS[name].needs
 
-    def _advice(self, context: Context, plans: PlanFormat) -> dict[str, Any]:  # noqa: ARG002
+    def _advice(self, context: Context, plans: PlanFormat) -> JsonObject:  # noqa: ARG002
         return {"lessons": []}
 
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:  # noqa: ARG002
         return [()] * count
 
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[dict[str, Any]]:  # noqa: ARG002
+    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[JsonObject]:  # noqa: ARG002
         return []
 
 
@@ -244,10 +245,10 @@ class Mutate(_PlanMaker):
     def _example(self, plans: PlanFormat, count: int) -> str:
         return plans.example_of_changes(count)
 
-    def _schema(self, plans: PlanFormat, count: int) -> dict[str, Any]:
+    def _schema(self, plans: PlanFormat, count: int) -> JsonObject:
         return plans.schema_of_changes(count)
 
-    def _plan(self, plans: PlanFormat, answer: dict[str, Any], parents: Sequence[Candidate]) -> tuple[Plan, float]:
+    def _plan(self, plans: PlanFormat, answer: JsonObject, parents: Sequence[Candidate]) -> tuple[Plan, float]:
         changes = plans.changes(answer)
         rates = plans.space.rates(Plan(parents[0].levels))
         average = plans.average([changes.get(index, rate) for index, rate in enumerate(rates)])
@@ -286,7 +287,7 @@ class Select(LlmOperator, ParentSelection):
         pair = {"type": "array", "items": number, "minItems": 2, "maxItems": 2}
         schema = closed({"pairs": {"type": "array", "items": pair, "minItems": count, "maxItems": count}})
 
-        def read(reply: dict[str, Any]) -> list[tuple[Candidate, Candidate]]:
+        def read(reply: JsonObject) -> list[tuple[Candidate, Candidate]]:
             answered = Pairs.model_validate(reply).pairs[:count]
             fitting = [p for p in answered if len(p) == 2 and p[0] != p[1] and all(1 <= n <= len(shown) for n in p)]
             if not fitting:

@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from selfpruner.json_objects import JsonObject
 from selfpruner.planning.space import SearchSpace
 from selfpruner.proposers.llm_calls import explain
 
@@ -72,7 +73,7 @@ class PlanFormat:
         self._names = {index: (key, layer) for (key, layer), index in self._named.items()}
         self._dial_of = {block: index for index in self._names for block in space.dials[index].blocks}
         rate = Annotated[float, Field(ge=0, le=self.most)]
-        fields: dict[str, Any] = {
+        fields: JsonObject = {
             key: (Annotated[list[rate], Field(min_length=len(ix), max_length=len(ix))], ...) for key, ix in self._dials.items()
         }
         self._model: type[Answer] = create_model("PlanAnswer", __base__=Answer, **fields)
@@ -237,6 +238,6 @@ class PlanFormat:
         return self.write([value / average for value in values])
 
 
-def closed(properties: dict[str, Any]) -> dict[str, Any]:
+def closed(properties: JsonObject) -> JsonObject:
     """A JSON schema object with exactly ``properties``, as strict structured output demands."""
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from selfpruner.errors import BudgetError, ConfigError
+from selfpruner.json_objects import JsonMapping
 
 Kind = Literal["attention", "ffn"]
 Granularity = Literal["layer", "block"]
@@ -295,7 +296,7 @@ class SearchSpace:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
+    def from_dict(cls, data: JsonMapping) -> SearchSpace:
         blocks = tuple(
             Block(block["layer"], block["kind"], tuple(Option(**option) for option in block["options"])) for block in data["blocks"]
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from selfpruner.json_objects import JsonMapping
 
 _MAX_TRIES = 64
 
@@ -50,7 +52,7 @@ def follows(text: str, schema: Mapping[str, object]) -> bool:
         return False
 
 
-def _has_shape(value: object, schema: Mapping[str, Any]) -> bool:
+def _has_shape(value: object, schema: JsonMapping) -> bool:
     kind = schema["type"]
     if kind == "object":
         parts = schema["properties"]

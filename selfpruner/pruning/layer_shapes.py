@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from selfpruner.json_objects import JsonMapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class KeptUnits:
         }
 
     @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> KeptUnits:
+    def from_dict(cls, body: JsonMapping) -> KeptUnits:
         base = LayerShape(body["kv_groups"], body["query_heads"] // body["kv_groups"], body["ffn_channels"])
         return cls(base, [(layer["query_heads"], layer["ffn_channels"]) for layer in body["layers"]])
 

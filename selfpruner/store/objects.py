@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from selfpruner.json_objects import JsonObject
 from selfpruner.store.tables import CandidateRow, Checkpoint, Event, Job, JobStatus
 
 
@@ -26,9 +27,9 @@ class JobObject(BaseModel):
     model: str
     seed: int
     metadata: dict[str, str]
-    progress: dict[str, Any] | None
-    config: dict[str, Any]
-    result: dict[str, Any] | None = Field(description="the report, once the job has succeeded")
+    progress: JsonObject | None
+    config: JsonObject
+    result: JsonObject | None = Field(description="the report, once the job has succeeded")
 
     @classmethod
     def of(cls, job: Job) -> JobObject:
@@ -60,7 +61,7 @@ class EventObject(BaseModel):
     level: Literal["info", "warn", "error"]
     type: str
     message: str
-    data: dict[str, Any]
+    data: JsonObject
 
     @classmethod
     def of(cls, event: Event) -> EventObject:
@@ -117,8 +118,8 @@ class CheckpointObject(BaseModel):
     parameters: int
     bytes: int
     manifest_sha256: str
-    verification: dict[str, Any]
-    metrics: dict[str, Any]
+    verification: JsonObject
+    metrics: JsonObject
 
     @classmethod
     def of(cls, row: Checkpoint) -> CheckpointObject:

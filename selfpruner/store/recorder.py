@@ -16,6 +16,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlmodel import col, select
 
 from selfpruner.errors import StoreError
+from selfpruner.json_objects import JsonObject
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity
 from selfpruner.store.database import Database
 from selfpruner.store.tables import CandidateRow, EvaluationRow, Event, LlmCallRow
@@ -114,7 +115,7 @@ class JobRecorder:
         self._progress = progress
 
 
-def _fields(row: Any) -> dict[str, Any]:
+def _fields(row: Any) -> JsonObject:
     """The fields of a record. NaN is refused here: SQLite would store it as NULL and nobody would know."""
     fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
     for name, value in fields.items():
@@ -127,12 +128,12 @@ def _text(text: str | None) -> str | None:
     return None if text is None else storable(text)
 
 
-def _beliefs(candidate: Candidate) -> dict[str, Any]:
+def _beliefs(candidate: Candidate) -> JsonObject:
     fields = _fields(candidate)
     return {name: fields[name] for name in ("predicted", "credit", "informed_by")}
 
 
-def _score(candidate: Candidate) -> dict[str, Any]:
+def _score(candidate: Candidate) -> JsonObject:
     fields = _fields(candidate)
     kept = ("status", "fitness", "relative", "window", "tokens", "survived", "rejected")
     return {**{name: fields[name] for name in kept}, "reason": _text(candidate.reason)}

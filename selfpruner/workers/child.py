@@ -28,11 +28,12 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 
 from pydantic import JsonValue
 
 from selfpruner.errors import CancelledTaskError
+from selfpruner.json_objects import JsonObject
 from selfpruner.progress import Foreseen
 from selfpruner.workers.base import Session, TaskHandler, perform
 from selfpruner.workers.failures import is_expected, to_wire
@@ -84,7 +85,7 @@ class Child:
         self._cancelled.discard(number)
         self._write_line(line)
 
-    def _handle(self, task: dict[str, Any]) -> dict[str, JsonValue]:
+    def _handle(self, task: JsonObject) -> dict[str, JsonValue]:
         number = task["id"]
         if number in self._cancelled:
             raise CancelledTaskError("The task was cancelled before it started.")
