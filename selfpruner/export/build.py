@@ -74,7 +74,7 @@ def outline(base: PreTrainedModel, shapes: Sequence[LayerShape], names: Iterable
     except (ValueError, StrictDataclassError) as error:
         raise ExportError(f"These layer shapes make no model: {error}") from error
     with torch.device("meta"):
-        cls: Any = modeling_file_of(base.config).causal_lm
+        cls = modeling_file_of(base.config).causal_lm
         model: PreTrainedModel = cls._from_config(config, dtype=dtype, attn_implementation=base.config._attn_implementation)
     model.generation_config = base.generation_config
     model.train(False)
@@ -132,7 +132,7 @@ def expected_parameters(config: PreTrainedConfig) -> int:
 
 def plain_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     """The base family's own config when it describes ``model`` completely (uniform shapes, no extra bias), else None."""
-    config: Any = model.config
+    config = model.config
     if config.is_heterogeneous or not all(shape.heads and shape.channels for shape in shapes_of(config)):
         return None
     twin = ordinary(config, config.base_model_type, shapes_of(config)[0])
@@ -175,7 +175,7 @@ def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, **biases:
 
 def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]) -> PreTrainedConfig:
     """The base config with what differs by layer in ``per_layer_config``; a value that all layers share becomes global."""
-    config: Any = base.config
+    config = base.config
     layout, form = layout_of(config), modeling_file_of(config)
     channels = layout.channels_key
     heads = config.num_attention_heads
@@ -183,7 +183,7 @@ def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]
     dense = {"num_attention_heads": heads, channels: getattr(config, channels)}
     if form.has_kv_heads:
         dense["num_key_value_heads"] = _kv_heads(config)
-    layers: list[dict[str, Any]] = [
+    layers: list[dict[str, object]] = [
         {
             "num_attention_heads": shape.heads,
             **({"num_key_value_heads": shape.kv_groups} if form.has_kv_heads else {}),
@@ -194,7 +194,7 @@ def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]
         }
         for index, shape in enumerate(shapes)
     ]
-    common: dict[str, Any] = {}
+    common: dict[str, object] = {}
     for key in layers[0]:
         values = {layer[key] for layer in layers} - {None}
         common[key] = values.pop() if len(values) == 1 else dense.get(key, False)
@@ -207,12 +207,12 @@ def _config(base: PreTrainedModel, shapes: Sequence[LayerShape], names: set[str]
         common["per_layer_config"] = per_layer
     inherited = {name: copy.deepcopy(getattr(config, name)) for name in own_fields(form.config) if hasattr(config, name)}
     own = {"base_model_type": family_of(config), "head_dim": width // heads}
-    made: Any = form.config(**{**inherited, **form.switches(config, names), **own, **common})
+    made = form.config(**{**inherited, **form.switches(config, names), **own, **common})
     made.auto_map = form.auto_map  # also where it is saved from memory, and not by an export
     found: PreTrainedConfig = made
     return found
 
 
-def _kv_heads(config: Any) -> int:
+def _kv_heads(config: PreTrainedConfig) -> int:
     """KV heads of a config; of a family that does not say, every query head has its own."""
     return int(getattr(config, "num_key_value_heads", config.num_attention_heads))

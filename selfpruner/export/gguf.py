@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import AutoConfig, AutoTokenizer
 
@@ -107,7 +108,7 @@ class _Outline:
     """All that the file holds, before a tensor is read."""
 
     architecture: str
-    keys: Mapping[str, Any]
+    keys: Mapping[str, object]
     tensors: list[_Tensor]
 
 
@@ -251,7 +252,9 @@ def _refusal(what: str, param: str = "format") -> FormatError:
     return FormatError(f"As GGUF a model {what}", param=param)
 
 
-def _architecture(checkpoint: FinishedCheckpoint, config: Any, family: str, shapes: list[LayerShape], scaled: bool) -> str:
+def _architecture(
+    checkpoint: FinishedCheckpoint, config: PreTrainedConfig, family: str, shapes: list[LayerShape], scaled: bool
+) -> str:
     """llama.cpp's name of the architecture to write. ``scaled``: the rotation has a factor per dimension."""
     uniform = len(set(shapes)) == 1 and shapes[0].heads > 0 and shapes[0].channels > 0
     biased = any(name.endswith(("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")) for name in checkpoint.tensors)
@@ -274,11 +277,13 @@ def _architecture(checkpoint: FinishedCheckpoint, config: Any, family: str, shap
     return "qwen2" if family == "qwen2" and square and not biased and not scaled else "llama"
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _tensors(checkpoint: FinishedCheckpoint, config: Any, kept: list[tuple[int, LayerShape]], architecture: str) -> list[_Tensor]:
+def _tensors(
+    checkpoint: FinishedCheckpoint, config: PreTrainedConfig, kept: list[tuple[int, LayerShape]], architecture: str
+) -> list[_Tensor]:
     """The file's tensors in order."""
     paired, fused, head_dim = architecture in ("deci", "llama"), architecture == "openelm", _head_dim(config)
     tensors: list[_Tensor] = []
@@ -344,12 +349,12 @@ def _places(checkpoint: FinishedCheckpoint, head_dim: int) -> dict[str, tuple[st
     return sources
 
 
-def _rope(config: Any, head_dim: int) -> tuple[dict[str, Any], Tensor | None]:
+def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[dict[str, object], Tensor | None]:
     """The keys of the rotary embedding and, for Llama 3's scaling, the factor by which each frequency is divided."""
     rope = dict(config.rope_parameters)
     kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta"))
     rope.pop("partial_rotary_factor", None) if rope.get("partial_rotary_factor") == 1.0 else None
-    keys: dict[str, Any] = {"rope.freq_base": theta}
+    keys: dict[str, object] = {"rope.freq_base": theta}
     if kind == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         plain = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
@@ -365,7 +370,7 @@ def _rope(config: Any, head_dim: int) -> tuple[dict[str, Any], Tensor | None]:
     return keys, None
 
 
-def _context(config: Any) -> int:
+def _context(config: PreTrainedConfig) -> int:
     window = getattr(config, "sliding_window", None)
     if window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         return min(int(config.max_position_embeddings), int(window))

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 CACHED = 8  # tokens fed one by one
 TOLERANCE, CACHE_SLACK = 2e-4, 5
@@ -51,12 +51,12 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
     Gemma's embeddings are scaled by the root of the hidden size as those round it."""
     held: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
 
-    def before(module: torch.nn.Module, _: Any) -> None:
+    def before(module: torch.nn.Module, _: object) -> None:
         held[module] = [(p, p.data) for p in module.parameters(recurse=False)]
         for parameter, stored in held[module]:
             parameter.data = stored.float()
 
-    def after(module: torch.nn.Module, *_: Any) -> None:
+    def after(module: torch.nn.Module, *_: object) -> None:
         for parameter, stored in held.pop(module, ()):
             parameter.data = stored
 
@@ -78,7 +78,7 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -> dict[str, Any]:
+def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -> dict[str, object]:
     if not own_code:
         import selfpruner.export  # noqa: F401 - registers its classes
     started = time.perf_counter()
@@ -165,7 +165,7 @@ def _greedy(model: Any, prompt: torch.Tensor, bound: float) -> str:
     return "tied" if float((last[one[parting]] - last[two[parting]]).abs()) <= bound else "different"
 
 
-def _dtype(model: Any) -> str:
+def _dtype(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 

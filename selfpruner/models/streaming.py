@@ -54,7 +54,7 @@ class _Slot:
         self.layer: int | None = None
         self.filled: Future[None] | None = None
         self.ready: Any = None  # CUDA: after this event the buffer is filled
-        self.free: Any = None  # CUDA: after this event nobody reads the old content
+        self.free: object = None  # CUDA: after this event nobody reads the old content
 
 
 class WeightFiles:
@@ -300,7 +300,7 @@ def stream(
     files = WeightFiles.open(paths, device, dtype)
     config = files.settle(config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layout = layout_of(config)
     apart = {f"{layout.decoder}.embed_tokens", "lm_head"}
     with torch.no_grad():
@@ -327,7 +327,7 @@ def whole(config: PreTrainedConfig, paths: Sequence[Path], device: torch.device,
     files = WeightFiles.open(paths, device, dtype)
     config = files.settle(config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     tied = bool(config.tie_word_embeddings)
     with torch.no_grad():
         for module_name, module in model.named_modules():
@@ -357,7 +357,7 @@ class _Presence:
     def __init__(self, layers: LayerStream, index: int) -> None:
         self._layers, self._index = layers, index
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *_: object) -> None:
         self._layers.present(self._index)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import xgrammar
 from jinja2 import TemplateError
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner.errors import CancelledTaskError, ProposerError
 from selfpruner.models import check_ids
@@ -35,15 +35,15 @@ class _Compiler:
     grammars: dict[str, xgrammar.CompiledGrammar] = field(default_factory=dict)
 
 
-_COMPILERS: weakref.WeakKeyDictionary[Any, dict[int, _Compiler]] = weakref.WeakKeyDictionary()
+_COMPILERS: weakref.WeakKeyDictionary[object, dict[int, _Compiler]] = weakref.WeakKeyDictionary()
 
 
 @torch.inference_mode()
 def complete(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
-    schema: Mapping[str, Any],
+    schema: Mapping[str, object],
     temperature: float,
     max_tokens: int,
     seed: int,
@@ -126,7 +126,7 @@ def longest_reply(schema: Mapping[str, Any]) -> int | None:
     return 5 if kind == "boolean" else None
 
 
-def _compiled(tokenizer: Any, vocabulary: int) -> _Compiler:
+def _compiled(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> _Compiler:
     """The compiler of ``tokenizer`` for a model that scores ``vocabulary`` tokens."""
     by_size = _COMPILERS.setdefault(tokenizer, {})
     if vocabulary not in by_size:
@@ -137,7 +137,7 @@ def _compiled(tokenizer: Any, vocabulary: int) -> _Compiler:
     return by_size[vocabulary]
 
 
-def _grammar(compiled: _Compiler, schema: Mapping[str, Any]) -> xgrammar.CompiledGrammar:
+def _grammar(compiled: _Compiler, schema: Mapping[str, object]) -> xgrammar.CompiledGrammar:
     key = json.dumps(schema, sort_keys=False)
     if key not in compiled.grammars:
         if len(compiled.grammars) >= _MAX_GRAMMARS:
@@ -146,7 +146,7 @@ def _grammar(compiled: _Compiler, schema: Mapping[str, Any]) -> xgrammar.Compile
     return compiled.grammars[key]
 
 
-def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of the chat, ready for the answer; plain headings where the tokenizer has no chat template."""
     chat = [dict(message) for message in messages]
     if getattr(tokenizer, "chat_template", None):

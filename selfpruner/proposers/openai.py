@@ -204,7 +204,7 @@ class _Call:
             raise self.error("empty", "The reply had no text.", reply)
         return reply
 
-    def _usage(self, completion: Mapping[str, Any], text: str) -> Reply:
+    def _usage(self, completion: Mapping[str, object], text: str) -> Reply:
         """The reply with the server's own token counts; estimated where it gave none."""
         usage = completion.get("usage")
         counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
@@ -232,9 +232,9 @@ class _Call:
 _CURRENT: ContextVar[_Call] = ContextVar("selfpruner_llm_call")
 
 
-def _arguments(model: str, request: Request, dialect: _Dialect) -> dict[str, Any]:
+def _arguments(model: str, request: Request, dialect: _Dialect) -> dict[str, object]:
     messages = [dict(message) for message in request.messages]
-    formats: dict[str | None, Any] = {
+    formats: dict[str | None, object] = {
         "json_schema": {
             "type": "json_schema",
             "json_schema": {"name": request.operator, "strict": True, "schema": _strict(request.schema)},
@@ -253,7 +253,7 @@ def _arguments(model: str, request: Request, dialect: _Dialect) -> dict[str, Any
     }
 
 
-def _strict(schema: Any) -> Any:
+def _strict(schema: object) -> object:
     """``schema`` without the lengths of strings: OpenAI refuses a strict schema that has them. Replies are validated anyway."""
     if isinstance(schema, dict):
         return {key: _strict(value) for key, value in schema.items() if key not in ("minLength", "maxLength")}

@@ -147,7 +147,7 @@ class Store:
             scored = or_(col(EvaluationRow.kl).is_not(None), col(EvaluationRow.nll).is_not(None))
             for table, wanted in ((EvaluationRow, scored), (LlmCallRow, true())):
                 columns = [column for column in inspect(table).columns if column.key != "job_id"]
-                rows: Select[Any] = sqlalchemy.select(literal(job_id), *columns).where(col(table.job_id) == failed_id, wanted)
+                rows: Select[object] = sqlalchemy.select(literal(job_id), *columns).where(col(table.job_id) == failed_id, wanted)
                 write.session.execute(insert(table).from_select(["job_id", *(column.key for column in columns)], rows))
             began = write.session.exec(select(Event).where(Event.job_id == failed_id, Event.key == "prepared")).first()
             if began is not None:
@@ -177,7 +177,7 @@ class Store:
         with self._database.reading() as session:
             return session.exec(select(Job).where(Job.status == "queued").order_by(col(Job.number)).limit(1)).first()
 
-    def transition(self, job_id: str, to: JobStatus, *, error: Mapping[str, Any] | None = None) -> Job:
+    def transition(self, job_id: str, to: JobStatus, *, error: Mapping[str, object] | None = None) -> Job:
         """Move a job along ``TRANSITIONS``; ``failed`` takes the ``error`` (see ``SelfprunerError.to_dict``).
 
         Sets ``started_at`` at the first start and ``finished_at`` at the end, and appends the event ``job.<status>``. A job that
@@ -207,7 +207,7 @@ class Store:
             running = write.session.exec(select(Job).where(Job.status == "running").order_by(col(Job.number))).all()
             return [job for job in running if write.move(job, "queued").status == "queued"]
 
-    def set_result(self, job_id: str, result: Mapping[str, Any]) -> Job:
+    def set_result(self, job_id: str, result: Mapping[str, object]) -> Job:
         """Store the final report. Its ``best_plan``, a plan hash, decides what the view ``best`` shows."""
         with self._transaction() as write:
             job = write.job(job_id)
@@ -231,7 +231,7 @@ class Store:
     ) -> Page[CandidateRow]:
         """Candidates in order of generation, or best first as the view ``ranking`` has them; those after plan ``after``."""
         query = select(CandidateRow).where(CandidateRow.job_id == job_id)
-        keys: list[SQLColumnExpression[Any]] = [col(CandidateRow.generation), col(CandidateRow.sequence)]
+        keys: list[SQLColumnExpression[object]] = [col(CandidateRow.generation), col(CandidateRow.sequence)]
         if order == "fitness":
             ranks = schema.ranking()
             keys = [ranks.c.place]
@@ -298,8 +298,8 @@ class Store:
         parameters: int,
         bytes: int,
         manifest_sha256: str,
-        verification: Mapping[str, Any],
-        metrics: Mapping[str, Any],
+        verification: Mapping[str, object],
+        metrics: Mapping[str, object],
     ) -> Checkpoint:
         """Record an exported folder. One per job and plan: exporting again keeps the id and describes the newer files."""
         found: dict[str, Any] = {

@@ -76,7 +76,7 @@ def tiny_model(
     vocab: int = 128,
     tied: bool = True,
     seed: int = 0,
-    **overrides: Any,
+    **overrides: object,
 ) -> Path:
     """Write a random model of ``family`` with tokenizer and generation config into ``folder`` and return the folder.
 
@@ -86,7 +86,7 @@ def tiny_model(
     non-zero and norms are not one wherever the family has them. Equal arguments write equal weights.
     """
     dtype = getattr(torch, str(overrides.pop("dtype", "float32")))
-    shape: dict[str, Any] = {"intermediate_size": ffn, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    shape: dict[str, object] = {"intermediate_size": ffn, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     caps = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 6.0}
     kinds = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
     own: dict[str, dict[str, Any]] = {
@@ -183,7 +183,7 @@ def layers_of(model: Any) -> Any:
     return model.get_submodule(layout_of(model.config).decoder).layers
 
 
-def rows_of(model: Any, part: str) -> tuple[str, slice]:
+def rows_of(model: PreTrainedModel, part: str) -> tuple[str, slice]:
     """The place of a part (``q``, ``down``) in a layer of a dense model, and its rows there."""
     layout = layout_of(model.config)
     widths, block = Widths.of(layout, model.config.to_dict()), int(part in layout.ffn)

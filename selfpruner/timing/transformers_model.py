@@ -50,7 +50,7 @@ class TransformersTimer:
         self._device = device
         self._model: PreTrainedModel | None = None
         self._key = ""
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: Callable[..., object] | None = None
         self._caches: dict[tuple[int, int], StaticCache] = {}
         self._base_mib = 0.0
         self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
@@ -126,7 +126,7 @@ class TransformersTimer:
         return DecodeResult(tokens=batch * new_tokens, seconds=seconds)
 
 
-def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path, memory: int | None = None) -> PreTrainedModel:
+def load(model: str | Mapping[str, object], device: str, dtype: str, cache: Path, memory: int | None = None) -> PreTrainedModel:
     """The model on the device: of a name, folder or checkpoint, or with random weights from the fields of a config.
 
     Raises OutOfMemoryError for files that take more than ``memory`` bytes, ModelError and its kin for what cannot be loaded,
@@ -145,7 +145,7 @@ def load(model: str | Mapping[str, Any], device: str, dtype: str, cache: Path, m
 def outline(model: str, dtype: str, cache: Path) -> tuple[LoadResult, int]:
     """What ``load`` of this runtime would tell of a model that runs elsewhere, as a server runs it: in ``dtype``, or the one it is
     stored in; and its vocabulary."""
-    auto: Any = importlib.import_module("transformers")
+    auto = importlib.import_module("transformers")
     _, config = _found(model, cache)
     kind = models.choose_dtype(_stored(config) or "float32" if dtype == "auto" else dtype, torch.device("cpu"))
     with torch.device("meta"):
@@ -153,10 +153,10 @@ def outline(model: str, dtype: str, cache: Path) -> tuple[LoadResult, int]:
     return _described(twin, device="elsewhere", threads=None, base_mib=None), int(config.vocab_size)
 
 
-def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, Any]:
+def _found(model: str | Mapping[str, object], cache: Path) -> tuple[Path | None, Any]:
     """Folder and config; no folder for a model of random weights."""
     importlib.import_module("selfpruner.export")  # registers the class of pruned checkpoints
-    auto: Any = importlib.import_module("transformers")
+    auto = importlib.import_module("transformers")
     if isinstance(model, Mapping):
         body = dict(model)
         return None, auto.AutoConfig.for_model(body.pop("model_type"), **body)
@@ -171,7 +171,7 @@ def _found(model: str | Mapping[str, Any], cache: Path) -> tuple[Path | None, An
     return folder, files.settle(config)
 
 
-def _stored(config: Any) -> str | None:
+def _stored(config: PreTrainedConfig) -> str | None:
     return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
 
 
@@ -189,14 +189,14 @@ def _described(model: PreTrainedModel, *, device: str, threads: int | None, base
 @torch.no_grad()
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A model of this shape with random matrices and norms of one; nothing but the model itself takes memory."""
-    auto: Any = importlib.import_module("transformers")
+    auto = importlib.import_module("transformers")
     with torch.device("meta"):
         model: PreTrainedModel = auto.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, _SPREAD)
-    decoder: Any = model.model
+    decoder = model.model
     decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its table is computed, not stored
     model.train(False)
     return model
@@ -204,7 +204,7 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
 
 def work_of(model: PreTrainedModel) -> ModelCost:
     """Count a model's matrices and bytes; its modules may be on the meta device."""
-    head: Any = model.get_output_embeddings()
+    head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     looked_up = {
         id(module.weight): module.weight.nbytes
@@ -222,7 +222,7 @@ def work_of(model: PreTrainedModel) -> ModelCost:
     )
 
 
-def _attention(config: Any, itemsize: int) -> tuple[Attention, ...]:
+def _attention(config: PreTrainedConfig, itemsize: int) -> tuple[Attention, ...]:
     # Families without layer types have one kind of layer.
     only = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     kinds = getattr(config, "layer_types", None) or [only] * config.num_hidden_layers
