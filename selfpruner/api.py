@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     from selfpruner.judging.quality import Quality
 
 T = TypeVar("T")
+
+
+class Conversion(TypedDict):
+    """How a checkpoint is converted, see :func:`export`."""
+
+    quantize: str | None
+    tensor_parallel: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +211,7 @@ def export(
     a search; of that, ``job`` defaults to the newest one, ``plan`` (a hash) to its best. Raises NotFoundError, and FormatError
     for what the format cannot take.
     """
-    how = {"quantize": quantize, "tensor_parallel": tensor_parallel}
+    how: Conversion = {"quantize": quantize, "tensor_parallel": tensor_parallel}
     catalogue.check("export format", format, catalogue.FORMATS, param="format")
     from selfpruner.export.folder import refuse_place
 
@@ -239,7 +246,7 @@ def export(
         return _convert(made.path, Path(directory), format, how, tell)
 
 
-def _adopted(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: OnProgress) -> Pruned:
+def _adopted(source: Path, directory: Path, format: str, how: Conversion, progress: OnProgress) -> Pruned:
     """A model that no export wrote, first made a checkpoint."""
     from selfpruner.export import formats
     from selfpruner.export.adopt import adopt
@@ -253,7 +260,7 @@ def _adopted(source: Path, directory: Path, format: str, how: Mapping[str, Any],
         return _convert(adopt(source, scratch / "checkpoint").path, directory, format, how, progress)
 
 
-def _convert(source: Path, directory: Path, format: str, how: Mapping[str, Any], progress: OnProgress) -> Pruned:
+def _convert(source: Path, directory: Path, format: str, how: Conversion, progress: OnProgress) -> Pruned:
     from selfpruner.export import formats
 
     progress(f"writing the format {format}")

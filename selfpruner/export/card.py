@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import metadata_load
 
@@ -101,7 +100,7 @@ def _on_hub(name: str) -> bool:
     return name in _KNOWN or (_REPOSITORY.fullmatch(name) is not None and not Path(name).exists())
 
 
-def _repositories(value: Any) -> str | list[str] | None:
+def _repositories(value: object) -> str | list[str] | None:
     """Those of ``value``, the base model or models of a stranger's card, that can be repositories of the hub."""
     if isinstance(value, list):
         return [name for name in value if isinstance(name, str) and _on_hub(name)] or None

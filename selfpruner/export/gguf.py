@@ -41,6 +41,7 @@ from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
 from selfpruner.export.base import FinishedCheckpoint, Format, Origin
+from selfpruner.json_objects import JsonMapping
 from selfpruner.models import quiet
 from selfpruner.models.family_layouts import LAYOUTS
 from selfpruner.pruning.layer_shapes import LayerShape
@@ -380,7 +381,7 @@ def _context(config: PreTrainedConfig) -> int:
 def _ends(checkpoint: FinishedCheckpoint) -> list[int]:
     """The ids at which generation ends, from the generation config, or else the config."""
     generation = checkpoint.folder / "generation_config.json"
-    body: Mapping[str, Any] = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
+    body: JsonMapping = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
     ends = body.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 

@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -59,7 +58,7 @@ class LlamaCpp:
     def close(self) -> None:
         self._model.close()
 
-    def logits(self, tokens: Sequence[int]) -> Any:
+    def logits(self, tokens: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         """(S, V) float32 after each of ``tokens``, from an empty cache."""
         self._model.reset()
         self._model.eval(tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from selfpruner.planning.space import Plan
 from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 from selfpruner.pruning.measurements import held_bytes
 from selfpruner.pruning.patterns import (
+    Prunable,
     PrunableAttention,
     PrunableFfn,
     PrunableMasked,
@@ -147,7 +147,7 @@ def _as_written(prepared: Prepared) -> Prepared:
     left = None if loaded.memory is None else max(loaded.memory - held_bytes(prepared.arch, loaded), 0)
     twin = as_written(loaded, left)
     arch = describe(twin.model)
-    blocks: list[Any] = [replace(block, arch=arch) for block in prepared.engine.blocks]
+    blocks: list[Prunable] = [replace(block, arch=arch) for block in prepared.engine.blocks]
     return replace(prepared, loaded=twin, arch=arch, engine=make_engine(arch, twin, blocks))
 
 

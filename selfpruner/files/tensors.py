@@ -133,7 +133,7 @@ def write_tensors(
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # a buffer, which its type says from Python 3.12 on
     return memoryview(array)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from selfpruner import catalogue
 from selfpruner.config import Part, SearchConfig, differences
@@ -153,7 +152,7 @@ async def _rows(
     results: ComparisonFile,
     cache: Path,
     progress: Callable[[str], None],
-) -> Any:
+) -> AsyncIterator[ComparisonRow]:
     body = {**config.model_dump(), **asdict(method), "rate": min(rates)}
     own = SearchConfig.model_validate(body)
     session = session_of(own, cache)

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
@@ -89,7 +89,7 @@ class JobLife:
         self._search: asyncio.Task[JobResult] | None = None
         self._stopping = asyncio.Event()
 
-    def begin(self, search: Callable[[], Coroutine[Any, Any, JobResult]]) -> None:
+    def begin(self, search: Callable[[], Coroutine[object, None, JobResult]]) -> None:
         """Mark the job running and start its search. Raises ConflictError for one that may not run."""
         if not self._again:
             if self._job.status == "paused":

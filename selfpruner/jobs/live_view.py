@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Self
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
@@ -79,7 +79,7 @@ class LiveView:
         # rich gives it the options of the event that is printed above it: those would crop its lines.
         options = options.update(no_wrap=False, overflow="fold", height=None)
         progress = self._progress
-        shown: list[Any] = [self._head(options.max_width), facts(progress, self._status)]
+        shown: list[RenderableType] = [self._head(options.max_width), facts(progress, self._status)]
         if table := operators(progress):
             height = sum(len(console.render_lines(part, options)) for part in (*shown, table))
             small = f"{len(progress['data']['operators'])} operators, more than this screen has lines for"

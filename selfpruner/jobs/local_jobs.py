@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Literal, Self, TypeVar, cast, get_args
 
 from selfpruner.errors import ConflictError, NotFoundError, UnknownNameError
 from selfpruner.jobs import runs
@@ -17,9 +17,11 @@ from selfpruner.json_objects import JsonObject
 from selfpruner.store.feed import Feed, named
 from selfpruner.store.objects import CandidateObject, CheckpointObject, EventObject, JobObject
 from selfpruner.store.store import Page, Store
-from selfpruner.store.tables import JobStatus
+from selfpruner.store.tables import CandidateRow, Event, JobStatus
 
 LOOK_SECONDS = 0.5
+
+Row = TypeVar("Row", CandidateRow, Event)
 
 
 class LocalJobs:
@@ -65,7 +67,7 @@ class LocalJobs:
         return {"object": "list", "data": data, "has_more": page.has_more, **ends}
 
     def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[JsonObject]:
-        for row in _pages(lambda last: self._store.candidates(job_id, last and last.plan_hash, order=order)):
+        for row in _pages(lambda last: self._store.candidates(job_id, None if last is None else last.plan_hash, order=order)):
             yield CandidateObject.of(row).model_dump(mode="json")
 
     def checkpoints(self, job_id: str) -> Iterator[JsonObject]:
@@ -97,7 +99,7 @@ class LocalJobs:
         return JobObject.of(job).model_dump(mode="json")
 
 
-def _pages(ask: Callable[[Any], Page[Any]]) -> Iterator[Any]:
+def _pages(ask: Callable[[Row | None], Page[Row]]) -> Iterator[Row]:
     """All rows, page after page; ``ask`` is given the last row of the page before."""
     last = None
     while True:

@@ -21,7 +21,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfpruner.planning.allocation import FORBIDDEN
 from selfpruner.planning.space import Plan, SearchSpace
@@ -254,7 +254,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """
     import numpy as np
 
-    def centred(values: Sequence[float]) -> Any:
+    def centred(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         _, where, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[where] - (len(values) + 1) / 2
 

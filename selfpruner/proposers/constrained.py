@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import torch
 import xgrammar
@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner.errors import CancelledTaskError, ProposerError
+from selfpruner.json_objects import JsonMapping
 from selfpruner.models import check_ids
 
 _MAX_GRAMMARS = 32
@@ -38,6 +39,13 @@ class _Compiler:
 _COMPILERS: weakref.WeakKeyDictionary[object, dict[int, _Compiler]] = weakref.WeakKeyDictionary()
 
 
+class Completion(TypedDict):
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
 @torch.inference_mode()
 def complete(
     model: PreTrainedModel,
@@ -48,7 +56,7 @@ def complete(
     max_tokens: int,
     seed: int,
     cancelled: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+) -> Completion:
     """Answer ``messages`` with ``{text, prompt_tokens, completion_tokens, seconds}``; ``text`` fits ``schema``.
 
     ``temperature`` 0 takes the likeliest token. A prompt longer than the context window loses its middle: the rules stand at
@@ -103,7 +111,7 @@ def complete(
     }
 
 
-def longest_reply(schema: Mapping[str, Any]) -> int | None:
+def longest_reply(schema: JsonMapping) -> int | None:
     """Characters of the longest reply the schema allows, written without whitespace; None when it has no bound.
 
     A string counts as many characters as it may have; escapes, which plain text hardly needs, may pass that.

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from selfpruner.errors import ConfigError
+from selfpruner.json_objects import JsonMapping
 from selfpruner.proposers.base import OUTCOMES, VERDICTS, CallError, Reply, Request
 
 
 class ReplayProposer:
     """Answers call number n with recorded call number n. Costs nothing, whatever the recording cost."""
 
-    def __init__(self, name: str, calls: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, name: str, calls: Sequence[JsonMapping]) -> None:
         """``calls`` are rows of ``llm_call``: ``operator`` and ``reply``, with ``sequence`` (else the order given), ``outcome``
         ("ok"), ``model``, ``prompt_tokens``, ``completion_tokens`` and ``detail``."""
         self.name = name

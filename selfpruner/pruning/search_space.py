@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from selfpruner.architectures import Architecture
 from selfpruner.config import SearchConfig
-from selfpruner.planning.space import Block, Option, SearchSpace
+from selfpruner.planning.space import Block, Kind, Option, SearchSpace
 from selfpruner.pruning import patterns
 from selfpruner.pruning.patterns import Prunable
 
@@ -30,7 +29,7 @@ def whole_shape(arch: Architecture) -> tuple[int, int]:
 
 
 def _space(config: SearchConfig, arch: Architecture, options: Sequence[Sequence[Option]]) -> SearchSpace:
-    kinds: Any = ("attention", "ffn")
+    kinds: tuple[Kind, Kind] = ("attention", "ffn")
     blocks = tuple(Block(index // 2, kinds[index % 2], tuple(choices)) for index, choices in enumerate(options))
     pattern = patterns.create(config, arch)
     return SearchSpace(blocks, pattern.whole(blocks), config.rate, pattern.step(blocks), config.granularity)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 from sqlalchemy import func
 from sqlalchemy.dialects.sqlite import insert
@@ -115,7 +114,7 @@ class JobRecorder:
         self._progress = progress
 
 
-def _fields(row: Any) -> JsonObject:
+def _fields(row: Evaluation | Candidate | LlmCall | Progress) -> JsonObject:
     """The fields of a record. NaN is refused here: SQLite would store it as NULL and nobody would know."""
     fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
     for name, value in fields.items():

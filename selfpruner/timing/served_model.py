@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
 
@@ -106,11 +105,11 @@ class Server:
             for _ in range(count)
         ]
         started = time.perf_counter()
-        replies = await asyncio.gather(*(self._request(body, started) for body in bodies))
+        replies = await asyncio.gather(*(self._request(body, new_tokens, started) for body in bodies))
         return replies, max(reply.arrivals[-1][0] for reply in replies)
 
-    async def _request(self, body: Mapping[str, Any], started: float) -> _Reply:
-        reply, wanted = _Reply(), int(body["max_tokens"])
+    async def _request(self, body: Mapping[str, object], wanted: int, started: float) -> _Reply:
+        reply = _Reply()
         async with self._stream(body) as lines:
             async for line in lines:
                 if not line.startswith("data:") or (text := line[5:].strip()) == "[DONE]":
