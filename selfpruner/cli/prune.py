@@ -27,7 +27,7 @@ def search(
     return run_search(options.body(), output, cache, again=again, as_json=as_json)
 
 
-def run_search(body: dict[str, Any], output: Path, cache: Path | None, *, again: bool = False, as_json: bool = False) -> int:
+def run_search(body: JsonObject, output: Path, cache: Path | None, *, again: bool = False, as_json: bool = False) -> int:
     """Run the search that ``body`` asks for, and print what it found."""
     from selfpruner import api
     from selfpruner.jobs.live_view import account

@@ -41,7 +41,7 @@ class LocalJobs:
     def folder(self) -> Path:
         return self._database.parent
 
-    def waiting(self, job_id: str) -> Json:
+    def waiting(self, job_id: str) -> JsonObject:
         """The job, if a search may go on with it. Raises ConflictError for one that has finished."""
         job = self.get(job_id)
         if job["finished_at"] is not None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner import models
 from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.json_objects import JsonObject
 from selfpruner.judging.estimates import mean
 from selfpruner.judging.loading import load, share
 from selfpruner.judging.task_files import LocalTask
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from selfpruner.judging.corpora import Corpus
 
-Json = dict[str, object]
 Tell = Callable[[str], None]
 
 INSTALL = "pip install 'lm_eval>=0.4.13'"
@@ -112,9 +112,9 @@ class Measure(Protocol):
     def name(self) -> str: ...
 
     @property
-    def setting(self) -> Json: ...
+    def setting(self) -> JsonObject: ...
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
         """The result: figures with standard errors, and ``outcomes``."""
 
 
@@ -131,11 +131,11 @@ class Task:
         return LocalTask.find(self.name, self.data)
 
     @cached_property
-    def setting(self) -> Json:
+    def setting(self) -> JsonObject:
         source = "hub" if self._local is None else f"local:{self._local.digest}"
         return {"task": self.name, "source": source, "limit": self.limit, "lm_eval": harness_version(), "version": _VERSION}
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
         from selfpruner.judging import harness
 
         def progress(done: int, total: int) -> None:
@@ -147,7 +147,7 @@ class Task:
         outcome = harness.run(
             task, self.name, harness.SharedContextLM(subject.model, subject.tokenizer, progress=progress), self.limit
         )
-        result: Json = {"documents": len(outcome.metrics["acc"]), "of": outcome.total}
+        result: JsonObject = {"documents": len(outcome.metrics["acc"]), "of": outcome.total}
         for metric, outcomes in outcome.metrics.items():
             value = mean(outcomes)
             result |= {metric: round(value.value, 6), f"{metric}_stderr": _rounded(value.stderr, 6)}
@@ -176,12 +176,12 @@ class Perplexity:
         return corpus(self.text, self.data)
 
     @cached_property
-    def setting(self) -> Json:
+    def setting(self) -> JsonObject:
         corpus = self._corpus
         what = {"text": self.text, "seqlen": self.seqlen, "windows": self.windows}
         return {**what, "source": corpus.source, "digest": corpus.digest, "version": _VERSION}
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
         from selfpruner.calibration.soundness import not_numbers
         from selfpruner.judging import corpora, perplexity
 
@@ -219,13 +219,13 @@ class RepetitionProbe:
         return "generation"
 
     @cached_property
-    def setting(self) -> Json:
+    def setting(self) -> JsonObject:
         from selfpruner.judging.repetition import PROMPTS
 
         digest = hashlib.sha256(json.dumps(PROMPTS).encode()).hexdigest()[:16]
         return {"generation": digest, "new_tokens": self.new_tokens, "version": _VERSION}
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> Json:
+    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
         from selfpruner.judging import repetition
 
         subject.refuse_streamed("writing probes")
