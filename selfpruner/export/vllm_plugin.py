@@ -6,7 +6,10 @@ each of its processes. Imports no vLLM; :mod:`selfpruner.export.vllm_model` and 
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 from selfpruner.errors import UnsupportedModelError
 

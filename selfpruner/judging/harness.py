@@ -20,7 +20,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner.errors import ConfigError, TextError
 from selfpruner.judging.likelihood import Question, likelihoods

@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from selfpruner import models
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.json_objects import JsonObject

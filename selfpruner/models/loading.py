@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 from selfpruner import catalogue
 from selfpruner.errors import ConfigError, ModelError, OutOfMemoryError, TextError
 from selfpruner.models import checks
@@ -23,7 +21,8 @@ from selfpruner.models.sources import ModelSource, quiet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 # What else a model in memory needs: streams, levels that differ from the model's own weights, and the work itself.
 RESIDENT_FACTOR = 1.3
 
