@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from selfpruner.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-from selfpruner.errors import UnsupportedModelError
 
 # The modules that have the native classes, by the names that checkpoints say.
 ARCHITECTURES = {
