@@ -67,7 +67,7 @@ def test_every_family_is_read_as_transformers_reads_it(family: str, change: Any,
         torch.testing.assert_close(streamed(tokens).logits, expected, rtol=0, atol=1e-4)
     parameters = sum(parameter.numel() for parameter in theirs.parameters())
     assert model_parameters(describe(whole)) == model_parameters(describe(streamed)) == parameters
-    assert transformers_model.outline(str(folder), "auto", tmp_path)[0]["work"]["parameters"] == parameters
+    assert transformers_model.outline(str(folder), "auto", tmp_path)[0].work.parameters == parameters
     assert whole.config.tie_word_embeddings is streamed.config.tie_word_embeddings is tied
     assert (whole.lm_head.weight is whole.get_input_embeddings().weight) is tied
 
