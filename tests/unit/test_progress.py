@@ -193,6 +193,7 @@ def test_a_search_that_is_ended_and_the_same_command_again(
     line = ["search", "-m", str(model / "llama"), "-r", "20%", "-o", str(tmp_path / "a"), "--calibration", str(model / "text.txt")]
     line += [*SMALL, "--preset", "evolution", "--cache", str(tmp_path / "cache"), "--set", "fitness_text.length=32"]
     line += ["--set", "fitness_text.sequences=120", "--set", "report_text.sequences=2", "--set", "report_text.length=32"]
+    line += ["--set", "generations=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "selfpruner", *line],
         stderr=subprocess.PIPE,
