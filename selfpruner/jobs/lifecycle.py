@@ -43,8 +43,8 @@ Left = Literal["cancelled", "paused", "queued"]
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """``report``: the figures (see :func:`selfpruner.jobs.run.run_job`). ``checkpoint``: ``CHECKPOINT_FIELDS``. ``reused``: all of
-    it was there already."""
+    """``report``: the figures (see :func:`selfpruner.jobs.run.run_job`). ``checkpoint``: ``CHECKPOINT_FIELDS``, and
+    how long it took where it was made now. ``reused``: all of it was there already."""
 
     report: JsonObject
     checkpoint: JsonObject
