@@ -17,6 +17,7 @@ from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
 from selfpruner.testing.cut_models import folder, prune
 from selfpruner.testing.tiny_models import tokens_of
+from selfpruner.workers.tasks import PrepareRequest
 from tests.helpers.exports import greedy, masked_logits
 from tests.helpers.ropes import CASES, ROPES, SHORT, options_of
 
@@ -55,6 +56,6 @@ def test_a_config_that_no_pruned_model_can_have_is_refused_before_the_work(tmp_p
     session = session_of(SearchConfig(model=str(source), rate=0.2, device="cpu"), tmp_path / "cache")
     told: list[str] = []
     with pytest.raises(ExportError, match="long_factor must have 4 numbers, not 3"):
-        SessionHandler("cpu").handle(session, "prepare", {"texts": ["fitness"]}, told.append, lambda: False)
+        SessionHandler("cpu").handle(session, PrepareRequest(texts=("fitness",)), told.append, lambda: False)
     assert told == [f"loading {source}"]
     assert not (tmp_path / "cache").exists()

@@ -180,8 +180,7 @@ def test_a_path_in_a_sentence_stays_whole() -> None:
 CODE = """
 import json, sys
 from contextlib import contextmanager
-from selfpruner import cli
-from selfpruner.cli import shared_options
+from selfpruner.cli import app as cli, shared_options
 
 job, candidates = json.load(open(sys.argv[1]))
 
