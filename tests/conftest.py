@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ pytest.register_assert_rewrite("tests.helpers", "selfpruner.testing")
 
 from selfpruner.workers import lifeline  # noqa: E402
 from tests.helpers.fake_openai import FakeOpenAI  # noqa: E402
+
+# A run that was started by nohup or in a script's background ignores these; tests send them, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     lifeline.hold(os.getppid())  # a run of the tests that is killed takes its processes along

@@ -291,7 +291,7 @@ async def test_too_many_deaths_are_an_error_that_says_why(tmp_path: Path) -> Non
 @in_loop
 async def test_twenty_kills_lose_and_duplicate_nothing(tmp_path: Path) -> None:
     dice = random.Random(7)
-    async with pool_of("cpu", "cpu", max_attempts=40) as pool:
+    async with pool_of("cpu", "cpu", max_attempts=40, task_timeout=120.0) as pool:
         done: list[str] = []
 
         async def work(text: str) -> None:
