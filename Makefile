@@ -55,7 +55,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) install --quiet --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)" $(ONCE)
 	@# The rest is the whole list as it stands, so nothing is resolved and nothing unlisted comes along; see constraints.txt for why.
 	@$(PIP) install --quiet --no-deps -r constraints.txt $(ONCE)
-	@$(PIP) install --quiet --no-deps --no-build-isolation -e . $(ONCE)
+	@# setuptools warns of working directories with a folder of the package's name: that is what an editable installation is.
+	@PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e . $(ONCE)
 	@touch $@
 
 demo: install ## search a real model over HTTP and verify the checkpoint
@@ -111,7 +112,7 @@ $(VLLM)/installed: constraints-vllm.txt pyproject.toml | $(INSTALLED)
 	$(VLLM)/bin/python -m pip install --quiet --retries 2 --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		"$$(grep '^torch==' constraints-vllm.txt)" $(ONCE)
 	@$(VLLM)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt $(ONCE)
-	@$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . $(ONCE)
+	@PYTHONWARNINGS=ignore $(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e . $(ONCE)
 	@touch $@
 
 lint: install ## ruff: rules and format
