@@ -24,12 +24,12 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15
     )
 
 import copy
-from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -59,7 +59,7 @@ class SelfPrunerConfig(LlamaConfig):
     sliding_window: int | None = None
     layer_types: list[str] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
@@ -67,13 +67,13 @@ class SelfPrunerConfig(LlamaConfig):
 
     def validate_rope(self) -> None:
         """As many factors as the rotary table has columns. Llama's own check divides the hidden size by the heads, which differ."""
-        rope: Any = self.rope_parameters or {}
+        rope = self.rope_parameters or {}
         if rope.get("rope_type") != "longrope":
             super().validate_rope()
         half = int(self.head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
-        for name in ("short_factor", "long_factor"):
-            if rope.get(name) is not None and len(rope[name]) != half:
-                raise ValueError(f"rope_parameters: {name} must have {half} numbers, not {len(rope[name])}")
+        for name, factors in (("short_factor", rope.get("short_factor")), ("long_factor", rope.get("long_factor"))):
+            if factors is not None and len(factors) != half:
+                raise ValueError(f"rope_parameters: {name} must have {half} numbers, not {len(factors)}")
 
     def validate_architecture(self) -> None:
         """head_dim is explicit, so hidden_size need not divide by the heads; query heads must divide by the KV heads."""
@@ -90,9 +90,9 @@ def _foreign_cache(index: int) -> ValueError:
     )
 
 
-def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
+def _check_cache(past_key_values: Cache, index: int, heads: int) -> None:
     layers = past_key_values.layers
-    held = layers[index].keys if index < len(layers) else None
+    held = getattr(layers[index], "keys", None) if index < len(layers) else None
     # A quantized cache has a form of its own. Several processes have a part of the heads each.
     if held is None or held.ndim < 4 or held.shape[1] == heads:
         return
@@ -104,22 +104,22 @@ class SelfPrunerDropped(nn.Module):
     """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights. (transformers
     looks for classes of this kind with "Attention" in their name, and would then let nobody choose how attention is computed.)"""
 
-    def __init__(self, config: Any, layer_idx: int) -> None:
+    def __init__(self, config: SelfPrunerConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None) -> tuple[None, None] | None:
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None) -> tuple[None, None] | None:
         if past_key_values is not None:
             # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it, or
             # as many as a quantized cache takes at once. A static cache has sized its layers already, this one for zero heads.
             layers = past_key_values.layers
-            layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-            held: Any = getattr(layer, "keys", None)
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            held = getattr(layer, "keys", None)
             heads, width = 1, getattr(layer, "q_group_size", 1)
             if held is not None and held.ndim == 4:
                 heads, width = held.shape[1], held.shape[-1]
-                if heads == 0 and not layer.is_compileable:
+                if heads == 0 and not getattr(layer, "is_compileable", False):
                     raise _foreign_cache(self.layer_idx)
             batch, length, _ = hidden_states.shape
             mark = hidden_states.new_zeros(batch, heads, length, width)
@@ -177,10 +177,10 @@ class SelfPrunerDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         if self.has_attention:
             if past_key_values is not None:

@@ -22,12 +22,13 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15
     )
 
 import copy
-from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -55,23 +56,23 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 
-def _check_heads(config: Any) -> None:
+def _check_heads(config: PreTrainedConfig) -> None:
     for index, layer in enumerate(config.per_layer_config):
         heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
         if (heads == 0) != (kv_heads == 0) or (kv_heads and heads % kv_heads):
             raise ValueError(f"layer {index}: {heads} query heads do not divide into {kv_heads} KV heads")
 
 
-def _long_ropes(config: Any) -> list[Any]:
-    """Long ropes of a config, which may have one for each type of layer. The families' own check of them divides the hidden size by
-    the heads, which differ; here they must have as many factors as the rotary table has columns."""
-    rope: Any = config.rope_parameters or {}
+def _has_long_rope(config: PreTrainedConfig) -> bool:
+    """Whether a config, which may have a rope for each type of layer, has a long one. The families' own check of them divides the
+    hidden size by the heads, which differ; here they must have as many factors as the rotary table has columns."""
+    rope = config.rope_parameters or {}
     tables = [table for table in (rope, *rope.values()) if isinstance(table, dict) and table.get("rope_type") == "longrope"]
     for table in tables:
         for name in ("short_factor", "long_factor"):
             if len(table[name]) != config.head_dim // 2:
                 raise ValueError(f"rope_parameters: {name} must have {config.head_dim // 2} numbers, not {len(table[name])}")
-    return tables
+    return bool(tables)
 
 
 @strict
@@ -85,7 +86,7 @@ class SelfPrunerGemma2Config(Gemma2Config):
     down_proj_bias: bool = False
 
     def validate_rope(self) -> None:
-        if not _long_ropes(self):
+        if not _has_long_rope(self):
             super().validate_rope()
 
     def validate_architecture(self) -> None:
@@ -104,7 +105,7 @@ class SelfPrunerGemma3Config(Gemma3TextConfig):
     down_proj_bias: bool = False
 
     def validate_rope(self) -> None:
-        if not _long_ropes(self):
+        if not _has_long_rope(self):
             super().validate_rope()
 
     def validate_architecture(self) -> None:
@@ -119,9 +120,9 @@ def _foreign_cache(index: int) -> ValueError:
     )
 
 
-def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
+def _check_cache(past_key_values: Cache, index: int, heads: int) -> None:
     layers = past_key_values.layers
-    held = layers[index].keys if index < len(layers) else None
+    held = getattr(layers[index], "keys", None) if index < len(layers) else None
     # A quantized cache has a form of its own. Several processes have a part of the heads each.
     if held is None or held.ndim < 4 or held.shape[1] == heads:
         return
@@ -133,22 +134,22 @@ class SelfPrunerGemmaDropped(nn.Module):
     """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights. (transformers
     looks for classes of this kind with "Attention" in their name, and would then let nobody choose how attention is computed.)"""
 
-    def __init__(self, config: Any, layer_idx: int) -> None:
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None) -> tuple[None, None] | None:
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None) -> tuple[None, None] | None:
         if past_key_values is not None:
             # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it, or
             # as many as a quantized cache takes at once. A static cache has sized its layers already, this one for zero heads.
             layers = past_key_values.layers
-            layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-            held: Any = getattr(layer, "keys", None)
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            held = getattr(layer, "keys", None)
             heads, width = 1, getattr(layer, "q_group_size", 1)
             if held is not None and held.ndim == 4:
                 heads, width = held.shape[1], held.shape[-1]
-                if heads == 0 and not layer.is_compileable:
+                if heads == 0 and not getattr(layer, "is_compileable", False):
                     raise _foreign_cache(self.layer_idx)
             batch, length, _ = hidden_states.shape
             mark = hidden_states.new_zeros(batch, heads, length, width)
@@ -157,14 +158,14 @@ class SelfPrunerGemmaDropped(nn.Module):
         return None if self.config._attn_implementation == "eager" else (None, None)
 
 
-def _single(config: Any) -> Any:
+def _single(config: PreTrainedConfig) -> PreTrainedConfig:
     """Some rotary tables (yarn, dynamic) are computed with a look at the number of heads, though not with it: one that has one."""
     single = copy.deepcopy(config.per_layer_config[0])
     single.num_attention_heads = 1
     return single
 
 
-def _with_output(attention: nn.Module, config: Any, layer: Any) -> None:
+def _with_output(attention: nn.Module, config: PreTrainedConfig, layer: PreTrainedConfig) -> None:
     """Give an attention that was built from ``layer``, its own config, the output matrix of that and the model's ``config``."""
     if layer.o_proj_bias != layer.attention_bias:
         attention.o_proj = nn.Linear(layer.num_attention_heads * layer.head_dim, layer.hidden_size, bias=layer.o_proj_bias)
@@ -185,7 +186,7 @@ class SelfPrunerGemma3Attention(Gemma3Attention):
 
 
 class SelfPrunerGemmaMLP(nn.Module):
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: PreTrainedConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(layer.hidden_size, layer.intermediate_size, bias=False)
         self.up_proj = nn.Linear(layer.hidden_size, layer.intermediate_size, bias=False)
@@ -200,7 +201,7 @@ class _DecoderLayer(GradientCheckpointingLayer):
     attention_class: type[nn.Module]
     norm_class: type[nn.Module]
 
-    def __init__(self, config: Any, layer_idx: int) -> None:
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
         layer = config.per_layer_config[layer_idx]
         self.layer_idx = layer_idx
@@ -222,10 +223,10 @@ class _DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
         if self.has_attention:
             if past_key_values is not None:

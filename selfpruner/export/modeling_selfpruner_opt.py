@@ -22,12 +22,11 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 15
         f"{transformers.__version__}. Run: pip install --upgrade 'transformers>=5.15'"
     )
 
-from typing import Any
-
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -63,9 +62,9 @@ def _foreign_cache(index: int) -> ValueError:
     )
 
 
-def _check_cache(past_key_values: Any, index: int, heads: int) -> None:
+def _check_cache(past_key_values: Cache, index: int, heads: int) -> None:
     layers = past_key_values.layers
-    held = layers[index].keys if index < len(layers) else None
+    held = getattr(layers[index], "keys", None) if index < len(layers) else None
     # A quantized cache has a form of its own. Several processes have a part of the heads each.
     if held is None or held.ndim < 4 or held.shape[1] == heads:
         return
@@ -77,22 +76,22 @@ class SelfPrunerOPTDropped(nn.Module):
     """Stands where an attention was dropped: it keeps the length of the cache, and gives None for attention weights. (transformers
     looks for classes of this kind with "Attention" in their name, and would then let nobody choose how attention is computed.)"""
 
-    def __init__(self, config: Any, layer_idx: int) -> None:
+    def __init__(self, config: SelfPrunerOPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None) -> tuple[None, None] | None:
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None) -> tuple[None, None] | None:
         if past_key_values is not None:
             # The cache and the masks take their length from the first layer, whichever that is: one number per token marks it, or
             # as many as a quantized cache takes at once. A static cache has sized its layers already, this one for zero heads.
             layers = past_key_values.layers
-            layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-            held: Any = getattr(layer, "keys", None)
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            held = getattr(layer, "keys", None)
             heads, width = 1, getattr(layer, "q_group_size", 1)
             if held is not None and held.ndim == 4:
                 heads, width = held.shape[1], held.shape[-1]
-                if heads == 0 and not layer.is_compileable:
+                if heads == 0 and not getattr(layer, "is_compileable", False):
                     raise _foreign_cache(self.layer_idx)
             batch, length, _ = hidden_states.shape
             mark = hidden_states.new_zeros(batch, heads, length, width)
@@ -143,7 +142,11 @@ class SelfPrunerOPTDecoderLayer(GradientCheckpointingLayer):
             self.activation_fn = ACT2FN[layer.activation_function]
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
         if self.has_attention:
             if past_key_values is not None:

@@ -10,7 +10,7 @@ Loaded by vLLM through :mod:`selfpruner.export.vllm_plugin`; needs vLLM 0.32 or 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -26,11 +26,14 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from selfpruner.export.vllm_plugin import activation, check
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class SelfPrunerAttention(LlamaAttention):
     """Attention with the head counts, norms and biases of ``layer``, its own config."""
 
-    def __init__(self, layer: Any, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, layer: PreTrainedConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(
             config=layer,
             hidden_size=layer.hidden_size,
@@ -61,7 +64,7 @@ class SelfPrunerAttention(LlamaAttention):
 
 
 class SelfPrunerMLP(nn.Module):
-    def __init__(self, layer: Any, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, layer: PreTrainedConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         width, quantization, bias = layer.intermediate_size, vllm_config.quant_config, getattr(layer, "mlp_bias", False)
         self.gate_up_proj = MergedColumnParallelLinear(
@@ -203,8 +206,8 @@ class _GemmaForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.layer_class)
         self.logits_processor = LogitsProcessor(config.vocab_size, soft_cap=config.final_logit_softcapping)
 
-    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> nn.Module:
-        return SelfPrunerGemmaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+    def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] | None = None) -> nn.Module:
+        return SelfPrunerGemmaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type or self.layer_class)
 
 
 class SelfPrunerGemma2ForCausalLM(_GemmaForCausalLM):

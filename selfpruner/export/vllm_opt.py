@@ -9,7 +9,7 @@ Loaded by vLLM through :mod:`selfpruner.export.vllm_plugin`; see :mod:`selfprune
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,11 +30,14 @@ from vllm.model_executor.models.utils import (
 
 from selfpruner.export.vllm_plugin import check
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class SelfPrunerOPTAttention(nn.Module):
     """Attention with the heads and biases of ``layer``, its own config."""
 
-    def __init__(self, layer: Any, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, layer: PreTrainedConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         heads, width, quantization = layer.num_attention_heads, layer.head_dim, vllm_config.quant_config
         self.qkv_proj = QKVParallelLinear(
