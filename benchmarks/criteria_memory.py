@@ -68,6 +68,7 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
     from benchmarks.data import text
     from benchmarks.streaming import warm_up
     from selfpruner import criteria, models
+    from selfpruner.models import checks
     from selfpruner.api import config_of, default_cache
     from selfpruner.architectures import describe
     from selfpruner.calibration.cache import cached_gradients, cached_statistics
@@ -90,7 +91,7 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
         }
     )
     device = torch.device("cpu")
-    dtype = models.choose_dtype("auto", device, stored=source.config.get("dtype"))
+    dtype = models.choose_dtype("auto", device, stored=checks.stored_dtype(source.folder))
     warm_up(source.folder, device, dtype)
     loaded = models.load(source, "cpu")
     arch = describe(loaded.model)

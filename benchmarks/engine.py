@@ -283,6 +283,7 @@ def prepare(options: argparse.Namespace) -> Case:
     from benchmarks.data import text
     from benchmarks.streaming import Memory, warm_up
     from selfpruner import models
+    from selfpruner.models import checks
     from selfpruner.api import config_of, default_cache
     from selfpruner.architectures import describe
     from selfpruner.calibration.texts import token_batches
@@ -297,7 +298,7 @@ def prepare(options: argparse.Namespace) -> Case:
             SHAPES[options.random_shape], options, device, models.choose_dtype(options.dtype, device, stored="bfloat16")
         )
     source = models.resolve(options.model, cache)
-    dtype = models.choose_dtype(options.dtype, device, stored=source.config.get("dtype"))
+    dtype = models.choose_dtype(options.dtype, device, stored=checks.stored_dtype(source.folder))
     warm_up(source.folder, device, dtype)
     memory = Memory(device)
     loaded = models.load(source, str(device), str(dtype).removeprefix("torch."))

@@ -126,7 +126,7 @@ def _one(options: argparse.Namespace) -> dict[str, Any]:
     cache = default_cache()
     source = models.resolve(str(options.folder) if options.random else options.model, cache)
     device = models.choose_device(options.device)
-    dtype = models.choose_dtype(options.dtype, device, stored=source.config.get("dtype"))
+    dtype = models.choose_dtype(options.dtype, device, stored=checks.stored_dtype(source.folder))
     weights, _ = checks.weight_bytes(source.folder, dtype.itemsize)
     ceiling = int(weights * options.share) if options.one == "streamed" else None
     config = config_of(

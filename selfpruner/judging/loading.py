@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from selfpruner import models
 from selfpruner.errors import ConfigError
 from selfpruner.models import LoadedModel, checks, saved
+from selfpruner.models.family_layouts import whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -49,4 +50,5 @@ def share(memory: int | None, names: Sequence[str], cache: Path, tokens: int) ->
 def _vocabulary(name: str, cache: Path) -> int:
     folder = Path(name) if saved.is_pruned(Path(name)) else models.resolve(name, cache).folder
     config = checks.read_json(folder / "config.json", "The model configuration")
-    return int(config.get("text_config", config)["vocab_size"])
+    text = config.get("text_config")
+    return whole_number(text if isinstance(text, dict) else config, "vocab_size")

@@ -14,11 +14,9 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from selfpruner.errors import ModelError, ModelNotFoundError, UnsafeModelError, UnsupportedModelError
-from selfpruner.json_objects import JsonMapping, JsonObject
-from selfpruner.models.family_layouts import LAYOUTS, Widths
+from selfpruner.models.family_layouts import LAYOUTS, Widths, whole_number
 
 SUPPORTED_MODEL_TYPES = tuple(LAYOUTS)
 INDEX_NAME = "model.safetensors.index.json"
@@ -66,7 +64,7 @@ ROPES = frozenset(("default", "dynamic", "linear", "llama3", "longrope", "propor
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
-def read_json(path: Path, what: str) -> JsonObject:
+def read_json(path: Path, what: str) -> dict[str, object]:
     """The JSON object in ``path``. Raises :class:`ModelError` naming the file when it is not one."""
     try:
         if path.stat().st_size > _JSON_LIMIT:
@@ -79,9 +77,9 @@ def read_json(path: Path, what: str) -> JsonObject:
     return value
 
 
-def _check_numbers(path: Path, body: JsonMapping) -> None:
+def _check_numbers(path: Path, body: Mapping[str, object]) -> None:
     """Raise :class:`ModelError` where the parsed JSON holds NaN or infinity, in any of the ways in which it may."""
-    left: list[tuple[str, Any]] = list(body.items())
+    left: list[tuple[str, object]] = list(body.items())
     while left:
         key, value = left.pop()
         # transformers writes {"__float__": "Infinity"}.
@@ -96,7 +94,7 @@ def _check_numbers(path: Path, body: JsonMapping) -> None:
         left += [(f"{key}.{name}", item) for name, item in inner]
 
 
-def _check_functions(path: Path, config: JsonMapping, activation: str) -> None:
+def _check_functions(path: Path, config: Mapping[str, object], activation: str) -> None:
     """Raise :class:`ModelError` for an activation or a rotary table that no version of transformers can make."""
     asked = [(activation, config.get(activation), ACTIVATIONS)]
     for place in ("rope_parameters", "rope_scaling"):
@@ -129,7 +127,7 @@ def refuse_pointer(path: Path) -> None:
             )
 
 
-def check_config(folder: Path) -> JsonObject:
+def check_config(folder: Path) -> dict[str, object]:
     """Read and judge ``config.json``.
 
     Raises :class:`ModelNotFoundError` (no config), :class:`UnsafeModelError` (remote code), :class:`UnsupportedModelError`
@@ -196,21 +194,22 @@ def check_config(folder: Path) -> JsonObject:
                 param="model",
             )
     _check_functions(path, config, layout.activation_key)
-    pad, vocabulary = config.get("pad_token_id"), config["vocab_size"]
+    pad, vocabulary = config.get("pad_token_id"), whole_number(config, "vocab_size")
     if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -vocabulary <= pad < vocabulary):
         raise ModelError(
             f"config.json of {folder} says pad_token_id = {pad!r}, and the model has the tokens 0 to {vocabulary - 1}. "
             "Set it to one of them, or to null.",
             param="model",
         )
-    heads = config["num_attention_heads"]
-    kv_heads = layout.value(config, "num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise ModelError(f"config.json of {folder}: {heads} query heads cannot share {kv_heads} key/value heads.", param="model")
+    widths = Widths.of(layout, config)
+    if widths.heads % widths.kv_heads:
+        raise ModelError(
+            f"config.json of {folder}: {widths.heads} query heads cannot share {widths.kv_heads} key/value heads.", param="model"
+        )
     return config
 
 
-def check_folder(folder: Path) -> JsonObject:
+def check_folder(folder: Path) -> dict[str, object]:
     """Judge a whole model folder; returns the parsed ``config.json``.
 
     Beyond :func:`check_config`: a tokenizer is there, weights are safetensors and complete, every header is well formed, and every
@@ -371,22 +370,23 @@ def stored_dtype(folder: Path) -> str:
     return max(counts, key=counts.__getitem__, default="float32")
 
 
-def _check_shapes(folder: Path, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    layout = LAYOUTS[config["model_type"]]
-    widths = Widths.of(layout, config)
+def _check_shapes(folder: Path, config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    layout = LAYOUTS[str(config["model_type"])]
+    widths, vocabulary = Widths.of(layout, config), whole_number(config, "vocab_size")
+    tied = bool(layout.complete(config).get("tie_word_embeddings"))
     expected: dict[str, tuple[int, ...]] = {f"{place}.weight": shape for place, shape in widths.shapes(layout)}
     expected |= {f"{norm}.weight": (widths.hidden,) for norm in (*layout.attention_norms, *layout.ffn_norms)}
     wanted: dict[str, tuple[int, ...]] = {
-        f"{layout.decoder}.embed_tokens.weight": (config["vocab_size"], widths.hidden),
+        f"{layout.decoder}.embed_tokens.weight": (vocabulary, widths.hidden),
         f"{layout.decoder}.{layout.final_norm}.weight": (widths.hidden,),
     }
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(whole_number(config, "num_hidden_layers")):
         wanted |= {f"{layout.layer(layer)}.{name}": shape for name, shape in expected.items()}
     if "lm_head.weight" in shapes:
-        wanted["lm_head.weight"] = (config["vocab_size"], widths.hidden)
-        if layout.value(config, "tie_word_embeddings") and (embeddings := f"{layout.decoder}.embed_tokens.weight") not in shapes:
+        wanted["lm_head.weight"] = (vocabulary, widths.hidden)
+        if tied and (embeddings := f"{layout.decoder}.embed_tokens.weight") not in shapes:
             del wanted[embeddings]  # of two tied matrices one is saved, whichever it is
-    elif not layout.value(config, "tie_word_embeddings"):
+    elif not tied:
         raise ModelError(
             f"{folder} has no lm_head.weight, and its config.json does not tie it to the embeddings. "
             "Download the model again, or set tie_word_embeddings to true if that is what the model does.",

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from selfpruner.json_objects import JsonMapping
+from selfpruner.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # What a configuration may not say, with what to do about it: true where it says so.
-Refusals = Mapping[str, Callable[[JsonMapping], bool]]
+Refusals = Mapping[str, Callable[[Mapping[str, object]], bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Layout:
     positions_before: int = 0
     channels_key: str = "intermediate_size"
     activation_key: str = "hidden_act"
-    defaults: JsonMapping = field(default_factory=dict)
+    defaults: Mapping[str, bool | int] = field(default_factory=dict)
     refuses: Refusals = field(default_factory=dict)
     published_code: frozenset[str] = frozenset()
 
@@ -64,11 +67,11 @@ class Layout:
             return int(layer), 0
         return (int(layer), 1) if module in self.ffn.values() else None
 
-    def value(self, config: JsonMapping, key: str) -> Any:
-        given = config.get(key)
-        return self.defaults.get(key) if given is None else given
+    def complete(self, config: Mapping[str, object]) -> dict[str, object]:
+        """``config`` with the defaults of what it leaves out."""
+        return {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
 
-    def refusal(self, config: JsonMapping) -> str | None:
+    def refusal(self, config: Mapping[str, object]) -> str | None:
         """Why a model of this configuration cannot be worked on, and what to do; None where it can."""
         return next((why for why, says in self.refuses.items() if says(config)), None)
 
@@ -84,11 +87,13 @@ class Widths:
     channels: int
 
     @classmethod
-    def of(cls, layout: Layout, config: JsonMapping) -> Widths:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        kv_heads = int(layout.value(config, "num_key_value_heads") or heads)
-        head_dim = int(layout.value(config, "head_dim") or hidden // heads)
-        return cls(hidden, heads, kv_heads, head_dim, int(config[layout.channels_key]))
+    def of(cls, layout: Layout, config: Mapping[str, object]) -> Widths:
+        """Raises ModelError as :func:`whole_number`."""
+        config = layout.complete(config)
+        hidden, heads = whole_number(config, "hidden_size"), whole_number(config, "num_attention_heads")
+        kv_heads = whole_number(config, "num_key_value_heads", heads)
+        head_dim = whole_number(config, "head_dim", hidden // heads)
+        return cls(hidden, heads, kv_heads, head_dim, whole_number(config, layout.channels_key))
 
     def shape(self, part: str) -> tuple[int, int]:
         """(out, in) of a part's matrix."""
@@ -161,10 +166,20 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def family_of(config: Any) -> str:
+def whole_number(config: Mapping[str, object], key: str, default: int | None = None) -> int:
+    """What a configuration says of ``key``, which is ``default`` where it does not. Raises ModelError for what is no whole number."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ModelError(
+            f"The model's config.json says {key} = {value!r}; a whole number is needed. Download the model again.", param="model"
+        )
+    return value
+
+
+def family_of(config: PreTrainedConfig) -> str:
     """The family of a loaded model's configuration, dense or pruned by selfpruner."""
     return str(getattr(config, "base_model_type", config.model_type))
 
 
-def layout_of(config: Any) -> Layout:
+def layout_of(config: PreTrainedConfig) -> Layout:
     return LAYOUTS[family_of(config)]

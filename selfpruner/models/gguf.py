@@ -17,17 +17,23 @@ import json
 import math
 import shutil
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from filelock import FileLock
 
 from selfpruner.errors import ModelError, UnsupportedModelError, disk_errors
 from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
-from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.models.checks import refuse_pointer, sampled_digest
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+Scalar = str | float  # of the metadata; a float may be an int or a bool
 # Part of the folder's name: raise it when the conversion changes.
 _RECIPE = 2
 # The architectures whose files were found to become the same model.
@@ -84,7 +90,7 @@ def check(gguf: Path) -> None:
         _judge(gguf, facts)
 
 
-def _judge(gguf: Path, facts: JsonMapping) -> None:
+def _judge(gguf: Path, facts: Mapping[str, Scalar]) -> None:
     """Raises UnsupportedModelError for an architecture whose files are not read."""
     architecture = facts.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -102,32 +108,33 @@ def _judge(gguf: Path, facts: JsonMapping) -> None:
         )
 
 
-def _first_scalars(file: BinaryIO) -> JsonObject:
+def _first_scalars(file: BinaryIO) -> dict[str, Scalar]:
     """The numbers and strings before the first array of the metadata: the vocabulary, which takes the library seconds to read,
     comes after what says whose file it is. Source: the GGUF specification, "File structure"."""
 
-    def number(code: str) -> Any:
+    def number(code: str) -> float:
+        value: float
         (value,) = struct.unpack(f"<{code}", file.read(struct.calcsize(code)))
         return value
 
     def string() -> str:
-        length = number("Q")
+        length = int(number("Q"))
         if length > _LONGEST_STRING:
             raise KeyError(length)
         return file.read(length).decode("utf-8")
 
     number("I")  # the version
     number("Q")  # of tensors
-    facts: JsonObject = {}
-    for _ in range(number("Q")):
-        key, kind = string(), number("I")
+    facts: dict[str, Scalar] = {}
+    for _ in range(int(number("Q"))):
+        key, kind = string(), int(number("I"))
         if kind == _GGUF_ARRAY:
             break
         facts[key] = string() if kind == _GGUF_STRING else number(_GGUF_NUMBERS[kind])
     return facts
 
 
-def _metadata(gguf: Path) -> tuple[JsonObject, Any, str]:
+def _metadata(gguf: Path) -> tuple[dict[str, Scalar], NDArray[np.float32] | None, str]:
     """Scalar and string metadata of the file by key, its ``rope_freqs`` tensor (None where it has none), and the dtype that most of
     its layers' numbers have: bfloat16 for quantised ones, which say less than 16 bits can."""
     from gguf import GGUFReader
@@ -149,17 +156,13 @@ def _metadata(gguf: Path) -> tuple[JsonObject, Any, str]:
 
 def _write(gguf: Path, folder: Path) -> None:
     import torch
-    import transformers
     from huggingface_hub import save_torch_state_dict
-
-    # Any: the annotations of transformers' auto classes do not cover these calls.
-    auto: Any = transformers
-    AutoConfig, AutoTokenizer, AutoModelForCausalLM = auto.AutoConfig, auto.AutoTokenizer, auto.AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     metadata, rope_factors, kind = _metadata(gguf)
     dtype = getattr(torch, kind)
     _judge(gguf, metadata)
-    architecture = metadata["general.architecture"]
+    architecture = str(metadata["general.architecture"])
     source = {"gguf_file": gguf.name, "local_files_only": True}
     try:
         # transformers draws its progress bar here whatever its settings say.
@@ -170,9 +173,9 @@ def _write(gguf: Path, folder: Path) -> None:
             # The file's own numbers win over transformers' reading of them, before any weight is shaped by them.
             clean = AutoConfig.for_model(**body | _repaired_numbers(metadata, architecture, rope_factors))
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, **source, config=copy.deepcopy(clean), dtype=torch.float32, output_loading_info=True
-            )
+            how = {"config": copy.deepcopy(clean), "dtype": torch.float32, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **source, **how)  # a pair, which its type does not say
+            model, report = loaded
     except (KeyError, ValueError, TypeError, RuntimeError, IndexError, NotImplementedError) as error:
         raise ModelError(
             f"{gguf.name} cannot be read by transformers ({error}). Use another quantisation of the model, or its safetensors.",
@@ -194,7 +197,9 @@ def _write(gguf: Path, folder: Path) -> None:
     _tidy_tokenizer(folder, clean.vocab_size, clean.max_position_embeddings)
 
 
-def _repaired_numbers(metadata: JsonObject, architecture: str, rope_factors: Any) -> JsonObject:
+def _repaired_numbers(
+    metadata: Mapping[str, Scalar], architecture: str, rope_factors: NDArray[np.float32] | None
+) -> dict[str, object]:
     """Configuration entries as the file has them. GGUF numbers are float32: 1e-5 comes back as 9.99e-06 unless shortened."""
     import numpy as np
 
@@ -203,10 +208,10 @@ def _repaired_numbers(metadata: JsonObject, architecture: str, rope_factors: Any
         return None if value is None else float(str(np.float32(value)))
 
     hidden, heads = int(metadata[f"{architecture}.embedding_length"]), int(metadata[f"{architecture}.attention.head_count"])
-    repaired: JsonObject = {"head_dim": int(metadata.get(f"{architecture}.attention.key_length") or hidden // heads)}
+    repaired: dict[str, object] = {"head_dim": int(metadata.get(f"{architecture}.attention.key_length") or hidden // heads)}
     if epsilon := number("attention.layer_norm_rms_epsilon"):
         repaired["rms_norm_eps"] = epsilon
-    rope: JsonObject = {"rope_type": "default", "rope_theta": number("rope.freq_base") or 10_000.0}
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": number("rope.freq_base") or 10_000.0}
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if rope_factors is not None:
         # The factor of the slowest frequencies is the scaling itself.
@@ -222,7 +227,7 @@ def _repaired_numbers(metadata: JsonObject, architecture: str, rope_factors: Any
     return repaired | {"rope_parameters": rope}
 
 
-def _repair_tokenizer(tokenizer: Any, metadata: JsonObject) -> None:
+def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Scalar]) -> None:
     from tokenizers import pre_tokenizers, processors
 
     backend = tokenizer.backend_tokenizer

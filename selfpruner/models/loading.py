@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfpruner import catalogue
 from selfpruner.errors import ConfigError, ModelError, OutOfMemoryError, TextError
@@ -57,8 +57,8 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     weights or tokenizer do not fit together, :class:`OutOfMemoryError`, :class:`ConfigError` for a ceiling too low to stream.
     """
     import torch
+    from transformers import AutoTokenizer
 
-    auto: Any = importlib.import_module("transformers")  # Any: its annotations do not cover these calls
     target = choose_device(device)
     stored = checks.stored_dtype(source.folder)
     chosen = choose_dtype(dtype, target, stored=stored)
@@ -76,7 +76,7 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     advice = "Copy the model's own tokenizer files into the folder, tokenizer.json among them."
     with _reading(f"The tokenizer of {source.folder}", advice), quiet():
         how = {"config": config, "local_files_only": True, "trust_remote_code": False}
-        tokenizer = auto.AutoTokenizer.from_pretrained(source.folder, **how)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **how)
     try:
         with _reading(str(source.folder), "Download the model again."):
             # A streamed model's checkpoint is streamed too, in its own type.
@@ -89,12 +89,12 @@ def load(source: ModelSource, device: str = "auto", dtype: str = "auto", memory:
     return LoadedModel(model, tokenizer, source, chosen, room if streamed else memory, streamed, written)
 
 
-def read_config(source: ModelSource) -> Any:
+def read_config(source: ModelSource) -> PreTrainedConfig:
     """transformers' configuration of a resolved model, its ``dtype`` what its files have: what ``config.json`` says of that is a
     note, which differs among versions and may be wrong."""
     mapping = importlib.import_module("transformers.models.auto.configuration_auto")
     body = {key: value for key, value in source.config.items() if key not in ("dtype", "torch_dtype")}
-    config = mapping.CONFIG_MAPPING[source.model_type].from_dict(body)
+    config: PreTrainedConfig = mapping.CONFIG_MAPPING[source.model_type].from_dict(body)
     config.dtype = getattr(importlib.import_module("torch"), checks.stored_dtype(source.folder))
     return config
 

