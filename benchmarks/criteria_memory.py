@@ -68,12 +68,12 @@ def _one(options: argparse.Namespace, pattern: str, criterion: str) -> dict[str,
     from benchmarks.data import text
     from benchmarks.streaming import warm_up
     from selfpruner import criteria, models
-    from selfpruner.models import checks
     from selfpruner.api import config_of, default_cache
     from selfpruner.architectures import describe
     from selfpruner.calibration.cache import cached_gradients, cached_statistics
     from selfpruner.calibration.statistics import OUTPUTS, SITES
     from selfpruner.calibration.texts import token_batches
+    from selfpruner.models import checks
     from selfpruner.models.memory import release
     from selfpruner.pruning.blocks import prepare_blocks
 

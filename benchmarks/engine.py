@@ -283,11 +283,11 @@ def prepare(options: argparse.Namespace) -> Case:
     from benchmarks.data import text
     from benchmarks.streaming import Memory, warm_up
     from selfpruner import models
-    from selfpruner.models import checks
     from selfpruner.api import config_of, default_cache
     from selfpruner.architectures import describe
     from selfpruner.calibration.texts import token_batches
     from selfpruner.config import TextConfig
+    from selfpruner.models import checks
     from selfpruner.pruning.blocks import prepare_blocks
     from selfpruner.pruning.search_space import space_of
 

@@ -38,7 +38,6 @@ from torch import Tensor
 from selfpruner.errors import FormatError
 from selfpruner.files import manifest
 from selfpruner.files.tensors import TensorFile
-from selfpruner.json_objects import JsonMapping
 from selfpruner.models.checks import weight_files
 from selfpruner.pruning.layer_shapes import LayerShape
 
@@ -49,7 +48,7 @@ class FinishedCheckpoint:
     open file of every tensor by name, in the files' order (Llama's names; no lm_head.weight when it is tied)."""
 
     folder: Path
-    config: JsonMapping
+    config: Mapping[str, object]
     plan: manifest.PlanFile
     manifest: manifest.Manifest
     tensors: Mapping[str, TensorFile]

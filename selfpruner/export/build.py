@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -155,7 +154,7 @@ def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, **biases:
         LAYOUTS[family].channels_key: shape.channels,
     }
     taken = {name: getattr(config, name) for name in own - given.keys() if hasattr(config, name)}
-    body: dict[str, Any] = {"dtype": config.dtype, **taken, **{name: value for name, value in given.items() if name in own}}
+    body: dict[str, object] = {"dtype": config.dtype, **taken, **{name: value for name, value in given.items() if name in own}}
     body |= {name: value for name, value in biases.items() if name in own}
     if "use_sliding_window" in own:
         body["use_sliding_window"] = getattr(config, "sliding_window", None) is not None
@@ -163,7 +162,7 @@ def ordinary(config: PreTrainedConfig, family: str, shape: LayerShape, **biases:
     if "head_dim" not in own and head_dim * shape.heads != config.hidden_size:
         body["head_dim"] = head_dim
     try:
-        plain = classes(**body)
+        plain = classes.from_dict(body)
         with torch.device("meta"):
             twin: PreTrainedModel = AutoModelForCausalLM.from_config(plain)
     except (ValueError, StrictDataclassError):

@@ -12,13 +12,12 @@ from huggingface_hub import metadata_load
 
 from selfpruner.export.older import requirement
 from selfpruner.files.manifest import PlanFile
-from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.pruning.layer_shapes import LayerShape
 
 # What a base model's card says that also holds for models made from it.
 _TERMS = ("license", "license_name", "license_link", "language")
 # Where the models that we gave a name are on the hub, and under which terms.
-_KNOWN: Mapping[str, JsonMapping] = {
+_KNOWN: Mapping[str, Mapping[str, object]] = {
     "smollm2-135m": {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0", "language": ["en"]}
 }
 # A repository's name has an owner, a path on some disk has not.
@@ -51,7 +50,7 @@ class CardInfo:
     layer_rates: Sequence[float] = ()
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     job_id: str | None = None
-    terms: JsonMapping = field(default_factory=dict)
+    terms: Mapping[str, object] = field(default_factory=dict)
     nonzeros: int | None = None
     made_from: Mapping[str, str] = field(default_factory=dict)
 
@@ -146,9 +145,9 @@ def plan(info: CardInfo, shapes: Sequence[LayerShape], *, family: str, dtype: st
     return made
 
 
-def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, config: JsonMapping) -> str:
+def model_card(info: CardInfo, shapes: Sequence[LayerShape], *, parameters: int, config: Mapping[str, object]) -> str:
     """README.md with YAML front matter as the hub reads it; ``config`` is the folder's config.json."""
-    front: JsonObject = {
+    front: dict[str, object] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["selfpruner"] if info.rate is None else ["pruned", "selfpruner", f"{info.pattern}-pruning"],
@@ -207,9 +206,10 @@ def _what_was_done(info: CardInfo) -> dict[str, str]:
     }
 
 
-def loading(config: JsonMapping) -> str:
+def loading(config: Mapping[str, object]) -> str:
     """How to load a folder that transformers takes; ``config`` is its config.json."""
-    code = config.get("auto_map", {}).get("AutoConfig", "").partition(".")[0]
+    auto_map = config.get("auto_map")
+    code = str(auto_map["AutoConfig"]).partition(".")[0] if isinstance(auto_map, dict) else ""
     needs = f"It takes {requirement(config)}."
     shapes = (
         f"The layers differ in width, so the folder brings the modeling file `{code}.py`; with selfpruner installed,\n"

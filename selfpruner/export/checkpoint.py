@@ -159,12 +159,13 @@ def load(
     else:
         manifest.read(folder)
     local = {"trust_remote_code": False, "local_files_only": True}
-    how: dict[str, Any] = {**local, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    how: dict[str, object] = {**local, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
         with quiet():
             if saved.is_saved(folder):  # training may have made a tied head another matrix
                 files = WeightFiles.open(weight_files(folder), torch.device("cpu"), torch.float32)
                 how["config"] = files.settle(AutoConfig.from_pretrained(folder, **local))
+            # A pair, which its type does not say.
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise saved.not_whole(folder, str(error)) from error

@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -41,7 +42,6 @@ from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import ExportError, FormatError
 from selfpruner.export import gguf_runtime, gguf_tokenizer, verify_gguf
 from selfpruner.export.base import FinishedCheckpoint, Format, Origin
-from selfpruner.json_objects import JsonMapping
 from selfpruner.models import quiet
 from selfpruner.models.family_layouts import LAYOUTS
 from selfpruner.pruning.layer_shapes import LayerShape
@@ -109,7 +109,7 @@ class _Outline:
     """All that the file holds, before a tensor is read."""
 
     architecture: str
-    keys: Mapping[str, object]
+    keys: Mapping[str, gguf_tokenizer.Value]
     tensors: list[_Tensor]
 
 
@@ -350,12 +350,12 @@ def _places(checkpoint: FinishedCheckpoint, head_dim: int) -> dict[str, tuple[st
     return sources
 
 
-def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[dict[str, object], Tensor | None]:
+def _rope(config: PreTrainedConfig, head_dim: int) -> tuple[dict[str, gguf_tokenizer.Value], Tensor | None]:
     """The keys of the rotary embedding and, for Llama 3's scaling, the factor by which each frequency is divided."""
     rope = dict(config.rope_parameters)
     kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta"))
     rope.pop("partial_rotary_factor", None) if rope.get("partial_rotary_factor") == 1.0 else None
-    keys: dict[str, object] = {"rope.freq_base": theta}
+    keys: dict[str, gguf_tokenizer.Value] = {"rope.freq_base": theta}
     if kind == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         plain = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
@@ -381,9 +381,9 @@ def _context(config: PreTrainedConfig) -> int:
 def _ends(checkpoint: FinishedCheckpoint) -> list[int]:
     """The ids at which generation ends, from the generation config, or else the config."""
     generation = checkpoint.folder / "generation_config.json"
-    body: JsonMapping = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
+    body: Mapping[str, object] = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
     ends = body.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def _write(outline: _Outline, checkpoint: FinishedCheckpoint, path: Path, kind: 
         writer.close()
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def _add(writer: GGUFWriter, key: str, value: gguf_tokenizer.Value) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -440,7 +440,7 @@ def _stored_shape(shape: tuple[int, ...], kind: GGMLQuantizationType) -> tuple[i
     return (shape[0], size) if len(shape) == 1 else (*shape[:-1], shape[-1] // block * size)
 
 
-def _encode(name: str, rows: Tensor, kind: GGMLQuantizationType) -> Any:
+def _encode(name: str, rows: Tensor, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
     """Rows as the bytes of type ``kind``."""
     if kind == GGMLQuantizationType.Q8_0:
         return quants.quantize(rows.float().numpy(), kind)

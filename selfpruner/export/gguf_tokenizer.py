@@ -17,13 +17,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import TypedDict
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from pydantic import BaseModel, ConfigDict
+from tokenizers import AddedToken, Regex, Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Split
+from tokenizers.pre_tokenizers import Sequence as InTurn
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner.errors import FormatError
-from selfpruner.json_objects import JsonMapping, JsonObject
 
 # llama.cpp's types of a token.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -53,17 +55,65 @@ PROBE = (
 )
 
 
-@cache
-def _pre_tokenizers() -> Mapping[str, tuple[Any, bool]]:
-    """llama.cpp's name -> (the same as a pre-tokenizer, whether whole words in the vocabulary go before merges)."""
-    p: Any = pre_tokenizers
+Value = str | float | Sequence[str] | Sequence[float]  # of a file's metadata; a float may be an int or a bool
 
-    def split(pattern: str) -> Any:
-        return p.Sequence([p.Split(Regex(pattern), "isolated"), p.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+class _Model(TypedDict):
+    type: str
+    vocab: dict[str, int]
+    merges: list[str | list[str]]
+    byte_fallback: bool
+    ignore_merges: bool
+    unk_token: str | None
+
+
+class _Added(TypedDict):
+    id: int
+    content: str
+    special: bool
+
+
+class _Normalizer(TypedDict, total=False):
+    type: str
+    normalizers: list[object]
+
+
+class _TokenizerFile(TypedDict):
+    """What is read of a tokenizer.json; of a model other than BPE only its type is as here."""
+
+    model: _Model
+    added_tokens: list[_Added]
+    normalizer: _Normalizer | None
+
+
+class _Keys(BaseModel):
+    """A file's ``tokenizer.ggml.*`` keys, as far as ids follow from them."""
+
+    model_config = ConfigDict(alias_generator="tokenizer.ggml.{}".format)
+
+    model: str
+    pre: str
+    tokens: list[str]
+    token_type: list[int]
+    merges: list[str] = []
+    scores: list[float] = []
+    add_space_prefix: bool = True
+    add_bos_token: bool
+    add_eos_token: bool
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+@cache
+def _pre_tokenizers() -> Mapping[str, tuple[PreTokenizer, bool]]:
+    """llama.cpp's name -> (the same as a pre-tokenizer, whether whole words in the vocabulary go before merges)."""
+
+    def split(pattern: str) -> PreTokenizer:
+        return InTurn([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
     return {
-        "gpt-2": (p.ByteLevel(add_prefix_space=False), False),
-        "smollm": (p.Sequence([p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)]), False),
+        "gpt-2": (ByteLevel(add_prefix_space=False), False),
+        "smollm": (InTurn([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), False),
         "qwen2": (split(_QWEN2), False),
         "llama-bpe": (split(_LLAMA3), True),
         "smaug-bpe": (split(_LLAMA3), False),
@@ -71,13 +121,15 @@ def _pre_tokenizers() -> Mapping[str, tuple[Any, bool]]:
     }
 
 
-def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence[int] = ()) -> JsonObject:
+def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence[int] = ()) -> dict[str, Value]:
     """The ``tokenizer.*`` keys of a GGUF file for a model of ``vocabulary`` tokens; ``ends`` are the ids that end a generation.
 
     Raises FormatError for a tokenizer that llama.cpp cannot run.
     """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    body: JsonObject = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "Python"}}
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _refusal("is a Python model, not BPE")
+    body: _TokenizerFile = json.loads(backend.to_str())
     model = body["model"]
     if model["type"] != "BPE":
         raise _refusal(f"is a {model['type']} model, not BPE")
@@ -85,7 +137,7 @@ def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence
         raise _refusal("has no merges")
     tokens, types = _tokens(body, vocabulary)
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-    found: JsonObject
+    found: dict[str, Value]
     if model["byte_fallback"]:
         prefix = bool(backend.encode("a", add_special_tokens=False).tokens[0].startswith("▁"))
         scores = _scores(tokens, types, merges)
@@ -107,22 +159,22 @@ def metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence
     return keys
 
 
-def encode(keys: JsonMapping, text: str) -> list[int]:
+def encode(keys: Mapping[str, object], text: str) -> list[int]:
     """The ids that llama.cpp computes for ``text`` without special tokens in it, from a file's ``tokenizer.ggml.*`` keys."""
-    own = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
-    vocabulary = {token: index for index, token in enumerate(own["tokens"])}
-    if own["model"] == "llama":
+    own = _Keys.model_validate(keys)
+    vocabulary = {token: index for index, token in enumerate(own.tokens)}
+    if own.model == "llama":
         ids = _merge_by_score(own, vocabulary, text)
     else:
-        pre, ignore_merges = _pre_tokenizers()[own["pre"]]
-        merges = [tuple(merge.split(" ", 1)) for merge in own["merges"]]
-        backend: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
+        pre, ignore_merges = _pre_tokenizers()[own.pre]
+        merges = [(left, right) for left, right in (merge.split(" ", 1) for merge in own.merges)]
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
         backend.pre_tokenizer = pre
-        given = [token for token, kind in zip(own["tokens"], own["token_type"], strict=True) if kind == USER_DEFINED]
+        given = [token for token, kind in zip(own.tokens, own.token_type, strict=True) if kind == USER_DEFINED]
         backend.add_tokens([AddedToken(token, normalized=False) for token in given])
         ids = backend.encode(text, add_special_tokens=False).ids
-    before = [own["bos_token_id"]] if own["add_bos_token"] else []
-    return [*before, *ids, *([own["eos_token_id"]] if own["add_eos_token"] else [])]
+    before, after = own.bos_token_id if own.add_bos_token else None, own.eos_token_id if own.add_eos_token else None
+    return [*([] if before is None else [before]), *ids, *([] if after is None else [after])]
 
 
 def _refusal(what: str) -> FormatError:
@@ -133,7 +185,7 @@ def _refusal(what: str) -> FormatError:
     )
 
 
-def _tokens(body: JsonMapping, vocabulary: int) -> tuple[list[str], list[int]]:
+def _tokens(body: _TokenizerFile, vocabulary: int) -> tuple[list[str], list[int]]:
     """Every id's token and type; ids that the tokenizer does not use get a name that no text has. Tokens that the model has no row
     for are left out: llama.cpp wants as many as there are rows."""
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
@@ -157,10 +209,10 @@ def _tokens(body: JsonMapping, vocabulary: int) -> tuple[list[str], list[int]]:
     return tokens, types
 
 
-def _pre_tokenizer_name(backend: Any, body: JsonMapping) -> str:
-    normalizer = body["normalizer"] or {"type": None}
+def _pre_tokenizer_name(backend: Tokenizer, body: _TokenizerFile) -> str:
+    normalizer = body["normalizer"]
     # llama.cpp leaves composed forms to the user, as nearly all text is in them.
-    if normalizer["type"] not in (None, "NFC") and normalizer.get("normalizers") != []:
+    if normalizer and normalizer["type"] != "NFC" and normalizer.get("normalizers") != []:
         raise _refusal(f"normalises text ({normalizer['type']})")
     own = backend.pre_tokenizer and backend.pre_tokenizer.pre_tokenize_str(PROBE)
     for name, (known, ignore_merges) in _pre_tokenizers().items():
@@ -194,12 +246,12 @@ def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequen
     return [scores.get(token, -float(len(merges))) if kind == NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
 
 
-def _merge_by_score(own: JsonMapping, vocabulary: Mapping[str, int], text: str) -> list[int]:
+def _merge_by_score(own: _Keys, vocabulary: Mapping[str, int], text: str) -> list[int]:
     """Neighbours whose concatenation is a token are merged, the highest score first and the leftmost of equals."""
-    parts = list(("▁" if own["add_space_prefix"] and text else "") + text.replace(" ", "▁"))
+    parts = list(("▁" if own.add_space_prefix and text else "") + text.replace(" ", "▁"))
     while True:
         pairs = [(vocabulary.get(left + right), place) for place, (left, right) in enumerate(pairwise(parts))]
-        scored = [(own["scores"][index], -place) for index, place in pairs if index is not None]
+        scored = [(own.scores[index], -place) for index, place in pairs if index is not None]
         if not scored:
             break
         place = -max(scored)[1]
@@ -210,13 +262,13 @@ def _merge_by_score(own: JsonMapping, vocabulary: Mapping[str, int], text: str) 
     return ids
 
 
-def _templates(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
-    template: Any = tokenizer.chat_template
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Value]:
+    template = tokenizer.chat_template
     if not template:
         return {}
     if isinstance(template, str):
         return {"tokenizer.chat_template": template}
     named = {name: text for name, text in template.items() if name != "default"}
-    keys: JsonObject = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    keys: dict[str, Value] = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
     keys |= {"tokenizer.chat_templates": list(named)} if named else {}
     return keys | ({"tokenizer.chat_template": template["default"]} if "default" in template else {})

@@ -30,7 +30,7 @@ from selfpruner.export.modeling_files import MODELING_FILES
 from selfpruner.export.older import with_older_fields
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.models import quiet
-from selfpruner.models.family_layouts import LAYOUTS, Layout
+from selfpruner.models.family_layouts import LAYOUTS, Layout, whole_number
 from selfpruner.pruning.layer_shapes import KeptUnits, LayerShape
 
 
@@ -129,7 +129,7 @@ def _units(checkpoint: FinishedCheckpoint) -> KeptUnits:
     shapes = checkpoint.shapes
     groups, per_group = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "heads_per_group"))
     if not MODELING_FILES[checkpoint.plan["family"]].has_kv_heads:  # heads that share the hidden size out among them
-        groups = int(checkpoint.config["hidden_size"]) // int(checkpoint.config["head_dim"])
+        groups = whole_number(checkpoint.config, "hidden_size") // whole_number(checkpoint.config, "head_dim")
     base = LayerShape(max(groups, 1), max(per_group, 1), max(*(shape.channels for shape in shapes), 1))
     kept = []
     for shape in shapes:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -28,7 +27,7 @@ class ModelingFile:
     causal_lm: type[PreTrainedModel]
     sequence_classification: type[PreTrainedModel]
     token_classification: type[PreTrainedModel]
-    switches: Callable[[Any, Collection[str]], dict[str, Any]] = lambda _config, _names: {}
+    switches: Callable[[PreTrainedConfig, Collection[str]], dict[str, object]] = lambda _config, _names: {}
 
     @property
     def code(self) -> Path:
@@ -59,7 +58,7 @@ def own_fields(config: type[PreTrainedConfig]) -> set[str]:
     return {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
 
 
-def _llama_switches(config: Any, names: Collection[str]) -> dict[str, Any]:
+def _llama_switches(config: PreTrainedConfig, names: Collection[str]) -> dict[str, object]:
     attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
     llama = config.model_type == "llama"  # ignores a sliding window even where its config has one
     return {
@@ -112,5 +111,5 @@ MODELING_FILES: Mapping[str, ModelingFile] = {
 }
 
 
-def modeling_file_of(config: Any) -> ModelingFile:
+def modeling_file_of(config: PreTrainedConfig) -> ModelingFile:
     return MODELING_FILES[family_of(config)]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfpruner.json_objects import JsonMapping, JsonObject
+from selfpruner.models.family_layouts import whole_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ _FIRST: Mapping[str, tuple[int, int]] = {"qwen3": (4, 51), "gemma3_text": (4, 50
 _FIRST_OF_ALL, _CURRENT = (4, 45), (5, 15)
 
 
-def with_older_fields(body: JsonMapping) -> JsonObject:
+def with_older_fields(body: Mapping[str, object]) -> dict[str, object]:
     """The JSON ``body`` of an ordinary config with what transformers 4 calls the same things."""
     fields: dict[str, object] = {}
     main, *others = _tables(body)
@@ -39,7 +39,7 @@ def with_older_fields(body: JsonMapping) -> JsonObject:
             fields["rope_scaling"] = {"type": kind, **{key: main[key] for key in ("short_factor", "long_factor")}}
         elif kind == "longrope":
             fields["original_max_position_embeddings"] = main["original_max_position_embeddings"]
-    if body["model_type"] == "gemma3_text" and (period := _period(body["layer_types"])):
+    if body["model_type"] == "gemma3_text" and (period := _period(_layer_types(body))):
         fields["sliding_window_pattern"] = period
     return {**body, **fields}
 
@@ -53,10 +53,10 @@ def requirement(body: Mapping[str, object]) -> str:
     return f"transformers {oldest_version(body)} or later{eager}"
 
 
-def oldest_version(body: JsonMapping) -> str:
+def oldest_version(body: Mapping[str, object]) -> str:
     """The oldest transformers that computes the same from an ordinary config with the fields above, as ``4.46``."""
-    family, (main, *others) = body["model_type"], _tables(body)
-    kind, layers = main.get("rope_type", "default"), body.get("layer_types") or []
+    family, (main, *others) = str(body["model_type"]), _tables(body)
+    kind, layers = main.get("rope_type", "default"), _layer_types(body)
     needs = [_FIRST.get(family, _FIRST_OF_ALL)]
     if kind == "proportional" or any(table.get("rope_type", "default") != "default" for table in others):
         needs.append(_CURRENT)
@@ -64,7 +64,8 @@ def oldest_version(body: JsonMapping) -> str:
         needs.append((4, 57))
     if kind != "default" and family in ("mistral", "gemma2"):
         needs.append((4, 48))
-    if family in ("qwen2", "phi3") and body.get("head_dim") not in (None, body["hidden_size"] // body["num_attention_heads"]):
+    share = whole_number(body, "hidden_size") // whole_number(body, "num_attention_heads")
+    if family in ("qwen2", "phi3") and body.get("head_dim") not in (None, share):
         needs.append((4, 48))
     if main.get("partial_rotary_factor", 1.0) != 1.0:
         needs.append((4, 50))
@@ -96,10 +97,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _tables(body: JsonMapping) -> list[JsonMapping]:
+def _tables(body: Mapping[str, object]) -> list[Mapping[str, object]]:
     """The rotary table of the layers, or of those with full attention and then of the others."""
-    rope = body.get("rope_parameters") or {}
+    rope = body.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return [{}]
     return [rope["full_attention"], rope["sliding_attention"]] if "full_attention" in rope else [rope]
+
+
+def _layer_types(body: Mapping[str, object]) -> list[str]:
+    kinds = body.get("layer_types")
+    return [str(kind) for kind in kinds] if isinstance(kinds, list) else []
 
 
 def _period(layer_types: list[str]) -> int:

@@ -64,8 +64,7 @@ def exact(model: torch.nn.Module) -> Iterator[None]:
     for module in model.modules():
         if any(p.dtype.itemsize < 4 for p in module.parameters(recurse=False)):
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
-    scales: list[Any] = [module for module in model.modules() if hasattr(module, "scalar_embed_scale")]
-    scaled = [(module, module.embed_scale) for module in scales]
+    scaled = [(module, module.get_buffer("embed_scale")) for module in model.modules() if hasattr(module, "scalar_embed_scale")]
     for module, rounded in scaled:
         module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float32, device=rounded.device)
     try:
@@ -86,6 +85,7 @@ def verify(folder: str, reference: str, device: str, *, own_code: bool = True) -
         tokens, expected, facts = file.get_tensor("tokens").to(device), file.get_tensor("logits"), file.metadata()
     # It goes on, so that the report can name tensors of another shape.
     how = {"trust_remote_code": own_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    # A pair, which its type does not say.
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **how)
     model, report = loaded
     model = model.to(device).eval()

@@ -22,13 +22,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from gguf import GGUFReader, quants
+from pydantic import BaseModel, Field
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfpruner.export import gguf_runtime, gguf_tokenizer
 from selfpruner.export.modeling_selfpruner import SelfPrunerConfig, SelfPrunerForCausalLM
@@ -127,16 +127,32 @@ class _Comparison:
         return figures
 
 
-def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> Any:
+class _Numbers(BaseModel):
+    """What a file says of its model, under the name of its architecture; a list has one number for each layer."""
+
+    vocab_size: int
+    block_count: int
+    context_length: int
+    embedding_length: int
+    heads: int | list[int] = Field(alias="attention.head_count")
+    groups: int | list[int] = Field(alias="attention.head_count_kv")
+    channels: int | list[int] = Field(alias="feed_forward_length")
+    head_dim: int = Field(alias="attention.key_length")
+    epsilon: float = Field(alias="attention.layer_norm_rms_epsilon")
+    rope_base: float = Field(alias="rope.freq_base")
+    rope_type: str = Field("default", alias="rope.scaling.type")
+    rope_factor: float | None = Field(None, alias="rope.scaling.factor")
+    rope_context: int | None = Field(None, alias="rope.scaling.original_context_length")
+
+    def by_layer(self, numbers: int | list[int]) -> list[int]:
+        return numbers if isinstance(numbers, list) else [numbers] * self.block_count
+
+
+def rebuild(keys: Mapping[str, object], reader: GGUFReader, dtype: torch.dtype) -> nn.Module:
     """The model that a file describes, in ``dtype``: a reader of its own, which shares nothing with the writer."""
     architecture = keys["general.architecture"]
-    own = {key.removeprefix(f"{architecture}."): value for key, value in keys.items() if key.startswith(f"{architecture}.")}
-    count, head_dim = own["block_count"], own["attention.key_length"]
-
-    def by_layer(key: str) -> list[int]:
-        return list(own[key]) if isinstance(own[key], list) else [own[key]] * count
-
-    heads, groups = by_layer("attention.head_count"), by_layer("attention.head_count_kv")
+    own = _Numbers.model_validate({key.removeprefix(f"{architecture}."): value for key, value in keys.items()})
+    head_dim, heads, groups = own.head_dim, own.by_layer(own.heads), own.by_layer(own.groups)
     tensors: dict[str, Tensor] = {}
     factors = None
     for stored in reader.tensors:
@@ -166,18 +182,18 @@ def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> 
             "mlp_bias": mlp.format(index) + "gate_proj.bias" in tensors,
             "down_proj_bias": mlp.format(index) + "down_proj.bias" in tensors,
         }
-        for index, width in enumerate(by_layer("feed_forward_length"))
+        for index, width in enumerate(own.by_layer(own.channels))
     }
-    rope = {"rope_type": own.get("rope.scaling.type", "default"), "rope_theta": own["rope.freq_base"]}
-    if "rope.scaling.factor" in own:
-        rope["factor"] = own["rope.scaling.factor"]
-    if "rope.scaling.original_context_length" in own:
-        rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
+    rope: dict[str, object] = {"rope_type": own.rope_type, "rope_theta": own.rope_base}
+    if own.rope_factor is not None:
+        rope["factor"] = own.rope_factor
+    if own.rope_context is not None:
+        rope["original_max_position_embeddings"] = own.rope_context
     common: dict[str, object] = {key: max(layer[key] for layer in layers.values()) for key in layers[0]}
-    body: dict[str, Any] = {
-        "vocab_size": own["vocab_size"],
-        "hidden_size": own["embedding_length"],
-        "num_hidden_layers": count,
+    body: dict[str, object] = {
+        "vocab_size": own.vocab_size,
+        "hidden_size": own.embedding_length,
+        "num_hidden_layers": own.block_count,
         **common,
         "per_layer_config": {
             index: changed
@@ -186,13 +202,13 @@ def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> 
         },
         "head_dim": head_dim,
         "qk_norm": attention.format(0) + "q_norm.weight" in tensors,
-        "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
-        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": own.epsilon,
+        "max_position_embeddings": own.context_length,
         "rope_parameters": rope,
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "pad_token_id": None,
     }
-    config = SelfPrunerConfig(**body)
+    config = SelfPrunerConfig.from_dict(body)
     with torch.device("meta"):
         model = SelfPrunerForCausalLM._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
@@ -201,7 +217,8 @@ def rebuild(keys: Mapping[str, Any], reader: GGUFReader, dtype: torch.dtype) -> 
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     if factors is not None:
         model.model.rotary_emb.inv_freq /= factors.float()
-    return model.train(False)
+    rebuilt: nn.Module = model.train(False)
+    return rebuilt
 
 
 def main() -> int:

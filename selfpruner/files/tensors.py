@@ -14,13 +14,12 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from selfpruner.errors import ModelError
-from selfpruner.json_objects import JsonObject
 
 _NAMES = {
     torch.float64: "F64",
@@ -33,6 +32,14 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class _Entry(TypedDict):
+    """What a header says of a tensor; the offsets are from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
 
 
 class Parts(Protocol):
@@ -60,10 +67,11 @@ class TensorFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
-        header: JsonObject = json.loads(os.pread(self._descriptor, length, 8))
+        header = json.loads(os.pread(self._descriptor, length, 8))
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.shapes = {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
-        self._offsets = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
+        entries: dict[str, _Entry] = header
+        self.shapes = {name: (_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
+        self._offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
 
     def read(self, name: str, out: Tensor | None = None, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor, in the stored dtype, into the contiguous CPU tensor ``out`` or a new one.
@@ -112,7 +120,7 @@ def write_tensors(
     end = 0
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = _Entry(dtype=_NAMES[dtype], shape=list(shape), data_offsets=(begin, end))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -133,8 +141,7 @@ def write_tensors(
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # a buffer, which its type says from Python 3.12 on
-    return memoryview(array)
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def held_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

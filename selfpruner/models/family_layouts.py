@@ -167,7 +167,7 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def whole_number(config: Mapping[str, object], key: str, default: int | None = None) -> int:
-    """What a configuration says of ``key``, which is ``default`` where it does not. Raises ModelError for what is no whole number."""
+    """What a configuration says of ``key``, or ``default``. Raises ModelError for what is no whole number."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ModelError(
