@@ -209,7 +209,7 @@ def _what_was_done(info: CardInfo) -> dict[str, str]:
 def loading(config: Mapping[str, object]) -> str:
     """How to load a folder that transformers takes; ``config`` is its config.json."""
     auto_map = config.get("auto_map")
-    code = str(auto_map["AutoConfig"]).partition(".")[0] if isinstance(auto_map, dict) else ""
+    code = str(auto_map.get("AutoConfig", "")).partition(".")[0] if isinstance(auto_map, dict) else ""
     needs = f"It takes {requirement(config)}."
     shapes = (
         f"The layers differ in width, so the folder brings the modeling file `{code}.py`; with selfpruner installed,\n"
