@@ -18,10 +18,12 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from benchmarks.judge import Bench, Settings, TraceRecorder
 from selfpruner.api import default_cache
@@ -186,8 +188,8 @@ async def one(
     return recorder
 
 
-async def measured(model: str, cache: Path) -> tuple[dict[str, Any], list[float]]:
-    """The model's search space as plain data, and per block nats of KL per unit of relative error; kept in the cache."""
+async def measured(model: str, cache: Path) -> tuple[SearchSpace, list[float]]:
+    """The model's search space, and per block nats of KL per unit of relative error; kept in the cache."""
     settings = Settings(model, "obs", "least_squares", 10**9)
     kept = cache / "benchmarks" / f"bandit-{settings.fingerprint()}.json"
     if not kept.exists():
@@ -203,9 +205,9 @@ async def measured(model: str, cache: Path) -> tuple[dict[str, Any], list[float]
         errors = [block.options[level].error for block, level in zip(run.space.blocks, levels, strict=True)]
         weights = [max(kl, 1e-6) / max(error, 1e-9) for kl, error in zip(values, errors, strict=True)]
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"space": run.space.to_dict(), "weights": weights}), "utf-8")
+        kept.write_text(json.dumps({"space": TypeAdapter(SearchSpace).dump_python(run.space), "weights": weights}), "utf-8")
     found = json.loads(kept.read_text("utf-8"))
-    return found["space"], found["weights"]
+    return TypeAdapter(SearchSpace).validate_python(found["space"]), found["weights"]
 
 
 def at(curve: Curve, seconds: float) -> float:
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("--speed", type=float, default=1500.0, help="plan-tokens per second")
     parser.add_argument("--latency", type=float, default=10.0, help="seconds of one answer of the LLM")
     options = parser.parse_args()
-    data, options.weights = asyncio.run(measured(options.model, default_cache()))
+    whole, options.weights = asyncio.run(measured(options.model, default_cache()))
     classical = ("reallocate", "level_switch", "recombine")
     cases: dict[str, tuple[tuple[str, ...], bool]] = {name: ((name,), True) for name in classical}
     cases |= {
@@ -232,7 +234,7 @@ def main() -> None:
         "all and rubbish LLM, even": (("select", "crossover", "mutate", *classical), False),
     }
     for rate in options.rate:
-        space = SearchSpace.from_dict({**data, "rate": rate})
+        space = replace(whole, rate=rate)
         curves = {
             name: [asyncio.run(one(space, operators, seed, options, bandit=bandit)) for seed in range(options.seeds)]
             for name, (operators, bandit) in cases.items()

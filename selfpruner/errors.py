@@ -33,13 +33,11 @@ the request that caused it, when one did. Nothing here imports torch.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
-
-from selfpruner.json_objects import JsonMapping, JsonObject
 
 
 class SelfprunerError(Exception):
@@ -220,7 +218,7 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         raise
 
 
-def from_dict(body: JsonObject) -> SelfprunerError:
+def from_dict(body: Mapping[str, object]) -> SelfprunerError:
     """Rebuild an error that crossed a process boundary as :meth:`SelfprunerError.to_dict`.
 
     The class is found by its name where the sender added one as ``class``, else by its code.
@@ -236,7 +234,8 @@ def from_dict(body: JsonObject) -> SelfprunerError:
     named = (cls for cls in known if cls.__name__ == body.get("class"))
     kind = next(named, None) or next((cls for cls in known if cls.code == code), SelfprunerError)
     error = kind.__new__(kind)
-    SelfprunerError.__init__(error, str(body.get("message", "")), code=code, param=body.get("param"))
+    param = body.get("param")
+    SelfprunerError.__init__(error, str(body.get("message", "")), code=code, param=param if isinstance(param, str) else None)
     return error
 
 
@@ -251,15 +250,16 @@ def nearest(name: str, fields: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(close))[:3]
 
 
-def from_problems(problems: Sequence[JsonMapping], fields: Sequence[str] = ()) -> ConfigError:
+def from_problems(problems: Sequence[Mapping[str, object]], fields: Sequence[str] = ()) -> ConfigError:
     """pydantic's ``ValidationError.errors()`` as one error: the first problem by name, the others counted.
 
     ``fields`` are the names there are, with dots for nested ones: an unknown one is told its nearest. The input is never quoted: it
     may be huge, or a secret.
     """
     first = problems[0]
-    param = ".".join(str(part) for part in first["loc"])[:200] or None
-    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
+    place = first["loc"]
+    param = ".".join(map(str, place))[:200] or None if isinstance(place, tuple) else None
+    code = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(str(first["type"]), "invalid_value")
     message = str(first["msg"]).removeprefix("Value error, ")
     if code == "unknown_field":
         message = "unknown field"

@@ -15,7 +15,7 @@ from selfpruner.architectures.opt import Opt
 from selfpruner.architectures.phi3 import Phi3
 from selfpruner.architectures.qwen2 import Qwen2
 from selfpruner.architectures.qwen3 import Qwen3
-from selfpruner.architectures.weights import AttentionWeights, FfnWeights, in_float32
+from selfpruner.architectures.weights import AttentionWeights, FfnWeights, in_float32, with_tensors
 from selfpruner.errors import UnsupportedModelError
 
 FAMILIES: dict[str, type[Architecture]] = {cls.family: cls for cls in (Llama, Mistral, Qwen2, Qwen3, Opt, Gemma2, Gemma3, Phi3)}
@@ -31,4 +31,4 @@ def describe(model: PreTrainedModel) -> Architecture:
     return FAMILIES[family](model)
 
 
-__all__ = ["FAMILIES", "Architecture", "AttentionWeights", "FfnWeights", "describe", "in_float32"]
+__all__ = ["FAMILIES", "Architecture", "AttentionWeights", "FfnWeights", "describe", "in_float32", "with_tensors"]

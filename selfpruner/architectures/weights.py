@@ -5,6 +5,7 @@ Shapes: d = hidden size, h = head_dim, K = KV groups, r = query heads per group,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -89,14 +90,19 @@ class FfnWeights:
         )
 
 
-W = TypeVar("W", AttentionWeights, FfnWeights)
+W = TypeVar("W", bound=AttentionWeights | FfnWeights)
+
+
+def with_tensors(weights: W, tensors: Mapping[str, Tensor]) -> W:
+    """The same block with some tensors, by their names, in place of its own."""
+    changed: dict[str, Any] = dict(tensors)  # every name is a field for a tensor
+    return replace(weights, **changed)
 
 
 def in_float32(weights: W) -> W:
     """The same weights, so that the block computes in float32."""
     values = ((field.name, getattr(weights, field.name)) for field in fields(weights))
-    changed: dict[str, Any] = {name: value.float() for name, value in values if isinstance(value, Tensor)}
-    return replace(weights, **changed)
+    return with_tensors(weights, {name: value.float() for name, value in values if isinstance(value, Tensor)})
 
 
 def _spread(units: list[int], width: int, device: torch.device) -> Tensor:

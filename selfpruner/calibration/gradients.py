@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, in_float32
+from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, in_float32, with_tensors
 from selfpruner.architectures.cost import model_parameters
 from selfpruner.architectures.kernels import soft_cap
 from selfpruner.architectures.order import checkpoint_ffn
@@ -146,8 +145,8 @@ def _layer(
     leaves: dict[str, Tensor] = {
         name: getattr(block, name).detach().requires_grad_() for block in weights for name in block.matrices
     }
-    parts: list[dict[str, Any]] = [{name: leaves[name] for name in block.matrices} for block in weights]
-    attention, ffn = replace(weights[0], **parts[0]), replace(weights[1], **parts[1])
+    attention = with_tensors(weights[0], {name: leaves[name] for name in weights[0].matrices})
+    ffn = with_tensors(weights[1], {name: leaves[name] for name in weights[1].matrices})
     sums = {name: [torch.zeros(leaf.shape, device=leaf.device) for _ in range(3)] for name, leaf in leaves.items()}
     for index in range(inputs.parts):
         with torch.enable_grad():

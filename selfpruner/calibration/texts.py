@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -154,12 +154,13 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 
 def separator(loaded: LoadedModel) -> list[int]:
     """The token ids put between documents: the token that ended them in training, else eos, else a newline."""
-    tokenizer: Any = loaded.tokenizer
+    tokenizer = loaded.tokenizer
     rows = loaded.model.config.vocab_size  # the tokenizer may know more tokens
     for token in _DOCUMENT_ENDS:
         known = token in tokenizer.all_special_tokens or token in tokenizer.get_added_vocab()
-        if known and tokenizer.convert_tokens_to_ids(token) < rows:
-            return [int(tokenizer.convert_tokens_to_ids(token))]
+        index = tokenizer.convert_tokens_to_ids(token)
+        if known and isinstance(index, int) and index < rows:
+            return [index]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < rows:
         return [int(tokenizer.eos_token_id)]
     return [int(index) for index in tokenizer("\n", add_special_tokens=False)["input_ids"]]

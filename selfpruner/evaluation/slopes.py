@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from selfpruner.architectures.kernels import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine, Weights
 from selfpruner.planning.space import Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +118,17 @@ class _Walk:
             raise CancelledTaskError("Cancelled during a survey.")
         return self.engine.weights(block, level)
 
-    def _lanes(self, work: Callable[..., Any], *lists: Sequence[Any]) -> list[Any]:
+    def _lanes(self, work: Callable[..., T], *lists: Sequence[object]) -> list[T]:
         """``work`` of every lane with its own of each list."""
-        results: list[object] = [None] * len(lists[0])
+        results: dict[int, T] = {}
 
         def task(lane: int) -> None:
             with torch.no_grad():
                 results[lane] = work(*(each[lane] for each in lists))
 
-        self.engine.lanes.run([partial(task, lane) for lane in range(len(results))])
-        return results
+        lanes = range(len(lists[0]))
+        self.engine.lanes.run([partial(task, lane) for lane in lanes])
+        return [results[lane] for lane in lanes]
 
     def _dense(self, block: int, weights: Weights, stream: Tensor) -> float:
         """Add to the stream (B, S, d) what the block adds; the energy of that."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ class Speed:
         """As a report has them."""
         rates = {"prefill_tps": self.prefill, "decode_tps": self.decode}
         return {name: round(value, 1) for name, value in rates.items() if value is not None}
+
+
+class Scored(Protocol):
+    """What a forward pass of a language model gives."""
+
+    logits: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> Rea
         return Read(cache, token, seconds, time.perf_counter() - started)
 
 
-def write(model: PreTrainedModel, cache: Cache, token: Tensor, new_tokens: int, step: Callable[..., Any] | None = None) -> float:
+def write(model: PreTrainedModel, cache: Cache, token: Tensor, new_tokens: int, step: Callable[..., Scored] | None = None) -> float:
     """Seconds of writing ``new_tokens`` greedily after ``token`` (batch, 1). ``step`` is the model's forward pass in another form,
     compiled say."""
     step = model if step is None else step

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,7 +37,7 @@ class JudgeHandler:
     def __init__(self, device: str = "auto") -> None:
         self._device = device
         self._held: tuple[str, MeasuredModel] | None = None
-        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
+        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., TaskResult]] = {
             HeldOutRequest: self._held_out,
             IdentifyRequest: self._identify,
             JudgeRequest: self._judge,
@@ -55,8 +54,7 @@ class JudgeHandler:
             progress(text)
 
         try:
-            result: R = self._tasks[type(request)](session, Judged.read(session.config), request, tell)
-            return result
+            return request.answered(self._tasks[type(request)](session, Judged.read(session.config), request, tell))
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(

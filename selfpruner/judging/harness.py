@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
@@ -143,7 +143,7 @@ def subset(name: str, total: int, limit: int) -> list[int]:
     return sorted(order[:limit])
 
 
-def _checked(task: Any, name: str) -> ConfigurableTask:
+def _checked(task: ConfigurableTask, name: str) -> ConfigurableTask:
     if task.OUTPUT_TYPE != "multiple_choice" or "acc" not in task.aggregation():
         raise ConfigError(f"The task {name} is no multiple choice with an accuracy ({task.OUTPUT_TYPE}).", param="tasks")
     return task

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NotRequired, Protocol, final
+
+from pydantic import JsonValue
+from typing_extensions import TypedDict
 
 from selfpruner import models
 from selfpruner.errors import ConfigError, OutOfMemoryError
-from selfpruner.json_objects import JsonObject
 from selfpruner.judging.estimates import mean
 from selfpruner.judging.loading import load, share
 from selfpruner.judging.task_files import LocalTask
@@ -34,7 +36,6 @@ Tell = Callable[[str], None]
 
 INSTALL = "pip install 'lm_eval>=0.4.13'"
 NEW_TOKENS = 64
-DISTINCT = (1, 2, 3)
 _VERSION = 1  # of how outcomes are computed: another one is another setting
 
 
@@ -105,15 +106,68 @@ class Place:
         return MeasuredModel(loaded.model, loaded.tokenizer, self.cache, loaded.streamed)
 
 
+class Outcomes(TypedDict, total=False):
+    """What a measure found one by one, so that two models are compared in pairs. ``acc`` and ``acc_norm``: a digit per document;
+    ``nll``: a number per window; ``repetition`` and ``text``: one per prompt."""
+
+    acc: str
+    acc_norm: str
+    nll: list[float]
+    repetition: list[float]
+    text: list[str]
+
+
+@final
+class TaskFigures(TypedDict):
+    """Shares of ``documents`` answered right; ``of`` are in the task."""
+
+    documents: int
+    of: int
+    acc: float
+    acc_stderr: float | None
+    acc_norm: NotRequired[float]
+    acc_norm_stderr: NotRequired[float | None]
+    outcomes: Outcomes
+
+
+@final
+class PerplexityFigures(TypedDict):
+    """``nll`` in nats per token."""
+
+    windows: int
+    tokens: int
+    nll: float
+    nll_stderr: float | None
+    perplexity: float
+    perplexity_stderr: float | None
+    outcomes: Outcomes
+
+
+@final
+class RepetitionFigures(TypedDict):
+    """Shares in [0, 1]: of text that repeats itself, and of distinct words, pairs and triples."""
+
+    prompts: int
+    repetition: float
+    repetition_stderr: float | None
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    outcomes: Outcomes
+
+
+Figures = TaskFigures | PerplexityFigures | RepetitionFigures
+
+
 class Measure(Protocol):
     @property
     def name(self) -> str: ...
 
     @property
-    def setting(self) -> JsonObject: ...
+    def setting(self) -> dict[str, JsonValue]: ...
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
-        """The result: figures with standard errors, and ``outcomes``."""
+    def run(self, subject: MeasuredModel, tell: Tell) -> Figures:
+        """The figures with their standard errors, and what they are made of."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +183,11 @@ class Task:
         return LocalTask.find(self.name, self.data)
 
     @cached_property
-    def setting(self) -> JsonObject:
+    def setting(self) -> dict[str, JsonValue]:
         source = "hub" if self._local is None else f"local:{self._local.digest}"
         return {"task": self.name, "source": source, "limit": self.limit, "lm_eval": harness_version(), "version": _VERSION}
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
+    def run(self, subject: MeasuredModel, tell: Tell) -> TaskFigures:
         from selfpruner.judging import harness
 
         def progress(done: int, total: int) -> None:
@@ -145,12 +199,20 @@ class Task:
         outcome = harness.run(
             task, self.name, harness.SharedContextLM(subject.model, subject.tokenizer, progress=progress), self.limit
         )
-        result: JsonObject = {"documents": len(outcome.metrics["acc"]), "of": outcome.total}
-        for metric, outcomes in outcome.metrics.items():
-            value = mean(outcomes)
-            result |= {metric: round(value.value, 6), f"{metric}_stderr": _rounded(value.stderr, 6)}
+        found = {metric: mean(values) for metric, values in outcome.metrics.items()}
         # A digit per document: a thousand of them are one line.
-        result["outcomes"] = {metric: "".join(map(str, outcomes)) for metric, outcomes in outcome.metrics.items()}
+        digits = {metric: "".join(map(str, values)) for metric, values in outcome.metrics.items()}
+        result: TaskFigures = {
+            "documents": len(outcome.metrics["acc"]),
+            "of": outcome.total,
+            "acc": round(found["acc"].value, 6),
+            "acc_stderr": _rounded(found["acc"].stderr, 6),
+            "outcomes": {"acc": digits["acc"]},
+        }
+        if "acc_norm" in found:
+            result["acc_norm"] = round(found["acc_norm"].value, 6)
+            result["acc_norm_stderr"] = _rounded(found["acc_norm"].stderr, 6)
+            result["outcomes"]["acc_norm"] = digits["acc_norm"]
         return result
 
 
@@ -174,12 +236,18 @@ class Perplexity:
         return corpus(self.text, self.data)
 
     @cached_property
-    def setting(self) -> JsonObject:
+    def setting(self) -> dict[str, JsonValue]:
         corpus = self._corpus
-        what = {"text": self.text, "seqlen": self.seqlen, "windows": self.windows}
-        return {**what, "source": corpus.source, "digest": corpus.digest, "version": _VERSION}
+        return {
+            "text": self.text,
+            "seqlen": self.seqlen,
+            "windows": self.windows,
+            "source": corpus.source,
+            "digest": corpus.digest,
+            "version": _VERSION,
+        }
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
+    def run(self, subject: MeasuredModel, tell: Tell) -> PerplexityFigures:
         from selfpruner.calibration.soundness import not_numbers
         from selfpruner.judging import corpora, perplexity
 
@@ -217,13 +285,13 @@ class RepetitionProbe:
         return "generation"
 
     @cached_property
-    def setting(self) -> JsonObject:
+    def setting(self) -> dict[str, JsonValue]:
         from selfpruner.judging.repetition import PROMPTS
 
         digest = hashlib.sha256(json.dumps(PROMPTS).encode()).hexdigest()[:16]
         return {"generation": digest, "new_tokens": self.new_tokens, "version": _VERSION}
 
-    def run(self, subject: MeasuredModel, tell: Tell) -> JsonObject:
+    def run(self, subject: MeasuredModel, tell: Tell) -> RepetitionFigures:
         from selfpruner.judging import repetition
 
         subject.refuse_streamed("writing probes")
@@ -231,13 +299,14 @@ class RepetitionProbe:
         written = repetition.after_prompts(subject.model, subject.tokenizer, repetition.PROMPTS, self.new_tokens)
         rates = [repetition.repeated(tokens) for tokens in written]
         value = mean(rates)
-        decode = subject.tokenizer
         return {
             "prompts": len(written),
             "repetition": round(value.value, 6),
             "repetition_stderr": _rounded(value.stderr, 6),
-            **{f"distinct_{n}": round(repetition.distinct(written, n), 6) for n in DISTINCT},
-            "outcomes": {"repetition": [round(rate, 5) for rate in rates], "text": [decode.decode(tokens) for tokens in written]},
+            "distinct_1": round(repetition.distinct(written, 1), 6),
+            "distinct_2": round(repetition.distinct(written, 2), 6),
+            "distinct_3": round(repetition.distinct(written, 3), 6),
+            "outcomes": {"repetition": [round(rate, 5) for rate in rates], "text": subject.tokenizer.batch_decode(written)},
         }
 
 

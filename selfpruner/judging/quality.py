@@ -13,17 +13,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Literal, TypedDict
+
+from pydantic import JsonValue
 
 from selfpruner.errors import ConfigError
 from selfpruner.files import atomic
-from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.judging.estimates import Estimate, average, mean, paired
-from selfpruner.judging.measures import Measure
+from selfpruner.judging.measures import Figures, Measure
 from selfpruner.judging.tasks import AskedMeasure, IdentifyRequest, JudgeRequest
 from selfpruner.workers.base import Session, WorkerPool
 
-Record = JsonObject
 _FORMAT = "selfpruner evaluate 1"
+Metric = Literal["acc", "acc_norm"]
+_METRICS: tuple[Metric, ...] = ("acc", "acc_norm")
+
+
+class Record(TypedDict):
+    """One measure of one model: what the figures belong to (``fingerprint`` and ``setting``), what they are, and what they took."""
+
+    model: str
+    fingerprint: str
+    parameters: int
+    measure: str
+    setting: dict[str, JsonValue]
+    seconds: float
+    cpu_seconds: float
+    result: Figures
 
 
 class MeasurementFile:
@@ -44,7 +60,7 @@ class MeasurementFile:
                 f"{file} is there and holds no results of `selfpruner evaluate`. Name another file.", param="output"
             ) from error
 
-    def find(self, fingerprint: str, setting: JsonMapping) -> Record | None:
+    def find(self, fingerprint: str, setting: Mapping[str, JsonValue]) -> Record | None:
         return next((r for r in self.records if r["fingerprint"] == fingerprint and r["setting"] == setting), None)
 
     def add(self, record: Record) -> None:
@@ -137,9 +153,9 @@ def _rows(quality: Quality) -> Iterator[MeasurementRow]:
             cells.append(Cell(mean(values), None if model == quality.against else paired(values, reference)))
         return MeasurementRow(name, kind, better, tuple(cells))
 
-    chosen: dict[str, list[MeasurementRow]] = {"acc": [], "acc_norm": []}
+    chosen: dict[Metric, list[MeasurementRow]] = {"acc": [], "acc_norm": []}
     for task in tasks:
-        metrics = [metric for metric in ("acc", "acc_norm") if metric in quality.found[quality.against][task]["result"]]
+        metrics = [metric for metric in _METRICS if metric in quality.found[quality.against][task]["result"]]
         for metric in metrics:
             made = row(f"{task} {metric}", "share", True, _digits(metric), task)
             chosen[metric].append(made)
@@ -147,29 +163,34 @@ def _rows(quality: Quality) -> Iterator[MeasurementRow]:
         if "acc_norm" not in metrics:  # the mean takes acc instead, as papers do
             chosen["acc_norm"].append(made)
     if len(tasks) > 1:
-        for name, parts in chosen.items():
+        for metric, parts in chosen.items():
             cells = []
             for index in range(len(quality.models)):
                 differences = [d for part in parts if (d := part.cells[index].difference) is not None]
                 value = average([part.cells[index].value for part in parts])
                 cells.append(Cell(value, average(differences) if differences else None))
-            yield MeasurementRow(f"mean of {len(parts)} {name}", "share", True, tuple(cells))
+            yield MeasurementRow(f"mean of {len(parts)} {metric}", "share", True, tuple(cells))
     for name in measures:
         if "nll" in quality.found[quality.against][name]["result"]:
             yield row(name, "perplexity", False, lambda record: record["result"]["outcomes"]["nll"], name)
     if "generation" in measures:
         yield row("repetition", "share", False, lambda record: record["result"]["outcomes"]["repetition"], "generation")
-        results = [quality.found[model]["generation"]["result"] for model in quality.models]
-        for key in (key for key in results[0] if key.startswith("distinct_")):
-            cells = [Cell(Estimate(result[key], None)) for result in results]
-            yield MeasurementRow(key.replace("_", "-"), "plain", True, tuple(cells))
+        found = (quality.found[model]["generation"]["result"] for model in quality.models)
+        results = [figures for figures in found if "repetition" in figures]
+        distinct = {
+            "distinct-1": [figures["distinct_1"] for figures in results],
+            "distinct-2": [figures["distinct_2"] for figures in results],
+            "distinct-3": [figures["distinct_3"] for figures in results],
+        }
+        for name, values in distinct.items():
+            yield MeasurementRow(name, "plain", True, tuple(Cell(Estimate(value, None)) for value in values))
         base = quality.found[quality.against]["generation"]["result"]["outcomes"]["text"]
         same = [Cell(mean([agreement(a, b) for a, b in zip(r["outcomes"]["text"], base, strict=True)])) for r in results]
         label = labels(quality.models)[quality.models.index(quality.against)]
         yield MeasurementRow(f"words as {label}", "share", True, tuple(same))
 
 
-def _digits(metric: str) -> Callable[[Record], Sequence[float]]:
+def _digits(metric: Metric) -> Callable[[Record], Sequence[float]]:
     return lambda record: [int(digit) for digit in record["result"]["outcomes"][metric]]
 
 
@@ -235,7 +256,7 @@ def markdown(quality: Quality) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def plain(quality: Quality) -> JsonObject:
+def plain(quality: Quality) -> dict[str, object]:
     """Everything as plain data, for ``--json``."""
     records = [record for model in quality.models for record in quality.found[model].values()]
     return {

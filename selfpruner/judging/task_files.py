@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from selfpruner.errors import TextError
-from selfpruner.json_objects import JsonObject
 from selfpruner.models.checks import sampled_digest
 
 
@@ -36,35 +36,38 @@ class LocalTask:
     def digest(self) -> str:
         """Identity of the task file and of the data files it names."""
         digest = hashlib.sha256(self.file.read_bytes())
-        for path in sorted(self._files(self._read())):
+        for path in sorted(self._content().paths.values()):
             digest.update(sampled_digest(path).encode())
         return digest.hexdigest()[:16]
 
     def config(self, cache: Path) -> dict[str, object]:
         """The task for the harness: data files by absolute paths, prepared under ``cache``. Raises TextError."""
-        body = self._read()
-        self._files(body)
-        arguments = body["dataset_kwargs"]
-        given = arguments["data_files"]
-        arguments["data_files"] = {split: str((self.data / file).resolve()) for split, file in given.items()}
-        arguments["cache_dir"] = str(cache)
-        return body
+        content = self._content()
+        files = {split: str(path.resolve()) for split, path in content.paths.items()}
+        return {**content.body, "dataset_kwargs": {**content.arguments, "data_files": files, "cache_dir": str(cache)}}
 
-    def _read(self) -> JsonObject:
+    def _content(self) -> _Content:
         try:
             body = yaml.safe_load(self.file.read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise TextError(f"The task file {self.file} cannot be read ({error}). Correct or remove it.", param="tasks") from error
-        files = (body.get("dataset_kwargs") or {}).get("data_files") if isinstance(body, dict) else None
+        arguments = (body.get("dataset_kwargs") or {}) if isinstance(body, dict) else {}
+        files = arguments.get("data_files")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise TextError(
                 f"The task file {self.file} must name its dataset_kwargs: data_files, one file per split.", param="tasks"
             )
-        return body  # type: ignore[no-any-return]
-
-    def _files(self, body: JsonObject) -> list[Path]:
-        paths = [self.data / file for file in body["dataset_kwargs"]["data_files"].values()]
-        for path in paths:
+        paths = {split: self.data / file for split, file in files.items()}
+        for path in paths.values():
             if not path.is_file():
                 raise TextError(f"{self.file} names {path}, which is not there.", param="tasks")
-        return paths
+        return _Content(body, arguments, paths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """A task file: all its fields, the ``dataset_kwargs`` among them, and where those say that the file of each split is."""
+
+    body: Mapping[str, object]
+    arguments: Mapping[str, object]
+    paths: Mapping[str, Path]

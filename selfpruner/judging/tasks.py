@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import JsonValue
 
 from selfpruner.config import TextConfig
-from selfpruner.judging.measures import Measure, Perplexity, RepetitionProbe, Task
+from selfpruner.judging.measures import Figures, Measure, Perplexity, RepetitionProbe, Task
 from selfpruner.workers.tasks import Contract, TaskRequest, TaskResult
 
 
@@ -80,9 +80,9 @@ class IdentifyRequest(TaskRequest[IdentifyResult]):
 
 
 class JudgeResult(TaskResult):
-    """Figures with standard errors, and ``outcomes`` one by one; the model's ``parameters``."""
+    """What the measure found, and the model's ``parameters``."""
 
-    result: dict[str, JsonValue]
+    result: Figures
     parameters: int
     seconds: float
     cpu_seconds: float

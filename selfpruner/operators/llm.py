@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypedDict
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from selfpruner.catalogue import OPERATORS
 from selfpruner.errors import BudgetError, ProposerError
-from selfpruner.json_objects import JsonObject
 from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Rejected
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed
@@ -49,7 +48,7 @@ class LlmOperator:
             self._format = PlanFormat(context.space)
         return self._format
 
-    def _facts(self, context: Context, count: int, example: str) -> JsonObject:
+    def _facts(self, context: Context, count: int, example: str) -> dict[str, object]:
         """The variables every template needs; known plans and hints are for those that make plans."""
         plans = self._format_of(context)
         notes = dict.fromkeys(f"{note.operator}: {note.reason}" for note in (*context.rejected, *self.rejected))
@@ -78,6 +77,14 @@ class LlmOperator:
 
     def _heat(self, context: Context) -> float:
         return HEAT_PER_STALE_GENERATION * context.stale_generations
+
+
+class ParentGroup(TypedDict):
+    """Parents as a prompt shows them: for which ``plans`` they are, and how two of them lie ``apart``."""
+
+    plans: str
+    entries: list[dict[str, str]]
+    apart: str
 
 
 class _PlanMaker(LlmOperator, Operator):
@@ -123,7 +130,7 @@ class _PlanMaker(LlmOperator, Operator):
     def _read(
         self,
         context: Context,
-        reply: JsonObject,
+        reply: Mapping[str, object],
         slots: Sequence[tuple[Candidate, ...]],
         known: frozenset[str],
         levels: Sequence[Sequence[int]],
@@ -169,15 +176,15 @@ class _PlanMaker(LlmOperator, Operator):
     def _example(self, plans: PlanFormat, count: int) -> str:
         return plans.example(count)
 
-    def _schema(self, plans: PlanFormat, count: int) -> JsonObject:
+    def _schema(self, plans: PlanFormat, count: int) -> dict[str, JsonValue]:
         return plans.schema(count)
 
-    def _plan(self, plans: PlanFormat, answer: JsonObject, parents: Sequence[Candidate]) -> tuple[Plan, float]:  # noqa: ARG002
+    def _plan(self, plans: PlanFormat, answer: Mapping[str, object], parents: Sequence[Candidate]) -> tuple[Plan, float]:  # noqa: ARG002
         """The plan within the budget, and the average rate (percent) of what was answered. ValueError says what does not fit."""
         rates = plans.read(answer)
         return plans.space.project(plans.near_target(rates)), plans.average(rates)
 
-    def _advice(self, context: Context, plans: PlanFormat) -> JsonObject:
+    def _advice(self, context: Context, plans: PlanFormat) -> dict[str, object]:
         """What else the prompt says."""
         return {"hints": facts.hints(context, plans)}
 
@@ -185,14 +192,14 @@ class _PlanMaker(LlmOperator, Operator):
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:
         """The parents of each plan to ask for."""
 
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[JsonObject]:
+    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[ParentGroup]:
         """What the prompt shows of them: each group of parents once, with the numbers of the plans they are for."""
         plans = self._format_of(context)
         numbers: dict[tuple[str, ...], list[int]] = {}
         for number, parents in enumerate(slots, 1):
             numbers.setdefault(tuple(parent.plan_hash for parent in parents), []).append(number)
         by_hash = {parent.plan_hash: parent for parents in slots for parent in parents}
-        groups = []
+        groups: list[ParentGroup] = []
         for hashes, places in numbers.items():
             group = [by_hash[plan_hash] for plan_hash in hashes]
             groups.append(
@@ -211,13 +218,13 @@ class Initialize(_PlanMaker):
     name = "initialize"
     needs = OPERATORS[name].needs
 
-    def _advice(self, context: Context, plans: PlanFormat) -> JsonObject:  # noqa: ARG002
+    def _advice(self, context: Context, plans: PlanFormat) -> dict[str, object]:  # noqa: ARG002
         return {"lessons": []}
 
     def _slots(self, context: Context, count: int, rng: random.Random) -> list[tuple[Candidate, ...]]:  # noqa: ARG002
         return [()] * count
 
-    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[JsonObject]:  # noqa: ARG002
+    def _parents(self, context: Context, slots: Sequence[tuple[Candidate, ...]]) -> list[ParentGroup]:  # noqa: ARG002
         return []
 
 
@@ -245,10 +252,10 @@ class Mutate(_PlanMaker):
     def _example(self, plans: PlanFormat, count: int) -> str:
         return plans.example_of_changes(count)
 
-    def _schema(self, plans: PlanFormat, count: int) -> JsonObject:
+    def _schema(self, plans: PlanFormat, count: int) -> dict[str, JsonValue]:
         return plans.schema_of_changes(count)
 
-    def _plan(self, plans: PlanFormat, answer: JsonObject, parents: Sequence[Candidate]) -> tuple[Plan, float]:
+    def _plan(self, plans: PlanFormat, answer: Mapping[str, object], parents: Sequence[Candidate]) -> tuple[Plan, float]:
         changes = plans.changes(answer)
         rates = plans.space.rates(Plan(parents[0].levels))
         average = plans.average([changes.get(index, rate) for index, rate in enumerate(rates)])
@@ -283,11 +290,11 @@ class Select(LlmOperator, ParentSelection):
         plans = self._format_of(context)
         variables = self._facts(context, count, '{"pairs":[[1,3],[2,3]]}' if count > 1 else '{"pairs":[[1,3]]}')
         variables["candidates"] = [facts.entry(context, plans, candidate) for candidate in shown]
-        number = {"type": "integer", "minimum": 1, "maximum": len(shown)}
-        pair = {"type": "array", "items": number, "minItems": 2, "maxItems": 2}
+        number: JsonValue = {"type": "integer", "minimum": 1, "maximum": len(shown)}
+        pair: JsonValue = {"type": "array", "items": number, "minItems": 2, "maxItems": 2}
         schema = closed({"pairs": {"type": "array", "items": pair, "minItems": count, "maxItems": count}})
 
-        def read(reply: JsonObject) -> list[tuple[Candidate, Candidate]]:
+        def read(reply: Mapping[str, object]) -> list[tuple[Candidate, Candidate]]:
             answered = Pairs.model_validate(reply).pairs[:count]
             fitting = [p for p in answered if len(p) == 2 and p[0] != p[1] and all(1 <= n <= len(shown) for n in p)]
             if not fitting:

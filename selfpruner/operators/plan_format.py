@@ -14,11 +14,10 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model
 
-from selfpruner.json_objects import JsonObject
 from selfpruner.planning.space import SearchSpace
 from selfpruner.proposers.llm_calls import explain
 
@@ -73,14 +72,14 @@ class PlanFormat:
         self._names = {index: (key, layer) for (key, layer), index in self._named.items()}
         self._dial_of = {block: index for index in self._names for block in space.dials[index].blocks}
         rate = Annotated[float, Field(ge=0, le=self.most)]
-        fields: JsonObject = {
+        fields: dict[str, Any] = {
             key: (Annotated[list[rate], Field(min_length=len(ix), max_length=len(ix))], ...) for key, ix in self._dials.items()
         }
         self._model: type[Answer] = create_model("PlanAnswer", __base__=Answer, **fields)
 
-    def schema(self, count: int) -> dict[str, object]:
+    def schema(self, count: int) -> dict[str, JsonValue]:
         """JSON schema of ``{"plans": [...]}`` with ``count`` plans."""
-        lists = {
+        lists: dict[str, JsonValue] = {
             key: {
                 "type": "array",
                 "items": {"type": "integer", "minimum": 0, "maximum": self.most},
@@ -91,14 +90,14 @@ class PlanFormat:
         }
         return closed({"plans": {"type": "array", "items": closed(lists), "minItems": count, "maxItems": count}})
 
-    def schema_of_changes(self, count: int) -> dict[str, object]:
+    def schema_of_changes(self, count: int) -> dict[str, JsonValue]:
         """JSON schema of ``{"plans": [...]}`` with ``count`` plans, each a few changes of its parent."""
-        change: dict[str, object] = {"layer": {"type": "integer", "minimum": 1, "maximum": self.space.layers}}
+        change: dict[str, JsonValue] = {"layer": {"type": "integer", "minimum": 1, "maximum": self.space.layers}}
         if len(self.keys) > 1:
-            change["block"] = {"type": "string", "enum": self.keys}
+            change["block"] = {"type": "string", "enum": [*self.keys]}
         change["rate"] = {"type": "integer", "minimum": 0, "maximum": self.most}
         most = min(MOST_CHANGES, len(self._named))
-        changes = {"type": "array", "items": closed(change), "minItems": min(2, most), "maxItems": most}
+        changes: JsonValue = {"type": "array", "items": closed(change), "minItems": min(2, most), "maxItems": most}
         plan = closed({"changes": changes})
         return closed({"plans": {"type": "array", "items": plan, "minItems": count, "maxItems": count}})
 
@@ -238,6 +237,6 @@ class PlanFormat:
         return self.write([value / average for value in values])
 
 
-def closed(properties: JsonObject) -> JsonObject:
+def closed(properties: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """A JSON schema object with exactly ``properties``, as strict structured output demands."""
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}

@@ -13,6 +13,8 @@ import random
 import unicodedata
 from collections.abc import Sequence
 
+from pydantic import JsonValue
+
 from selfpruner.errors import ConflictError, ProposerError
 from selfpruner.operators import prompt_facts as facts
 from selfpruner.operators.base import Context, Reflections
@@ -48,7 +50,7 @@ class Reflect(LlmOperator):
         variables = self._facts(context, len(children), example)
         variables |= {"children": children, "lessons": [context.reflections.long] if context.reflections.long else []}
         variables |= {"short": SHORT, "long": LONG}
-        text = {"type": "string", "minLength": 1}
+        text: dict[str, JsonValue] = {"type": "string", "minLength": 1}
         schema = closed({"lesson": {**text, "maxLength": SHORT}, "summary": {**text, "maxLength": LONG}})
 
         def read(reply: dict[str, object]) -> Reflections:

@@ -14,12 +14,11 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 from selfpruner.errors import BudgetError, ConfigError
-from selfpruner.json_objects import JsonMapping
 
 Kind = Literal["attention", "ffn"]
 Granularity = Literal["layer", "block"]
@@ -284,23 +283,6 @@ class SearchSpace:
             for block, level in zip(dial.blocks, dial.settings[position], strict=True):
                 levels[block] = level
         return Plan(tuple(levels))
-
-    # -- plain data ----------------------------------------------------------------------------------------------------
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "blocks": [asdict(block) for block in self.blocks],
-            "total": self.total,
-            "rate": self.rate,
-            "step": self.step,
-            "granularity": self.granularity,
-        }
-
-    @classmethod
-    def from_dict(cls, data: JsonMapping) -> SearchSpace:
-        blocks = tuple(
-            Block(block["layer"], block["kind"], tuple(Option(**option) for option in block["options"])) for block in data["blocks"]
-        )
-        return cls(blocks, data["total"], data["rate"], data["step"], data["granularity"])
 
 
 def ffn_widths(width: int, step: int | None = None, *, drop: bool = False, ranks: int = 1) -> list[int]:

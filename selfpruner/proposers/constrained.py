@@ -21,7 +21,6 @@ from jinja2 import TemplateError
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner.errors import CancelledTaskError, ProposerError
-from selfpruner.json_objects import JsonMapping
 from selfpruner.models import check_ids
 
 _MAX_GRAMMARS = 32
@@ -111,27 +110,29 @@ def complete(
     }
 
 
-def longest_reply(schema: JsonMapping) -> int | None:
-    """Characters of the longest reply the schema allows, written without whitespace; None when it has no bound.
+def longest_reply(schema: object) -> int | None:
+    """Characters of the longest reply the JSON schema allows, written without whitespace; None when it has no bound.
 
     A string counts as many characters as it may have; escapes, which plain text hardly needs, may pass that.
     """
-    kind = schema.get("type")
-    if kind == "object":
-        parts = [(len(json.dumps(key)) + 1, longest_reply(value)) for key, value in schema["properties"].items()]
-        if any(size is None for _, size in parts):
-            return None
-        return 2 + sum(key + (size or 0) for key, size in parts) + max(len(parts) - 1, 0)
-    if kind == "array":
-        item, most = longest_reply(schema["items"]), schema.get("maxItems")
-        return None if item is None or most is None else 2 + most * item + max(most - 1, 0)
-    if kind == "integer" and "minimum" in schema and "maximum" in schema:
-        return max(len(str(schema["minimum"])), len(str(schema["maximum"])))
-    if kind == "string" and "enum" in schema:
-        return max(len(json.dumps(value)) for value in schema["enum"])
-    if kind == "string" and "maxLength" in schema:
-        return 2 + int(schema["maxLength"])
-    return 5 if kind == "boolean" else None
+    match schema:
+        case {"type": "object", "properties": dict(properties)}:
+            parts = [(len(json.dumps(key)) + 1, longest_reply(value)) for key, value in properties.items()]
+            if any(size is None for _, size in parts):
+                return None
+            return 2 + sum(key + (size or 0) for key, size in parts) + max(len(parts) - 1, 0)
+        case {"type": "array", "items": items, "maxItems": int(most)}:
+            item = longest_reply(items)
+            return None if item is None else 2 + most * item + max(most - 1, 0)
+        case {"type": "integer", "minimum": int(low), "maximum": int(high)}:
+            return max(len(str(low)), len(str(high)))
+        case {"type": "string", "enum": list(values)}:
+            return max(len(json.dumps(value)) for value in values)
+        case {"type": "string", "maxLength": int(most)}:
+            return 2 + most
+        case {"type": "boolean"}:
+            return 5
+    return None
 
 
 def _compiled(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> _Compiler:

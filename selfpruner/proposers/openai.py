@@ -27,6 +27,7 @@ from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.redaction import without_key
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 MAX_BODY = 2 * 2**20  # bytes; a long chain of thought fits, a flood does not
@@ -260,12 +261,12 @@ def _strict(schema: object) -> object:
     return [_strict(value) for value in schema] if isinstance(schema, list) else schema
 
 
-async def _on_response(response: Any) -> None:
+async def _on_response(response: httpx2.Response) -> None:
     """Hook of the HTTP client, called for every try: notes the status, bounds the body of an error (the SDK reads it whole)."""
     import httpx2
 
     class Bounded(httpx2.AsyncByteStream):
-        def __init__(self, stream: Any) -> None:
+        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
             self._stream = stream
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -283,6 +284,7 @@ async def _on_response(response: Any) -> None:
     if call is not None:
         call.status = response.status_code
     if response.status_code >= 300:
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = Bounded(response.stream)
 
 

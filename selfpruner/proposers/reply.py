@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import NoReturn
 
-from selfpruner.json_objects import JsonMapping
-
 _MAX_TRIES = 64
 
 
@@ -52,16 +50,22 @@ def follows(text: str, schema: Mapping[str, object]) -> bool:
         return False
 
 
-def _has_shape(value: object, schema: JsonMapping) -> bool:
-    kind = schema["type"]
-    if kind == "object":
-        parts = schema["properties"]
-        return isinstance(value, dict) and value.keys() == parts.keys() and all(_has_shape(value[key], parts[key]) for key in parts)
-    if kind == "array":
-        fewest, most = schema.get("minItems", 0), schema.get("maxItems", float("inf"))
-        return isinstance(value, list) and fewest <= len(value) <= most and all(_has_shape(x, schema["items"]) for x in value)
-    if kind == "string":
-        return isinstance(value, str) and value in schema.get("enum", (value,))
+def _has_shape(value: object, schema: object) -> bool:
+    match schema:
+        case {"type": "object", "properties": dict(parts)}:
+            if not isinstance(value, dict) or value.keys() != parts.keys():
+                return False
+            return all(_has_shape(value[key], parts[key]) for key in parts)
+        case {"type": "array", "minItems": int(fewest)} if isinstance(value, list) and len(value) < fewest:
+            return False
+        case {"type": "array", "maxItems": int(most)} if isinstance(value, list) and len(value) > most:
+            return False
+        case {"type": "array", "items": items}:
+            return isinstance(value, list) and all(_has_shape(each, items) for each in value)
+        case {"type": "string", "enum": list(known)}:
+            return isinstance(value, str) and value in known
+        case {"type": "string"}:
+            return isinstance(value, str)
     return isinstance(value, int) and not isinstance(value, bool)
 
 

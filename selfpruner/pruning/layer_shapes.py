@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from selfpruner.json_objects import JsonMapping
+from typing import TypedDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +20,20 @@ class LayerShape:
         return self.kv_groups * self.heads_per_group
 
 
+class UnitsOfLayer(TypedDict):
+    query_heads: Sequence[int] | None
+    ffn_channels: Sequence[int] | None
+
+
+class UnitsFile(TypedDict):
+    """The content of units.json: how many units a layer of the base model has, and which of them each layer kept."""
+
+    query_heads: int
+    kv_groups: int
+    ffn_channels: int
+    layers: list[UnitsOfLayer]
+
+
 @dataclass(frozen=True, slots=True)
 class KeptUnits:
     """The base model's shape of a layer, and per layer which of its query heads and FFN channels were kept, numbered from 0 in the
@@ -30,7 +43,7 @@ class KeptUnits:
     base: LayerShape
     layers: Sequence[tuple[Sequence[int] | None, Sequence[int] | None]]
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> UnitsFile:
         """The content of units.json."""
         return {
             "query_heads": self.base.heads,
@@ -40,7 +53,7 @@ class KeptUnits:
         }
 
     @classmethod
-    def from_dict(cls, body: JsonMapping) -> KeptUnits:
+    def from_dict(cls, body: UnitsFile) -> KeptUnits:
         base = LayerShape(body["kv_groups"], body["query_heads"] // body["kv_groups"], body["ffn_channels"])
         return cls(base, [(layer["query_heads"], layer["ffn_channels"]) for layer in body["layers"]])
 

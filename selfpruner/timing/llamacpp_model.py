@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from selfpruner.timing.tasks import (
 )
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 PACKAGE = "llama_cpp"
 # llama.cpp keeps keys and values in float16 unless told otherwise.
@@ -72,7 +75,7 @@ class LlamaCppTimer:
         self._device = device
         self._key = ""
         self._read: dict[int, int] = {}  # sequence: tokens of the prompt it holds
-        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
+        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., TaskResult]] = {
             LoadRequest: lambda _: self._facts,
             PrefillRequest: self._prefill,
             DecodeRequest: self._decode,
@@ -95,8 +98,7 @@ class LlamaCppTimer:
             path = Path(GgufConfig.read(session.config).model)
             refuse_larger(path, path.stat().st_size, request.memory if isinstance(request, LoadRequest) else None)
             self._load(session)
-        result: R = self._tasks[type(request)](request)
-        return result
+        return request.answered(self._tasks[type(request)](request))
 
     def _load(self, session: Session) -> None:
         base = peak_mib()
@@ -212,21 +214,23 @@ def work_of(path: Path) -> tuple[ModelCost, str]:
     return work, max(held, key=held.__getitem__).lower()
 
 
-def _attention(reader: Any) -> tuple[Attention, ...]:
-    def value(key: str, default: Any = None) -> Any:
-        field = reader.fields.get(key)
-        return default if field is None else field.contents()
+def _attention(reader: GGUFReader) -> tuple[Attention, ...]:
+    kind = reader.fields["general.architecture"].contents()
 
-    kind = value("general.architecture")
-    layers = int(value(f"{kind}.block_count"))
-    heads = value(f"{kind}.attention.head_count")
-    groups = value(f"{kind}.attention.head_count_kv", heads)
-    heads, groups = ([int(count)] * layers if not isinstance(count, list) else count for count in (heads, groups))
-    width = int(value(f"{kind}.attention.key_length", int(value(f"{kind}.embedding_length")) // max(heads)))
-    depth = int(value(f"{kind}.attention.value_length", width))
+    def numbers(key: str) -> list[int]:
+        """One for all layers or one for each; none where the file does not say."""
+        field = reader.fields.get(f"{kind}.{key}")
+        found = [] if field is None else field.contents()
+        return [int(number) for number in found] if isinstance(found, list) else [int(found)]
+
+    (layers,) = numbers("block_count")
+    heads = numbers("attention.head_count")
+    groups = numbers("attention.head_count_kv") or heads
+    heads, groups = (each * layers if len(each) == 1 else each for each in (heads, groups))
+    (width,) = numbers("attention.key_length") or [numbers("embedding_length")[0] // max(heads)]
+    (depth,) = numbers("attention.value_length") or [width]
     return tuple(
-        Attention(int(h) * (width + depth) // 2, int(g) * (width + depth) * _CACHE_ITEMSIZE)
-        for h, g in zip(heads, groups, strict=True)
+        Attention(h * (width + depth) // 2, g * (width + depth) * _CACHE_ITEMSIZE) for h, g in zip(heads, groups, strict=True)
     )
 
 

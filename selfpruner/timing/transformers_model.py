@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +49,10 @@ class TransformersTimer:
         self._device = device
         self._model: PreTrainedModel | None = None
         self._key = ""
-        self._compiled: Callable[..., object] | None = None
+        self._compiled: Callable[..., speed.Scored] | None = None
         self._caches: dict[tuple[int, int], StaticCache] = {}
         self._base_mib = 0.0
-        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
+        self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., TaskResult]] = {
             LoadRequest: self._facts,
             PrefillRequest: self._prefill,
             DecodeRequest: self._decode,
@@ -73,8 +72,7 @@ class TransformersTimer:
     ) -> R:
         try:
             memory = request.memory if isinstance(request, LoadRequest) else None
-            result: R = self._tasks[type(request)](self._held(session, progress, memory), request)
-            return result
+            return request.answered(self._tasks[type(request)](self._held(session, progress, memory), request))
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"{session.config['model']} does not fit beside the other models on {self._device}: {error}. Compare "
@@ -153,7 +151,7 @@ def outline(model: str, dtype: str, cache: Path) -> tuple[LoadResult, int]:
     return _described(twin, device="elsewhere", threads=None, base_mib=None), int(config.vocab_size)
 
 
-def _found(model: str | Mapping[str, object], cache: Path) -> tuple[Path | None, Any]:
+def _found(model: str | Mapping[str, object], cache: Path) -> tuple[Path | None, PreTrainedConfig]:
     """Folder and config; no folder for a model of random weights."""
     importlib.import_module("selfpruner.export")  # registers the class of pruned checkpoints
     auto = importlib.import_module("transformers")
@@ -235,7 +233,7 @@ def _attention(config: PreTrainedConfig, itemsize: int) -> tuple[Attention, ...]
 
 
 def _prompt(model: PreTrainedModel, tokens: int) -> Tensor:
-    """Any tokens, the same for every model of a vocabulary: what a token is does not change what it costs."""
+    """Some tokens, the same for every model of a vocabulary: what a token is does not change what it costs."""
     size = int(model.config.vocab_size)
     draw = torch.randint(size, (1, tokens), generator=torch.Generator().manual_seed(0))
     return draw.to(model.device)

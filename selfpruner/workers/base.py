@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
-from selfpruner.errors import ConfigError, ContractError
+from selfpruner.errors import ConfigError
 from selfpruner.models.memory import peak_mib
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
@@ -61,7 +61,5 @@ def perform(
     if kind not in known:
         raise ConfigError(f"Unknown task {kind!r}. Known: {', '.join(known)}.")
     request = known[kind].read(body)
-    result = handler.handle(session, request, progress, cancelled)
-    if not isinstance(result, request.result_type()):
-        raise ContractError(f"The task {kind!r} gave {type(result).__name__}, not {request.result_type().__name__}.")
+    result = request.answered(handler.handle(session, request, progress, cancelled))
     return {**result.to_json(), "peak_mib": peak_mib()}

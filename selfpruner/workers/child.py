@@ -28,15 +28,29 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, Literal, NoReturn, NotRequired, TypedDict
 
 from pydantic import JsonValue
 
 from selfpruner.errors import CancelledTaskError
-from selfpruner.json_objects import JsonObject
 from selfpruner.progress import Foreseen
 from selfpruner.workers.base import Session, TaskHandler, perform
 from selfpruner.workers.failures import is_expected, to_wire
+
+
+class SessionFields(TypedDict):
+    key: str
+    config: dict[str, JsonValue]
+    cache: str
+    plan: NotRequired[list[int] | None]
+
+
+class TaskMessage(TypedDict):
+    op: Literal["task"]
+    id: int
+    session: SessionFields
+    kind: str
+    payload: JsonValue
 
 
 class Child:
@@ -48,7 +62,7 @@ class Child:
         self._runtime_path = runtime
         self._device = device
         self._runtime: TaskHandler | None = None
-        self._tasks: queue.Queue[dict[str, object]] = queue.Queue()
+        self._tasks: queue.Queue[TaskMessage] = queue.Queue()
         self._cancelled: set[int] = set()
         self._writing = threading.Lock()
 
@@ -74,7 +88,7 @@ class Child:
             self._write({"op": "heartbeat"})
             time.sleep(seconds)
 
-    def _perform(self, task: dict[str, object]) -> None:
+    def _perform(self, task: TaskMessage) -> None:
         number = task["id"]
         try:
             line = _line({"op": "result", "id": number, "result": self._handle(task)})
@@ -85,7 +99,7 @@ class Child:
         self._cancelled.discard(number)
         self._write_line(line)
 
-    def _handle(self, task: JsonObject) -> dict[str, JsonValue]:
+    def _handle(self, task: TaskMessage) -> dict[str, JsonValue]:
         number = task["id"]
         if number in self._cancelled:
             raise CancelledTaskError("The task was cancelled before it started.")

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from selfpruner.errors import ConfigError, WorkerError, from_dict
 from selfpruner.models.memory import ENVIRONMENT
@@ -118,10 +117,9 @@ class ProcessPool:
     async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """See :meth:`selfpruner.workers.base.WorkerPool.run`. Returns, or raises, only after the work has stopped."""
         slot = await self._acquire(session.key)
-        task = {"op": "task", "session": asdict(session), "kind": request.kind, "payload": request.to_json()}
         try:
             async with asyncio.timeout(self._task_timeout) as limit:
-                return request.result_type().read(await self._attempts(slot, task, on_progress))
+                return request.result_type().read(await self._attempts(slot, session, request, on_progress))
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -154,11 +152,12 @@ class ProcessPool:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    async def _attempts(self, slot: _Slot, task: dict[str, Any], on_progress: OnProgress | None) -> object:
+    async def _attempts(self, slot: _Slot, session: Session, request: TaskRequest[R], on_progress: OnProgress | None) -> object:
+        task = {"op": "task", "session": asdict(session), "kind": request.kind, "payload": request.to_json()}
         for attempt in itertools.count(1):
             link = await self._started(slot)
             slot.task = next(self._numbers)
-            slot.session = task["session"]["key"]
+            slot.session = session.key
             await link.send({**task, "id": slot.task})
             reply = await self._reply(slot, link, on_progress)
             slot.task = None
@@ -173,7 +172,7 @@ class ProcessPool:
                 raise _closed()
             if attempt >= self._max_attempts:
                 tries = f"{attempt} workers were lost" if attempt > 1 else "The worker was lost"
-                raise WorkerError(f"{tries} on the task {task['kind']!r}. The worker on {slot.device} {link.cause()}")
+                raise WorkerError(f"{tries} on the task {request.kind!r}. The worker on {slot.device} {link.cause()}")
         raise AssertionError("unreachable")
 
     async def _reply(self, slot: _Slot, link: Link, on_progress: OnProgress | None) -> Message | None:

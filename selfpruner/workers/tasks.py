@@ -76,6 +76,13 @@ class TaskRequest(Contract, Generic[R]):
         result: type[R] = next(filter(None, parameters))[0]
         return result
 
+    def answered(self, result: TaskResult) -> R:
+        """``result``, known to be what answers this. Raises ContractError where it is of another kind."""
+        kind = self.result_type()
+        if not isinstance(result, kind):
+            raise ContractError(f"The task {self.kind!r} gave {type(result).__name__}, not {kind.__name__}.")
+        return result
+
 
 # -- making ready ------------------------------------------------------------------------------------------------------
 class ModelFacts(Contract):

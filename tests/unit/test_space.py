@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from selfpruner.errors import BudgetError, ConfigError
 from selfpruner.planning.space import (
@@ -148,7 +149,8 @@ def test_the_exact_search_keeps_the_order_too() -> None:
 @FAST
 @given(spaces())
 def test_plain_data_round_trip(space: SearchSpace) -> None:
-    again = SearchSpace.from_dict(space.to_dict())
+    adapter = TypeAdapter(SearchSpace)
+    again = adapter.validate_json(adapter.dump_json(space))
     assert again == space
     assert again.dials == space.dials
     assert (again.target, again.step, again.granularity) == (space.target, space.step, space.granularity)

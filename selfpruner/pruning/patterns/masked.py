@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights
+from selfpruner.architectures import Architecture, AttentionWeights, FfnWeights, with_tensors
 from selfpruner.architectures.order import checkpoint_ffn, reorder_channels
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import BlockStatistics, Site
@@ -62,8 +61,7 @@ class PrunableMasked:
         base = self._base()
         if level == 0:
             return base
-        changed: dict[str, Any] = {name: self._matrix(name, level, getattr(base, name)) for name in base.matrices}
-        return replace(base, **changed)
+        return with_tensors(base, {name: self._matrix(name, level, getattr(base, name)) for name in base.matrices})
 
     def renewed(self, level: int, weights: AttentionWeights | FfnWeights | None) -> AttentionWeights | FfnWeights | None:
         """What :meth:`weights` gave earlier, with what is the model's own taken again."""
