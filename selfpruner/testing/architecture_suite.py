@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfpruner.architectures import FAMILIES, Architecture, describe
+from selfpruner.architectures import FAMILIES, Architecture, FfnWeights, describe
 from selfpruner.architectures.cost import attention_cost, decoder_parameters, ffn_cost, model_parameters
 from selfpruner.testing.prepared_models import ready
 from selfpruner.testing.tiny_models import layers_of, load_tiny, tokens_of
@@ -92,10 +92,11 @@ class ArchitectureSuite:
         case = ready(load_tiny(self.family), method="none")
         for index, block in enumerate(case.blocks):
             for level, option in enumerate(block.options):
-                weights: Any = case.engine.weights(index, level)
+                weights = case.engine.weights(index, level)
+                assert weights is not None
                 tensors = [getattr(weights, name + end) for name in weights.matrices for end in ("", "_bias")]
                 norms = parameters(case.model, (self.ffn if index % 2 else self.attention)[1])
-                norms += 0 if index % 2 or weights.q_norm is None else 2 * case.arch.head_dim
+                norms += 0 if isinstance(weights, FfnWeights) or weights.q_norm is None else 2 * case.arch.head_dim
                 assert sum(t.numel() for t in tensors if t is not None) + norms == option.parameters
 
     def test_bfloat16_follows_transformers(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -34,7 +34,7 @@ def left_padded(prompts: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def continued(model: Any, inputs: dict[str, Tensor], **how: Any) -> list[list[int]]:
+def continued(model: Any, inputs: dict[str, Tensor], **how: object) -> list[list[int]]:
     """``NEW`` tokens for every row, never stopping early, so that the cache is used at every step."""
     out = model.generate(**inputs, min_new_tokens=NEW, max_new_tokens=NEW, **{"do_sample": False, **how})
     rows: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
@@ -84,7 +84,7 @@ class ExportedModelSuite:
         tokens = tokens_of(2, 24)
         expected = case.pruned(tokens, use_cache=False).logits
         # The dense model of transformers says what rounding does to a model of this kind.
-        model: Any = case.dense
+        model: nn.Module = case.dense
         dense = model(tokens, use_cache=False).logits
         noise = (model.to(dtype)(tokens, use_cache=False).logits.float() - dense).abs().mean() / dense.abs().mean()
         half = case.pruned.to(dtype)

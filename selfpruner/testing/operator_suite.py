@@ -12,9 +12,9 @@ import pytest
 from selfpruner.operators import CLASSICAL, Context, Offspring, Operator
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Candidate
-from selfpruner.testing.spaces import positions, shape, space_of
+from selfpruner.testing.spaces import SpaceShape, positions, shape, space_of
 
-SPACES: dict[str, dict[str, Any]] = {
+SPACES: dict[str, SpaceShape] = {
     "blocks": {"rate": 0.2},
     "layers": {"rate": 0.2, "granularity": "layer"},
     "biased": {"rate": 0.3, "bias": True, "channels": 100},

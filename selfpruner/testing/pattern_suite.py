@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from selfpruner import catalogue
 from selfpruner.architectures import describe
 from selfpruner.architectures.order import restore_channels
 from selfpruner.config import SearchConfig
+from selfpruner.evaluation.engine import Weights
 from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.models import load, resolve
 from selfpruner.pruning.patterns import PATTERNS, Pattern
@@ -28,8 +29,8 @@ def config_of(pattern: str, model: str = "m", text: str = "t", **changes: object
     return SearchConfig.model_validate({**fields_, "device": "cpu", "dtype": "float32", **changes})
 
 
-def tensors_of(weights: Any) -> Iterator[tuple[str, Tensor]]:
-    for each in fields(weights):
+def tensors_of(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    for each in fields(weights) if weights is not None else ():
         value = getattr(weights, each.name)
         if isinstance(value, Tensor):
             yield each.name, value
@@ -49,7 +50,7 @@ class PatternSuite:
         return folder
 
     @classmethod
-    def prepare(cls, folder: Path, **changes: Any) -> Prepared:
+    def prepare(cls, folder: Path, **changes: object) -> Prepared:
         config = config_of(cls.pattern.name, str(folder / "model"), str(folder / "text.txt"), **changes)
         loaded = load(resolve(str(folder / "model"), folder), "cpu", "float32")
         return prepare(config, loaded, folder / "cache", [], lambda _: None, lambda: False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,7 +68,7 @@ def ready(
     drop: bool = False,
     calibration: Tensor | None = None,
     judged: bool = False,
-    **engine: Any,
+    **engine: int | None,
 ) -> Ready:
     """Statistics on random tokens, every block at every level, the space and an engine. Unless ``judged`` no sequence judges a
     repair, so that the ridge is the constant one."""

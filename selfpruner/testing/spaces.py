@@ -5,11 +5,30 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 from selfpruner.planning.space import Block, Option, SearchSpace, attention_shapes, ffn_widths, without_dominated
 
 Mode = Literal["all", "q_head", "kv_group", "none"]
+
+
+class SpaceShape(TypedDict, total=False):
+    """Arguments of :func:`space_of`."""
+
+    layers: int
+    hidden: int
+    channels: int
+    step: int
+    kv_groups: int
+    heads_per_group: int
+    head_dim: int
+    mode: Mode
+    drop: bool
+    bias: bool
+    ranks: int
+    rate: float
+    granularity: Literal["layer", "block"]
+    seed: int
 
 
 def space_of(
@@ -65,7 +84,15 @@ def positions(space: SearchSpace, levels: Sequence[int]) -> list[int]:
     return [dial.settings.index(tuple(levels[block] for block in dial.blocks)) for dial in space.dials]
 
 
-def shape(**changes: object) -> dict[str, object]:
-    """Arguments of :func:`space_of` for SmolLM2-135M."""
-    smollm = {"layers": 30, "hidden": 576, "channels": 1536, "step": 64, "kv_groups": 3, "heads_per_group": 3, "head_dim": 64}
+def shape(**changes: Unpack[SpaceShape]) -> SpaceShape:
+    """That of SmolLM2-135M."""
+    smollm: SpaceShape = {
+        "layers": 30,
+        "hidden": 576,
+        "channels": 1536,
+        "step": 64,
+        "kv_groups": 3,
+        "heads_per_group": 3,
+        "head_dim": 64,
+    }
     return {**smollm, **changes}

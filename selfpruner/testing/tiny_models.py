@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -178,9 +178,11 @@ def load_tiny(family: str, **options: Any) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def layers_of(model: Any) -> Any:
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a model, dense or pruned."""
-    return model.get_submodule(layout_of(model.config).decoder).layers
+    layers = model.get_submodule(f"{layout_of(model.config).decoder}.layers")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def rows_of(model: PreTrainedModel, part: str) -> tuple[str, slice]:
@@ -196,11 +198,13 @@ def rows_of(model: PreTrainedModel, part: str) -> tuple[str, slice]:
     return place, slice(start, start + widths.shape(part)[0])
 
 
-def outputs_of(model: Any, layer: int) -> tuple[Any, Any]:
+def outputs_of(model: PreTrainedModel, layer: int) -> tuple[nn.Linear, nn.Linear]:
     """The output matrices' modules of attention and FFN."""
-    layout = layout_of(model.config)
-    places = layout.attention["o"], layout.ffn["down"]
-    return tuple(layers_of(model)[layer].get_submodule(place) for place in places)
+    layout, block = layout_of(model.config), layers_of(model)[layer]
+    attention, ffn = block.get_submodule(layout.attention["o"]), block.get_submodule(layout.ffn["down"])
+    assert isinstance(attention, nn.Linear)
+    assert isinstance(ffn, nn.Linear)
+    return attention, ffn
 
 
 def tokens_of(sequences: int, length: int, seed: int = 1, vocab: int = 128) -> Tensor:

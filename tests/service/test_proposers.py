@@ -362,7 +362,15 @@ def test_replay_repeats_calls_and_failures_by_number(tmp_path: Path) -> None:
     assert call(3, "select").text == "{}"
 
 
-@pytest.mark.parametrize("line", ["not json", '{"operator": "mutate"}', '{"operator": "mutate", "reply": "", "outcome": "bored"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        '{"operator": "mutate"}',
+        '{"operator": "mutate", "reply": "", "outcome": "bored"}',
+        '{"operator": "mutate", "reply": "", "prompt_tokens": "many"}',
+    ],
+)
 def test_a_broken_recording_names_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "calls.jsonl"
     path.write_text('{"operator": "mutate", "reply": "{}"}\n' + line)

@@ -21,7 +21,9 @@ from selfpruner.judging.estimates import Estimate, average, mean, paired
 from selfpruner.judging.perplexity import losses, score
 from selfpruner.judging.repetition import PROMPTS, after_prompts, continuations, distinct
 from selfpruner.judging.task_files import LocalTask
+from selfpruner.judging.tasks import JudgeResult
 from selfpruner.testing.tiny_models import load_tiny, sample_text, tiny_model, tiny_tokenizer, tokens_of
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("models")
     return [tiny_model(folder / f"tiny{seed}", "llama", seed=seed) for seed in (0, 1)]
+
+
+# -- figures -------------------------------------------------------------------------------------------------------------
+def test_figures_of_every_kind_come_back_from_a_worker_as_they_are() -> None:
+    """Those of the published table are of all three kinds."""
+    stored = json.loads((ROOT / "benchmarks/results/quality.json").read_text("utf-8"))["records"]
+    assert {len(record["result"]) for record in stored} == {5, 7}
+    for record in stored:
+        sent = JudgeResult(result=record["result"], **{name: record[name] for name in ("parameters", "seconds", "cpu_seconds")})
+        assert JudgeResult.read(json.loads(json.dumps(sent.to_json()))).result == record["result"]
 
 
 # -- estimates -----------------------------------------------------------------------------------------------------------
