@@ -1,7 +1,7 @@
 """What ``selfpruner evaluate`` measures: zero-shot tasks, perplexity of the field's texts, and how a model writes.
 
 A measure has a ``name`` for tables, a ``setting`` (everything except the model that its figures depend on, known before a model is
-loaded), and ``run``. Outcomes are kept per document, window or prompt, so that two models can be compared in pairs.
+loaded), and ``run``. PairedOutcomes are kept per document, window or prompt, so that two models can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Place:
         return MeasuredModel(loaded.model, loaded.tokenizer, self.cache, loaded.streamed)
 
 
-class Outcomes(TypedDict, total=False):
+class PairedOutcomes(TypedDict, total=False):
     """What a measure found one by one, so that two models are compared in pairs. ``acc`` and ``acc_norm``: a digit per document;
     ``nll``: a number per window; ``repetition`` and ``text``: one per prompt."""
 
@@ -127,7 +127,7 @@ class TaskFigures(TypedDict):
     acc_stderr: float | None
     acc_norm: NotRequired[float]
     acc_norm_stderr: NotRequired[float | None]
-    outcomes: Outcomes
+    outcomes: PairedOutcomes
 
 
 @final
@@ -140,7 +140,7 @@ class PerplexityFigures(TypedDict):
     nll_stderr: float | None
     perplexity: float
     perplexity_stderr: float | None
-    outcomes: Outcomes
+    outcomes: PairedOutcomes
 
 
 @final
@@ -153,7 +153,7 @@ class RepetitionFigures(TypedDict):
     distinct_1: float
     distinct_2: float
     distinct_3: float
-    outcomes: Outcomes
+    outcomes: PairedOutcomes
 
 
 Figures = TaskFigures | PerplexityFigures | RepetitionFigures

@@ -25,8 +25,8 @@ from selfpruner.judging.tasks import AskedMeasure, IdentifyRequest, JudgeRequest
 from selfpruner.workers.base import Session, WorkerPool
 
 _FORMAT = "selfpruner evaluate 1"
-Metric = Literal["acc", "acc_norm"]
-_METRICS: tuple[Metric, ...] = ("acc", "acc_norm")
+TaskMetric = Literal["acc", "acc_norm"]
+_METRICS: tuple[TaskMetric, ...] = ("acc", "acc_norm")
 
 
 class Record(TypedDict):
@@ -153,7 +153,7 @@ def _rows(quality: Quality) -> Iterator[MeasurementRow]:
             cells.append(Cell(mean(values), None if model == quality.against else paired(values, reference)))
         return MeasurementRow(name, kind, better, tuple(cells))
 
-    chosen: dict[Metric, list[MeasurementRow]] = {"acc": [], "acc_norm": []}
+    chosen: dict[TaskMetric, list[MeasurementRow]] = {"acc": [], "acc_norm": []}
     for task in tasks:
         metrics = [metric for metric in _METRICS if metric in quality.found[quality.against][task]["result"]]
         for metric in metrics:
@@ -190,7 +190,7 @@ def _rows(quality: Quality) -> Iterator[MeasurementRow]:
         yield MeasurementRow(f"words as {label}", "share", True, tuple(same))
 
 
-def _digits(metric: Metric) -> Callable[[Record], Sequence[float]]:
+def _digits(metric: TaskMetric) -> Callable[[Record], Sequence[float]]:
     return lambda record: [int(digit) for digit in record["result"]["outcomes"][metric]]
 
 
