@@ -1,7 +1,7 @@
 """What ``selfpruner evaluate`` measures: zero-shot tasks, perplexity of the field's texts, and how a model writes.
 
 A measure has a ``name`` for tables, a ``setting`` (everything except the model that its figures depend on, known before a model is
-loaded), and ``run``. PairedOutcomes are kept per document, window or prompt, so that two models can be compared in pairs.
+loaded), and ``run``. Outcomes are kept per document, window or prompt, so that two models can be compared in pairs.
 """
 
 from __future__ import annotations
