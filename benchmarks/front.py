@@ -27,6 +27,7 @@ from selfpruner.evolution.front import Front, Member
 from selfpruner.evolution.loop import Search
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import Windows, report_windows
+from selfpruner.files.report import FrontRow
 from selfpruner.jobs.front_report import front_rows, latencies_of
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
@@ -89,7 +90,7 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
     rates: dict[str, dict[str, Any]] = {}
     for rate, space in front.spaces.items():
         figures = {
-            "front": min((row["kl"] for row in rows if row["rate"] == rate), default=None),
+            "front": min((row["kl"] for row in rows if row["rate"] == rate and row["kl"] is not None), default=None),
             "sensitivity": await subject.kl(search, cheapest(space, losses)),
             "uniform": await subject.kl(search, space.project([rate] * space.layers)),
         }
@@ -110,7 +111,7 @@ async def compare(subject: Subject, config: SearchConfig, separate: bool, consol
     }
 
 
-def _latency(members: list[Member], rows: list[dict[str, Any]], dense: float) -> dict[str, float | None] | None:
+def _latency(members: list[Member], rows: list[FrontRow], dense: float) -> dict[str, float | None] | None:
     """How predicted speedups over the dense model and measured ones agree."""
     timed = [(dense / row["latency_us"], row["speedup"]) for row in rows if "speedup" in row]
     if len(timed) < 3:

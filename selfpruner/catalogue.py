@@ -29,6 +29,9 @@ class Entry:
         return resolve_name(self.where)
 
 
+_Baseline = tuple[Literal["uniform_flap_bias", "uniform_magnitude"], Mapping[str, str]]
+
+
 @dataclass(frozen=True, slots=True)
 class PatternEntry(Entry):
     """What differs for those who ask for it.
@@ -40,11 +43,11 @@ class PatternEntry(Entry):
 
     zeros: bool
     criterion: str
-    baseline: tuple[str, Mapping[str, str]]
+    baseline: _Baseline
 
 
 _PATTERNS = "selfpruner.pruning.patterns"
-_BY_MAGNITUDE = ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"})
+_BY_MAGNITUDE: _Baseline = ("uniform_magnitude", {"criterion": "magnitude", "compensation": "none"})
 
 PATTERNS: Mapping[str, PatternEntry] = {
     "structured": PatternEntry(

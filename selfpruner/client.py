@@ -1,4 +1,5 @@
-"""A client of the HTTP API: plain dicts in and out, errors as the same typed exceptions the server raised.
+"""A client of the HTTP API: plain dicts in and out, see :mod:`selfpruner.store.objects`; errors as the same typed exceptions the
+server raised.
 
 with Client("http://127.0.0.1:8000") as client:
     job = client.submit({"model": "smollm2-135m", "rate": 0.2})
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
@@ -30,7 +31,18 @@ from selfpruner.errors import (
     from_dict,
 )
 from selfpruner.files import manifest
-from selfpruner.json_objects import JsonMapping, JsonObject
+from selfpruner.store.objects import (
+    CandidateObject,
+    CheckpointObject,
+    EventObject,
+    FileObject,
+    Item,
+    JobObject,
+    ListObject,
+    ModelObject,
+)
+
+Reply = TypeVar("Reply")
 
 PART = ".part"  # ends the name of a file that is not complete yet
 FINISHED = ("succeeded", "failed", "cancelled")
@@ -103,39 +115,41 @@ class Client:
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
     def submit(
-        self, config: JsonMapping, *, metadata: Mapping[str, str] | None = None, idempotency_key: str | None = None
-    ) -> JsonObject:
+        self, config: Mapping[str, object], *, metadata: Mapping[str, str] | None = None, idempotency_key: str | None = None
+    ) -> JobObject:
         """Queue a search: the fields of SearchConfig. Sent again after a lost connection, it is still one job."""
         body = {**config, **({"metadata": dict(metadata)} if metadata else {})}
         headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
-        return self._json("POST", "/v1/jobs", json=body, headers=headers)
+        return self._json(JobObject, "POST", "/v1/jobs", json=body, headers=headers)
 
-    def get(self, job_id: str) -> JsonObject:
-        return self._json("GET", f"/v1/jobs/{_id(job_id)}")
+    def get(self, job_id: str) -> JobObject:
+        return self._json(JobObject, "GET", f"/v1/jobs/{_id(job_id)}")
 
-    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> JsonObject:
-        """One page, newest first: ``{data, has_more, first_id, last_id}``."""
-        return self._json("GET", "/v1/jobs", params=_given(after=after, limit=limit, status=status))
+    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> ListObject[JobObject]:
+        """One page, newest first."""
+        given = {"after": after, "limit": limit, "status": status}
+        params = {name: value for name, value in given.items() if value is not None}
+        return self._json(ListObject[JobObject], "GET", "/v1/jobs", params=params)
 
-    def cancel(self, job_id: str) -> JsonObject:
+    def cancel(self, job_id: str) -> JobObject:
         return self._act(job_id, "cancel")
 
-    def pause(self, job_id: str) -> JsonObject:
+    def pause(self, job_id: str) -> JobObject:
         return self._act(job_id, "pause")
 
-    def resume(self, job_id: str) -> JsonObject:
+    def resume(self, job_id: str) -> JobObject:
         return self._act(job_id, "resume")
 
-    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[JsonObject]:
+    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[CandidateObject]:
         """All candidates, page by page."""
-        return self._pages(f"/v1/jobs/{_id(job_id)}/candidates", {"order": order})
+        return self._pages(ListObject[CandidateObject], f"/v1/jobs/{_id(job_id)}/candidates", {"order": order})
 
-    def candidate(self, job_id: str, plan: str) -> JsonObject:
+    def candidate(self, job_id: str, plan: str) -> CandidateObject:
         """One candidate, by its hash or a beginning that only it has."""
-        return self._json("GET", f"/v1/jobs/{_id(job_id)}/candidates/{_id(plan)}")
+        return self._json(CandidateObject, "GET", f"/v1/jobs/{_id(job_id)}/candidates/{_id(plan)}")
 
-    def checkpoints(self, job_id: str) -> Iterator[JsonObject]:
-        return self._pages(f"/v1/jobs/{_id(job_id)}/checkpoints", {})
+    def checkpoints(self, job_id: str) -> Iterator[CheckpointObject]:
+        return self._pages(ListObject[CheckpointObject], f"/v1/jobs/{_id(job_id)}/checkpoints", {})
 
     def download(self, job_id: str, checkpoint_id: str, folder: Path) -> Path:
         """Fetch a checkpoint's files into ``folder``, the manifest last, so that a folder that has one is complete.
@@ -144,7 +158,7 @@ class Client:
         Raises CorruptCheckpointError when what arrived does not match its sha256, ConfigError when the folder holds something else.
         """
         base = f"/v1/jobs/{_id(job_id)}/checkpoints/{_id(checkpoint_id)}/files"
-        files = self._json("GET", base)["data"]
+        files = self._json(ListObject[FileObject], "GET", base)["data"]
         # What an interrupted download left: listed files, whole or in part, but not the last one.
         begun = {folder / name for file in files[:-1] for name in (file["id"], file["id"] + PART)} | {
             folder / (files[-1]["id"] + PART)
@@ -163,7 +177,7 @@ class Client:
                     raise CorruptCheckpointError(f"{target} is another file of that name. Remove it, or name a new folder.")
         return folder
 
-    def _fetch(self, path: str, target: Path, file: JsonObject) -> None:
+    def _fetch(self, path: str, target: Path, file: FileObject) -> None:
         """Fetch one file; what was fetched before it broke stays in a file beside it."""
         part, failures = target.with_name(target.name + PART), 0
         while True:
@@ -192,15 +206,15 @@ class Client:
             raise CorruptCheckpointError(f"{target.name} arrived damaged. Fetch it again.")
         part.rename(target)
 
-    def events(self, job_id: str, after: int = 0) -> Iterator[JsonObject]:
+    def events(self, job_id: str, after: int = 0) -> Iterator[EventObject]:
         """The events so far, those after number ``after``."""
-        return self._pages(f"/v1/jobs/{_id(job_id)}/events", {"after": after})
+        return self._pages(ListObject[EventObject], f"/v1/jobs/{_id(job_id)}/events", {"after": after})
 
-    def models(self) -> JsonObject:
-        return self._json("GET", "/v1/models")
+    def models(self) -> ListObject[ModelObject]:
+        return self._json(ListObject[ModelObject], "GET", "/v1/models")
 
     # -- following -----------------------------------------------------------------------------------------------------
-    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, JsonObject]]:
+    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, EventObject | JobObject]]:
         """``(name, data)`` of everything that happens until the job has finished.
 
         Events come once each, in order, under their type; ``("job", job)`` comes whenever its status or progress changed,
@@ -239,22 +253,33 @@ class Client:
             yield from parse_stream(_lines(reply.iter_bytes()))
 
     # -- requests ------------------------------------------------------------------------------------------------------
-    def _act(self, job_id: str, action: str) -> JsonObject:
-        return self._json("POST", f"/v1/jobs/{_id(job_id)}/{action}", retry=False)
+    def _act(self, job_id: str, action: str) -> JobObject:
+        return self._json(JobObject, "POST", f"/v1/jobs/{_id(job_id)}/{action}", retry=False)
 
-    def _pages(self, path: str, params: JsonMapping) -> Iterator[JsonObject]:
+    def _pages(self, kind: type[ListObject[Item]], path: str, params: Mapping[str, str | int]) -> Iterator[Item]:
         params = {"limit": 100, **params}
         while True:
-            page = self._json("GET", path, params=params)
+            page = self._json(kind, "GET", path, params=params)
             yield from page["data"]
             if not page["has_more"]:
                 return
-            params = {**params, "after": page["last_id"]}
+            params = {**params, "after": page["data"][-1]["id"]}
 
-    def _json(self, method: str, path: str, *, retry: bool = True, **request: Any) -> JsonObject:
+    def _json(
+        self,
+        _kind: type[Reply],
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str | int] | None = None,
+        json: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        retry: bool = True,
+    ) -> Reply:
+        """What the server answers. Of its fields the server's word is taken: a newer one may send more."""
         for attempt in range(self._retries + 1):
             try:
-                reply = self._http.request(method, path, **request)
+                reply = self._http.request(method, path, params=params, json=json, headers=headers)
                 break
             except httpx.TransportError as error:
                 if not retry or attempt == self._retries or isinstance(error, httpx.UnsupportedProtocol):
@@ -268,7 +293,7 @@ class Client:
             body = None
         if not isinstance(body, dict):
             raise UnreachableError(f"What answers at {self.url} is not a selfpruner server.")
-        return body
+        return cast(Reply, body)
 
     def _unreachable(self, error: Exception) -> UnreachableError:
         return UnreachableError(
@@ -330,7 +355,7 @@ def _error(reply: httpx.Response) -> SelfprunerError:
         return UnreachableError(f"{reply.url.copy_with(query=None)} answered {reply.status_code}, not as a selfpruner server does.")
 
 
-def _is(path: Path, file: JsonObject) -> bool:
+def _is(path: Path, file: FileObject) -> bool:
     """Whether ``path`` has the bytes of a file that the server lists."""
     return bool(path.stat().st_size == file["bytes"] and manifest.sha256(path) == file["sha256"])
 
@@ -338,7 +363,3 @@ def _is(path: Path, file: JsonObject) -> bool:
 def _id(identity: str) -> str:
     """An id as one segment of a path, whatever it holds."""
     return quote(identity, safe="")
-
-
-def _given(**params: Any) -> JsonObject:
-    return {name: value for name, value in params.items() if value is not None}

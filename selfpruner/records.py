@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from typing_extensions import TypedDict
+
+JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Severity = Literal["info", "warn", "error"]
 CandidateStatus = Literal["pending", "evaluated", "infeasible", "failed"]
 EvaluationKind = Literal["measured", "raced", "foreseen"]
@@ -94,6 +97,14 @@ class LlmCall:
     detail: str = ""
 
 
+class ProgressData(TypedDict, total=False):
+    """Plans that each operator made, how many of them ``improved`` the best, and the plan-tokens spent."""
+
+    operators: dict[str, int]
+    improved: dict[str, int]
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a watcher sees. ``stage`` is preparing, probing, searching, reporting, exporting or done."""
@@ -107,7 +118,38 @@ class Progress:
     best_relative: float | None = None
     best_plan: str | None = None
     message: str = ""
-    data: Mapping[str, object] = field(default_factory=dict)
+    data: ProgressData = field(default_factory=ProgressData)
+
+
+class StoredProgress(TypedDict, total=False):
+    """:class:`Progress` as it is stored and sent."""
+
+    stage: str
+    generation: int
+    generations: int
+    evaluations: int
+    plans: int
+    best_fitness: float | None
+    best_relative: float | None
+    best_plan: str | None
+    message: str
+    data: ProgressData
+
+
+class StoredError(TypedDict):
+    """What ended a failed job, see :class:`selfpruner.errors.SelfprunerError`."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class StoredConfig(TypedDict):
+    """The fields of a SearchConfig as JSON, those of the version that made the job; these are in all of them."""
+
+    model: str
+    rate: float
+    seed: int
 
 
 class Recorder(Protocol):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -132,7 +132,7 @@ class ServerSettings(BaseSettings):
         return self.home / "logs"
 
 
-def load_settings(**overrides: Any) -> ServerSettings:
+def load_settings(**overrides: object) -> ServerSettings:
     """Settings from the environment, then from ``overrides`` that are not None. Raises ConfigError naming the variable."""
     given = {name: value for name, value in overrides.items() if value is not None}
-    return environment.read(lambda: ServerSettings(**given))
+    return environment.read(lambda: ServerSettings.model_validate(given))

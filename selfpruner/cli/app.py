@@ -29,11 +29,11 @@ from selfpruner.cli.prune import prune, run_search, search
 from selfpruner.cli.show import fields
 from selfpruner.cli.show import front as show_front
 from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems, of_system
-from selfpruner.json_objects import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from selfpruner.client import Client
     from selfpruner.jobs.local_jobs import LocalJobs
+    from selfpruner.store.objects import JobObject
 
 INTERRUPTED = 130
 # Commands that take up what an interrupted one left: a search, results, files, or statistics in the cache.
@@ -218,7 +218,11 @@ def events(
     from selfpruner.progress import printable
 
     with _jobs_of(source, job, url) as (client, job_id):
-        stream = (data for name, data in client.follow(job_id, after) if name != "job") if follow else client.events(job_id, after)
+        stream = (
+            (data for _, data in client.follow(job_id, after) if data["object"] == "event")
+            if follow
+            else client.events(job_id, after)
+        )
         for event in stream:
             when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
             line = f"{event['id']:>5} {when} {event['level']:5} {event['type']}: {event['message']}"
@@ -273,14 +277,14 @@ def _jobs_of(source: str, job: str | None, url: str) -> Iterator[tuple[Client | 
             yield client, source
 
 
-def _act(url: str, as_json: bool, action: Callable[[Client], JsonObject]) -> int:
+def _act(url: str, as_json: bool, action: Callable[[Client], JobObject]) -> int:
     with shared_options.client(url) as client:
         job = action(client)
     _print(job, as_json, f"{job['id']} {job['status']}")
     return 0
 
 
-def _follow(client: Client | LocalJobs, job: JsonObject, as_json: bool) -> int:
+def _follow(client: Client | LocalJobs, job: JobObject, as_json: bool) -> int:
     """Watch a job to its end. stdout gets the result only, so that ``--json`` is one document."""
     from selfpruner.jobs.live_view import LiveView
 
@@ -288,7 +292,7 @@ def _follow(client: Client | LocalJobs, job: JsonObject, as_json: bool) -> int:
         with LiveView(f"{job['id']} {job['model']} rate {job['config']['rate']:g}") as view:
             for name, data in client.follow(job["id"]):
                 view.watch(name, data)
-                job = data if name == "job" else job
+                job = data if data["object"] == "job" else job
     except KeyboardInterrupt:
         print(
             f"{job['id']} goes on. Watch it: selfpruner show -f {job['id']}   Stop it: selfpruner cancel {job['id']}",
@@ -299,8 +303,8 @@ def _follow(client: Client | LocalJobs, job: JsonObject, as_json: bool) -> int:
         print(json.dumps(job))
     elif job["status"] == "succeeded":
         _report(client, job)
-    if job["status"] == "failed":
-        _complain(f"{job['id']} failed: {job['error']['message']} ({job['error']['code']})")
+    if error := job["error"]:
+        _complain(f"{job['id']} failed: {error['message']} ({error['code']})")
     elif job["status"] == "cancelled":
         _complain(f"{job['id']} was cancelled")
     elif job["status"] != "succeeded":
@@ -308,7 +312,7 @@ def _follow(client: Client | LocalJobs, job: JsonObject, as_json: bool) -> int:
     return 0 if job["status"] == "succeeded" else 1
 
 
-def _report(client: Client | LocalJobs, job: JsonMapping) -> None:
+def _report(client: Client | LocalJobs, job: JobObject) -> None:
     from itertools import islice
 
     from selfpruner.jobs.live_view import account, contributions, operators
@@ -341,13 +345,13 @@ def _report(client: Client | LocalJobs, job: JsonMapping) -> None:
         )
 
 
-def _summary(job: JsonMapping) -> str:
+def _summary(job: JobObject) -> str:
     from selfpruner.jobs.live_view import facts
 
     return facts(job["progress"], job["status"]).plain if job["progress"] else ""
 
 
-def _print(job: JsonMapping, as_json: bool, text: str) -> None:
+def _print(job: JobObject, as_json: bool, text: str) -> None:
     print(json.dumps(job) if as_json else text)
 
 

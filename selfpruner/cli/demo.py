@@ -15,17 +15,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from selfpruner.cli.show import comparison
 from selfpruner.client import Client
 from selfpruner.errors import SelfprunerError
+from selfpruner.files.report import Report
 from selfpruner.jobs.live_view import LiveView, account, contributions
-from selfpruner.json_objects import JsonObject
+from selfpruner.store.objects import JobObject
 from selfpruner.tables import Screen
 from selfpruner.workers.lifeline import tied
 
 REQUEST = {"model": "smollm2-135m", "rate": 0.2, "preset": "default", "proposer": "local"}
-ROWS = ("dense", "uniform_flap_bias", "uniform", "ramp", "best")
+# What result.json here keeps of the report.
+KEPT = (
+    *("dense", "uniform_flap_bias", "uniform", "ramp", "best"),
+    *("evaluations", "plans", "peak_worker_mib", "operators", "checkpoint", "verification"),
+    *("tokens", "stopped", "tokens_saved", "rank_correlation"),
+    *("texts", "plan", "method", "target"),
+)
 
 
 @contextmanager
@@ -49,12 +57,12 @@ def server(home: Path) -> Iterator[str]:
         log.close()
 
 
-def follow(client: Client, job: JsonObject) -> JsonObject:
+def follow(client: Client, job: JobObject) -> JobObject:
     """Watch the job to its end, on stderr."""
     with LiveView(f"{job['model']}, {job['config']['rate']:.0%} of the decoder") as view:
         for name, data in client.follow(job["id"]):
             view.watch(name, data)
-            job = data if name == "job" else job
+            job = data if data["object"] == "job" else job
     return job
 
 
@@ -66,6 +74,11 @@ def further(home: Path, job_id: str) -> str:
   .venv/bin/selfpruner serve --home {home} & sleep 3; curl -s 'http://127.0.0.1:8000/v1/jobs/{job_id}/candidates?limit=3'
   .venv/bin/python -c "import selfpruner; print(selfpruner.load('{home / "checkpoints" / job_id}'))"
 """
+
+
+def _change(report: Report, figure: Literal["kl", "perplexity"]) -> str:
+    found, uniform = report["best"][figure], report["uniform"][figure]
+    return "unknown" if found is None or uniform is None else f"{found / uniform - 1:+.1%}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
             with Client(url) as client:
                 job = client.submit(request)
                 job = follow(client, job)
-                if job["status"] != "succeeded":
+                report = job["result"]
+                if report is None:
                     error = job["error"] or {"message": job["status"], "code": job["status"]}
                     console.print(f"The job ended as {job['status']}: {error['message']} ({error['code']})", style="red")
                     return 1
@@ -96,18 +110,11 @@ def main(arguments: list[str] | None = None) -> int:
     except SelfprunerError as error:
         console.print(f"selfpruner: {error.message}", style="red")
         return 1
-    report = job["result"]
     from selfpruner.cli import plots
 
     no_picture = plots.draw(lambda: plots.result_chart(report, events), home / "result.svg")
-    result = {
-        **{name: report[name] for name in ROWS if name in report},
-        **{key: report[key] for key in ("evaluations", "plans", "peak_worker_mib", "operators", "checkpoint", "verification")},
-        **{key: report[key] for key in ("tokens", "stopped", "tokens_saved", "rank_correlation")},
-        **{key: report[key] for key in ("texts", "plan", "method", "target")},
-        "seconds": round(time.monotonic() - started, 1),
-        "job": job["id"],
-    }
+    seconds = round(time.monotonic() - started, 1)
+    result = {**{key: value for key, value in report.items() if key in KEPT}, "seconds": seconds, "job": job["id"]}
     (home / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     source = {role: " + ".join(s["source"] for s in text["sources"]) for role, text in report["texts"].items()}
     console.print(comparison(report))
@@ -116,9 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"KL in nats per token and perplexity on {report['best']['tokens']:,} held-out tokens of {source['report']}; "
             f"calibrated on {source['calibration']}, searched on {source['fitness']}."
         )
-        kl, perplexity = (report["best"][name] / report["uniform"][name] - 1 for name in ("kl", "perplexity"))
-        console.print(f"Found against uniform: KL {kl:+.1%}, perplexity {perplexity:+.1%}.")
-    console.print(f"{result['seconds']:.0f} s, worker memory {result['peak_worker_mib']:,} MiB.")
+        kl, perplexity = _change(report, "kl"), _change(report, "perplexity")
+        console.print(f"Found against uniform: KL {kl}, perplexity {perplexity}.")
+    console.print(f"{seconds:.0f} s, worker memory {report['peak_worker_mib']:,} MiB.")
     for line in account(report):
         console.print(line)
     if contributed := contributions(report):

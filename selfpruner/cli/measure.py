@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -17,8 +17,10 @@ from selfpruner.cli import shared_options
 from selfpruner.config import Share
 from selfpruner.errors import ConfigError, disk_errors
 from selfpruner.files import places
-from selfpruner.json_objects import JsonObject
 from selfpruner.progress import shown
+
+if TYPE_CHECKING:
+    from selfpruner.api import ModelScore
 
 Text = Annotated[
     list[str] | None, typer.Option("--text", "-t", help="Held-out text: auto, pydoc, hub:DATASET, or a file; repeat to mix.")
@@ -56,8 +58,21 @@ def evaluate(
     """Quality: zero-shot tasks, perplexity and writing of several models; or one model's perplexity and KL on held-out text."""
     wanted = _split(tasks), _split(perplexity)
     if not any(wanted) and not generation:
-        how = {"sequences": sequences, "length": length, "against": against, "memory": memory, "cache": cache}
-        return _held_out(model, as_json, text=tuple(text or ("auto",)), device=device or "auto", **how)
+        from selfpruner import api
+
+        if len(model) > 1:
+            raise ConfigError("Say what to measure on several models: --tasks, --perplexity or --generation.", param="tasks")
+        score = api.evaluate(
+            model[0],
+            text=tuple(text or ("auto",)),
+            sequences=sequences,
+            length=length,
+            against=against,
+            device=device or "auto",
+            memory=memory,
+            cache=cache,
+        )
+        return _print_score(score, as_json)
     if text:
         raise ConfigError("--text is a measurement of its own; leave out --tasks, --perplexity and --generation.", param="text")
     if output is None:
@@ -96,15 +111,9 @@ def evaluate(
     return 0
 
 
-def _held_out(model: Sequence[str], as_json: bool, **how: Any) -> int:
-    """What ``api.evaluate`` says of one model."""
+def _print_score(score: ModelScore, as_json: bool) -> int:
     from dataclasses import asdict
 
-    from selfpruner import api
-
-    if len(model) > 1:
-        raise ConfigError("Say what to measure on several models: --tasks, --perplexity or --generation.", param="tasks")
-    score = api.evaluate(model[0], **how)
     if as_json:
         print(json.dumps(asdict(score)))
     else:
@@ -175,12 +184,20 @@ def benchmark(
     return 0
 
 
+class CriterionRow(TypedDict):
+    name: str
+    patterns: list[str]
+    needs: list[str]
+    source: str
+    what: str
+
+
 def criteria(as_json: shared_options.Json = False) -> int:
     """What can decide what stays: every criterion with its patterns, what it needs beyond the weights, and its source."""
     from selfpruner import criteria as registry
 
     known = [registry.create(name) for name in (*catalogue.CRITERIA, *sorted(catalogue.plugins(catalogue.CRITERION_PLUGINS)))]
-    rows: list[JsonObject] = [
+    rows: list[CriterionRow] = [
         {
             "name": criterion.name,
             "patterns": list(criterion.patterns),
@@ -230,7 +247,7 @@ def compare(
     wanted = _numbers([*rates.split(","), *(more or [])])
     methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)
     body = shared_options.read_config(config, settings, calibration=calibration, model=model, device=device)
-    report: JsonObject = {"sequences": sequences, "length": length}
+    report: dict[str, object] = {"sequences": sequences, "length": length}
     if text:
         report["sources"] = [{"source": name} for name in text]
     checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from selfpruner.json_objects import JsonMapping, JsonObject
+from selfpruner.files.report import FrontRow, Report
+from selfpruner.store.objects import EventObject
+
+if TYPE_CHECKING:
+    import altair as alt
 
 
-def draw(chart: Callable[[], Any], path: Path) -> str | None:
+def draw(chart: Callable[[], alt.TopLevelMixin], path: Path) -> str | None:
     """Make a picture and save it. A picture is an extra: what stops it is returned, not raised."""
     try:
         save(chart(), path)
@@ -18,7 +22,7 @@ def draw(chart: Callable[[], Any], path: Path) -> str | None:
     return None
 
 
-def result_chart(report: JsonMapping, events: Sequence[JsonMapping]) -> Any:
+def result_chart(report: Report, events: Sequence[EventObject]) -> alt.HConcatChart:
     """Rates per layer of the best plan beside the best fitness by generation, as an Altair chart; and the front where there is one.
 
     ``report`` is a job's report; ``events`` its events, of which the generations' are drawn.
@@ -57,12 +61,11 @@ def result_chart(report: JsonMapping, events: Sequence[JsonMapping]) -> Any:
         )
     )
     convergence = (line + points).properties(width=420, height=220, title="Convergence, fresh tokens every generation")
-    if report.get("front"):
-        return (bars + target) | convergence | front_chart(report["front"])
-    return (bars + target) | convergence
+    charts: alt.HConcatChart = (bars + target) | convergence
+    return charts | front_chart(report["front"]) if report.get("front") else charts
 
 
-def front_chart(rows: Sequence[JsonMapping]) -> Any:
+def front_chart(rows: Sequence[FrontRow]) -> alt.Chart:
     """KL of a front's members over their predicted latency, or else over their parameters. ``rows``: a report's ``front``."""
     import altair as alt
 
@@ -82,18 +85,19 @@ def front_chart(rows: Sequence[JsonMapping]) -> Any:
             tooltip=["plan:N", "kl:Q", "parameters:Q"],
         )
     )
-    return marks.properties(width=420, height=220, title="Front, held-out text")
+    chart: alt.Chart = marks.properties(width=420, height=220, title="Front, held-out text")
+    return chart
 
 
-def _point(row: JsonMapping) -> JsonObject:
+def _point(row: FrontRow) -> dict[str, object]:
     return {"plan": row["plan"], "kl": row["kl"], "parameters": row["parameters"], "removed": f"{100 * row['rate']:g} %"}
 
 
-def _data(values: Sequence[JsonMapping]) -> Any:
+def _data(values: Sequence[Mapping[str, object]]) -> dict[str, list[dict[str, object]]]:
     """Inline data as Vega-Lite's specification has it."""
     return {"values": [dict(row) for row in values]}
 
 
-def save(chart: Any, path: Path) -> None:
+def save(chart: alt.TopLevelMixin, path: Path) -> None:
     """Write the chart; the suffix says how (.svg, .png, .json)."""
     chart.save(str(path))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypedDict
 
 import typer
 
 from selfpruner.cli import shared_options
 from selfpruner.cli.show import print_pruned, print_report
 from selfpruner.errors import ConfigError
-from selfpruner.json_objects import JsonObject
 
 
 @shared_options.spread
@@ -27,7 +27,7 @@ def search(
     return run_search(options.body(), output, cache, again=again, as_json=as_json)
 
 
-def run_search(body: JsonObject, output: Path, cache: Path | None, *, again: bool = False, as_json: bool = False) -> int:
+def run_search(body: Mapping[str, object], output: Path, cache: Path | None, *, again: bool = False, as_json: bool = False) -> int:
     """Run the search that ``body`` asks for, and print what it found."""
     from selfpruner import api
     from selfpruner.jobs.live_view import account
@@ -35,8 +35,8 @@ def run_search(body: JsonObject, output: Path, cache: Path | None, *, again: boo
 
     checked = api.config_of(body)
     proposers = from_environment() if "llm" in checked.needs else {}
-    rest = {key: value for key, value in body.items() if key != "rate"}
-    result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, **rest)
+    fields: dict[str, Any] = {key: value for key, value in body.items() if key != "rate"}
+    result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, **fields)
     if result.reused:
         print(f"{output} holds this search already, finished; nothing was computed. --again searches once more.", file=sys.stderr)
     if as_json:
@@ -47,6 +47,13 @@ def run_search(body: JsonObject, output: Path, cache: Path | None, *, again: boo
             print(line)
         print(f"checkpoint {result.checkpoint['path']}")
     return 0
+
+
+class GivenPlan(TypedDict, total=False):
+    """A plan as a file gives it, see :func:`selfpruner.api.prune`."""
+
+    levels: list[int]
+    rates: list[float]
 
 
 @shared_options.spread
@@ -62,18 +69,19 @@ def prune(
     """Apply one plan without a search: a uniform rate, or the levels or rates of a file."""
     from selfpruner import api
 
-    body = options.body()
+    body: dict[str, Any] = options.body()
     given = _plan_file(plan) if plan is not None else {}
     wanted = body.pop("rate", None)
     result = api.prune(output, rate=wanted, **given, cache=cache, **body)
     return print_pruned(result, as_json)
 
 
-def _plan_file(path: Path) -> JsonObject:
+def _plan_file(path: Path) -> GivenPlan:
     body = shared_options.read_object(path, "plan", '{"levels": [...]}')
     for key in ("levels", "rates"):
-        if isinstance(body.get(key), list) and body[key]:
-            if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in body[key]):
+        numbers = body.get(key)
+        if isinstance(numbers, list) and numbers:
+            if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in numbers):
                 raise ConfigError(f"{path}: {key} must be numbers.", param="plan")
-            return {key: body[key]}
+            return {"levels": numbers} if key == "levels" else {"rates": numbers}
     raise ConfigError(f'{path} must hold {{"levels": [...]}} or {{"rates": [...]}}.', param="plan")

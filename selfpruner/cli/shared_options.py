@@ -13,14 +13,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
 from selfpruner import catalogue
 from selfpruner.config import PRESETS
 from selfpruner.errors import ConfigError
-from selfpruner.json_objects import JsonObject
 
 if TYPE_CHECKING:
     from selfpruner.client import Client
@@ -102,7 +101,7 @@ class PruneOptions:
     config: ConfigFile = None
     settings: Settings = None
 
-    def body(self) -> JsonObject:
+    def body(self) -> dict[str, object]:
         """The request as plain JSON data. Raises ConfigError as :func:`read_config` does."""
         given = asdict(self)
         return read_config(given.pop("config"), given.pop("settings"), **given)
@@ -124,7 +123,7 @@ def spread(command: Callable[..., int]) -> Callable[..., int]:
     """``command`` with the fields of its options class as parameters of its own, which is where typer looks for options."""
     hints = get_type_hints(command, include_extras=True)
     (name,) = [name for name, hint in hints.items() if is_dataclass(hint)]
-    kind: Any = hints[name]
+    kind = hints[name]
     own = get_type_hints(kind, include_extras=True)
     parameters = []
     for parameter in inspect.signature(command).parameters.values():
@@ -135,7 +134,7 @@ def spread(command: Callable[..., int]) -> Callable[..., int]:
             parameters.append(inspect.Parameter(field.name, parameter.kind, default=field.default, annotation=own[field.name]))
 
     @functools.wraps(command)
-    def spread_out(**given: Any) -> int:
+    def spread_out(**given: object) -> int:
         options = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
         return command(**{name: options}, **given)
 
@@ -156,8 +155,8 @@ def read_config(
     settings: Sequence[str] | None,
     *,
     calibration: Sequence[str] | None = None,
-    **options: Any,
-) -> JsonObject:
+    **options: object,
+) -> dict[str, object]:
     """The request as plain JSON data. Raises ConfigError on a file that is not a JSON object or a setting without ``=``."""
     body = read_object(file, "config") if file is not None else {}
     body.update({name: value for name, value in options.items() if value is not None})
@@ -171,7 +170,7 @@ def read_config(
     return body
 
 
-def read_object(file: Path, param: str, example: str = '{"rate": 0.2}') -> JsonObject:
+def read_object(file: Path, param: str, example: str = '{"rate": 0.2}') -> dict[str, object]:
     """The JSON object in a file. Raises ConfigError naming ``param`` when there is none."""
     try:
         body = json.loads(file.read_text("utf-8"))
@@ -184,7 +183,7 @@ def read_object(file: Path, param: str, example: str = '{"rate": 0.2}') -> JsonO
     return body
 
 
-def _set(body: JsonObject, key: str, value: Any) -> None:
+def _set(body: dict[str, object], key: str, value: object) -> None:
     *path, last = key.split(".")
     for part in path:
         inner = body.setdefault(part, {})
@@ -194,7 +193,7 @@ def _set(body: JsonObject, key: str, value: Any) -> None:
     body[last] = value
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from selfpruner.cli import shared_options
-from selfpruner.json_objects import JsonMapping
+from selfpruner.files.report import FrontRow, Report, Subject
 
 if TYPE_CHECKING:
     from selfpruner.api import Pruned
@@ -61,7 +61,7 @@ def fields(as_json: shared_options.Json = False) -> int:
     return 0
 
 
-ROWS = {
+ROWS: Mapping[Subject, str] = {
     "dense": "dense",
     "uniform_flap_bias": "uniform, flap + bias",
     "uniform_magnitude": "uniform, magnitude",
@@ -71,7 +71,7 @@ ROWS = {
 }
 
 
-def print_report(report: JsonMapping) -> None:
+def print_report(report: Report) -> None:
     from selfpruner.tables import Screen
 
     console = Screen()
@@ -80,7 +80,7 @@ def print_report(report: JsonMapping) -> None:
         console.print(front(report["front"]))
 
 
-def comparison(report: JsonMapping) -> Table:
+def comparison(report: Report) -> Table:
     """The figures of a job's report side by side."""
     from selfpruner.tables import Table
 
@@ -99,7 +99,7 @@ def _figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def front(rows: Sequence[JsonMapping]) -> Table:
+def front(rows: Sequence[FrontRow]) -> Table:
     """The members of a front side by side, best quality first."""
     from selfpruner.tables import Table
 

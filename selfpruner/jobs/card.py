@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from selfpruner.config import SearchConfig
-from selfpruner.json_objects import JsonMapping
+from selfpruner.files.report import Report
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.workers.tasks import CardFields, PrepareResult
 
 # Figures of a report that the card and the database keep with the checkpoint, for these models.
-FIGURES = ("parameters", "kl", "perplexity", "prefill_tps", "decode_tps")
-MODELS = ("dense", "uniform", "best")
+FIGURES: tuple[Literal["parameters", "kl", "perplexity", "prefill_tps", "decode_tps"], ...] = (
+    "parameters",
+    "kl",
+    "perplexity",
+    "prefill_tps",
+    "decode_tps",
+)
+MODELS: tuple[Literal["dense", "uniform", "best"], ...] = ("dense", "uniform", "best")
 
 
 def card(
@@ -40,6 +47,6 @@ def card(
     )
 
 
-def metrics(report: JsonMapping) -> dict[str, dict[str, float]]:
+def metrics(report: Report) -> dict[str, dict[str, float]]:
     """The figures of ``report`` that there are."""
-    return {name: {key: report[name][key] for key in FIGURES if report[name].get(key) is not None} for name in MODELS}
+    return {name: {key: value for key in FIGURES if (value := report[name].get(key)) is not None} for name in MODELS}

@@ -11,18 +11,20 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from selfpruner import catalogue
 from selfpruner.config import Part, SearchConfig, differences
 from selfpruner.errors import ConfigError, SelfprunerError
 from selfpruner.files import atomic
 from selfpruner.jobs.run import session_of
-from selfpruner.json_objects import JsonMapping, JsonObject
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.workers.process_pool import ProcessPool
 from selfpruner.workers.tasks import EvaluateRequest, PrepareRequest
 
-PlainRow = JsonObject
+if TYPE_CHECKING:
+    import altair as alt
+
 # Fields of a config that the figures of a method at a rate depend on: what is prepared, but for the method, the rate, the text that
 # only a search uses and a bound that changes no figure.
 _VARIED = {"pattern", "criterion", "compensation", "rate", "fitness_text", "level_bytes"}
@@ -40,6 +42,26 @@ class Method:
         return f"{self.pattern}/{self.criterion}+{self.compensation}"
 
 
+class PlainRow(TypedDict):
+    """:class:`ComparisonRow` as it stands in compare.json."""
+
+    pattern: str
+    criterion: str
+    compensation: str
+    rate: float
+    parameters: int
+    kl: float | None
+    perplexity: float | None
+    seconds: float
+    peak_mib: int
+    error: str | None
+
+
+class DenseRow(TypedDict):
+    parameters: int
+    perplexity: float
+
+
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
     """One method at one rate, or ``error``. ``parameters`` that are not zero; ``kl`` in nats per token from the dense model;
@@ -55,6 +77,20 @@ class ComparisonRow:
     seconds: float = 0.0
     peak_mib: int = 0
     error: str | None = None
+
+    def plain(self) -> PlainRow:
+        return {
+            "pattern": self.pattern,
+            "criterion": self.criterion,
+            "compensation": self.compensation,
+            "rate": self.rate,
+            "parameters": self.parameters,
+            "kl": self.kl,
+            "perplexity": self.perplexity,
+            "seconds": self.seconds,
+            "peak_mib": self.peak_mib,
+            "error": self.error,
+        }
 
 
 def methods_of(
@@ -87,7 +123,7 @@ class ComparisonFile:
         self.file = folder / "compare.json"
         self.settings = dict(settings)
         self.rows: list[PlainRow] = []
-        self.dense: PlainRow | None = None
+        self.dense: DenseRow | None = None
         try:
             known = json.loads(self.file.read_text("utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
@@ -109,7 +145,7 @@ class ComparisonFile:
     def add(self, row: ComparisonRow) -> None:
         key = (row.pattern, row.criterion, row.compensation, row.rate)
         self.rows = [r for r in self.rows if (r["pattern"], r["criterion"], r["compensation"], r["rate"]) != key]
-        self.rows.append(asdict(row))
+        self.rows.append(row.plain())
         self.save()
 
     def save(self) -> None:
@@ -210,7 +246,7 @@ def sections(results: ComparisonFile) -> Iterator[tuple[str, list[tuple[str, ...
         yield f"{pattern}, rate {rate:g}", [_cells(row) for row in rows], failures
 
 
-def _cells(row: JsonMapping) -> tuple[str, ...]:
+def _cells(row: PlainRow) -> tuple[str, ...]:
     if row["error"] is not None:
         return (row["criterion"], row["compensation"], "", "failed", "", "", "")
     quality = (f"{row['kl']:.4f}", f"{row['perplexity']:.2f}")
@@ -230,7 +266,7 @@ def markdown(results: ComparisonFile) -> str:
     return "\n".join(lines)
 
 
-def chart(results: ComparisonFile) -> object:
+def chart(results: ComparisonFile) -> alt.HConcatChart:
     """KL over the rate, a line per method, a panel per pattern. Altair."""
     import altair as alt
 
@@ -256,4 +292,5 @@ def chart(results: ComparisonFile) -> object:
             )
             .properties(width=420, height=320, title=pattern)
         )
-    return alt.hconcat(*panels)
+    chart: alt.HConcatChart = alt.hconcat(*panels)
+    return chart

@@ -8,8 +8,8 @@ from functools import partial
 from selfpruner.evolution.extras import finite
 from selfpruner.evolution.front import Latencies, Member
 from selfpruner.evolution.windows import report_windows
+from selfpruner.files.report import FrontRow, Report
 from selfpruner.jobs.running_job import RunningJob
-from selfpruner.json_objects import JsonObject
 from selfpruner.records import Window
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.tasks import MeasureRequest, MeasureResult, TimeBlocksRequest
@@ -18,45 +18,41 @@ from selfpruner.workers.tasks import MeasureRequest, MeasureResult, TimeBlocksRe
 TOGETHER = 3
 
 
-async def front_report(job: RunningJob, members: Sequence[Member], latencies: Latencies | None) -> dict[str, object]:
+async def front_report(job: RunningJob, members: Sequence[Member], latencies: Latencies | None) -> Report:
     """``front`` (see :func:`front_rows`), and ``latency`` where that is an objective: what its predictions are made of."""
-    found: dict[str, object] = {"front": await front_rows(job, members, report_windows(job.prepared.texts["report"].sequences))}
+    found: Report = {"front": await front_rows(job, members, report_windows(job.prepared.texts["report"].sequences))}
     if latencies is not None:
         dense, rest = round(latencies.of(job.space.dense), 1), round(latencies.rest, 1)
         found["latency"] = {"prompt_tokens": latencies.tokens, "dense_us": dense, "unpruned_us": rest}
     return found
 
 
-async def front_rows(job: RunningJob, members: Sequence[Member], windows: Sequence[Window]) -> list[JsonObject]:
-    """One row per member, best quality first: ``plan``, ``operator``, ``levels``, ``layer_rates``, ``rate``, ``parameters``,
-    ``fitness`` (where it was chosen), ``kl`` and ``perplexity`` (on ``windows``), ``best`` (whether it is the job's own plan).
-
-    With latency also ``latency_us``, the sum of what its blocks take, and ``prefill_tps`` and ``speedup``, measured on the built
-    model, the latter against the dense model in the same rounds; these two are missing where the models do not fit the memory.
-    """
+async def front_rows(job: RunningJob, members: Sequence[Member], windows: Sequence[Window]) -> list[FrontRow]:
+    """One row per member, best quality first, scored on ``windows``. Measured speeds are missing where the models do not fit the
+    memory."""
     tell = job.teller("reporting")
     tell("front: scoring on the held-out text")
     counted = job.evaluator.evaluations
     scores = await job.evaluator.score([member.plan for member in members], windows)
     job.evaluator.evaluations = counted  # the report's figures are no part of the search's cost
-    rows = []
+    rows: list[FrontRow] = []
     for member in members:
         candidate, score = member.candidate, scores[member.candidate.plan_hash]
-        rows.append(
-            {
-                "plan": candidate.plan_hash,
-                "operator": candidate.operator,
-                "rate": member.rate,
-                "parameters": job.parameters(member.plan),
-                "fitness": member.values(job.config.fitness)[0],
-                "kl": finite(score.kl),
-                "perplexity": finite(score.perplexity),
-                "levels": list(candidate.levels),
-                "layer_rates": [round(rate, 4) for rate in job.space.layer_rates(member.plan)],
-                "best": candidate.plan_hash == job.outcome.best.plan_hash,
-                **({} if member.latency is None else {"latency_us": round(member.latency, 1)}),
-            }
-        )
+        row: FrontRow = {
+            "plan": candidate.plan_hash,
+            "operator": candidate.operator,
+            "rate": member.rate,
+            "parameters": job.parameters(member.plan),
+            "fitness": member.values(job.config.fitness)[0],
+            "kl": finite(score.kl),
+            "perplexity": finite(score.perplexity),
+            "levels": list(candidate.levels),
+            "layer_rates": [round(rate, 4) for rate in job.space.layer_rates(member.plan)],
+            "best": candidate.plan_hash == job.outcome.best.plan_hash,
+        }
+        if member.latency is not None:
+            row["latency_us"] = round(member.latency, 1)
+        rows.append(row)
     timed = [member for member in members if member.latency is not None]
     for start in range(0, len(timed), TOGETHER):
         tell(f"front: timing plans {start + 1} to {min(start + TOGETHER, len(timed))} of {len(timed)}")

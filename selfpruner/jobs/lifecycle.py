@@ -18,15 +18,15 @@ import shutil
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NotRequired, Protocol, TypedDict
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
-from selfpruner.json_objects import JsonObject
+from selfpruner.files.report import Report
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.records import Recorder
+from selfpruner.records import JobStatus, Recorder, StoredError
 from selfpruner.store.store import Store
-from selfpruner.store.tables import Checkpoint, Job, JobStatus
+from selfpruner.store.tables import Checkpoint, Job
 from selfpruner.workers.base import WorkerPool
 
 log = logging.getLogger("selfpruner.jobs")
@@ -35,19 +35,30 @@ log.addHandler(logging.NullHandler())  # a search in this process raises what we
 # A cancelled job is `cancelled` within five seconds, whatever its search is doing.
 STOP_SECONDS = 4.5
 
-# What the database keeps of a search's checkpoint; timings and the like are in its report.
-CHECKPOINT_FIELDS = ("path", "plan_hash", "parameters", "bytes", "manifest_sha256", "verification", "metrics")
-
 Left = Literal["cancelled", "paused", "queued"]
+
+
+class MadeCheckpoint(TypedDict):
+    """The checkpoint of a search. How long it took, and whether its files were there already, where it was made now."""
+
+    path: str
+    plan_hash: str
+    parameters: int
+    bytes: int
+    manifest_sha256: str
+    verification: Mapping[str, object]
+    metrics: Mapping[str, object]
+    write_seconds: NotRequired[float]
+    verify_seconds: NotRequired[float]
+    reused: NotRequired[bool]
 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """``report``: the figures (see :func:`selfpruner.jobs.run.run_job`). ``checkpoint``: ``CHECKPOINT_FIELDS``, and
-    how long it took where it was made now. ``reused``: all of it was there already."""
+    """``reused``: all of it was there already."""
 
-    report: JsonObject
-    checkpoint: JsonObject
+    report: Report
+    checkpoint: MadeCheckpoint
     reused: bool = False
 
 
@@ -143,11 +154,21 @@ class JobLife:
             raise self.problem
         return self._search.result()
 
-    def _outcome(self, search: asyncio.Task[JobResult]) -> tuple[JobStatus, JsonObject | None]:
+    def _outcome(self, search: asyncio.Task[JobResult]) -> tuple[JobStatus, StoredError | None]:
         """Where the job goes after its search has ended; its result is stored here."""
         try:
             result = search.result()
-            self._store.add_checkpoint(self.id, **{name: result.checkpoint[name] for name in CHECKPOINT_FIELDS})
+            made = result.checkpoint
+            self._store.add_checkpoint(
+                self.id,
+                made["plan_hash"],
+                path=made["path"],
+                parameters=made["parameters"],
+                bytes=made["bytes"],
+                manifest_sha256=made["manifest_sha256"],
+                verification=made["verification"],
+                metrics=made["metrics"],
+            )
             self._store.set_result(self.id, result.report)
         except Exception as error:
             self.error = error
@@ -165,13 +186,13 @@ class JobLife:
             return self.leave or "queued", None
         return "succeeded", None
 
-    def _failure(self, error: Exception) -> JsonObject:
+    def _failure(self, error: Exception) -> StoredError:
         if isinstance(error, SelfprunerError):
             log.warning("failed: %s (%s)", error, error.code)
             return {"code": error.code, "message": error.message, "param": error.param}
         return {"code": "internal_error", "message": self._explain(error), "param": None}
 
-    async def _write(self, to: JobStatus, failure: JsonObject | None, closing: asyncio.Event | None) -> None:
+    async def _write(self, to: JobStatus, failure: StoredError | None, closing: asyncio.Event | None) -> None:
         """Make the transition durable. While the disk is full this is tried again; after a restart the job is simply run again."""
         if self._again:
             return
@@ -200,6 +221,14 @@ async def discard_partial(folder: Path, to: str) -> None:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
-def recorded(row: Checkpoint) -> JsonObject:
+def recorded(row: Checkpoint) -> MadeCheckpoint:
     """The checkpoint of a :class:`JobResult`, from its row."""
-    return {name: getattr(row, name) for name in CHECKPOINT_FIELDS}
+    return {
+        "path": row.path,
+        "plan_hash": row.plan_hash,
+        "parameters": row.parameters,
+        "bytes": row.bytes,
+        "manifest_sha256": row.manifest_sha256,
+        "verification": row.verification,
+        "metrics": row.metrics,
+    }

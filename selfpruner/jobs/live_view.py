@@ -18,14 +18,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
-from selfpruner.json_objects import JsonMapping
+from selfpruner.files.report import Report
 from selfpruner.progress import OnProgress, Teller, TimeLeft, counts, duration, printable
+from selfpruner.records import StoredProgress
 from selfpruner.store.feed import Feed, named
+from selfpruner.store.objects import EventObject, JobObject
 from selfpruner.store.store import Store
 from selfpruner.tables import Screen, Table
 
 # Called with every message of a job's stream: ("job", the job) whenever its status or progress changed, and (type, event).
-Watch = Callable[[str, JsonMapping], None]
+Watch = Callable[[str, EventObject | JobObject], None]
 
 BAR = 30  # columns
 MARKS = {"info": ("·", "dim"), "warn": ("!", "yellow"), "error": ("x", "red")}
@@ -38,7 +40,7 @@ class LiveView:
         self.console = console or Screen(stderr=True)
         self._title = title
         self._status = ""
-        self._progress: JsonMapping = {}
+        self._progress: StoredProgress = {}
         self._started = time.monotonic()
         self._estimate = TimeLeft()
         self._lines = Teller(self.console.file)
@@ -54,21 +56,21 @@ class LiveView:
             self._live.stop()
         self._lines.__exit__()
 
-    def watch(self, name: str, data: JsonMapping) -> None:
+    def watch(self, _name: str, data: EventObject | JobObject) -> None:
         """Take in a message of a job's stream."""
-        if name == "job":
+        if data["object"] == "job":
             self.progress(data["progress"], data["status"])
         else:
             self.event(data)
 
-    def event(self, event: JsonMapping) -> None:
+    def event(self, event: EventObject) -> None:
         """Print an event: ``created_at``, ``level``, ``message``."""
         mark, style = MARKS.get(str(event.get("level")), MARKS["info"])
         when = time.strftime("%H:%M:%S", time.localtime(event.get("created_at") or time.time()))
         # Messages may quote an LLM: no markup, no control characters.
         self.console.print(Text.assemble((f"{when} {mark} ", style), printable(str(event.get("message", "")))), soft_wrap=True)
 
-    def progress(self, progress: JsonMapping | None, status: str = "running") -> None:
+    def progress(self, progress: StoredProgress | None, status: str = "running") -> None:
         self._progress, self._status = progress or {}, status
         done = measure(self._progress)
         self._estimate.see(done)
@@ -98,7 +100,7 @@ class LiveView:
         return head
 
 
-def measure(progress: JsonMapping) -> str:
+def measure(progress: StoredProgress) -> str:
     """From what to tell how far a job is: its message where that counts, else the generations of its search."""
     message = str(progress.get("message") or "")
     if counts(message) or progress.get("stage") != "searching":
@@ -106,7 +108,7 @@ def measure(progress: JsonMapping) -> str:
     return f"generation {progress.get('generation') or 0} of {progress.get('generations') or 0}"
 
 
-def facts(progress: JsonMapping, status: str) -> Text:
+def facts(progress: StoredProgress, status: str) -> Text:
     """One line: stage, plans, evaluations, plan-tokens, best fitness."""
     parts = [str(progress.get("stage") or status)]
     for name in ("plans", "evaluations"):
@@ -114,16 +116,16 @@ def facts(progress: JsonMapping, status: str) -> Text:
             parts.append(f"{progress[name]} {name}")
     if tokens := (progress.get("data") or {}).get("tokens"):
         parts.append(f"{tokens:,} tokens")
-    if progress.get("best_fitness") is not None:
-        parts.append(f"best {progress['best_fitness']:.4f} nats/token")
-    if progress.get("best_relative") is not None:
-        parts.append(f"{100 * (progress['best_relative'] - 1):+.1f} % against uniform")
+    if (fitness := progress.get("best_fitness")) is not None:
+        parts.append(f"best {fitness:.4f} nats/token")
+    if (relative := progress.get("best_relative")) is not None:
+        parts.append(f"{100 * (relative - 1):+.1f} % against uniform")
     if progress.get("message"):
         parts.append(printable(str(progress["message"])))
     return Text(" · ".join(parts))
 
 
-def operators(progress: JsonMapping) -> Table | None:
+def operators(progress: StoredProgress) -> Table | None:
     """How many plans each operator made and how many improved the best: ``operators`` and ``improved`` of ``data``, by name."""
     data = progress.get("data") or {}
     made, improved = data.get("operators") or {}, data.get("improved") or {}
@@ -135,14 +137,14 @@ def operators(progress: JsonMapping) -> Table | None:
     return table
 
 
-def contributions(report: JsonMapping) -> Table | None:
+def contributions(report: Report) -> Table | None:
     """The same of a job that has ended, from its report."""
     rows = report.get("operators", {})
-    made, improved = ({name: row[key] for name, row in rows.items()} for key in ("made", "improved"))
-    return operators({"data": {"operators": made, "improved": improved}})
+    made = {name: row["made"] for name, row in rows.items()}
+    return operators({"data": {"operators": made, "improved": {name: row["improved"] for name, row in rows.items()}}})
 
 
-def account(report: JsonMapping) -> list[str]:
+def account(report: Report) -> list[str]:
     """Lines for the end of a job, from its report: what the search cost and why it ended, what it foresaw, how the result writes.
     Reports of older jobs lack some of that."""
     lines = []
@@ -151,9 +153,9 @@ def account(report: JsonMapping) -> list[str]:
         lines.append(line + (f", which saved up to {report['tokens_saved']:,}." if report["tokens_saved"] else "."))
     if report.get("rank_correlation") is not None:
         lines.append(f"Rank correlation of foreseen and measured fitness: {report['rank_correlation']:.2f}.")
-    rates = [report.get(name, {}).get("repetition") for name in ("best", "dense")]
-    if None not in rates:
-        lines.append(f"Greedy text repeats {100 * rates[0]:.0f} % of itself, the dense model's {100 * rates[1]:.0f} %.")
+    own, dense = (row.get("repetition") for row in (report.get("best", {}), report.get("dense", {})))
+    if own is not None and dense is not None:
+        lines.append(f"Greedy text repeats {100 * own:.0f} % of itself, the dense model's {100 * dense:.0f} %.")
     named = {"scores": "figures", "timing": "speed", "generation_probe": "repetition"}
     for name, reason in report.get("missing", {}).items():
         lines.append(f"Missing: {named.get(name, name)}. {reason}")
@@ -164,7 +166,7 @@ def account(report: JsonMapping) -> list[str]:
 def watched(title: str, progress: bool | OnProgress) -> Iterator[Watch]:
     """What shows a job: for True a live view, for a function its calls with a line of text, for False nothing."""
     if callable(progress):
-        yield lambda name, data: progress(facts(data["progress"] or {}, data["status"]).plain) if name == "job" else None
+        yield lambda _, data: progress(facts(data["progress"] or {}, data["status"]).plain) if data["object"] == "job" else None
     elif progress:
         with LiveView(title) as view:
             yield view.watch
@@ -179,9 +181,8 @@ def watching(store: Store, job_id: str, watches: Sequence[Watch]) -> Callable[..
     def tell(changed: str, *_: object) -> None:
         while changed == job_id:
             for each in feed.look():
-                data = each.model_dump(mode="json")
                 for watch in watches:
-                    watch(named(each), data)
+                    watch(named(each), each)
             if not feed.more:
                 return
 

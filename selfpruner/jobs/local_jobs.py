@@ -13,11 +13,22 @@ from typing import Literal, Self, TypeVar, cast, get_args
 
 from selfpruner.errors import ConflictError, NotFoundError, UnknownNameError
 from selfpruner.jobs import runs
-from selfpruner.json_objects import JsonObject
+from selfpruner.records import JobStatus
 from selfpruner.store.feed import Feed, named
-from selfpruner.store.objects import CandidateObject, CheckpointObject, EventObject, JobObject
+from selfpruner.store.objects import (
+    CandidateObject,
+    CheckpointObject,
+    EventObject,
+    JobObject,
+    ListObject,
+    candidate_object,
+    checkpoint_object,
+    event_object,
+    job_object,
+    list_object,
+)
 from selfpruner.store.store import Page, Store
-from selfpruner.store.tables import CandidateRow, Event, JobStatus
+from selfpruner.store.tables import CandidateRow, Event
 
 LOOK_SECONDS = 0.5
 
@@ -41,7 +52,7 @@ class LocalJobs:
     def folder(self) -> Path:
         return self._database.parent
 
-    def waiting(self, job_id: str) -> JsonObject:
+    def waiting(self, job_id: str) -> JobObject:
         """The job, if a search may go on with it. Raises ConflictError for one that has finished."""
         job = self.get(job_id)
         if job["finished_at"] is not None:
@@ -55,48 +66,46 @@ class LocalJobs:
             raise NotFoundError(f"{self._database} holds no job yet.", param="source")
         return found[0].id
 
-    def get(self, job_id: str) -> JsonObject:
-        return JobObject.of(self._store.job(job_id)).model_dump(mode="json")
+    def get(self, job_id: str) -> JobObject:
+        return job_object(self._store.job(job_id))
 
-    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> JsonObject:
+    def list(self, after: str | None = None, limit: int = 20, status: str | None = None) -> ListObject[JobObject]:
         if status is not None and status not in get_args(JobStatus):
             raise UnknownNameError("status", status, get_args(JobStatus))
         page = self._store.jobs(after, limit, status=cast(JobStatus | None, status))
-        data = [JobObject.of(job).model_dump(mode="json") for job in page.data]
-        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-        return {"object": "list", "data": data, "has_more": page.has_more, **ends}
+        return list_object([job_object(job) for job in page.data], page.has_more)
 
-    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[JsonObject]:
+    def candidates(self, job_id: str, order: Literal["generation", "fitness"] = "generation") -> Iterator[CandidateObject]:
         for row in _pages(lambda last: self._store.candidates(job_id, None if last is None else last.plan_hash, order=order)):
-            yield CandidateObject.of(row).model_dump(mode="json")
+            yield candidate_object(row)
 
-    def checkpoints(self, job_id: str) -> Iterator[JsonObject]:
+    def checkpoints(self, job_id: str) -> Iterator[CheckpointObject]:
         for row in self._store.checkpoints(job_id):
-            yield CheckpointObject.of(row).model_dump(mode="json")
+            yield checkpoint_object(row)
 
-    def events(self, job_id: str, after: int = 0) -> Iterator[JsonObject]:
+    def events(self, job_id: str, after: int = 0) -> Iterator[EventObject]:
         for row in _pages(lambda last: self._store.events(job_id, last.sequence if last else after)):
-            yield EventObject.of(row).model_dump(mode="json")
+            yield event_object(row)
 
-    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, JsonObject]]:
+    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[str, EventObject | JobObject]]:
         """Until the job runs no more: where it waits, only a call of `search` goes on with it."""
         feed = Feed(self._store, job_id, after)
         while True:
             for each in feed.look():
-                yield named(each), each.model_dump(mode="json")
+                yield named(each), each
             if feed.more:
                 continue
             if self._store.job(job_id).status != "running":
                 return
             time.sleep(LOOK_SECONDS)
 
-    def cancel(self, job_id: str) -> JsonObject:
+    def cancel(self, job_id: str) -> JobObject:
         """Cancel a job that waits. Raises ConflictError for one that has finished, StoreError while a search runs there."""
         with Store(self._database) as store:
             store.requeue_running()
             job = store.request_cancel(job_id)
         shutil.rmtree(runs.checkpoint_folder(self.folder, job), ignore_errors=True)
-        return JobObject.of(job).model_dump(mode="json")
+        return job_object(job)
 
 
 def _pages(ask: Callable[[Row | None], Page[Row]]) -> Iterator[Row]:

@@ -1,42 +1,49 @@
-"""The figures of a job: the dense model, the uniform plan, the best one, and the usual baseline, on the held-out text.
-
-The report is plain data; :func:`selfpruner.jobs.run.run_job` says what it holds.
-"""
+"""The figures of a job: the dense model, the uniform plan, the best one, and the usual baseline, on the held-out text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
+from pydantic import TypeAdapter
+
 from selfpruner.catalogue import PATTERNS
 from selfpruner.evolution.evaluator import Fitness
 from selfpruner.evolution.extras import finite
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import report_windows
+from selfpruner.files.report import Contribution, Figures, Inputs, Report, Subject
 from selfpruner.jobs.running_job import PREPARED, RunningJob
-from selfpruner.json_objects import JsonObject
 from selfpruner.planning.space import Plan
 from selfpruner.workers.tasks import BaselineRequest, MeasureRequest, MeasureResult
 
+INPUTS = TypeAdapter(Inputs)
 
-async def figures(job: RunningJob) -> dict[str, object]:
+
+async def figures(job: RunningJob) -> Report:
     """The dense model and the plans worth comparing, and what was pruned how."""
-    plans = {"dense": job.space.dense, "uniform": Plan(job.outcome.uniform.levels), "best": job.best}
+    plans: dict[Subject, Plan] = {"dense": job.space.dense, "uniform": Plan(job.outcome.uniform.levels), "best": job.best}
     if job.outcome.ramp is not None:
         plans["ramp"] = Plan(job.outcome.ramp.levels)
     scores, timed = await _scores(job, plans), await _speeds(job, plans)
-    report: JsonObject = {}
+    report: Report = {}
     for name, plan in plans.items():
-        report[name] = {"parameters": job.parameters(plan), **(timed.rows[name].figures if name in timed.rows else {})}
+        row: Figures = {"parameters": job.parameters(plan)}
+        if name in timed.rows:
+            row |= timed.rows[name].figures
         if plan.hash in scores:
             score = scores[plan.hash]
-            report[name] |= {"kl": finite(score.kl), "perplexity": finite(score.perplexity), "tokens": score.tokens}
-    for name, key in (("dense", "dense"), ("best", job.outcome.best.plan_hash)):
-        if key in job.outcome.repetition:
-            report[name]["repetition"] = round(job.outcome.repetition[key], 4)
+            row |= {"kl": finite(score.kl), "perplexity": finite(score.perplexity), "tokens": score.tokens}
+        report[name] = row
+    written = job.outcome.repetition
+    if "dense" in written:
+        report["dense"]["repetition"] = round(written["dense"], 4)
+    if job.outcome.best.plan_hash in written:
+        report["best"]["repetition"] = round(written[job.outcome.best.plan_hash], 4)
     config, best = job.config, job.outcome.best
-    return report | {
-        **job.prepared.model_dump(mode="json", include=PREPARED),
+    return {
+        **report,
+        **INPUTS.validate_json(job.prepared.model_dump_json(include=PREPARED)),
         "target": {"rate": config.rate, "of": config.of, "parameters_to_remove": job.space.target},
         "method": {
             "pattern": config.pattern,
@@ -55,7 +62,7 @@ async def figures(job: RunningJob) -> dict[str, object]:
     }
 
 
-async def _scores(job: RunningJob, plans: Mapping[str, Plan]) -> dict[str, Fitness]:
+async def _scores(job: RunningJob, plans: Mapping[Subject, Plan]) -> dict[str, Fitness]:
     job.teller("reporting")("scoring on the held-out text")
     windows = report_windows(job.prepared.texts["report"].sequences)
     counted = job.evaluator.evaluations
@@ -71,7 +78,7 @@ async def _scores(job: RunningJob, plans: Mapping[str, Plan]) -> dict[str, Fitne
     return scores
 
 
-async def _speeds(job: RunningJob, plans: Mapping[str, Plan]) -> MeasureResult:
+async def _speeds(job: RunningJob, plans: Mapping[Subject, Plan]) -> MeasureResult:
     tell = job.teller("reporting")
     tell("timing")
     asked = MeasureRequest(plans={name: plan.levels for name, plan in plans.items()})
@@ -82,7 +89,7 @@ async def _speeds(job: RunningJob, plans: Mapping[str, Plan]) -> MeasureResult:
     return timed
 
 
-async def baseline(job: RunningJob) -> dict[str, dict[str, object]]:
+async def baseline(job: RunningJob) -> Report:
     """The uniform baseline by its name; nothing where the job's own uniform plan is it, or it could not be scored. The last task of
     a job, because the worker gives up the session for it."""
     name, changes = PATTERNS[job.config.pattern].baseline
@@ -97,16 +104,16 @@ async def baseline(job: RunningJob) -> dict[str, dict[str, object]]:
     if row is None:
         return {}
     job.evaluator.peak_mib = max(job.evaluator.peak_mib, row.peak_mib)
-    return {
-        name: {
-            "kl": row.kl,
-            "perplexity": None if row.nll is None else math.exp(min(row.nll, 700.0)),
-            "tokens": row.tokens,
-            "parameters": row.parameters,
-        }
+    report: Report = {}
+    report[name] = {
+        "kl": row.kl,
+        "perplexity": None if row.nll is None else math.exp(min(row.nll, 700.0)),
+        "tokens": row.tokens,
+        "parameters": row.parameters,
     }
+    return report
 
 
-def operators(outcome: Outcome) -> dict[str, dict[str, int]]:
+def operators(outcome: Outcome) -> dict[str, Contribution]:
     """What each operator contributed."""
     return {name: {"made": made, "improved": outcome.improved.get(name, 0)} for name, made in sorted(outcome.made.items())}

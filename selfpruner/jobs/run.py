@@ -9,6 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NotRequired
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from selfpruner import catalogue
 from selfpruner.config import Role, SearchConfig
@@ -19,11 +23,11 @@ from selfpruner.evolution.front import Front, Latencies, Member
 from selfpruner.evolution.loop import Search
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import Windows
+from selfpruner.files.report import Report
 from selfpruner.jobs import card, report
 from selfpruner.jobs.front_report import front_report, latencies_of
-from selfpruner.jobs.lifecycle import JobResult
+from selfpruner.jobs.lifecycle import JobResult, MadeCheckpoint
 from selfpruner.jobs.running_job import PREPARED, RunningJob
-from selfpruner.json_objects import JsonMapping
 from selfpruner.planning.space import Plan
 from selfpruner.progress import Foreseen
 from selfpruner.proposers import ProposerSettings, create
@@ -54,14 +58,8 @@ async def run_job(
 ) -> JobResult:
     """Run ``config`` to the end and leave a verified checkpoint in ``checkpoint_dir``.
 
-    The report holds ``dense``, ``uniform``, ``ramp``, ``best`` and ``uniform_flap_bias``, or ``uniform_magnitude`` where single
-    weights go (parameters, of which zeros are none, kl, perplexity, prefill_tps, decode_tps where timed; repetition of ``dense``
-    and ``best`` where they were made to write), ``evaluations``, ``plans``, ``tokens`` (plan-tokens that the search was charged),
-    ``stopped`` (why its generations ended), ``tokens_saved`` (at most, by ending early), ``rank_correlation`` (predicted against
-    measured), ``seconds``, ``peak_worker_mib``, ``operators``, ``texts``, ``model``, ``plan`` and ``checkpoint``; with more than
-    one objective also ``front`` and, where it is one of them, ``latency``. What could not be had is left out, and ``missing`` says
-    why, by what failed: ``scores``, ``timing``, ``baseline``, ``front``, ``latency``, ``generation_probe``. Raises UnknownNameError
-    for a proposer the settings do not name and ConfigError for a fitness text too short for the stages, both before any work.
+    Raises UnknownNameError for a proposer the settings do not name and ConfigError for a fitness text too short for the stages,
+    both before any work.
     """
     started = time.monotonic()
     if "llm" in config.needs:
@@ -117,7 +115,7 @@ async def run_job(
     members = await _front(job, front, search, latencies)
     found = await report.figures(job)
     if members:
-        nothing: dict[str, object] = {}
+        nothing: Report = {}
         found |= await extras.attempt("front", "The report has no front", lambda: front_report(job, members, latencies), nothing)
     checkpoint = await _export(job, found, checkpoint_dir)
     found |= await report.baseline(job)
@@ -154,8 +152,8 @@ async def _front(job: RunningJob, front: Front, search: Search, latencies: Laten
     return members
 
 
-async def _export(job: RunningJob, figures: Mapping[str, object], directory: Path) -> dict[str, object]:
-    """The verified checkpoint of the best plan, as :class:`JobResult` describes it."""
+async def _export(job: RunningJob, figures: Report, directory: Path) -> MadeCheckpoint:
+    """The verified checkpoint of the best plan."""
     tell = job.teller("exporting")
     tell("writing and verifying the checkpoint")
     metrics = card.metrics(figures)
@@ -168,15 +166,38 @@ async def _export(job: RunningJob, figures: Mapping[str, object], directory: Pat
         f"Checkpoint written, loaded again in a fresh process and compared: {result.parameters:,} parameters.",
         data={"plan": job.best.hash, "verification": result.verification},
     )
-    return {**result.model_dump(exclude={"peak_mib"}), "plan_hash": job.best.hash, "metrics": metrics}
+    return {
+        "path": result.path,
+        "parameters": result.parameters,
+        "bytes": result.bytes,
+        "manifest_sha256": result.manifest_sha256,
+        "verification": result.verification,
+        "write_seconds": result.write_seconds,
+        "verify_seconds": result.verify_seconds,
+        "reused": result.reused,
+        "plan_hash": job.best.hash,
+        "metrics": metrics,
+    }
 
 
-def _refuse_other_inputs(before: JsonMapping | None, prepared: PrepareResult) -> None:
+class _Fingerprinted(TypedDict):
+    fingerprint: NotRequired[str | None]
+
+
+class _Begun(TypedDict):
+    """What a job remembers of its files; that of earlier versions has no fingerprints."""
+
+    model: _Fingerprinted
+    texts: dict[str, _Fingerprinted]
+
+
+def _refuse_other_inputs(before: Mapping[str, object] | None, prepared: PrepareResult) -> None:
     """Raise ConflictError where a job goes on with a model or texts that are not those it began with: scores of one model would
     stand beside those of another, and decide."""
     if before is None:
         return
-    then = {"model": before["model"], **{f"{role} text": text for role, text in before["texts"].items()}}
+    begun = TypeAdapter(_Begun).validate_python(before)
+    then = {"model": begun["model"], **{f"{role} text": text for role, text in begun["texts"].items()}}
     now = {"model": prepared.model.fingerprint, **{f"{role} text": text.fingerprint for role, text in prepared.texts.items()}}
     changed = [name for name, facts in then.items() if facts.get("fingerprint") not in (None, now.get(name))]
     if changed:

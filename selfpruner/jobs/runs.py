@@ -21,6 +21,7 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError, NotFoundError, StoreError
 from selfpruner.evolution.windows import Windows
 from selfpruner.files import atomic, manifest, places
+from selfpruner.files.report import Report
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint, Job
 
@@ -39,7 +40,7 @@ class Run:
     result: Path
     done: Checkpoint | None = None
 
-    def write_result(self, report: Mapping[str, object]) -> None:
+    def write_result(self, report: Report) -> None:
         atomic.write_text(self.result, json.dumps(report, indent=2) + "\n")
 
 

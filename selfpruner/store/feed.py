@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfpruner.store.objects import EventObject, JobObject
+from selfpruner.store.objects import EventObject, JobObject, event_object, job_object
 from selfpruner.store.store import Store
 
 PAGE = 100
@@ -26,16 +26,16 @@ class Feed:
         # The job before its events: when it is finished here, its last event is already there.
         job = self._store.job(self._job_id)
         page = self._store.events(self._job_id, self._after, PAGE)
-        news: list[EventObject | JobObject] = [EventObject.of(event) for event in page.data]
+        news: list[EventObject | JobObject] = [event_object(event) for event in page.data]
         if page.data:
             self._after = page.data[-1].sequence
         if not page.has_more and (job.status, job.progress) != self._seen:
             self._seen = (job.status, job.progress)
-            news.append(JobObject.of(job))
+            news.append(job_object(job))
         self.more, self.ended = page.has_more, job.finished and not page.has_more
         return news
 
 
 def named(news: EventObject | JobObject) -> str:
     """What a stream calls it: an event by its type, the job ``job``."""
-    return news.type if isinstance(news, EventObject) else news.object
+    return news["type"] if news["object"] == "event" else news["object"]

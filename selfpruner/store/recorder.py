@@ -15,12 +15,13 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlmodel import col, select
 
 from selfpruner.errors import StoreError
-from selfpruner.json_objects import JsonObject
-from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity
+from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, StoredProgress
 from selfpruner.store.database import Database
 from selfpruner.store.tables import CandidateRow, EvaluationRow, Event, LlmCallRow
 from selfpruner.store.transaction import Transaction, storable
 
+# What later writes of a candidate change; the rest is its origin and what was believed of it then.
+SCORE = {"status", "fitness", "relative", "window", "tokens", "reason", "survived", "rejected"}
 Transactions = Callable[[], AbstractContextManager[Transaction]]
 
 
@@ -46,6 +47,8 @@ class JobRecorder:
             return
         with self._transactions() as write:
             origin = {"job_id": self.job_id, "created_at": write.now}
+            for row in rows:
+                _refuse_nan(row)
             values = [{**_fields(row), **origin, "reason": _text(row.reason)} for row in rows]
             write.session.execute(insert(EvaluationRow).on_conflict_do_nothing(), values)
 
@@ -58,6 +61,7 @@ class JobRecorder:
         return LlmCall(**{**fields, "messages": tuple(row.messages)})
 
     def save_llm_call(self, call: LlmCall) -> None:
+        _refuse_nan(call)
         texts = {"reply": storable(call.reply), "detail": storable(call.detail)}
         with self._transactions() as write:
             origin = {"job_id": self.job_id, "created_at": write.now, "messages": [dict(message) for message in call.messages]}
@@ -74,25 +78,13 @@ class JobRecorder:
             highest = select(func.max(col(CandidateRow.sequence))).where(CandidateRow.job_id == self.job_id)
             sequence = write.session.exec(highest).one() or 0
             for candidate in rows:
-                row = known.get(candidate.plan_hash)
-                if row is None:
+                made = _row(candidate, self.job_id, sequence + 1, write.now)
+                row = known.setdefault(candidate.plan_hash, made)
+                if row is made:
                     sequence += 1
-                    row = known[candidate.plan_hash] = CandidateRow(
-                        job_id=self.job_id,
-                        plan_hash=candidate.plan_hash,
-                        sequence=sequence,
-                        created_at=write.now,
-                        generation=candidate.generation,
-                        operator=candidate.operator,
-                        parents=list(candidate.parents),
-                        levels=list(candidate.levels),
-                        rates=list(candidate.rates),
-                        **_beliefs(candidate),
-                        **_score(candidate),
-                    )
-                    write.session.add(row)
+                    write.session.add(made)
                 elif candidate.status != "pending":
-                    row.sqlmodel_update(_score(candidate))
+                    row.sqlmodel_update(made.model_dump(include=SCORE))
 
     def event(
         self, key: str, type: str, message: str, *, level: Severity = "info", data: Mapping[str, object] | None = None
@@ -109,30 +101,63 @@ class JobRecorder:
         if progress == self._progress:
             return
         with self._transactions() as write:
-            write.job(self.job_id).progress = {**_fields(progress), "data": dict(progress.data)}
+            write.job(self.job_id).progress = _stored(progress)
             write.progressed.append(self.job_id)
         self._progress = progress
 
 
-def _fields(row: Evaluation | Candidate | LlmCall | Progress) -> JsonObject:
-    """The fields of a record. NaN is refused here: SQLite would store it as NULL and nobody would know."""
-    fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
-    for name, value in fields.items():
+def _refuse_nan(record: Evaluation | Candidate | LlmCall | Progress) -> None:
+    """SQLite would store it as NULL and nobody would know."""
+    for name, value in _fields(record).items():
         if isinstance(value, float) and math.isnan(value):
-            raise StoreError(f"{type(row).__name__}.{name} is NaN. Give None and a reason instead.")
-    return fields
+            raise StoreError(f"{type(record).__name__}.{name} is NaN. Give None and a reason instead.")
+
+
+def _fields(record: Evaluation | Candidate | LlmCall | Progress) -> dict[str, object]:
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
 def _text(text: str | None) -> str | None:
     return None if text is None else storable(text)
 
 
-def _beliefs(candidate: Candidate) -> JsonObject:
-    fields = _fields(candidate)
-    return {name: fields[name] for name in ("predicted", "credit", "informed_by")}
+def _row(candidate: Candidate, job_id: str, sequence: int, now: int) -> CandidateRow:
+    _refuse_nan(candidate)
+    return CandidateRow(
+        job_id=job_id,
+        plan_hash=candidate.plan_hash,
+        sequence=sequence,
+        created_at=now,
+        generation=candidate.generation,
+        operator=candidate.operator,
+        parents=list(candidate.parents),
+        levels=list(candidate.levels),
+        rates=list(candidate.rates),
+        status=candidate.status,
+        fitness=candidate.fitness,
+        relative=candidate.relative,
+        window=candidate.window,
+        tokens=candidate.tokens,
+        reason=_text(candidate.reason),
+        survived=candidate.survived,
+        rejected=candidate.rejected,
+        predicted=candidate.predicted,
+        credit=candidate.credit,
+        informed_by=candidate.informed_by,
+    )
 
 
-def _score(candidate: Candidate) -> JsonObject:
-    fields = _fields(candidate)
-    kept = ("status", "fitness", "relative", "window", "tokens", "survived", "rejected")
-    return {**{name: fields[name] for name in kept}, "reason": _text(candidate.reason)}
+def _stored(progress: Progress) -> StoredProgress:
+    _refuse_nan(progress)
+    return {
+        "stage": progress.stage,
+        "generation": progress.generation,
+        "generations": progress.generations,
+        "evaluations": progress.evaluations,
+        "plans": progress.plans,
+        "best_fitness": progress.best_fitness,
+        "best_relative": progress.best_relative,
+        "best_plan": progress.best_plan,
+        "message": progress.message,
+        "data": progress.data,
+    }

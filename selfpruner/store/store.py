@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Generic, Literal, Self, TypeVar
 
 import sqlalchemy
 from sqlalchemy import ColumnElement, Select, SQLColumnExpression, func, insert, inspect, literal, literal_column, or_, true, tuple_
@@ -27,6 +27,8 @@ from sqlmodel import col, delete, select
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError
+from selfpruner.files.report import Report
+from selfpruner.records import JobStatus, StoredConfig, StoredError
 from selfpruner.store import schema
 from selfpruner.store.database import Database
 from selfpruner.store.recorder import JobRecorder
@@ -37,7 +39,6 @@ from selfpruner.store.tables import (
     Event,
     Idempotency,
     Job,
-    JobStatus,
     LlmCallRow,
 )
 from selfpruner.store.transaction import Transaction, find_job
@@ -115,7 +116,7 @@ class Store:
         With an ``idempotency_key`` that this owner used in the last 24 hours the first job is returned, or ConflictError is
         raised when that request had another ``body_hash`` (default: a hash of config and metadata).
         """
-        body = config.model_dump(mode="json")
+        body: StoredConfig = json.loads(config.model_dump_json())
         labels = dict(metadata or {})
         body_hash = body_hash or hashlib.sha256(json.dumps([body, labels], sort_keys=True).encode()).hexdigest()
         with self._transaction() as write:
@@ -177,7 +178,7 @@ class Store:
         with self._database.reading() as session:
             return session.exec(select(Job).where(Job.status == "queued").order_by(col(Job.number)).limit(1)).first()
 
-    def transition(self, job_id: str, to: JobStatus, *, error: Mapping[str, object] | None = None) -> Job:
+    def transition(self, job_id: str, to: JobStatus, *, error: StoredError | None = None) -> Job:
         """Move a job along ``TRANSITIONS``; ``failed`` takes the ``error`` (see ``SelfprunerError.to_dict``).
 
         Sets ``started_at`` at the first start and ``finished_at`` at the end, and appends the event ``job.<status>``. A job that
@@ -207,11 +208,11 @@ class Store:
             running = write.session.exec(select(Job).where(Job.status == "running").order_by(col(Job.number))).all()
             return [job for job in running if write.move(job, "queued").status == "queued"]
 
-    def set_result(self, job_id: str, result: Mapping[str, object]) -> Job:
+    def set_result(self, job_id: str, result: Report) -> Job:
         """Store the final report. Its ``best_plan``, a plan hash, decides what the view ``best`` shows."""
         with self._transaction() as write:
             job = write.job(job_id)
-            job.result = dict(result)
+            job.result = result.copy()
             return job
 
     def recorder(self, job_id: str) -> JobRecorder:
@@ -302,24 +303,26 @@ class Store:
         metrics: Mapping[str, object],
     ) -> Checkpoint:
         """Record an exported folder. One per job and plan: exporting again keeps the id and describes the newer files."""
-        found: dict[str, Any] = {
-            "path": path,
-            "parameters": parameters,
-            "bytes": bytes,
-            "manifest_sha256": manifest_sha256,
-            "verification": dict(verification),
-            "metrics": dict(metrics),
-        }
         with self._transaction() as write:
             write.job(job_id)
+            made = Checkpoint(
+                id=new_id("ckpt"),
+                job_id=job_id,
+                plan_hash=plan_hash,
+                created_at=write.now,
+                path=path,
+                parameters=parameters,
+                bytes=bytes,
+                manifest_sha256=manifest_sha256,
+                verification=dict(verification),
+                metrics=dict(metrics),
+            )
             known = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.plan_hash == plan_hash)
             row = write.session.exec(known).first()
             if row is None:
-                row = Checkpoint(id=new_id("ckpt"), job_id=job_id, plan_hash=plan_hash, created_at=write.now, **found)
-                write.session.add(row)
-            else:
-                row.sqlmodel_update(found)
-            return row
+                write.session.add(made)
+                return made
+            return row.sqlmodel_update(made.model_dump(exclude={"id", "created_at"}))
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """A job's checkpoints, oldest first."""

@@ -13,18 +13,28 @@ Times are UTC unix seconds. A change here needs a migration; a test holds both e
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from sqlalchemy import JSON, CheckConstraint, Column, Index, UniqueConstraint
 from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
+from sqlmodel.sql.sqltypes import AutoString
 
+from selfpruner.files.report import Report
 from selfpruner.proposers.base import OUTCOMES
-from selfpruner.records import CandidateStatus, EvaluationKind, EvaluationOutcome, Severity
+from selfpruner.records import (
+    CandidateStatus,
+    EvaluationKind,
+    EvaluationOutcome,
+    JobStatus,
+    Severity,
+    StoredConfig,
+    StoredError,
+    StoredProgress,
+)
 
 REVISION = "0003"
 
-JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TRANSITIONS: Mapping[JobStatus, tuple[JobStatus, ...]] = {
     "queued": ("running", "cancelled"),
     "running": ("paused", "succeeded", "failed", "cancelled", "queued"),
@@ -88,16 +98,16 @@ class Job(Table, table=True):
     number: int | None = Field(default=None, primary_key=True)
     id: str = Field(unique=True)
     owner: str
-    status: str = "queued"
+    status: JobStatus = Field(default="queued", sa_type=AutoString)
     cancel_requested: bool = False
     created_at: int
     started_at: int | None = None
     finished_at: int | None = None
-    config: dict[str, object] = Field(sa_type=Json)
+    config: StoredConfig = Field(sa_type=Json)
     user_metadata: dict[str, str] = Field(sa_column=Column("metadata", Json, nullable=False))
-    progress: dict[str, object] | None = Field(default=None, sa_type=Json)
-    result: dict[str, Any] | None = Field(default=None, sa_type=Json)
-    error: dict[str, object] | None = Field(default=None, sa_type=Json)
+    progress: StoredProgress | None = Field(default=None, sa_type=Json)
+    result: Report | None = Field(default=None, sa_type=Json)
+    error: StoredError | None = Field(default=None, sa_type=Json)
 
     @property
     def finished(self) -> bool:
@@ -133,7 +143,7 @@ class CandidateRow(Table, table=True):
     parents: list[str] = Field(sa_type=Json)
     levels: list[int] = Field(sa_type=Json)
     rates: list[float] = Field(sa_type=Json)
-    status: str
+    status: CandidateStatus = Field(sa_type=AutoString)
     fitness: float | None = None
     relative: float | None = None
     window: str | None = None
@@ -215,7 +225,7 @@ class Event(Table, table=True):
     job_id: str = Field(primary_key=True, foreign_key="job.id")
     sequence: int = Field(primary_key=True)
     created_at: int
-    level: str
+    level: Severity = Field(sa_type=AutoString)
     type: str
     message: str
     data: dict[str, object] = Field(sa_type=Json)

@@ -12,8 +12,8 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from selfpruner.errors import ConflictError, NotFoundError, StoreError
-from selfpruner.records import Severity
-from selfpruner.store.tables import TRANSITIONS, Event, Job, JobStatus
+from selfpruner.records import JobStatus, Severity, StoredError
+from selfpruner.store.tables import TRANSITIONS, Event, Job
 
 
 class Transaction:
@@ -29,11 +29,11 @@ class Transaction:
     def job(self, job_id: str, owner: str | None = None) -> Job:
         return find_job(self.session, job_id, owner)
 
-    def move(self, job: Job, to: JobStatus, error: Mapping[str, object] | None = None) -> Job:
+    def move(self, job: Job, to: JobStatus, error: StoredError | None = None) -> Job:
         """See ``Store.transition``."""
         if job.cancel_requested and to in ("queued", "paused"):
             to = "cancelled"
-        status: JobStatus = job.status  # type: ignore[assignment]  # the database checks it
+        status = job.status
         if to not in TRANSITIONS[status]:
             onward = ", ".join(TRANSITIONS[status])
             hint = f"From there it can become: {onward}." if onward else "It has finished; submit a new job instead."
@@ -46,7 +46,7 @@ class Transaction:
         if not TRANSITIONS[to]:
             job.finished_at = self.now
         if error is not None:
-            job.error = dict(error)
+            job.error = error.copy()
         self.announce(job)
         return job
 
@@ -54,7 +54,7 @@ class Transaction:
         """Append the event that tells the job's status; a job may come to the same status again, so each is new."""
         number = self._next_sequence(job.id)
         if job.error is not None:
-            self.event(job.id, f"status/{number}", "job.failed", str(job.error.get("message", "")), level="error", data=job.error)
+            self.event(job.id, f"status/{number}", "job.failed", job.error["message"], level="error", data=job.error)
         else:
             self.event(job.id, f"status/{number}", f"job.{job.status}", f"Job {job.status}.")
 

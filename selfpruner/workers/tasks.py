@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from selfpruner.config import Role
 from selfpruner.errors import ContractError
+from selfpruner.files.report import Figures
 from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import SearchSpace
 
@@ -244,9 +245,13 @@ class MeasureRow(Contract):
     decode_tps: float | None = None
 
     @property
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> Figures:
         """Those there are, as a report has them."""
-        found: dict[str, float] = self.model_dump(exclude_none=True)
+        found: Figures = {"parameters": self.parameters}
+        if self.prefill_tps is not None:
+            found["prefill_tps"] = self.prefill_tps
+        if self.decode_tps is not None:
+            found["decode_tps"] = self.decode_tps
         return found
 
 

@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query
 
-from selfpruner.store.objects import CandidateObject
+from selfpruner.store.objects import CandidateObject, ListObject, candidate_object, list_object
 from server.errors import responses
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
-from server.schemas import ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/candidates", tags=["candidates"])
 
@@ -18,7 +17,7 @@ router = APIRouter(prefix="/v1/jobs/{job_id}/candidates", tags=["candidates"])
 def get_candidate(
     job: OwnJob, store: TheStore, candidate_id: Annotated[str, Path(description="a plan's hash, or a beginning that only it has")]
 ) -> CandidateObject:
-    return CandidateObject.of(store.candidate(job.id, candidate_id))
+    return candidate_object(store.candidate(job.id, candidate_id))
 
 
 @router.get("", responses=responses(404))
@@ -30,4 +29,4 @@ def list_candidates(
     order: Annotated[Literal["generation", "fitness"], Query(description="as they were made, or best first")] = "generation",
 ) -> ListObject[CandidateObject]:
     page = store.candidates(job.id, after, limit, order=order)
-    return ListObject[CandidateObject].of([CandidateObject.of(row) for row in page.data], page.has_more)
+    return list_object([candidate_object(row) for row in page.data], page.has_more)

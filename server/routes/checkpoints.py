@@ -18,13 +18,12 @@ from fastapi.responses import Response, StreamingResponse
 
 from selfpruner.errors import CorruptCheckpointError, NotFoundError
 from selfpruner.files import manifest
-from selfpruner.store.objects import CheckpointObject
+from selfpruner.store.objects import CheckpointObject, FileObject, ListObject, checkpoint_object, list_object
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint
 from server.errors import responses
 from server.ranges import FilePart, reply
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheStore
-from server.schemas import FileObject, ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/checkpoints", tags=["checkpoints"])
 CheckpointId = Annotated[str, Path(max_length=64)]
@@ -49,20 +48,20 @@ def list_checkpoints(job: OwnJob, store: TheStore, after: Cursor = None, limit: 
         if place is None:
             raise NotFoundError(f"No checkpoint {after!r} in job {job.id}. Use the last id of the page before.", param="after")
         rows = rows[place + 1 :]
-    data = [CheckpointObject.of(row) for row in rows[:limit]]
-    return ListObject[CheckpointObject].of(data, len(rows) > limit)
+    data = [checkpoint_object(row) for row in rows[:limit]]
+    return list_object(data, len(rows) > limit)
 
 
 @router.get("/{checkpoint_id}", responses=responses(404))
 def retrieve_checkpoint(job: OwnJob, checkpoint_id: CheckpointId, store: TheStore) -> CheckpointObject:
-    return CheckpointObject.of(_row(job.id, checkpoint_id, store))
+    return checkpoint_object(_row(job.id, checkpoint_id, store))
 
 
 @router.get("/{checkpoint_id}/files", responses=responses(404))
 def list_files(job: OwnJob, checkpoint_id: CheckpointId, store: TheStore) -> ListObject[FileObject]:
     """Every file with its sha256, the manifest last; not paged."""
     files = _files(_row(job.id, checkpoint_id, store))
-    return ListObject[FileObject].of(list(files.values()), False)
+    return list_object(list(files.values()))
 
 
 @router.head("/{checkpoint_id}/files/{name:path}", include_in_schema=False)
@@ -76,7 +75,7 @@ def retrieve_file(
     if file is None:
         raise NotFoundError(f"Checkpoint {checkpoint_id} has no file {name!r}. List them with .../{checkpoint_id}/files.")
     parts = [_part(FilePath(row.path), file)]
-    return reply(request, parts, tag=file.sha256, media_type="application/octet-stream", filename=FilePath(name).name)
+    return reply(request, parts, tag=file["sha256"], media_type="application/octet-stream", filename=FilePath(name).name)
 
 
 @router.head("/{checkpoint_id}/archive", include_in_schema=False)
@@ -87,14 +86,14 @@ def retrieve_archive(request: Request, job: OwnJob, checkpoint_id: CheckpointId,
     row = _row(job.id, checkpoint_id, store)
     parts = []
     for file in _files(row).values():
-        parts += [_header(row, file), _part(FilePath(row.path), file), _padding(file.bytes)]
+        parts += [_header(row, file), _part(FilePath(row.path), file), _padding(file["bytes"])]
     parts.append(FilePart(2 * tarfile.BLOCKSIZE, bytes(2 * tarfile.BLOCKSIZE)))
     return reply(request, parts, tag=row.manifest_sha256, media_type="application/x-tar", filename=f"{row.id}.tar")
 
 
 def _header(row: Checkpoint, file: FileObject) -> FilePart:
-    entry = tarfile.TarInfo(f"{row.id}/{file.id}")
-    entry.size, entry.mtime, entry.mode = file.bytes, row.created_at, 0o644
+    entry = tarfile.TarInfo(f"{row.id}/{file['id']}")
+    entry.size, entry.mtime, entry.mode = file["bytes"], row.created_at, 0o644
     data = entry.tobuf(tarfile.PAX_FORMAT)
     return FilePart(len(data), data)
 
@@ -104,8 +103,9 @@ def _padding(size: int) -> FilePart:
 
 
 def _part(folder: FilePath, file: FileObject) -> FilePart:
-    _check(folder / file.id, file.sha256)
-    return FilePart(file.bytes, path=folder / file.id)
+    path = folder / file["id"]
+    _check(path, file["sha256"])
+    return FilePart(file["bytes"], path=path)
 
 
 def _row(job_id: str, checkpoint_id: str, store: Store) -> Checkpoint:
@@ -119,9 +119,13 @@ def _files(row: Checkpoint) -> dict[str, FileObject]:
     folder = FilePath(row.path)
     listed = manifest.read(folder)["files"]
     _check(folder / manifest.NAME, row.manifest_sha256)
-    files = {name: FileObject(id=name, bytes=entry["bytes"], sha256=entry["sha256"]) for name, entry in listed.items()}
+    files = {name: _file(name, entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
     size = (folder / manifest.NAME).stat().st_size
-    return {**files, manifest.NAME: FileObject(id=manifest.NAME, bytes=size, sha256=row.manifest_sha256)}
+    return {**files, manifest.NAME: _file(manifest.NAME, size, row.manifest_sha256)}
+
+
+def _file(name: str, size: int, sha256: str) -> FileObject:
+    return {"id": name, "object": "file", "bytes": size, "sha256": sha256}
 
 
 def _check(path: FilePath, sha256: str) -> None:

@@ -16,17 +16,17 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 
 from selfpruner.errors import ConfigError
 from selfpruner.store.feed import Feed, named
-from selfpruner.store.objects import EventObject
+from selfpruner.store.objects import EventObject, ListObject, event_object, list_object
 from selfpruner.store.store import Store
 from server.errors import responses
 from server.notifications import News
 from server.routes.dependencies import Limit, OwnJob, TheRunner, TheStore
 from server.runner import Runner
-from server.schemas import ListObject
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"])
 
@@ -60,7 +60,7 @@ async def list_events(
 ) -> object:
     if "text/event-stream" not in request.headers.get("accept", "").lower():
         page = await run_in_threadpool(store.events, job.id, after, limit)
-        return ListObject[EventObject].of([EventObject.of(event) for event in page.data], page.has_more)
+        return list_object([event_object(event) for event in page.data], page.has_more)
     if last_event_id:
         after = _sequence(last_event_id)
     if job.finished and not (await run_in_threadpool(store.events, job.id, after, 1)).data and last_event_id:
@@ -87,8 +87,8 @@ async def _stream(store: Store, news: News, runner: Runner, job_id: str, after: 
             woken.clear()
             happened = await run_in_threadpool(feed.look)
             for each in happened:
-                number = str(each.id) if isinstance(each, EventObject) else None
-                yield format_sse_event(event=named(each), id=number, data_str=each.model_dump_json())
+                number = str(each["id"]) if each["object"] == "event" else None
+                yield format_sse_event(event=named(each), id=number, data_str=to_json(each).decode())
             if not happened:
                 if time.monotonic() - spoke < KEEP_ALIVE_SECONDS:
                     await _first_of(woken, runner.stopping, timeout=PROGRESS_SECONDS)

@@ -9,12 +9,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from selfpruner.store.objects import JobObject
-from selfpruner.store.tables import JobStatus
+from selfpruner.records import JobStatus
+from selfpruner.store.objects import JobObject, ListObject, job_object, list_object
 from server.admission import admit
 from server.errors import responses
 from server.routes.dependencies import Cursor, Limit, OwnJob, TheRunner, TheStore
-from server.schemas import JobRequest, ListObject
+from server.schemas import JobRequest
 from server.security import Owner
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -60,7 +60,7 @@ def create_job(
     else:
         response.headers["idempotent-replayed"] = "true"
     response.headers["location"] = f"/v1/jobs/{job.id}"
-    return JobObject.of(job)
+    return job_object(job)
 
 
 @router.get("", responses=responses())
@@ -69,30 +69,30 @@ def list_jobs(
 ) -> ListObject[JobObject]:
     """The asker's jobs, newest first."""
     page = store.jobs(after, limit, owner=owner, status=status)
-    return ListObject[JobObject].of([JobObject.of(job) for job in page.data], page.has_more)
+    return list_object([job_object(job) for job in page.data], page.has_more)
 
 
 @router.get("/{job_id}", responses=responses(404))
 def retrieve_job(job: OwnJob) -> JobObject:
-    return JobObject.of(job)
+    return job_object(job)
 
 
 @router.post("/{job_id}/cancel", responses=responses(404, 409, 507))
 async def cancel_job(job: OwnJob, store: TheStore, runner: TheRunner) -> JobObject:
     """Stop the job for good. Answers once it has stopped, within five seconds; 409 when it had finished already."""
     await runner.cancel(job.id)
-    return JobObject.of(await run_in_threadpool(store.job, job.id))
+    return job_object(await run_in_threadpool(store.job, job.id))
 
 
 @router.post("/{job_id}/pause", responses=responses(404, 409, 507))
 async def pause_job(job: OwnJob, store: TheStore, runner: TheRunner) -> JobObject:
     """Stop a running job and keep what it found; 409 when it is not running."""
     await runner.pause(job.id)
-    return JobObject.of(await run_in_threadpool(store.job, job.id))
+    return job_object(await run_in_threadpool(store.job, job.id))
 
 
 @router.post("/{job_id}/resume", responses=responses(404, 409, 507))
 async def resume_job(job: OwnJob, store: TheStore, runner: TheRunner) -> JobObject:
     """Queue a paused job again; it goes on from its last evaluation. 409 when it is not paused."""
     await runner.resume(job.id)
-    return JobObject.of(await run_in_threadpool(store.job, job.id))
+    return job_object(await run_in_threadpool(store.job, job.id))

@@ -21,9 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError, StoreError
-from selfpruner.records import Candidate, Evaluation, LlmCall, Progress
+from selfpruner.records import Candidate, Evaluation, JobStatus, LlmCall, Progress
 from selfpruner.store.store import Store
-from selfpruner.store.tables import TERMINAL, TRANSITIONS, JobStatus
+from selfpruner.store.tables import TERMINAL, TRANSITIONS
 
 CONFIG = SearchConfig(rate=0.2)
 ERROR = {"message": "the worker died", "type": "server_error", "param": None, "code": "worker_failed"}
