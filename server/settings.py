@@ -15,7 +15,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -134,5 +134,5 @@ class ServerSettings(BaseSettings):
 
 def load_settings(**overrides: object) -> ServerSettings:
     """Settings from the environment, then from ``overrides`` that are not None. Raises ConfigError naming the variable."""
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return environment.read(lambda: ServerSettings.model_validate(given))
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    return environment.read(lambda: ServerSettings(**given))
