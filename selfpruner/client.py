@@ -357,7 +357,7 @@ def _error(reply: httpx.Response) -> SelfprunerError:
 
 def _is(path: Path, file: FileObject) -> bool:
     """Whether ``path`` has the bytes of a file that the server lists."""
-    return bool(path.stat().st_size == file["bytes"] and manifest.sha256(path) == file["sha256"])
+    return path.stat().st_size == file["bytes"] and manifest.sha256(path) == file["sha256"]
 
 
 def _id(identity: str) -> str:

@@ -136,7 +136,7 @@ class StoredProgress(TypedDict, total=False):
     data: ProgressData
 
 
-class StoredError(TypedDict):
+class JobError(TypedDict):
     """What ended a failed job, see :class:`selfpruner.errors.SelfprunerError`."""
 
     code: str

@@ -24,7 +24,7 @@ from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
 from selfpruner.files.report import Report
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.records import JobStatus, Recorder, StoredError
+from selfpruner.records import JobError, JobStatus, Recorder
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Checkpoint, Job
 from selfpruner.workers.base import WorkerPool
@@ -39,7 +39,8 @@ Left = Literal["cancelled", "paused", "queued"]
 
 
 class MadeCheckpoint(TypedDict):
-    """The checkpoint of a search. How long it took, and whether its files were there already, where it was made now."""
+    """The checkpoint of a search: its row in the database, and how it was made where that was now. ``reused``: its files were there
+    already."""
 
     path: str
     plan_hash: str
@@ -154,7 +155,7 @@ class JobLife:
             raise self.problem
         return self._search.result()
 
-    def _outcome(self, search: asyncio.Task[JobResult]) -> tuple[JobStatus, StoredError | None]:
+    def _outcome(self, search: asyncio.Task[JobResult]) -> tuple[JobStatus, JobError | None]:
         """Where the job goes after its search has ended; its result is stored here."""
         try:
             result = search.result()
@@ -186,13 +187,13 @@ class JobLife:
             return self.leave or "queued", None
         return "succeeded", None
 
-    def _failure(self, error: Exception) -> StoredError:
+    def _failure(self, error: Exception) -> JobError:
         if isinstance(error, SelfprunerError):
             log.warning("failed: %s (%s)", error, error.code)
             return {"code": error.code, "message": error.message, "param": error.param}
         return {"code": "internal_error", "message": self._explain(error), "param": None}
 
-    async def _write(self, to: JobStatus, failure: StoredError | None, closing: asyncio.Event | None) -> None:
+    async def _write(self, to: JobStatus, failure: JobError | None, closing: asyncio.Event | None) -> None:
         """Make the transition durable. While the disk is full this is tried again; after a restart the job is simply run again."""
         if self._again:
             return

@@ -9,7 +9,7 @@ from pydantic import Field, GetPydanticSchema
 from typing_extensions import ReadOnly, TypedDict
 
 from selfpruner.files.report import Report
-from selfpruner.records import CandidateStatus, JobStatus, Severity, StoredConfig, StoredError, StoredProgress
+from selfpruner.records import CandidateStatus, JobError, JobStatus, Severity, StoredConfig, StoredProgress
 
 if TYPE_CHECKING:  # a client needs no database
     from selfpruner.store.tables import CandidateRow, Checkpoint, Event, Job
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 # What any version stored: readers know its type, and the server sends it as it is.
 Stored = Annotated[T, GetPydanticSchema(lambda _type, handler: handler(dict[str, object]))]
-Facts = Mapping[str, object]
+Facts = Mapping[str, object]  # a class below has a field named object
 
 
 class JobObject(TypedDict):
@@ -28,7 +28,7 @@ class JobObject(TypedDict):
     started_at: int | None
     finished_at: int | None
     status: JobStatus
-    error: StoredError | None
+    error: JobError | None
     model: str
     seed: int
     metadata: dict[str, str]

@@ -28,7 +28,7 @@ from sqlmodel import col, delete, select
 from selfpruner.config import SearchConfig
 from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError
 from selfpruner.files.report import Report
-from selfpruner.records import JobStatus, StoredConfig, StoredError
+from selfpruner.records import JobError, JobStatus, StoredConfig
 from selfpruner.store import schema
 from selfpruner.store.database import Database
 from selfpruner.store.recorder import JobRecorder
@@ -178,7 +178,7 @@ class Store:
         with self._database.reading() as session:
             return session.exec(select(Job).where(Job.status == "queued").order_by(col(Job.number)).limit(1)).first()
 
-    def transition(self, job_id: str, to: JobStatus, *, error: StoredError | None = None) -> Job:
+    def transition(self, job_id: str, to: JobStatus, *, error: JobError | None = None) -> Job:
         """Move a job along ``TRANSITIONS``; ``failed`` takes the ``error`` (see ``SelfprunerError.to_dict``).
 
         Sets ``started_at`` at the first start and ``finished_at`` at the end, and appends the event ``job.<status>``. A job that

@@ -26,10 +26,10 @@ from selfpruner.records import (
     CandidateStatus,
     EvaluationKind,
     EvaluationOutcome,
+    JobError,
     JobStatus,
     Severity,
     StoredConfig,
-    StoredError,
     StoredProgress,
 )
 
@@ -107,7 +107,7 @@ class Job(Table, table=True):
     user_metadata: dict[str, str] = Field(sa_column=Column("metadata", Json, nullable=False))
     progress: StoredProgress | None = Field(default=None, sa_type=Json)
     result: Report | None = Field(default=None, sa_type=Json)
-    error: StoredError | None = Field(default=None, sa_type=Json)
+    error: JobError | None = Field(default=None, sa_type=Json)
 
     @property
     def finished(self) -> bool:

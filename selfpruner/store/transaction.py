@@ -12,7 +12,7 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from selfpruner.errors import ConflictError, NotFoundError, StoreError
-from selfpruner.records import JobStatus, Severity, StoredError
+from selfpruner.records import JobError, JobStatus, Severity
 from selfpruner.store.tables import TRANSITIONS, Event, Job
 
 
@@ -29,7 +29,7 @@ class Transaction:
     def job(self, job_id: str, owner: str | None = None) -> Job:
         return find_job(self.session, job_id, owner)
 
-    def move(self, job: Job, to: JobStatus, error: StoredError | None = None) -> Job:
+    def move(self, job: Job, to: JobStatus, error: JobError | None = None) -> Job:
         """See ``Store.transition``."""
         if job.cancel_requested and to in ("queued", "paused"):
             to = "cancelled"

@@ -102,6 +102,15 @@ def test_checkpoint_files_are_served_while_they_match(server: Running, http: htt
     assert error_of(http.get(f"{base}/model.safetensors"), 500)["code"] == "corrupt"
 
 
+def test_what_another_version_stored_is_sent_as_it_is(server: Running, client: Client) -> None:
+    job_id = client.submit({"rate": 0.2})["id"]
+    until(client, job_id, "succeeded")
+    stored: dict[str, Any] = {"best": {"kl": "not measured", "size": [1, None]}, "operators": [], "figures_of_then": {"a": 0.5}}
+    server.store.set_result(job_id, stored)
+    assert client.get(job_id)["result"] == stored
+    assert client.list(limit=1)["data"][0]["result"] == stored
+
+
 def test_list_pages_newest_first(http: httpx.Client, client: Client) -> None:
     ids = [client.submit({"rate": 0.2})["id"] for _ in range(3)][::-1]
     first = http.get("/v1/jobs", params={"limit": 2}).json()
