@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import re
 import shutil
 import tempfile
@@ -22,20 +23,26 @@ from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.progress import Foreseen, OnProgress
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest
-from selfpruner.workers.worker_process import Link, Message
+from selfpruner.workers.worker_process import Connection, Link, Message
 
 CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 5.0  # seconds before a worker that died twice in a row starts again
 _PASSED_OVER_MOST = 8  # times a waiting task may see tasks of a worker's own session go first
 
 
+class DeviceGoneError(Exception):
+    """The device has left, as a node of a cluster does; its task is another worker's."""
+
+
 @dataclass(slots=True, eq=False)
-class _Slot:
-    """One device and the worker on it, if one was started. ``task`` is the number of the task it was sent and has not answered."""
+class Slot:
+    """One device and the worker on it, if one was started. ``task`` is the number of the task it was sent and has not answered;
+    ``gone``: the device has left."""
 
     device: str
     log: Path
-    link: Link | None = None
+    link: Connection | None = None
+    gone: bool = False
     session: str | None = None
     busy: bool = False
     task: int | None = None
@@ -46,7 +53,7 @@ class _Slot:
 @dataclass(slots=True, eq=False)
 class _Waiter:
     session: str
-    slot: asyncio.Future[_Slot]
+    slot: asyncio.Future[Slot]
     passed_over: int = field(default=0)
 
 
@@ -85,14 +92,18 @@ class ProcessPool:
         folder = log_dir or self._temporary
         assert folder is not None
         folder.mkdir(parents=True, exist_ok=True)
-        self._slots = [
-            _Slot(device, folder / f"worker-{index}-{re.sub(r'[^a-zA-Z0-9]+', '-', device)}.log")
-            for index, device in enumerate(devices)
-        ]
+        self._folder = folder
+        self._slots: list[Slot] = []
+        for device in devices:
+            self._slots.append(self._slot(device))
         self._waiting: list[_Waiter] = []
-        self._numbers = itertools.count(1)
+        # A worker that an earlier pool left must not have its answer taken for one of ours.
+        self._numbers = itertools.count(random.getrandbits(48))
         self._closing = asyncio.Event()
         self._settling: set[asyncio.Task[None]] = set()
+
+    def _slot(self, device: str) -> Slot:
+        return Slot(device, self._folder / f"worker-{len(self._slots)}-{re.sub(r'[^a-zA-Z0-9]+', '-', device)}.log")
 
     # -- what it is doing ----------------------------------------------------------------------------------------------
     @property
@@ -116,34 +127,34 @@ class ProcessPool:
     # -- tasks ---------------------------------------------------------------------------------------------------------
     async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """See :meth:`selfpruner.workers.base.WorkerPool.run`. Returns, or raises, only after the work has stopped."""
-        slot = await self._acquire(session.key)
-        try:
-            async with asyncio.timeout(self._task_timeout) as limit:
-                return request.result_type().read(await self._attempts(slot, session, request, on_progress))
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise WorkerError(
-                f"The task {request.kind!r} took longer than {self._task_timeout:g} s and was stopped. Allow more time or ask for "
-                "less.",
-                code="task_timeout",
-            ) from None
-        finally:
-            if slot.task is None:
-                self._free(slot)
-            else:
-                settling = asyncio.create_task(self._settle(slot))
-                self._settling.add(settling)
-                settling.add_done_callback(self._settling.discard)
-                await asyncio.shield(settling)
+        while True:
+            slot = await self._acquire(session.key)
+            try:
+                async with asyncio.timeout(self._task_timeout) as limit:
+                    return request.result_type().read(await self._attempts(slot, session, request, on_progress))
+            except DeviceGoneError:
+                slot.gone = True
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise WorkerError(
+                    f"The task {request.kind!r} took longer than {self._task_timeout:g} s and was stopped. Allow more time or ask "
+                    "for less.",
+                    code="task_timeout",
+                ) from None
+            finally:
+                if slot.task is None:
+                    self._free(slot)
+                else:
+                    settling = asyncio.create_task(self._settle(slot))
+                    self._settling.add(settling)
+                    settling.add_done_callback(self._settling.discard)
+                    await asyncio.shield(settling)
 
     async def close(self) -> None:
         """End all workers; tasks still waiting or running fail with a WorkerError. Later calls do nothing."""
         self._closing.set()
-        for waiter in self._waiting:
-            if not waiter.slot.done():
-                waiter.slot.set_exception(_closed())
-        self._waiting.clear()
+        self._fail_waiting(_closed())
         while True:
             await asyncio.gather(*(self._retire(slot) for slot in self._slots))
             if not self.busy:
@@ -152,7 +163,7 @@ class ProcessPool:
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    async def _attempts(self, slot: _Slot, session: Session, request: TaskRequest[R], on_progress: OnProgress | None) -> object:
+    async def _attempts(self, slot: Slot, session: Session, request: TaskRequest[R], on_progress: OnProgress | None) -> object:
         task = {"op": "task", "session": asdict(session), "kind": request.kind, "payload": request.to_json()}
         for attempt in itertools.count(1):
             link = await self._started(slot)
@@ -175,7 +186,7 @@ class ProcessPool:
                 raise WorkerError(f"{tries} on the task {request.kind!r}. The worker on {slot.device} {link.cause()}")
         raise AssertionError("unreachable")
 
-    async def _reply(self, slot: _Slot, link: Link, on_progress: OnProgress | None) -> Message | None:
+    async def _reply(self, slot: Slot, link: Connection, on_progress: OnProgress | None) -> Message | None:
         """The result or error of the slot's task; None when the worker died first."""
         while (message := await link.inbox.get()) is not None:
             if message["id"] != slot.task:
@@ -186,7 +197,7 @@ class ProcessPool:
                 on_progress(Foreseen(message["text"]) if message["foreseen"] else message["text"])
         return None
 
-    async def _settle(self, slot: _Slot) -> None:
+    async def _settle(self, slot: Slot) -> None:
         """Stop a task nobody waits for any more: ask, then kill; then give the worker to the next one."""
         link = slot.link
         assert link is not None
@@ -202,7 +213,7 @@ class ProcessPool:
         self._free(slot)
 
     # -- workers -------------------------------------------------------------------------------------------------------
-    async def _started(self, slot: _Slot) -> Link:
+    async def _started(self, slot: Slot) -> Connection:
         """The slot's worker, a new one when it has none or it died."""
         if slot.link is not None and slot.link.alive:
             return slot.link
@@ -212,25 +223,29 @@ class ProcessPool:
                 await asyncio.wait_for(self._closing.wait(), min(_BACKOFF_FIRST * 2 ** (slot.deaths - 2), _BACKOFF_MOST))
         if self._closing.is_set():
             raise _closed()
+        slot.link = await self._launch(slot)
+        slot.starts += 1
+        return slot.link
+
+    async def _launch(self, slot: Slot) -> Connection:
+        """A new worker on the slot's device. Raises WorkerError, and DeviceGoneError where the device has left."""
         try:
-            slot.link = await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout, self._environment)
+            return await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout, self._environment)
         except OSError as error:
             raise WorkerError(
                 f"No worker could be started on {slot.device}: {error}. Free memory or processes and try again."
             ) from error
-        slot.starts += 1
-        return slot.link
 
-    async def _retire(self, slot: _Slot) -> None:
+    async def _retire(self, slot: Slot) -> None:
         if slot.link is not None:
             await slot.link.end()
             slot.session = None
 
     # -- the queue -----------------------------------------------------------------------------------------------------
-    async def _acquire(self, session: str) -> _Slot:
+    async def _acquire(self, session: str) -> Slot:
         if self._closing.is_set():
             raise _closed()
-        idle = [slot for slot in self._slots if not slot.busy]
+        idle = [slot for slot in self._slots if not slot.busy and not slot.gone]
         if idle:
             # The session's own worker; else one that holds no session; else any: `min` keeps the first.
             slot = min(idle, key=lambda s: (s.session != session, s.session is not None))
@@ -247,10 +262,10 @@ class ProcessPool:
                 self._free(waiter.slot.result())
             raise
 
-    def _free(self, slot: _Slot) -> None:
+    def _free(self, slot: Slot) -> None:
         """Hand the slot to a waiting task: the oldest of its session, unless an older one was passed over too often."""
         self._waiting = [waiter for waiter in self._waiting if not waiter.slot.done()]  # without those cancelled meanwhile
-        if not self._waiting:
+        if not self._waiting or slot.gone:
             slot.busy = False
             return
         oldest = self._waiting[0]
@@ -261,6 +276,19 @@ class ProcessPool:
             oldest.passed_over += 1
         self._waiting.remove(chosen)
         chosen.slot.set_result(slot)
+
+    def _add(self, device: str) -> None:
+        """One more device, which takes a waiting task at once."""
+        slot = self._slot(device)
+        slot.busy = True
+        self._slots.append(slot)
+        self._free(slot)
+
+    def _fail_waiting(self, error: WorkerError) -> None:
+        for waiter in self._waiting:
+            if not waiter.slot.done():
+                waiter.slot.set_exception(error)
+        self._waiting.clear()
 
 
 def _closed() -> WorkerError:

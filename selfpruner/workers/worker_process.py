@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.workers.lifeline import tied
@@ -34,8 +34,28 @@ class Message(TypedDict, total=False):
     error: dict[str, object]
 
 
+class Connection(Protocol):
+    """One incarnation of a worker, wherever it runs. ``inbox`` yields its messages, then None once it is dead and everything it
+    said was read."""
+
+    inbox: asyncio.Queue[Message | None]
+    alive: bool
+
+    @property
+    def pid(self) -> int: ...
+
+    async def send(self, message: Mapping[str, object]) -> None:
+        """A worker that died meanwhile is noticed in ``inbox``, not here."""
+
+    async def end(self) -> None:
+        """Kill the worker and what it started."""
+
+    def cause(self) -> str:
+        """Why the worker is dead, what to do about it, and the last lines it logged. Call after :meth:`end`."""
+
+
 class Link:
-    """One incarnation of a worker. ``inbox`` yields its messages, then None once it is dead and everything it said was read."""
+    """A :class:`Connection` to a process of this machine."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path, log_start: int, heartbeat_timeout: float) -> None:
         self._process = process
