@@ -1,9 +1,9 @@
 """A pool of workers on the nodes of a Ray cluster.
 
 Queue, retries and cancelling are those of :class:`~selfpruner.workers.process_pool.ProcessPool`; here a worker is started by an
-actor on some node (:mod:`selfpruner.workers.ray_relay`). Nodes may join and leave while jobs run: a new node's workers take tasks at
-once, a lost one's tasks go to the others. What one node has computed for a session, the others get from it as bytes where they do not
-find it in a common cache folder, and a checkpoint comes to this machine the same way.
+actor on some node (:mod:`selfpruner.workers.ray_relay`). Nodes may join and leave while jobs run: a new node's workers take tasks
+at once, a lost one's tasks go to the others. What one node has computed for a session, the others get from it as bytes where they
+do not find it in a common cache folder, and a checkpoint comes to this machine the same way.
 
 This machine has to be a node of the cluster itself (``ray start --address=...``). Imports no torch.
 """
@@ -152,7 +152,7 @@ class RayPool(ProcessPool):
         if not found:
             _disconnect()
             raise ConfigError(
-                f"The Ray cluster at {address} has no GPU. Add a node with one (`ray start --num-gpus=...`), or use the device cpu.",
+                f"The Ray cluster at {address} has no GPU. Add a node with one (`ray start --num-gpus=...`), or use device cpu.",
                 param="devices",
             )
         super().__init__(

@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from selfpruner.workers.tasks import TaskRequest
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers import ROOT
 from tests.helpers.fake_handler import Crash, Done, Echo, Fail, FakeHandler, Grandchild, Noisy, Note, Stubborn, Unheard
+from tests.helpers.ray_cluster import cluster
 
 FAKE = "tests.helpers.fake_handler:FakeHandler"
 SESSION = Session("a", {"model": "tiny"}, "cache")
@@ -49,9 +51,26 @@ async def pool_of(*devices: str, **options: Any) -> AsyncIterator[ProcessPool]:
         await pool.close()
 
 
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    with cluster() as made:
+        yield made.address
+
+
+def pool_of_kind(kind: str, address: str | None) -> WorkerPool:
+    if kind == "process":
+        return ProcessPool(["cpu"], runtime=FAKE)
+    if kind == "in-process":
+        return InProcessPool(lambda: FakeHandler("cpu"))
+    from selfpruner.workers.ray_pool import RayPool
+
+    assert address is not None
+    return RayPool(address, runtime=FAKE)
+
+
 @asynccontextmanager
-async def any_pool(kind: str) -> AsyncIterator[WorkerPool]:
-    pool: WorkerPool = ProcessPool(["cpu"], runtime=FAKE) if kind == "process" else InProcessPool(lambda: FakeHandler("cpu"))
+async def any_pool(kind: str, address: str | None) -> AsyncIterator[WorkerPool]:
+    pool = pool_of_kind(kind, address)
     try:
         yield pool
     finally:
@@ -72,13 +91,19 @@ async def until(condition: Callable[[], bool], seconds: float) -> None:
         await asyncio.sleep(0.02)
 
 
-def both_pools(test: Callable[[WorkerPool], Awaitable[None]]) -> Callable[[str], None]:
+# Ray is in an environment of its own; see `make test-ray`.
+KINDS = ("process", "in-process", *(("ray",) if find_spec("ray") else ()))
+
+
+def every_pool(test: Callable[[WorkerPool], Awaitable[None]]) -> Callable[[str, pytest.FixtureRequest], None]:
     """Conformance: the same test for every kind of pool."""
 
-    @pytest.mark.parametrize("kind", ["process", "in-process"])
-    def run(kind: str) -> None:
+    @pytest.mark.parametrize("kind", KINDS)
+    def run(kind: str, request: pytest.FixtureRequest) -> None:
+        address = request.getfixturevalue("ray_address") if kind == "ray" else None
+
         async def body() -> None:
-            async with any_pool(kind) as pool:
+            async with any_pool(kind, address) as pool:
                 await test(pool)
 
         asyncio.run(body())
@@ -96,7 +121,7 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 
 
 # -- conformance: what every pool does ---------------------------------------------------------------------------------
-@both_pools
+@every_pool
 async def test_echo_with_progress_and_peak(pool: WorkerPool) -> None:
     said: list[str] = []
     result = await pool.run(SESSION, Echo(say=("one", "two — ü\n"), value={"nan": None}), said.append)
@@ -106,7 +131,7 @@ async def test_echo_with_progress_and_peak(pool: WorkerPool) -> None:
     assert result.sessions == ["a"]
 
 
-@both_pools
+@every_pool
 async def test_what_was_foreseen_stays_known_as_that(pool: WorkerPool) -> None:
     said: list[str] = []
     await pool.run(SESSION, Echo(say=("a first preparation takes ages",), foresee="about an hour"), said.append)
@@ -116,14 +141,14 @@ async def test_what_was_foreseen_stays_known_as_that(pool: WorkerPool) -> None:
     ]
 
 
-@both_pools
+@every_pool
 async def test_five_megabytes_there_and_back(pool: WorkerPool) -> None:
     big = "".join(random.Random(0).choices('abc\n"\\é', k=2_500_000))
     result = await pool.run(SESSION, Echo(value=big))
     assert result.value == big
 
 
-@both_pools
+@every_pool
 async def test_errors_keep_their_type(pool: WorkerPool) -> None:
     async def failure(how: str) -> errors.SelfprunerError:
         with pytest.raises(errors.SelfprunerError) as caught:
@@ -147,7 +172,7 @@ async def test_errors_keep_their_type(pool: WorkerPool) -> None:
     assert (await pool.run(SESSION, Echo(value=1))).value == 1, "a failed task leaves the worker usable"
 
 
-@both_pools
+@every_pool
 async def test_what_is_of_a_wrong_shape_names_the_field(pool: WorkerPool) -> None:
     async def failure(request: TaskRequest[Done]) -> errors.SelfprunerError:
         with pytest.raises(errors.SelfprunerError) as caught:
@@ -172,7 +197,7 @@ async def test_what_is_of_a_wrong_shape_names_the_field(pool: WorkerPool) -> Non
     assert (await pool.run(SESSION, Echo(value=1))).value == 1, "a wrong shape leaves the worker usable"
 
 
-@both_pools
+@every_pool
 async def test_cancel_is_cooperative_and_leaves_the_pool_usable(pool: WorkerPool) -> None:
     started = asyncio.Event()
     task = asyncio.create_task(pool.run(SESSION, Note(seconds=30, file=os.devnull, text=""), lambda _: started.set()))
@@ -191,7 +216,7 @@ async def test_cancel_is_cooperative_and_leaves_the_pool_usable(pool: WorkerPool
         assert pool.pids == pid, "the worker was kept"
 
 
-@both_pools
+@every_pool
 async def test_a_closed_pool_refuses(pool: WorkerPool) -> None:
     await pool.close()
     with pytest.raises(errors.WorkerError, match="closed"):

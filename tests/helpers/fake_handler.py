@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import JsonValue
 
-from selfpruner.errors import CancelledTaskError, ProposerError, UnsupportedModelError
+from selfpruner.errors import CancelledTaskError, ModelNotFoundError, ProposerError, UnsupportedModelError
 from selfpruner.progress import Foreseen
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
@@ -142,6 +142,8 @@ class FakeHandler:
         match request.how:
             case "typed":
                 raise UnsupportedModelError("no adapter for this; use llama", param="model")
+            case "model":
+                raise ModelNotFoundError("There is no model /models/tiny.", param="model")
             case "own code":
                 raise ProposerError("took too long", code="timeout")
             case "memory":
