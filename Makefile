@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest test-vllm test-llamacpp test-evaluate lint types clean
+.PHONY: help install demo test test-slow test-oldest test-ray test-vllm test-llamacpp test-evaluate lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,7 @@ JOBS ?= 2
 SITE := import sysconfig; print(sysconfig.get_paths()['purelib'])
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
+RAY := .venv-ray
 
 # The first Python on PATH that is new enough; `make install PYTHON=/path/to/python` takes another one.
 ifndef PYTHON
@@ -92,6 +93,16 @@ $(EVALUATE)/installed: $(INSTALLED) constraints-evaluate.txt
 test-evaluate: $(EVALUATE)/installed ## zero-shot tasks with lm-evaluation-harness
 	OMP_NUM_THREADS=1 $(EVALUATE)/bin/python -m pytest -q tests/service/test_harness.py
 
+test-ray: install $(RAY)/installed ## jobs on a Ray cluster of several nodes on this machine (downloads 80 MB)
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -q tests/faults/test_ray.py tests/faults/test_workers.py tests/service/test_ray_job.py
+
+# Ray and what only it needs; all else is taken from .venv.
+$(RAY)/installed: constraints-ray.txt | $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(RAY)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c "$(SITE)")')" > "$$($(RAY)/bin/python -c "$(SITE)")/selfpruner-venv.pth"
+	@$(PIP) --python $(RAY)/bin/python install --quiet --no-deps -r constraints-ray.txt $(ONCE)
+	@touch $@
+
 test-oldest: install $(OLDEST)/installed ## ordinary checkpoints in the oldest transformers that read them (downloads 0.1 GB)
 	SELFPRUNER_OLDEST=$(abspath $(OLDEST)) OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m slow --timeout 1800 tests/service/test_old_transformers.py
 
@@ -123,4 +134,4 @@ types: install ## mypy, strict
 	$(BIN)/mypy
 
 clean: ## remove all environments and caches; runs/ stays
-	rm -rf $(VENV) $(VLLM) $(OLDEST) $(LLAMACPP) $(EVALUATE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RAY) $(VLLM) $(OLDEST) $(LLAMACPP) $(EVALUATE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

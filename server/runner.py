@@ -6,6 +6,7 @@ What becomes of a job is :mod:`selfpruner.jobs.lifecycle`'s. A server that stops
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import uuid
@@ -15,8 +16,9 @@ from importlib import import_module
 from typing import Literal
 
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConflictError, SelfprunerError
+from selfpruner.errors import ConfigError, ConflictError, SelfprunerError
 from selfpruner.jobs.lifecycle import STOP_SECONDS, JobLife, JobResult, RunJob, discard_partial
+from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.store.store import Store
 from selfpruner.store.tables import Job
 from selfpruner.workers.base import WorkerPool
@@ -24,6 +26,8 @@ from server import logs
 from server.settings import ServerSettings
 
 log = logging.getLogger("selfpruner.jobs")
+
+RUNTIME = "selfpruner.jobs.handler:ServedSessionHandler"
 
 
 class Runner:
@@ -172,10 +176,24 @@ def default_run_job() -> RunJob:
 def default_pool(settings: ServerSettings) -> WorkerPool:
     from selfpruner.workers.process_pool import ProcessPool
 
-    for variable, root in (("SELFPRUNER_MODEL_ROOT", settings.model_root), ("SELFPRUNER_TEXT_ROOT", settings.text_root)):
-        if root is not None:
-            os.environ[variable] = str(root)  # workers inherit the limit, wherever it was set
-    return ProcessPool(settings.devices, runtime="selfpruner.jobs.handler:ServedSessionHandler", log_dir=settings.logs)
+    roots = {"SELFPRUNER_MODEL_ROOT": settings.model_root, "SELFPRUNER_TEXT_ROOT": settings.text_root}
+    limits = {variable: str(root) for variable, root in roots.items() if root is not None}
+    if settings.ray is None:
+        os.environ.update(limits)  # workers inherit the limit, wherever it was set
+        return ProcessPool(settings.devices, runtime=RUNTIME, log_dir=settings.logs)
+    from selfpruner.workers.ray_pool import RayPool
+
+    if len(settings.devices) > 1:
+        raise ConfigError("On a Ray cluster SELFPRUNER_DEVICES is one of auto, cuda, cpu or cpu*N.", param="devices")
+    return RayPool(
+        settings.ray,
+        device=settings.devices[0],
+        memory=settings.ray_memory,
+        # The same server finds its workers again, another one does not take them.
+        name=f"selfpruner-{hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]}",
+        runtime=RUNTIME,
+        environment={**ENVIRONMENT, **limits},
+    )
 
 
 PoolFactory = Callable[[ServerSettings], WorkerPool]

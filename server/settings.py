@@ -6,6 +6,8 @@ A request can set none of it. Lists are written with commas, proposers as JSON:
     SELFPRUNER_TOKEN=secret                          one token, owner "default"
     SELFPRUNER_TOKENS='{"ann": "...", "bob": "..."}' several owners, who do not see each other's jobs
     SELFPRUNER_DEVICES=cuda:0,cuda:1
+    SELFPRUNER_RAY=10.0.0.1:6379                     workers on a Ray cluster; SELFPRUNER_DEVICES is then auto, cuda, cpu or cpu*N,
+                                                     what each node gives
     SELFPRUNER_MODEL_ROOT=/models SELFPRUNER_TEXT_ROOT=/texts SELFPRUNER_MODELS='Qwen/*,meta-llama/Llama-3.2-1B'
     SELFPRUNER_PROPOSERS='{"gpt": {"kind": "openai", "base_url": "https://api.openai.com/v1", "api_key": "...", "model": "..."}}'
 """
@@ -21,6 +23,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from selfpruner import catalogue, environment
+from selfpruner.config import Bytes
 from selfpruner.errors import ConfigError
 from selfpruner.proposers.settings import ProposerSettings
 
@@ -38,6 +41,8 @@ class ServerSettings(BaseSettings):
     token: SecretStr | None = Field(default=None, description="bearer token of the owner 'default'")
     tokens: dict[str, SecretStr] = Field(default_factory=dict, description="owner -> bearer token")
     devices: Names = Field(default=("auto",), min_length=1, description="one worker process per device")
+    ray: str | None = Field(default=None, description="HOST:PORT of a Ray cluster whose nodes do the work, instead of devices here")
+    ray_memory: Bytes | None = Field(default=None, description="memory that a worker reserves on a node of that cluster, as 16GiB")
     parallel_jobs: int = Field(default=1, ge=1, le=64, description="jobs that run at the same time; the others queue")
     model_root: Path | None = Field(default=None, description="folder below which requests may name local models")
     text_root: Path | None = Field(default=None, description="folder below which requests may name text files")

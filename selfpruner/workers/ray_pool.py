@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -316,10 +317,10 @@ async def _reply(reference: Any) -> Any:
 
 def _parsed(device: str) -> tuple[str, int]:
     """``cpu*2`` as ("cpu", 2)."""
-    name, _, share = device.partition("*")
-    if name not in ("auto", "cuda", "cpu") or (share and (name != "cpu" or not share.isdecimal() or not 1 <= int(share) <= 1024)):
+    match = re.fullmatch(r"(auto|cuda|cpu)(?:(?<=cpu)\*([1-9]\d{0,2}))?", device, re.ASCII)
+    if match is None:
         raise ConfigError(f"On a Ray cluster the device is auto, cuda, cpu or cpu*N, not {device!r}.", param="devices")
-    return name, int(share or 1)
+    return match[1], int(match[2] or 1)
 
 
 def _connect(address: str) -> None:

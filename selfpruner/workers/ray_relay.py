@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -37,40 +36,31 @@ class Relay:
         self._lease = lease
         self._log = Path(tempfile.mkdtemp(prefix="selfpruner-worker-")) / "worker.log"
         self._link: Link | None = None
+        self._outbox: asyncio.Queue[Message | None] = asyncio.Queue()
         self._task: object = None  # the number of the task that the worker has not answered
-        self._listener = 0
+        self._answered = asyncio.Event()
         self._touched = time.monotonic()
-        self._watching: asyncio.Task[None] | None = None
+        self._running: list[asyncio.Task[None]] = []
 
     async def adopt(self) -> dict[str, object]:
         """Start the worker, or take over the one that an earlier pool left, whose task is stopped. Says what and where this is."""
         self.touch()
-        if self._watching is None:
-            self._watching = asyncio.create_task(self._expire())
-        self._listener += 1
+        if not self._running:
+            self._running.append(asyncio.create_task(self._expire()))
+        self._outbox.put_nowait(None)  # whoever listened until now listens no more
+        self._outbox = asyncio.Queue()
         if self._link is not None and self._task is not None:
             await self._stop_task(self._link)
-        kept = self._link is not None and self._link.alive
-        if not kept:
-            if self._link is not None:
-                await self._link.end()
+        if self._link is None or not self._link.alive:
             runtime, device = self._make
             self._link = await Link.start(runtime, device, self._log, self._heartbeat_timeout, self._environment)
-        assert self._link is not None
-        return {"version": version("selfpruner"), "host": socket.gethostname(), "pid": self._link.pid, "kept": kept}
+            self._running.append(asyncio.create_task(self._pass_on(self._link)))
+        return {"version": version("selfpruner"), "pid": self._link.pid}
 
     async def receive(self) -> AsyncIterator[Message]:
         """The worker's messages. The last one, ``{"op": "dead", "text": CAUSE}``, comes when it is dead."""
-        listener, link = self._listener, self._link
-        assert link is not None
-        while listener == self._listener:
-            message = await link.inbox.get()
-            if message is None:
-                await link.end()
-                yield Message(op="dead", text=link.cause())
-                return
-            if message["op"] != "progress" and message["id"] == self._task:
-                self._task = None
+        outbox = self._outbox
+        while (message := await outbox.get()) is not None:
             yield message
 
     async def send(self, message: Mapping[str, object]) -> None:
@@ -78,6 +68,7 @@ class Relay:
         assert self._link is not None
         if message["op"] == "task":
             self._task = message["id"]
+            self._answered.clear()
         await self._link.send(message)
 
     def touch(self) -> None:
@@ -88,15 +79,23 @@ class Relay:
         if self._link is not None:
             await self._link.end()
 
+    async def _pass_on(self, link: Link) -> None:
+        while (message := await link.inbox.get()) is not None:
+            if message["op"] != "progress" and message["id"] == self._task:
+                self._task = None
+                self._answered.set()
+            self._outbox.put_nowait(message)
+        await link.end()
+        if link is self._link:
+            self._outbox.put_nowait(Message(op="dead", text=link.cause()))
+            self._outbox.put_nowait(None)
+
     async def _stop_task(self, link: Link) -> None:
         await link.send({"op": "cancel", "id": self._task})
         try:
-            async with asyncio.timeout(GRACE):
-                while (message := await link.inbox.get()) is not None and not (
-                    message["op"] != "progress" and message["id"] == self._task
-                ):
-                    pass
+            await asyncio.wait_for(self._answered.wait(), GRACE)
         except TimeoutError:
+            self._link = None  # its death is no news of the next one's
             await link.end()
         self._task = None
 

@@ -78,7 +78,7 @@ def test_a_node_that_joins_takes_waiting_tasks(tmp_path: Path) -> None:
         try:
             first = await pool.run(SESSION, Echo())
             work = asyncio.gather(*(pool.run(SESSION, Note(seconds=1.0, file=str(tmp_path / "n"), text=str(n))) for n in range(16)))
-            await asyncio.to_thread(made.add_node, num_cpus=1)
+            made.add_node(num_cpus=1)  # installs signal handlers: not in a thread
             pids = {each.pid for each in await work}
             assert first.pid in pids
             assert len(pids) == 2
