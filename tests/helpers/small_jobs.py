@@ -15,7 +15,7 @@ from selfpruner.jobs.run import run_job
 from selfpruner.progress import OnProgress
 from selfpruner.proposers import ProposerSettings
 from selfpruner.store.store import Store
-from selfpruner.workers.base import Session
+from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.tasks import R, TaskRequest
 from selfpruner.workers.thread_pool import InProcessPool
 
@@ -26,8 +26,8 @@ TIGHT = 1 << 14  # bytes for the head: it comes in pieces
 class Recording:
     """A pool that notes which tasks went through, and to whom."""
 
-    def __init__(self) -> None:
-        self.inner = InProcessPool(lambda: SessionHandler("cpu"))
+    def __init__(self, inner: WorkerPool | None = None) -> None:
+        self.inner = inner or InProcessPool(lambda: SessionHandler("cpu"))
         self.tasks: Counter[str] = Counter()
 
     async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
@@ -71,9 +71,14 @@ class Place:
     store: Store
 
     def run(
-        self, config: SearchConfig, job_id: str, name: str = "checkpoint", **settings: ProposerSettings
+        self,
+        config: SearchConfig,
+        job_id: str,
+        name: str = "checkpoint",
+        inner: WorkerPool | None = None,
+        **settings: ProposerSettings,
     ) -> tuple[JobResult, Counter[str]]:
-        pool = Recording()
+        pool = Recording(inner)
 
         async def go() -> JobResult:
             try:
