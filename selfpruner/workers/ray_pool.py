@@ -226,19 +226,18 @@ class RayPool(ProcessPool):
             )
         return RayConnection(relay, place, told["pid"])
 
-    async def _attempts(self, slot: Slot, task: dict[str, Any], on_progress: OnProgress | None) -> object:
-        key, cache = task["session"]["key"], task["session"]["cache"]
-        if slot.session != key:
-            await self._share(slot, key, cache)
+    async def _attempts(self, slot: Slot, session: Session, request: TaskRequest[R], on_progress: OnProgress | None) -> object:
+        if slot.session != session.key:
+            await self._share(slot, session)
         started = time.monotonic()
         try:
-            answer = await super()._attempts(slot, task, on_progress)
+            answer = await super()._attempts(slot, session, request, on_progress)
         except ModelNotFoundError as error:
             host = self._places[slot.device].host
             raise ModelNotFoundError(
                 f"On node {host}: {error.message} Every node needs the model's files, under the same path.", param=error.param
             ) from error
-        self._sources.setdefault(key, (slot, started))
+        self._sources.setdefault(session.key, (slot, started))
         return answer
 
     # -- nodes -----------------------------------------------------------------------------------------------------------
@@ -275,11 +274,11 @@ class RayPool(ProcessPool):
                 )
 
     # -- files -----------------------------------------------------------------------------------------------------------
-    async def _share(self, slot: Slot, key: str, cache: str) -> None:
+    async def _share(self, slot: Slot, session: Session) -> None:
         """Give the slot's node what another one has in its cache for the session, as far as it does not see it there."""
         from ray.exceptions import RayError
 
-        source, since = self._sources.get(key, (slot, 0.0))
+        source, since = self._sources.get(session.key, (slot, 0.0))
         if source is slot or source.gone or not isinstance(source.link, RayConnection) or not source.link.alive:
             return
         there = source.link.relay
@@ -287,11 +286,11 @@ class RayPool(ProcessPool):
         assert isinstance(here, RayConnection)
         # A node that is lost meanwhile costs only what the other one then computes itself.
         with contextlib.suppress(RayError):
-            entries = await there.used_entries.remote(cache, time.monotonic() - since + 1)
-            wanted = await there.listing.remote(cache, entries)
-            has = await here.relay.listing.remote(cache, entries)
+            entries = await there.used_entries.remote(session.cache, time.monotonic() - since + 1)
+            wanted = await there.listing.remote(session.cache, entries)
+            has = await here.relay.listing.remote(session.cache, entries)
             for name in wanted.keys() - has.keys():
-                await here.relay.write.remote(cache, name, there.read.remote(cache, name))
+                await here.relay.write.remote(session.cache, name, there.read.remote(session.cache, name))
 
     async def _fetch(self, session: Session, directory: Path) -> None:
         """The checkpoint that a worker wrote to ``directory`` of its node, here."""
