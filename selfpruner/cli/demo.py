@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
                 job = client.submit(request)
                 job = follow(client, job)
                 report = job["result"]
-                if report is None:
+                if job["status"] != "succeeded" or report is None:
                     error = job["error"] or {"message": job["status"], "code": job["status"]}
                     console.print(f"The job ended as {job['status']}: {error['message']} ({error['code']})", style="red")
                     return 1
