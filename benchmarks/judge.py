@@ -31,6 +31,7 @@ from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Granularity, Plan, SearchSpace
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, Window
+from selfpruner.stages import Stage
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.tasks import (
     EvaluateRequest,
@@ -235,6 +236,12 @@ class TraceRecorder:
 
     def progress(self, progress: Progress) -> None:
         """Nobody watches."""
+
+    def find_stages(self) -> Sequence[Stage]:
+        return ()
+
+    def save_stages(self, stages: Sequence[Stage]) -> None:
+        """Nobody asks where the time went."""
 
 
 class JudgeResult(TaskResult):

@@ -1,4 +1,4 @@
-"""What the search keeps: evaluations, candidates, LLM calls, events. Plain values, and the protocol of whoever stores them.
+"""What a job keeps: evaluations, candidates, LLM calls, events, its stages. Plain values, and the protocol of whoever stores them.
 
 Resume is replay. The loop is a deterministic function of config, seed, recorded LLM replies and evaluation results, so after a
 restart it runs from the start and asks the recorder before it asks a worker or an LLM. Writing the same thing twice must
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from typing_extensions import TypedDict
+
+from selfpruner.stages import Stage
 
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Severity = Literal["info", "warn", "error"]
@@ -171,3 +173,8 @@ class Recorder(Protocol):
         """The data of the event with ``key``."""
 
     def progress(self, progress: Progress) -> None: ...
+    def find_stages(self) -> Sequence[Stage]:
+        """What was spent on the job until now, also before it was interrupted."""
+
+    def save_stages(self, stages: Sequence[Stage]) -> None:
+        """Insert, or take the place of the rows of the same names."""

@@ -27,6 +27,7 @@ from selfpruner.errors import disk_errors
 from selfpruner.files import atomic
 from selfpruner.files.tensors import TensorFile
 from selfpruner.models.memory import release
+from selfpruner.stages import at, count_tokens
 
 _FIELDS = ("mean", "variance", "energy")
 _SUMS = ("total", "absolute", "squared")
@@ -58,21 +59,24 @@ def cached_statistics(
     missing = [kind for kind in kinds if not _complete(stored_in, kind, arch.layers)]
     collected = None
     if missing:
+        with at("statistics"):
+            count_tokens(tokens.numel())
         stored_in.mkdir(parents=True, exist_ok=True)
         asked = [site for kind in missing for site in _FILES[kind]]
         collected = layer_statistics(arch, tokens, asked, memory=memory, scratch=stored_in, progress=progress, cancelled=cancelled)
     for layer in range(arch.layers):
-        if collected is None:
-            progress(f"reading statistics of layer {layer + 1}/{arch.layers}")
-        else:
-            statistics = next(collected)
-            for kind in missing:
-                _write(_files(stored_in, kind, arch.layers)[layer], {site: statistics.pop(site) for site in _FILES[kind]})
-            release()
-        read: dict[Site, BlockStatistics] = {}
-        for kind in kinds:
-            read |= _read(_files(stored_in, kind, arch.layers)[layer], [site for site in _FILES[kind] if site in sites], on)
-        check_finite(arch, layer, read)
+        with at("statistics"):
+            if collected is None:
+                progress(f"reading statistics of layer {layer + 1}/{arch.layers}")
+            else:
+                statistics = next(collected)
+                for kind in missing:
+                    _write(_files(stored_in, kind, arch.layers)[layer], {site: statistics.pop(site) for site in _FILES[kind]})
+                release()
+            read: dict[Site, BlockStatistics] = {}
+            for kind in kinds:
+                read |= _read(_files(stored_in, kind, arch.layers)[layer], [site for site in _FILES[kind] if site in sites], on)
+            check_finite(arch, layer, read)
         yield read
 
 

@@ -39,6 +39,7 @@ from selfpruner.files import atomic
 from selfpruner.files.cache_folder import use
 from selfpruner.models import check_ids, hub_available, quiet
 from selfpruner.models.checks import sampled_digest
+from selfpruner.stages import at, count_tokens
 
 if TYPE_CHECKING:
     from selfpruner.models import LoadedModel
@@ -88,7 +89,8 @@ def token_batches(
     Raises :class:`TextError` whose ``param`` is the request's field, :class:`CancelledTaskError`, :class:`DiskFullError`.
     """
     try:
-        return _token_batches(config, role, loaded, cache, seed, progress, cancelled)
+        with at("texts"):
+            return _token_batches(config, role, loaded, cache, seed, progress, cancelled)
     except TextError as error:
         error.param = _FIELDS[role]
         raise
@@ -130,6 +132,7 @@ def _token_batches(
     # Interleaved, so that any run of sequences holds the mixture.
     places = [((row + 0.5) / len(part), index, row) for index, part in enumerate(parts) for row in range(len(part))]
     tokens = torch.stack([parts[index][row] for _, index, row in sorted(places)])
+    count_tokens(tokens.numel())
     shares = tuple(SourceShare(name, weight, count) for (name, weight), count in zip(weights.items(), counts, strict=True))
     listed = [{"source": s.source, "weight": s.weight, "sequences": s.sequences} for s in shares]
     with atomic.replacing(kept) as aside:

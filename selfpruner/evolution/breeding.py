@@ -32,6 +32,7 @@ from selfpruner.operators.reflect import Reflect
 from selfpruner.planning.space import Plan
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Candidate
+from selfpruner.stages import Stages
 
 # Classical operators draw again when their children are known already; this many times before a slot stays empty.
 REDRAWS = 20
@@ -46,10 +47,11 @@ FIRST_FILLER, FILLER = Random, LevelSwitch
 class Breeder:
     """Makes plans for one search. ``channel`` is None when no operator of the config needs an LLM."""
 
-    def __init__(self, config: SearchConfig, state: State, uniform: Plan, channel: LlmChannel | None) -> None:
+    def __init__(self, config: SearchConfig, state: State, uniform: Plan, channel: LlmChannel | None, stages: Stages) -> None:
         self.config = config
         self.state = state
         self.channel = channel
+        self._stages = stages
         self._makers = [name for name in config.operators if issubclass(OPERATORS[name], Operator)]
         self.bandit = Bandit(self._makers)
         self.llm_only = all("llm" in OPERATORS[name].needs for name in (*config.initial, *config.operators))
@@ -73,7 +75,8 @@ class Breeder:
             if name in self._llm:
                 only = all(other in self._llm for other in config.initial)
                 count = config.population if only else max(2, config.population // 2)
-                await self._ask(self._llm[name], self.state.context(0), count, offspring)
+                with self._stages.at("thinking"):
+                    await self._ask(self._llm[name], self.state.context(0), count, offspring)
             else:
                 await self._draw(CLASSICAL[name], 0, config.population if CLASSICAL[name].endless else AT_FIRST, offspring)
         short = config.population - len(offspring)
@@ -127,10 +130,12 @@ class Breeder:
     async def children(self, generation: int, arrived: Sequence[Offspring]) -> list[Offspring]:
         """A generation's children: those of the LLM that ``arrived``, and the classical operators' for the rest."""
         if self.llm_only:
-            return await self._paper(generation)
+            with self._stages.at("thinking"):
+                return await self._paper(generation)
         offspring: dict[str, Offspring] = {}
         if self.channel is not None and not self.channel.overlaps:
-            arrived = await self._consult(generation)
+            with self._stages.at("thinking"):
+                arrived = await self._consult(generation)
         self._add(arrived, offspring)
         shares = {name: share for name, share in self.shares(generation).items() if name not in self._llm}
         missing, whole = self.offspring - len(offspring), sum(shares.values())

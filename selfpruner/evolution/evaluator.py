@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from selfpruner.errors import ConfigError, OutOfMemoryError
 from selfpruner.planning.space import Plan
 from selfpruner.records import Evaluation, EvaluationOutcome, Recorder, Window
+from selfpruner.stages import Stages
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.tasks import EvaluateRequest, GenerateRequest, RaceTerms, ScoreRow, SlopesRequest
 
@@ -47,11 +48,12 @@ class Evaluator:
     """Scores plans through a pool. A generation's missing plans go out as one task, so that they share their prefixes.
 
     When a device runs out of memory the batch is halved, again and again; a plan that does not fit alone is stored as failed
-    with that reason. ``peak_mib`` is the largest worker seen, ``evaluations`` counts (plan, window) pairs scored,
-    ``tokens`` the plan-tokens that took.
+    with that reason. ``evaluations`` counts (plan, window) pairs scored, ``tokens`` the plan-tokens that took; ``stages`` are the
+    job's, and those of its tokens that were not scored before count there.
     """
 
-    def __init__(self, pool: WorkerPool, session: Session, recorder: Recorder) -> None:
+    def __init__(self, pool: WorkerPool, session: Session, recorder: Recorder, stages: Stages | None = None) -> None:
+        self.stages = stages or Stages()
         self._pool = pool
         self._session = session
         self._recorder = recorder
@@ -60,7 +62,6 @@ class Evaluator:
         self.seconds = 0.0
         self._counted: set[tuple[str, str]] = set()
         self.plans: set[str] = set()
-        self.peak_mib = 0.0
 
     async def score(
         self, plans: Sequence[Plan], windows: Sequence[Window], *, contenders: Collection[str] = (), keep: int = 0
@@ -104,7 +105,7 @@ class Evaluator:
             new_tokens=new_tokens,
         )
         result = await self._pool.run(self._session, request)
-        self.peak_mib = max(self.peak_mib, result.peak_mib)
+        self.stages.count(len(request.plans) * len(window.sequences) * new_tokens)
         return result.repetition
 
     async def predict_changes(
@@ -127,7 +128,6 @@ class Evaluator:
                 result = await self._pool.run(self._session, request)
             except (ConfigError, OutOfMemoryError):
                 return None
-            self.peak_mib = max(self.peak_mib, result.peak_mib)
             kl, tokens = result.kl, result.tokens
             each = result.seconds / (len(moves) + 1)
             # The walk's whole cost stands at the plan it went around; what it foresees costs nothing more.
@@ -141,6 +141,7 @@ class Evaluator:
                 )
                 rows.append(known[move])  # type: ignore[arg-type]
             self._recorder.save_evaluations(rows)
+            self.stages.count(spent)
         self.tokens += base.tokens
         self.seconds += base.seconds * (len(moves) + 1)
         kl = base.kl or 0.0
@@ -167,10 +168,10 @@ class Evaluator:
             reason = f"out of memory: {error.message}"
             rows = [Evaluation(plan.hash, window.name, 0, None, None, 0.0, reason, outcome="out_of_memory") for plan in plans]
         else:
-            self.peak_mib = max(self.peak_mib, result.peak_mib)
-            tokens = sum(row.tokens for row in result.rows) or 1
+            tokens = sum(row.tokens for row in result.rows)
+            self.stages.count(tokens)
             rows = [
-                _recorded(plan, window, row, result.seconds * row.tokens / tokens)
+                _recorded(plan, window, row, result.seconds * row.tokens / max(tokens, 1))
                 for plan, row in zip(plans, result.rows, strict=True)
             ]
         self._recorder.save_evaluations(rows)

@@ -56,8 +56,9 @@ class Search:
         self.channel = channel
         self.state = State(config, space, signals or Signals())
         self.uniform = space.project([space.rate] * space.layers)
+        self.stages = evaluator.stages
         self.surveyor = Surveyor(space, evaluator, windows, recorder, config.survey_step)
-        self.breeder = Breeder(config, self.state, self.uniform, channel)
+        self.breeder = Breeder(config, self.state, self.uniform, channel, self.stages)
         self.generation = 0
         self._gains: list[float] = []
         self._correlations: dict[int, float] = {}
@@ -75,7 +76,8 @@ class Search:
             pending = [self._candidate(child) for child in children]
             async with in_flight(self.breeder.ahead(self.generation + 1, pending)) as asked:
                 await self._generation(pending)
-                arrived = await asked
+                with self.stages.at("thinking"):
+                    arrived = await asked
             stopped = self._stop()
             if stopped is None:
                 self.generation += 1
@@ -88,7 +90,8 @@ class Search:
         """The sensitivity of every block of the dense model: where the landscape starts."""
         self._report("probing", f"measuring the sensitivity of {len(self.space.blocks)} blocks")
         state = self.state
-        state.probe_levels, state.sensitivities = await self.surveyor.probe()
+        with self.stages.at("probes"):
+            state.probe_levels, state.sensitivities = await self.surveyor.probe()
         state.landscape = Landscape(self.space, state.sensitivities, state.probe_levels)
 
     async def _survey(self) -> None:
@@ -104,7 +107,8 @@ class Search:
         if offset is None:
             return
         self._report("probing", f"generation {self.generation}: looking around the best plan")
-        seconds = await self.surveyor.around(offset, Plan(leader.levels), landscape, self.generation)
+        with self.stages.at("surveys"):
+            seconds = await self.surveyor.around(offset, Plan(leader.levels), landscape, self.generation)
         for name in askers:
             self._thinking[name] += seconds / len(askers)
         landscape.fit(self.generation)
@@ -181,7 +185,8 @@ class Search:
     ) -> dict[str, Fitness]:
         race = {candidate.plan_hash for candidate in contenders} - {self.uniform.hash} if self.config.early_rejection else set()
         everything = [self.uniform, *(Plan(candidate.levels) for candidate in plans)]
-        return await self.evaluator.score(everything, windows, contenders=race, keep=keep)
+        with self.stages.at("scoring"):
+            return await self.evaluator.score(everything, windows, contenders=race, keep=keep)
 
     def _learn(
         self,
@@ -329,7 +334,8 @@ class Search:
         uniform = state.candidates[self.uniform.hash]
         entrants = {c.plan_hash: c for c in (*state.population, *([ramp] if ramp else []), uniform)}
         window = [self.windows.final]
-        scores = await self.evaluator.score([Plan(c.levels) for c in entrants.values()], window)
+        with self.stages.at("final"):
+            scores = await self.evaluator.score([Plan(c.levels) for c in entrants.values()], window)
         reference = scores[self.uniform.hash].value(self.config.fitness)
         for candidate in entrants.values():
             state.judge(candidate, scores[candidate.plan_hash], reference, None, window)
@@ -339,9 +345,10 @@ class Search:
             raise SelfprunerError("No plan could be scored on the final tokens.", code="no_feasible_plan")
         best, repetition, not_written = finalists[0], dict[str, float](), None
         if self.config.generation_probe:
-            best, repetition, not_written = await probe_writing(
-                finalists, scores, self.evaluator, self.recorder, self.windows.final
-            )
+            with self.stages.at("writing"):
+                best, repetition, not_written = await probe_writing(
+                    finalists, scores, self.evaluator, self.recorder, self.windows.final
+                )
         foreseen = self._correlations.values()
         correlation = sum(foreseen) / len(foreseen) if foreseen else None
         self.recorder.event(
@@ -396,6 +403,7 @@ class Search:
             },
         )
         self._report("searching", f"generation {number} done")
+        self.recorder.save_stages(self.stages.rows())
 
     def _report(self, stage: str, message: str, best: Candidate | None = None) -> None:
         best = best or self.state.leader

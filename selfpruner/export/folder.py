@@ -21,6 +21,7 @@ from selfpruner.files.atomic import sync
 from selfpruner.files.manifest import ExportFacts, Manifest, PlanFile, Verification
 from selfpruner.files.scratch import another, scratch
 from selfpruner.progress import OnProgress
+from selfpruner.stages import at
 
 WEIGHTS = (".safetensors", ".gguf")
 
@@ -69,7 +70,8 @@ def write_folder(
             sync(path)
         written = time.perf_counter()
         progress("loading them in a fresh process and comparing")
-        verification = prove(temporary)
+        with at("verification"):
+            verification = prove(temporary)
         verified = time.perf_counter()
         go_on()
         digest = manifest.write(temporary, plan=plan, parameters=parameters, verification=verification, export=export)

@@ -101,6 +101,17 @@ class Contribution(TypedDict):
     improved: int
 
 
+class StageShare(TypedDict):
+    """What a stage took, see :class:`selfpruner.stages.Stage`; ``share`` of all seconds."""
+
+    stage: str
+    seconds: float
+    share: float
+    tokens: int
+    workers: int
+    peak_mib: int
+
+
 class FrontRow(TypedDict):
     """A member of a front: ``fitness`` where it was chosen, ``kl`` and ``perplexity`` on the held-out text, ``best``: whether it is
     the job's own plan. With latency also ``latency_us``, the sum of what its blocks take, and ``prefill_tps`` and ``speedup``,
@@ -131,7 +142,8 @@ class LatencyTerms(TypedDict):
 
 class Report(TypedDict, total=False):
     """``tokens``: plan-tokens that the search was charged; ``stopped``: why its generations ended; ``tokens_saved``: at most, by
-    ending early; ``rank_correlation``: predicted against measured; ``missing``: why something could not be had, by what failed
+    ending early; ``rank_correlation``: predicted against measured; ``seconds``: of the last run, where ``stages`` have those of runs
+    that were interrupted before, too; ``missing``: why something could not be had, by what failed
     (``scores``, ``timing``, ``baseline``, ``front``, ``latency``, ``generation_probe``)."""
 
     dense: Figures
@@ -157,6 +169,7 @@ class Report(TypedDict, total=False):
     tokens_saved: int
     rank_correlation: float | None
     seconds: float
+    stages: list[StageShare]
     peak_worker_mib: int
     operators: dict[str, Contribution]
     checkpoint: str

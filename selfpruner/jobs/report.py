@@ -12,7 +12,7 @@ from selfpruner.evolution.evaluator import Fitness
 from selfpruner.evolution.extras import finite
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.evolution.windows import report_windows
-from selfpruner.files.report import Contribution, Figures, Inputs, Report, Subject
+from selfpruner.files.report import Contribution, Figures, Inputs, Report, StageShare, Subject
 from selfpruner.jobs.running_job import PREPARED, RunningJob
 from selfpruner.planning.space import Plan
 from selfpruner.workers.tasks import BaselineRequest, MeasureRequest, MeasureResult
@@ -25,7 +25,10 @@ async def figures(job: RunningJob) -> Report:
     plans: dict[Subject, Plan] = {"dense": job.space.dense, "uniform": Plan(job.outcome.uniform.levels), "best": job.best}
     if job.outcome.ramp is not None:
         plans["ramp"] = Plan(job.outcome.ramp.levels)
-    scores, timed = await _scores(job, plans), await _speeds(job, plans)
+    with job.stages.at("report"):
+        scores = await _scores(job, plans)
+    with job.stages.at("timing"):
+        timed = await _speeds(job, plans)
     report: Report = {}
     for name, plan in plans.items():
         row: Figures = {"parameters": job.parameters(plan)}
@@ -98,12 +101,13 @@ async def baseline(job: RunningJob) -> Report:
     every = tuple(range(job.prepared.texts["report"].sequences))
     asked = BaselineRequest(changes=dict(changes), text="report", sequences=every)
     job.teller("reporting")("scoring the uniform baseline")
-    row = await job.extras.attempt(
-        "baseline", "The uniform baseline was not scored", lambda: job.pool.run(job.session, asked), None
-    )
-    if row is None:
-        return {}
-    job.evaluator.peak_mib = max(job.evaluator.peak_mib, row.peak_mib)
+    with job.stages.at("baseline"):
+        row = await job.extras.attempt(
+            "baseline", "The uniform baseline was not scored", lambda: job.pool.run(job.session, asked), None
+        )
+        if row is None:
+            return {}
+        job.stages.count(row.tokens)
     report: Report = {}
     report[name] = {
         "kl": row.kl,
@@ -112,6 +116,23 @@ async def baseline(job: RunningJob) -> Report:
         "parameters": row.parameters,
     }
     return report
+
+
+def stages(job: RunningJob) -> list[StageShare]:
+    """Where the time went, also that of runs before an interruption."""
+    rows = job.stages.rows()
+    whole = math.fsum(row.seconds for row in rows) or 1.0
+    return [
+        {
+            "stage": row.name,
+            "seconds": round(row.seconds, 3),
+            "share": round(row.seconds / whole, 4),
+            "tokens": row.tokens,
+            "workers": row.workers,
+            "peak_mib": round(row.peak_mib),
+        }
+        for row in rows
+    ]
 
 
 def operators(outcome: Outcome) -> dict[str, Contribution]:

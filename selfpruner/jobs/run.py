@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NotRequired
 
@@ -16,7 +17,7 @@ from typing_extensions import TypedDict
 
 from selfpruner import catalogue
 from selfpruner.config import Role, SearchConfig
-from selfpruner.errors import ConflictError
+from selfpruner.errors import ConflictError, SelfprunerError
 from selfpruner.evolution.evaluator import Evaluator
 from selfpruner.evolution.extras import Extras
 from selfpruner.evolution.front import Front, Latencies, Member
@@ -33,7 +34,9 @@ from selfpruner.progress import Foreseen
 from selfpruner.proposers import ProposerSettings, create
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Progress, Recorder
+from selfpruner.stages import Stages
 from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.staged_pool import StagedPool
 from selfpruner.workers.tasks import ExportRequest, PrepareRequest, PrepareResult
 
 
@@ -61,11 +64,32 @@ async def run_job(
     Raises UnknownNameError for a proposer the settings do not name and ConfigError for a fitness text too short for the stages,
     both before any work.
     """
-    started = time.monotonic()
     if "llm" in config.needs:
         catalogue.check_proposer(config.proposer, proposer_settings)
-    session = session_of(config, cache)
     windows = Windows.of(config)
+    stages = Stages(recorder.find_stages())
+    try:
+        return await _run(
+            config, windows, stages, job_id, StagedPool(pool, stages), proposer_settings, recorder, cache, checkpoint_dir
+        )
+    finally:
+        with suppress(SelfprunerError):  # what the job came to matters more
+            recorder.save_stages(stages.rows())
+
+
+async def _run(
+    config: SearchConfig,
+    windows: Windows,
+    stages: Stages,
+    job_id: str,
+    pool: WorkerPool,
+    proposer_settings: Mapping[str, ProposerSettings],
+    recorder: Recorder,
+    cache: Path,
+    checkpoint_dir: Path,
+) -> JobResult:
+    started = time.monotonic()
+    session = session_of(config, cache)
 
     def tell(text: str) -> None:
         if isinstance(text, Foreseen):
@@ -73,7 +97,8 @@ async def run_job(
         recorder.progress(Progress(stage="preparing", generations=config.generations, message=text))
 
     tell("waiting for a worker")
-    prepared = await pool.run(session, PrepareRequest(output=str(checkpoint_dir)), tell)
+    with stages.at("loading"):
+        prepared = await pool.run(session, PrepareRequest(output=str(checkpoint_dir)), tell)
     _refuse_other_inputs(recorder.find_event("prepared"), prepared)
     space, facts = prepared.space, prepared.model_dump(mode="json", include=PREPARED)
     recorder.event(
@@ -84,18 +109,18 @@ async def run_job(
         data=facts,
     )
     extras = Extras(recorder)
-    evaluator = Evaluator(pool, session, recorder)
-    evaluator.peak_mib = prepared.peak_mib
+    evaluator = Evaluator(pool, session, recorder, stages)
     channel = None
     if "llm" in config.needs:
         settings = proposer_settings[config.proposer]
         proposer = create(config.proposer, settings, pool=pool, session=session)
-        channel = LlmChannel(proposer, recorder, config.limits, settings, config.seed)
+        channel = LlmChannel(proposer, recorder, config.limits, settings, config.seed, stages)
     front = Front(config, space, evaluator, recorder, windows)
     latencies = None
     if "latency" in config.objective:
         length = prepared.texts["report"].length
-        latencies = await latencies_of(pool, session, length, tell)  # nothing has been searched yet: what fails here is refused
+        with stages.at("timing"):
+            latencies = await latencies_of(pool, session, length, tell)  # nothing was searched yet: what fails here is refused
     search = Search(config, space, evaluator, recorder, windows, channel, prepared.signals)
     outcome = await search.run()
     if outcome.not_written is not None:
@@ -112,12 +137,17 @@ async def run_job(
         extras=extras,
         outcome=outcome,
     )
-    members = await _front(job, front, search, latencies)
+    with stages.at("front"):
+        members = await _front(job, front, search, latencies)
     found = await report.figures(job)
     if members:
         nothing: Report = {}
-        found |= await extras.attempt("front", "The report has no front", lambda: front_report(job, members, latencies), nothing)
-    checkpoint = await _export(job, found, checkpoint_dir)
+        with stages.at("front"):
+            found |= await extras.attempt(
+                "front", "The report has no front", lambda: front_report(job, members, latencies), nothing
+            )
+    with stages.at("export"):
+        checkpoint = await _export(job, found, checkpoint_dir)
     found |= await report.baseline(job)
     outcome = job.outcome
     found |= {
@@ -128,7 +158,8 @@ async def run_job(
         "tokens_saved": outcome.tokens_saved,
         "rank_correlation": None if outcome.rank_correlation is None else round(outcome.rank_correlation, 3),
         "seconds": round(time.monotonic() - started, 1),
-        "peak_worker_mib": round(evaluator.peak_mib),
+        "stages": report.stages(job),
+        "peak_worker_mib": round(max(row.peak_mib for row in stages.rows())),
         "operators": report.operators(outcome),
         "checkpoint": checkpoint["path"],
         "verification": checkpoint["verification"],
@@ -159,7 +190,6 @@ async def _export(job: RunningJob, figures: Report, directory: Path) -> MadeChec
     metrics = card.metrics(figures)
     told = card.card(job.config, job.prepared, job.space, job.best, job_id=job.id, metrics=metrics)
     result = await job.pool.run(job.session, ExportRequest(plan=job.best.levels, directory=str(directory), card=told), tell)
-    job.evaluator.peak_mib = max(job.evaluator.peak_mib, result.peak_mib)
     job.recorder.event(
         "exported",
         "checkpoint.exported",

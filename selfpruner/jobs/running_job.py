@@ -11,6 +11,7 @@ from selfpruner.evolution.extras import Extras
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.records import Progress, Recorder
+from selfpruner.stages import Stages
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.tasks import PrepareResult
 
@@ -37,6 +38,10 @@ class RunningJob:
     @property
     def best(self) -> Plan:
         return Plan(self.outcome.best.levels)
+
+    @property
+    def stages(self) -> Stages:
+        return self.evaluator.stages
 
     def parameters(self, plan: Plan) -> int:
         """Parameters of the whole model with ``plan`` applied."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # What libraries read once, before torch is imported. Threads that wait for each other must not spin: where other processes want
@@ -22,12 +23,28 @@ ENVIRONMENT = {
 }
 
 
-def peak_mib() -> float:
-    """Peak resident set size of this process in MiB.
+# The highest peak before the one that is counted now.
+_passed = 0.0
 
-    Linux: VmHWM, because ``ru_maxrss`` starts at the size of the process that forked this one. Elsewhere ``ru_maxrss``, which
-    is bytes on macOS and KiB on the others.
-    """
+
+def peak_mib() -> float:
+    """Peak resident set size of this process in MiB."""
+    return max(_passed, _counted_mib())
+
+
+def fresh_peak_mib() -> float:
+    """The peak since this was last asked; where the system counts no new one, as far as it goes back."""
+    global _passed
+    peak = _counted_mib()
+    _passed = max(_passed, peak)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
+def _counted_mib() -> float:
+    """Linux: VmHWM, because ``ru_maxrss`` starts at the size of the process that forked this one. Elsewhere ``ru_maxrss``, which is
+    bytes on macOS and KiB on the others."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:", 1)[1].split(None, 1)[0]) / 1024

@@ -27,6 +27,7 @@ from selfpruner.proposers.base import REPAIRABLE, VERDICTS, CallError, Proposer,
 from selfpruner.proposers.reply import NotJsonError, extract
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.records import LlmCall, Recorder
+from selfpruner.stages import Stages
 
 T = TypeVar("T")
 Chat = tuple[Mapping[str, str], ...]
@@ -54,7 +55,15 @@ class LlmChannel:
     plan) and ``unfit``; the rows' ``detail`` says the same reply by reply.
     """
 
-    def __init__(self, proposer: Proposer, recorder: Recorder, limits: LlmLimits, settings: ProposerSettings, seed: int) -> None:
+    def __init__(
+        self,
+        proposer: Proposer,
+        recorder: Recorder,
+        limits: LlmLimits,
+        settings: ProposerSettings,
+        seed: int,
+        stages: Stages | None = None,
+    ) -> None:
         self.settings = settings
         self.calls = 0
         self.tokens = 0
@@ -65,6 +74,7 @@ class LlmChannel:
         self._recorder = recorder
         self._limits = limits
         self._seed = seed
+        self._stages = stages or Stages()
         self._generation = 0
         self._failures = 0
         self._remarks: list[str] = []
@@ -182,6 +192,7 @@ class LlmChannel:
         self.cost += reply.cost
         self._seconds[request.operator] += reply.seconds
         if new:
+            self._stages.count(reply.prompt_tokens + reply.completion_tokens, "thinking")
             self._recorder.save_llm_call(
                 LlmCall(
                     sequence=request.sequence,

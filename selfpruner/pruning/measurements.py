@@ -25,6 +25,7 @@ from selfpruner.files.cache_folder import make_room, use
 from selfpruner.models import LoadedModel
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning import outlook
+from selfpruner.stages import at
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Measurements:
     def folder(self) -> Path:
         return self.cache / "statistics"
 
+    @at("statistics")
     def announce(self, criterion: Criterion, sites: Sequence[Site], disk: int, more: Callable[[], float] | None) -> None:
         """Say what measuring for ``criterion`` will take, and see that there is room for it; ``disk`` bytes and ``more`` seconds,
         where they are known, come on top for what is made of the statistics."""
@@ -80,16 +82,17 @@ class Measurements:
         if "gradients" not in criterion.needs:
             return lambda _: None
         self._use()
-        return cached_gradients(
-            self.arch,
-            self.tokens,
-            self.folder,
-            self.fingerprint,
-            memory=self.loaded.memory,
-            on=where_to_order(self.arch, self.loaded),
-            progress=self.progress,
-            cancelled=self.cancelled,
-        )
+        with at("statistics"):
+            return cached_gradients(
+                self.arch,
+                self.tokens,
+                self.folder,
+                self.fingerprint,
+                memory=self.loaded.memory,
+                on=where_to_order(self.arch, self.loaded),
+                progress=self.progress,
+                cancelled=self.cancelled,
+            )
 
 
 def where_to_order(arch: Architecture, loaded: LoadedModel) -> torch.device:

@@ -1,7 +1,8 @@
 """Where a search writes its history: :class:`selfpruner.records.Recorder` on the store.
 
 Resume is replay: everything is written as if for the first time, and what is already there stays. An evaluation, an LLM call and an
-event keep their first content. A candidate keeps its origin and what was believed of it then, and takes its latest score.
+event keep their first content. A candidate keeps its origin and what was believed of it then, and takes its latest score. A stage
+grows by what each run of the job takes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from sqlmodel import col, select
 
 from selfpruner.errors import StoreError
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, StoredProgress
+from selfpruner.stages import STAGES, Stage
 from selfpruner.store.database import Database
-from selfpruner.store.tables import CandidateRow, EvaluationRow, Event, LlmCallRow
+from selfpruner.store.tables import CandidateRow, EvaluationRow, Event, LlmCallRow, StageRow
 from selfpruner.store.transaction import Transaction, storable
 
 # What later writes of a candidate change; the rest is its origin and what was believed of it then.
@@ -96,6 +98,23 @@ class JobRecorder:
         with self._database.reading() as session:
             return session.exec(select(Event.data).where(Event.job_id == self.job_id, Event.key == key)).first()
 
+    def find_stages(self) -> list[Stage]:
+        with self._database.reading() as session:
+            rows = session.exec(select(StageRow).where(StageRow.job_id == self.job_id)).all()
+        # A stage that a later version of selfpruner does not know any more stays in the database as it is.
+        return [Stage(**row.model_dump(exclude={"job_id"})) for row in rows if row.name in STAGES]
+
+    def save_stages(self, stages: Sequence[Stage]) -> None:
+        if not stages:
+            return
+        with self._transactions() as write:
+            statement = insert(StageRow)
+            fresh = {name: statement.excluded[name] for name in ("seconds", "tokens", "workers", "peak_mib")}
+            for stage in stages:
+                _refuse_nan(stage)
+            values = [{"job_id": self.job_id, **_fields(stage)} for stage in stages]
+            write.session.execute(statement.on_conflict_do_update(index_elements=["job_id", "name"], set_=fresh), values)
+
     def progress(self, progress: Progress) -> None:
         """Kept on the job; saying the same again writes nothing."""
         if progress == self._progress:
@@ -106,14 +125,14 @@ class JobRecorder:
         self._progress = progress
 
 
-def _refuse_nan(record: Evaluation | Candidate | LlmCall | Progress) -> None:
+def _refuse_nan(record: Evaluation | Candidate | LlmCall | Progress | Stage) -> None:
     """SQLite would store it as NULL and nobody would know."""
     for name, value in _fields(record).items():
         if isinstance(value, float) and math.isnan(value):
             raise StoreError(f"{type(record).__name__}.{name} is NaN. Give None and a reason instead.")
 
 
-def _fields(record: Evaluation | Candidate | LlmCall | Progress) -> dict[str, object]:
+def _fields(record: Evaluation | Candidate | LlmCall | Progress | Stage) -> dict[str, object]:
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 

@@ -40,6 +40,7 @@ from selfpruner.store.tables import (
     Idempotency,
     Job,
     LlmCallRow,
+    StageRow,
 )
 from selfpruner.store.transaction import Transaction, find_job
 
@@ -142,11 +143,11 @@ class Store:
             return job, True
 
     def take_over(self, job_id: str, failed_id: str) -> None:
-        """Give a new job what another one with the same config computed before it failed: scores, LLM replies, and what it began
-        with. A plan that could not be scored is tried again."""
+        """Give a new job what another one with the same config computed before it failed, scores and LLM replies, with what that
+        took and what it began with. A plan that could not be scored is tried again."""
         with self._transaction() as write:
             scored = or_(col(EvaluationRow.kl).is_not(None), col(EvaluationRow.nll).is_not(None))
-            for table, wanted in ((EvaluationRow, scored), (LlmCallRow, true())):
+            for table, wanted in ((EvaluationRow, scored), (LlmCallRow, true()), (StageRow, true())):
                 columns = [column for column in inspect(table).columns if column.key != "job_id"]
                 rows: Select[object] = sqlalchemy.select(literal(job_id), *columns).where(col(table.job_id) == failed_id, wanted)
                 write.session.execute(insert(table).from_select(["job_id", *(column.key for column in columns)], rows))

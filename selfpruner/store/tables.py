@@ -33,7 +33,7 @@ from selfpruner.records import (
     StoredProgress,
 )
 
-REVISION = "0003"
+REVISION = "0004"
 
 TRANSITIONS: Mapping[JobStatus, tuple[JobStatus, ...]] = {
     "queued": ("running", "cancelled"),
@@ -209,6 +209,23 @@ class LlmCallRow(Table, table=True):
     seconds: float
     cost: float
     detail: str
+
+
+class StageRow(Table, table=True):
+    """What one stage of a job took, all of its runs together, see :class:`selfpruner.stages.Stage`."""
+
+    __tablename__: ClassVar[str] = "stage"
+    __table_args__: ClassVar[object] = (
+        check("stage_finite", finite("seconds", "peak_mib")),
+        check("stage_counts", "seconds >= 0 AND tokens >= 0 AND workers >= 0 AND peak_mib >= 0"),
+    )
+
+    job_id: str = Field(primary_key=True, foreign_key="job.id")
+    name: str = Field(primary_key=True)
+    seconds: float
+    tokens: int
+    workers: int
+    peak_mib: float
 
 
 class Event(Table, table=True):

@@ -171,3 +171,17 @@ SELECT
     sum(cost) AS cost
 FROM llm_call
 GROUP BY job_id, proposer, model, operator;
+
+-- Where the time of a job went, all of its runs together. share: of the whole. waiting: for a worker to start or to be free. tokens
+-- that were read, written or scored, of every plan its own. peak_mib: the largest resident size of a worker meanwhile, in MiB.
+CREATE VIEW stages AS
+SELECT
+    job_id,
+    name AS stage,
+    seconds,
+    seconds / max(sum(seconds) OVER (PARTITION BY job_id), 1e-9) AS share,
+    tokens,
+    workers,
+    peak_mib
+FROM stage
+ORDER BY job_id, stage.rowid;

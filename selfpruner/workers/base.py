@@ -7,15 +7,19 @@ preparing again cheap.
 
 from __future__ import annotations
 
+import os
+import platform
+import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from pydantic import JsonValue
 
 from selfpruner.errors import ConfigError
-from selfpruner.models.memory import peak_mib
+from selfpruner.models.memory import fresh_peak_mib
 from selfpruner.progress import Cancelled, OnProgress
+from selfpruner.stages import Stages, collecting
 from selfpruner.workers.tasks import R, TaskRequest, TaskResult
 
 
@@ -61,5 +65,14 @@ def perform(
     if kind not in known:
         raise ConfigError(f"Unknown task {kind!r}. Known: {', '.join(known)}.")
     request = known[kind].read(body)
-    result = request.answered(handler.handle(session, request, progress, cancelled))
-    return {**result.to_json(), "peak_mib": peak_mib()}
+    stages = Stages(peak=fresh_peak_mib)
+    with collecting(stages):
+        result = request.answered(handler.handle(session, request, progress, cancelled))
+    parts = stages.rows()
+    return {
+        **result.to_json(),
+        "peak_mib": max(part.peak_mib for part in parts),
+        "busy": sum(part.seconds for part in parts),
+        "worker": f"{platform.node()}:{os.getpid()}:{threading.get_native_id()}",
+        "parts": [asdict(part) for part in parts],
+    }

@@ -23,6 +23,7 @@ from selfpruner.errors import ContractError
 from selfpruner.files.report import Figures
 from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import SearchSpace
+from selfpruner.stages import Stage
 
 Levels = tuple[int, ...]
 
@@ -57,9 +58,13 @@ def wrong_shape(error: ValidationError) -> ContractError:
 
 
 class TaskResult(Contract):
-    """``peak_mib``: the largest resident size of the worker's process so far, in MiB; filled in by what runs the handler."""
+    """Filled in by what runs the handler: ``worker`` that did it, the seconds it was ``busy``, and ``parts``, what these went into;
+    ``peak_mib``: the largest resident size of the worker's process meanwhile, in MiB."""
 
     peak_mib: float = 0.0
+    busy: float = 0.0
+    worker: str = ""
+    parts: tuple[Stage, ...] = ()
 
 
 R = TypeVar("R", bound=TaskResult, covariant=True)

@@ -22,6 +22,7 @@ from selfpruner.proposers import ProposerSettings
 from selfpruner.proposers.base import CallError, Reply, Request
 from selfpruner.proposers.llm_calls import LlmChannel
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress, Severity, Window
+from selfpruner.stages import Stage
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import (
     EvaluateRequest,
@@ -69,6 +70,7 @@ class MemoryRecorder:
         self.candidates: dict[str, Candidate] = {}
         self.events: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
         self.reports: list[Progress] = []
+        self.stages: dict[str, Stage] = {}
 
     def find_evaluation(self, plan_hash: str, window: str) -> Evaluation | None:
         return self.evaluations.get((plan_hash, window))
@@ -105,6 +107,12 @@ class MemoryRecorder:
 
     def progress(self, progress: Progress) -> None:
         self.reports.append(progress)
+
+    def find_stages(self) -> list[Stage]:
+        return list(self.stages.values())
+
+    def save_stages(self, stages: Sequence[Stage]) -> None:
+        self.stages |= {stage.name: stage for stage in stages}
 
 
 class AnalyticPool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from selfpruner.jobs.run import run_job, session_of
 from selfpruner.models import load, resolve
 from selfpruner.planning.space import Plan
 from selfpruner.proposers import ProposerSettings
+from selfpruner.stages import STAGES
 from selfpruner.store.store import Store
 from selfpruner.testing.tiny_models import sample_text, tiny_model
 from selfpruner.workers.base import perform
@@ -108,6 +111,32 @@ def test_the_report(done: Done, prepared: Prepared) -> None:
     assert all(0 <= report[name]["repetition"] <= 1 for name in ("dense", "best"))
 
 
+def test_where_the_time_went(place: Place, done: Done) -> None:
+    report = done.result.report
+    rows = {row["stage"]: row for row in report["stages"]}
+    assert list(rows) == [name for name in STAGES if name in rows], "in the order of a job"
+    assert rows.keys() >= {
+        *("loading", "texts", "statistics", "ordering", "factors", "probes", "scoring", "waiting", "final", "writing"),
+        *("report", "timing", "export", "verification", "baseline", "other"),
+    }
+    assert sum(row["seconds"] for row in rows.values()) == pytest.approx(report["seconds"], abs=0.5)
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1, abs=0.01)
+    assert rows["verification"]["seconds"] == pytest.approx(done.result.checkpoint["verify_seconds"], abs=0.1)
+    searched = ("probes", "scoring", "surveys", "final")
+    assert sum(rows[name]["tokens"] for name in searched if name in rows) == report["tokens"]
+    texts = done.config.calibration, done.config.fitness_text, done.config.report_text
+    assert rows["texts"]["tokens"] == sum(text.sequences * text.length for text in texts)
+    assert rows["statistics"]["tokens"] == done.config.calibration.sequences * done.config.calibration.length
+    assert {rows[name]["workers"] for name in ("loading", "statistics", "scoring", "export", "baseline")} == {1}
+    assert report["peak_worker_mib"] == max(row["peak_mib"] for row in rows.values()) > 0
+    with closing(sqlite3.connect(place.store.path)) as connection:
+        query = "SELECT stage, tokens, workers, seconds, sum(share) OVER () FROM stages WHERE job_id = ?"
+        stored = connection.execute(query, (done.job_id,)).fetchall()
+    assert {name: row[:2] for name, *row in stored} == {name: [row["tokens"], row["workers"]] for name, row in rows.items()}
+    assert all(seconds >= rows[name]["seconds"] - 0.001 for name, *_, seconds, _ in stored)
+    assert stored[0][-1] == pytest.approx(1)
+
+
 def test_the_best_is_at_least_as_good_as_uniform_where_it_was_chosen(place: Place, done: Done, prepared: Prepared) -> None:
     rows = {row.plan_hash: row for row in place.store.evaluations(done.job_id) if row.window == "final"}
     uniform = prepared.space.project([RATE] * prepared.space.layers)
@@ -184,11 +213,17 @@ def test_plans_of_another_space_are_not_built(prepared: Prepared) -> None:
 def test_running_it_again_repeats_nothing(place: Place, done: Done) -> None:
     before = (place.store.evaluations(done.job_id), place.store.events(done.job_id).data)
     manifest = (place.folder / "checkpoint" / "manifest.json").read_bytes()
+    spent = {row.name: row for row in place.store.recorder(done.job_id).find_stages()}
     again, tasks = place.run(done.config, done.job_id)
     assert tasks["evaluate"] == 0
     assert (place.store.evaluations(done.job_id), place.store.events(done.job_id).data) == before
     assert (place.folder / "checkpoint" / "manifest.json").read_bytes() == manifest
     assert again.checkpoint["manifest_sha256"] == done.result.checkpoint["manifest_sha256"]
+    now = {row["stage"]: row for row in again.report["stages"]}
+    assert all(now[name]["tokens"] == row.tokens for name, row in spent.items() if name not in ("writing", "baseline"))
+    assert sum(row["seconds"] for row in now.values()) == pytest.approx(
+        sum(row.seconds for row in spent.values()) + again.report["seconds"], abs=0.5
+    ), "what it took is added to what there is"
     same = (
         "best_plan",
         "plan",

@@ -15,8 +15,8 @@ from tests.helpers import ROOT
 
 # From the ground upward. A room uses rooms below it, and files at the top level count as rooms.
 ROOMS = (
-    *("json_objects", "errors", "catalogue", "environment", "records", "progress", "redaction", "tables", "config", "files"),
-    *("models", "architectures", "calibration", "compensation", "criteria", "planning", "pruning"),
+    *("json_objects", "errors", "catalogue", "environment", "stages", "records", "progress", "redaction", "tables", "config"),
+    *("files", "models", "architectures", "calibration", "compensation", "criteria", "planning", "pruning"),
     *("workers", "evaluation", "export", "timing", "judging", "proposers", "operators", "evolution"),
     *("store", "jobs", "api", "client", "cli", "__main__", "testing"),
 )

@@ -80,6 +80,7 @@ def test_every_view_of_the_file_is_made(tmp_path: Path) -> None:
         "operator_report",
         "foresight",
         "llm_cost",
+        "stages",
     ]
     Store(tmp_path / "store.db").close()
     assert schema.views().keys() <= objects(tmp_path / "store.db").keys()
@@ -179,7 +180,7 @@ def as_it_was(path: Path, old: Path, revision: str, monkeypatch: pytest.MonkeyPa
             connection.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
 def test_a_job_of_an_older_release_goes_on(revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its history is replayed from the migrated rows: nothing is scored again, and the search decides as before."""
     config, space = searching.config_of("default"), space_of(layers=3)
@@ -243,8 +244,8 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "0005"
+down_revision = "0004"
 
 
 def upgrade():
@@ -256,14 +257,14 @@ def upgrade():
 
 @pytest.fixture
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Pretend that a release with revision 0004, which rebuilds the table every other table refers to, is running."""
+    """Pretend that a release with revision 0005, which rebuilds the table every other table refers to, is running."""
 
     def install(then: str) -> None:
         folder = tmp_path / "release"
         shutil.copytree(STORE_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "migrations/versions/v0004_note.py").write_text(NEXT_REVISION.format(then=then))
+        (folder / "migrations/versions/v0005_note.py").write_text(NEXT_REVISION.format(then=then))
         monkeypatch.setattr(schema, "files", lambda _: folder)
-        monkeypatch.setattr(schema, "REVISION", "0004")
+        monkeypatch.setattr(schema, "REVISION", "0005")
 
     return install
 
@@ -286,7 +287,7 @@ def test_a_migration_keeps_every_row(dump: Path, tmp_path: Path, next_release: C
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute(counts).fetchall() == before
         assert connection.execute("SELECT DISTINCT note FROM job").fetchall() == [("none",)]
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0004",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0005",)]
         assert connection.execute("SELECT plan FROM best").fetchall() == [("bbbb",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 

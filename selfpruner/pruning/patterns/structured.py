@@ -20,6 +20,7 @@ from selfpruner.pruning.patterns.base import Pattern, Prunable
 from selfpruner.pruning.patterns.stored import factor_files, read_factors, write_factors
 from selfpruner.pruning.patterns.units import attention_block, ffn_block, measure_attention, measure_ffn
 from selfpruner.pruning.signals import gather, layer_facts, layer_signals
+from selfpruner.stages import at
 
 
 class Structured(Pattern):
@@ -63,11 +64,13 @@ class Structured(Pattern):
                 release()
                 if not files[layer].exists():
                     pair, own = (found["attention"], found["ffn"]), gradients(layer)
-                    factors = (
-                        measure_attention(arch, layer, pair[0], criterion, repair, own),
-                        measure_ffn(arch, layer, pair[1], criterion, repair, own),
-                    )
-                    write_factors(files[layer], *factors, layer_facts(arch, layer, pair))
+                    with at("ordering"):
+                        factors = (
+                            measure_attention(arch, layer, pair[0], criterion, repair, own),
+                            measure_ffn(arch, layer, pair[1], criterion, repair, own),
+                        )
+                    with at("factors"):
+                        write_factors(files[layer], *factors, layer_facts(arch, layer, pair))
                     del factors, pair, own
                     release()
                 measured.progress(f"units of layer {layer + 1}/{arch.layers} ordered by {criterion.name}")
@@ -76,9 +79,10 @@ class Structured(Pattern):
         signals = []
         for layer, file in enumerate(files):
             measured.progress(f"reading factors of layer {layer + 1}/{arch.layers}")
-            attention, ffn, facts = read_factors(file, repair, arch.device)
-            one = attention_block(arch, layer, attention, shapes, adds_bias=repair.adds_bias)
-            other = ffn_block(arch, layer, ffn, widths, adds_bias=repair.adds_bias)
+            with at("factors"):
+                attention, ffn, facts = read_factors(file, repair, arch.device)
+                one = attention_block(arch, layer, attention, shapes, adds_bias=repair.adds_bias)
+                other = ffn_block(arch, layer, ffn, widths, adds_bias=repair.adds_bias)
             signals.append(layer_signals(facts, (one.options, other.options)))
             blocks += [one, other]
         release()

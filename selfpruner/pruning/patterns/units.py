@@ -25,6 +25,7 @@ from selfpruner.compensation.base import TYPICAL, output_energy
 from selfpruner.criteria import Evidence, Heads, Matrix, UnitCriterion
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Option, without_dominated
+from selfpruner.stages import at
 
 Weights = AttentionWeights | FfnWeights | None
 
@@ -148,8 +149,9 @@ def measure_ffn(
     whole = max(output_energy(W, stats), torch.finfo(torch.float32).tiny)
     order = criterion.order_channels(Evidence(W, stats, _coupled(base, stats, gradients)))
     release()
-    repair = compensation.nested(W, stats, order)
-    errors = repair.errors() / whole
+    with at("factors"):
+        repair = compensation.nested(W, stats, order)
+        errors = repair.errors() / whole
     errors[0], errors[-1] = 1.0, 0.0
     return FfnFactors(order, errors, repair)
 
@@ -170,11 +172,12 @@ def measure_attention(
     heads = criterion.choose_heads(evidence, Heads(base.kv_groups, base.heads_per_group, base.head_dim))
     dense = (base.kv_groups, base.heads_per_group)
     typical = min(heads, key=lambda shape: (abs(shape[0] * shape[1] / (dense[0] * dense[1]) - TYPICAL), shape))
-    repair = compensation.subset(W, stats, _columns(heads[typical], base.head_dim, W.device))
-    errors = {
-        shape: 0.0 if shape == dense else repair.error(_columns(kept, base.head_dim, W.device), W) / whole
-        for shape, kept in heads.items()
-    }
+    with at("factors"):
+        repair = compensation.subset(W, stats, _columns(heads[typical], base.head_dim, W.device))
+        errors = {
+            shape: 0.0 if shape == dense else repair.error(_columns(kept, base.head_dim, W.device), W) / whole
+            for shape, kept in heads.items()
+        }
     return AttentionFactors(heads, errors, repair)
 
 

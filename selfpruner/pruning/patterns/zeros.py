@@ -22,6 +22,7 @@ from selfpruner.pruning.patterns import masked
 from selfpruner.pruning.patterns.base import Pattern, Prunable
 from selfpruner.pruning.patterns.masked import PrunableMasked
 from selfpruner.pruning.signals import LayerSignals, gather, weight_facts
+from selfpruner.stages import at
 
 
 class ZeroingPattern(Pattern):
@@ -84,9 +85,10 @@ class ZeroingPattern(Pattern):
                     # What is known of the weights serves a search.
                     facts = weight_facts(matrices, levels) if plan is None else LayerSignals()
                     only = None if plan is None else (plan.levels[2 * layer], plan.levels[2 * layer + 1])
-                    masked.write_levels(
-                        files[layer], matrices, criterion, levels, arch.dtype, facts, repair=repair.refits, only=only
-                    )
+                    with at("factors"):
+                        masked.write_levels(
+                            files[layer], matrices, criterion, levels, arch.dtype, facts, repair=repair.refits, only=only
+                        )
                     del matrices
                     release()
                 measured.progress(f"levels of layer {layer + 1}/{arch.layers} made by {criterion.name}")
