@@ -43,6 +43,8 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 # place, and makes itself ready first, is part of what the stage took.
 COMPOSED: frozenset[StageName] = frozenset({"loading", "export"})
 
+LEAST = 0.001  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -108,9 +110,10 @@ class Stages:
         self._tasks.append(task)
 
     def rows(self) -> list[Stage]:
-        """Up to now, in the order of a job."""
+        """Up to now, in the order of a job, without those that were over at once."""
         self._settle()
-        return [self._rows[name] for name in STAGES if name in self._rows]
+        rows = [self._rows[name] for name in STAGES if name in self._rows]
+        return [row for row in rows if row.seconds >= LEAST or row.tokens or row.workers]
 
     def _settle(self) -> None:
         """Give the time since the last call to the present stage, to what its tasks were made of, and to waiting for them."""

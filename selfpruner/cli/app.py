@@ -28,6 +28,7 @@ from selfpruner.cli.measure import benchmark, compare, criteria, evaluate
 from selfpruner.cli.prune import prune, run_search, search
 from selfpruner.cli.show import fields
 from selfpruner.cli.show import front as show_front
+from selfpruner.cli.show import stages as show_stages
 from selfpruner.errors import ConfigError, NotFoundError, SelfprunerError, from_problems, of_system
 
 if TYPE_CHECKING:
@@ -337,6 +338,8 @@ def _report(client: Client | LocalJobs, job: JobObject) -> None:
         console.print(show_front(members))
     if contributed := contributions(job["result"] or {}) or operators(job["progress"] or {}):
         console.print(contributed)
+    if rows := (job["result"] or {}).get("stages"):
+        console.print(show_stages(rows))
     for line in account(job["result"] or {}):
         console.print(line)
     for checkpoint in client.checkpoints(job["id"]):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from selfpruner.cli.show import comparison
+from selfpruner.cli.show import comparison, stages
 from selfpruner.client import Client
 from selfpruner.errors import SelfprunerError
 from selfpruner.files.report import Report
@@ -30,7 +30,7 @@ REQUEST = {"model": "smollm2-135m", "rate": 0.2, "preset": "default", "proposer"
 # What result.json here keeps of the report.
 KEPT = (
     *("dense", "uniform_flap_bias", "uniform", "ramp", "best"),
-    *("evaluations", "plans", "peak_worker_mib", "operators", "checkpoint", "verification"),
+    *("evaluations", "plans", "peak_worker_mib", "stages", "operators", "checkpoint", "verification"),
     *("tokens", "stopped", "tokens_saved", "rank_correlation"),
     *("texts", "plan", "method", "target"),
 )
@@ -130,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(line)
     if contributed := contributions(report):
         console.print(contributed)
+    console.print(stages(report["stages"]))
     console.print(f"Checkpoint, loaded again in a fresh process and verified: {report['checkpoint']}")
     console.print(f"Figures: {home / 'result.json'}   picture: {no_picture or home / 'result.svg'}")
     console.print(further(home, job["id"]), soft_wrap=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from selfpruner.cli import shared_options
-from selfpruner.files.report import FrontRow, Report, Subject
+from selfpruner.files.report import FrontRow, Report, StageShare, Subject
 
 if TYPE_CHECKING:
     from selfpruner.api import Pruned
@@ -97,6 +97,30 @@ def comparison(report: Report) -> Table:
 def _figure(value: float | None, form: str) -> str:
     """A figure, or nothing where it could not be had."""
     return "" if value is None else format(value, form)
+
+
+# Where a stage's name alone would not say what it is.
+STAGE_TITLES = {
+    "loading": "loading the model",
+    "scoring": "generations: scoring",
+    "thinking": "generations: thinking",
+    "waiting": "waiting for a worker",
+    "writing": "writing probe",
+}
+
+
+def stages(rows: Sequence[StageShare]) -> Table:
+    """Where the time of a job went: ``stages`` of its report."""
+    from selfpruner.tables import Table
+
+    table = Table("stage", "seconds", "share", "tokens", "workers", "peak MiB", words=("stage",))
+    for row in rows:
+        counts = [f"{count:,}" if count else "" for count in (row["tokens"], row["workers"], row["peak_mib"])]
+        name = STAGE_TITLES.get(row["stage"], row["stage"])
+        table.add_row(name, f"{row['seconds']:,.1f}", f"{100 * row['share']:.1f} %", *counts)
+    whole = sum(row["seconds"] for row in rows)
+    table.add_row("together", f"{whole:,.1f}", "100.0 %", f"{sum(row['tokens'] for row in rows):,}")
+    return table
 
 
 def front(rows: Sequence[FrontRow]) -> Table:

@@ -142,9 +142,9 @@ class LatencyTerms(TypedDict):
 
 class Report(TypedDict, total=False):
     """``tokens``: plan-tokens that the search was charged; ``stopped``: why its generations ended; ``tokens_saved``: at most, by
-    ending early; ``rank_correlation``: predicted against measured; ``seconds``: of the last run, where ``stages`` have those of runs
-    that were interrupted before, too; ``missing``: why something could not be had, by what failed
-    (``scores``, ``timing``, ``baseline``, ``front``, ``latency``, ``generation_probe``)."""
+    ending early; ``rank_correlation``: predicted against measured; ``seconds``: of the last run, where ``stages`` have those of all
+    its runs; ``missing``: why something could not be had, by what failed (``scores``, ``timing``, ``baseline``, ``front``,
+    ``latency``, ``generation_probe``)."""
 
     dense: Figures
     uniform: Figures

@@ -137,8 +137,7 @@ async def _run(
         extras=extras,
         outcome=outcome,
     )
-    with stages.at("front"):
-        members = await _front(job, front, search, latencies)
+    members = await _front(job, front, search, latencies)
     found = await report.figures(job)
     if members:
         nothing: Report = {}
@@ -179,7 +178,8 @@ async def _front(job: RunningJob, front: Front, search: Search, latencies: Laten
         return await front.make(search.state, job.outcome, latencies, job.teller("searching"))
 
     without: tuple[Outcome, list[Member]] = (job.outcome, [])
-    job.outcome, members = await job.extras.attempt("front", "The front was not made", make, without)
+    with job.stages.at("front"):
+        job.outcome, members = await job.extras.attempt("front", "The front was not made", make, without)
     return members
 
 

@@ -100,9 +100,9 @@ class JobRecorder:
 
     def find_stages(self) -> list[Stage]:
         with self._database.reading() as session:
-            rows = session.exec(select(StageRow).where(StageRow.job_id == self.job_id)).all()
-        # A stage that a later version of selfpruner does not know any more stays in the database as it is.
-        return [Stage(**row.model_dump(exclude={"job_id"})) for row in rows if row.name in STAGES]
+            found = session.exec(select(StageRow).where(StageRow.job_id == self.job_id))
+            rows = {row.name: row.model_dump(exclude={"job_id"}) for row in found}
+        return [Stage(**rows[name]) for name in STAGES if name in rows]
 
     def save_stages(self, stages: Sequence[Stage]) -> None:
         if not stages:

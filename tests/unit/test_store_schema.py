@@ -24,6 +24,7 @@ from selfpruner.evolution.outcome import Outcome
 from selfpruner.jobs import runs
 from selfpruner.jobs.local_jobs import LocalJobs
 from selfpruner.records import Evaluation
+from selfpruner.stages import Stage
 from selfpruner.store import schema
 from selfpruner.store.recorder import JobRecorder
 from selfpruner.store.store import Store
@@ -116,6 +117,8 @@ def test_an_old_database_opens_with_everything_in_it(dump: Path, tmp_path: Path)
         assert [call.outcome for call in store.llm_calls(done.id)] == ["ok", "timeout"]
         assert [event.sequence for event in store.events(done.id).data] == [1, 2, 3, 4]
         assert [checkpoint.metrics for checkpoint in store.checkpoints(done.id)] == [{"kl": 0.27}]
+        spent = [Stage("statistics", 12.5, 2048, 1, 800.0), Stage("scoring", 4.5, 4096, 2, 600.0), Stage("waiting", 0.25)]
+        assert recorder.find_stages() == (spent if dump.stem >= "store_0004" else [])
         store.transition(waiting.id, "running")
     assert objects(path) == objects(migrated_from_nothing(tmp_path / "fresh.db"))
     with closing(sqlite3.connect(path)) as connection:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks import front as front_benchmark
 from benchmarks import summary
-from selfpruner.cli.show import comparison, front
+from selfpruner.cli.show import comparison, front, stages
 from selfpruner.jobs.live_view import LiveView, contributions
 from selfpruner.progress import Teller
 from selfpruner.tables import Screen, Table
@@ -54,6 +54,10 @@ MEMBERS = [
     }
     for plan in (HASH, PLAN)
 ]
+STAGES = [
+    {"stage": "thinking", "seconds": 12_345.67, "share": 0.9992, "tokens": 123_456_789_012, "workers": 64, "peak_mib": 98_765},
+    {"stage": "other", "seconds": 1.0, "share": 0.0008, "tokens": 0, "workers": 0, "peak_mib": 0},
+]
 SPREAD = {"mean": 0.1234, "min": 0.1201, "max": 0.1302}
 BENCHED = {
     "level_switch": {
@@ -82,6 +86,10 @@ TABLES: dict[str, tuple[Callable[[], Table], tuple[str, ...]]] = {
     "front": (
         lambda: front(MEMBERS),
         (HASH, PLAN, "0.125", "123,456,789,012", "0.1234", "12345.68", "1,234.6 ms", "123,457 tok/s", "1.23x", OPERATOR),
+    ),
+    "stages": (
+        lambda: stages(STAGES),
+        ("generations: thinking", "12,345.7", "99.9 %", "123,456,789,012", "64", "98,765", "12,346.7", "together"),
     ),
     "operators": (
         lambda: _some(contributions({"operators": {OPERATOR: {"made": 1_234_567, "improved": 98_765}}})),
@@ -258,11 +266,23 @@ def test_commands_lose_nothing(width: int | None, tmp_path: Path) -> None:
         "created_at": 1_732_000_000,
         "progress": progress,
         "error": None,
-        "result": {"front": MEMBERS},
+        "result": {"front": MEMBERS, "stages": STAGES},
     }
     (tmp_path / "job.json").write_text(json.dumps([job, rows]))
     text = told(["-c", CODE, str(tmp_path / "job.json")], width)
-    figures = ("0.1234", "1.1234", "2.1234", "0.4321", "-12.4 %", "123,456,789,012", "1234567", "1,234.6 ms", "1,234.6 MB", "12345")
+    figures = (
+        "0.1234",
+        "1.1234",
+        "2.1234",
+        "0.4321",
+        "-12.4 %",
+        "123,456,789,012",
+        "1234567",
+        "1,234.6 ms",
+        "1,234.6 MB",
+        "12345",
+        "12,345.7",
+    )
     whole(
         text, (JOB_ID, "succeeded", MODEL, "0.125", HASH, OPERATOR, "window", *windows, *(r["id"] for r in rows), *figures), width
     )
