@@ -1,8 +1,8 @@
 """Progress for people: what is being done, how far it is, how much time is left. It goes to stderr; stdout has the results only.
 
-A terminal has one line that changes. Anywhere else a line comes at most every few seconds, and now and then while nothing
-changes, so that a log shows that the work goes on. The words come from whoever does the work; where they hold ``3/12`` or ``3 of
-12``, that is how far it is.
+A terminal has one line that changes. Anywhere else a line comes with every new stage, then at most every few seconds, and now and
+then while nothing changes, so that a log shows that the work goes on. The words come from whoever does the work; where they hold
+``3/12`` or ``3 of 12``, that is how far it is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Foreseen(str):
 
 # Seconds between two lines where lines cannot be taken back, and until one says that the same still goes on.
 EVERY, STILL = 5.0, 30.0
+_NUMBERS = re.compile(r"[-+]?\d[\d.,]*")
 _DONE = re.compile(r"(\d[\d,]*)(?:/| of )(\d[\d,]*)(?!.*\d(?:/| of )\d)")
 
 
@@ -64,7 +65,7 @@ class TimeLeft:
             self._now = None
             return
         done, total = (int(group.replace(",", "")) for group in match.groups())
-        key, now = (re.sub(r"[\d.,]+", "", text[: match.start()]), total), self._clock()
+        key, now = (_NUMBERS.sub("", text[: match.start()]), total), self._clock()
         stage = self._stages.get(key)
         if stage is None or done < stage.done:
             stage = self._stages[key] = _Stage(total, done, now, done, now)
@@ -88,14 +89,16 @@ class TimeLeft:
 class Teller:
     """Shows the texts it is called with; a context manager, whose end takes its line off a terminal again.
 
-    ``measure`` is the text to tell from how far the work is, where that is not the one that is shown.
+    ``measure`` is the text to tell from how far the work is, where that is not the one that is shown; ``then`` is what comes after
+    that.
     """
 
     def __init__(self, stream: IO[str] | None = None, *, every: float = EVERY, still: float = STILL) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._moves = self._stream.isatty() and os.environ.get("TERM", "") != "dumb"
         self._every, self._still = (0.25, 1.0) if self._moves else (every, still)
-        self._text, self._shown = "", ""
+        self._text, self._then, self._shown = "", "", ""
+        self._stages: set[str] = set()  # texts that were shown, numbers aside
         self._started = self._last = time.monotonic()
         self._estimate = TimeLeft()
         self._lock = threading.Lock()
@@ -112,12 +115,16 @@ class Teller:
         if self._moves and self._shown:
             self._write("\r\033[K")
 
-    def __call__(self, text: str, measure: str | None = None) -> None:
+    def __call__(self, text: str, measure: str | None = None, then: str = "") -> None:
         with self._lock:
             self._estimate.see(text if measure is None else measure)
-            self._text = " ".join(printable(text).split())
-            if self._clockwork is None:
+            self._text, self._then = " ".join(printable(text).split()), then
+            stage = _NUMBERS.sub("", self._text)
+            new = stage not in self._stages
+            self._stages.add(stage)
+            if self._clockwork is None or (new and not self._moves):
                 self._show()
+            if self._clockwork is None:
                 self._clockwork = threading.Thread(target=self._run, name="progress", daemon=True)
                 self._clockwork.start()
 
@@ -130,7 +137,7 @@ class Teller:
     def _show(self) -> None:
         self._shown, self._last = self._text, time.monotonic()
         spent = duration(self._last - self._started)
-        end = "".join(f" · {part}" for part in (str(self._estimate), spent) if part)
+        end = "".join(f" · {part}" for part in (str(self._estimate), self._then, spent) if part)
         if self._moves:
             self._write(f"\r\033[K{_fitting(self._text, _width(self._stream) - 1 - len(end))}{end}")
         else:

@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     home.mkdir(parents=True)
     try:
         request = {**REQUEST, **read_config(None, options.set)}
+        console.print("Starting a server.")
         with server(home) as url:
             console.print(f"Server at {url}. Searching over HTTP for the best plan; this takes some minutes on two cores.")
             with Client(url) as client:

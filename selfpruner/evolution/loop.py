@@ -68,6 +68,7 @@ class Search:
         """Probe, search, decide. Raises SelfprunerError when no plan at all could be scored."""
         if "probes" in self.config.needs or len(self.config.objective) > 1:
             await self._probe()
+        self._report("searching", "making the first plans")
         children = await self.breeder.initial()
         self._check_budget(len(children))
         stopped = None
@@ -82,6 +83,7 @@ class Search:
             if stopped is None:
                 self.generation += 1
                 await self._survey()
+                self._report("searching", f"generation {self.generation}: making plans")
                 children = await self.breeder.children(self.generation, arrived)
         return await self._final(stopped)
 
@@ -345,6 +347,7 @@ class Search:
             raise SelfprunerError("No plan could be scored on the final tokens.", code="no_feasible_plan")
         best, repetition, not_written = finalists[0], dict[str, float](), None
         if self.config.generation_probe:
+            self._report("searching", "letting the best plans write", best)
             with self.stages.at("writing"):
                 best, repetition, not_written = await probe_writing(
                     finalists, scores, self.evaluator, self.recorder, self.windows.final

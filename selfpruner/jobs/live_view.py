@@ -1,7 +1,7 @@
 """A job as a person watches it: progress, best plan so far, what each operator contributed, and the events above it.
 
 It is fed with a job's stream: a server's, or the store's of a search in this process. Without a terminal it prints one line per
-event, and now and then one that says how far the job is.
+event and per stage, and now and then one that says how far the stage is; every one says what is left after it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class LiveView:
         self._title = title
         self._status = ""
         self._progress: StoredProgress = {}
+        self._written = False  # the checkpoint, or it is being written
+        self._event = ""
         self._started = time.monotonic()
         self._estimate = TimeLeft()
         self._lines = Teller(self.console.file)
@@ -65,6 +67,7 @@ class LiveView:
 
     def event(self, event: EventObject) -> None:
         """Print an event: ``created_at``, ``level``, ``message``."""
+        self._event = event.get("message", "")
         mark, style = MARKS.get(str(event.get("level")), MARKS["info"])
         when = time.strftime("%H:%M:%S", time.localtime(event.get("created_at") or time.time()))
         # Messages may quote an LLM: no markup, no control characters.
@@ -74,8 +77,9 @@ class LiveView:
         self._progress, self._status = progress or {}, status
         done = measure(self._progress)
         self._estimate.see(done)
-        if self._live is None and progress:
-            self._lines(facts(progress, status).plain, done)
+        if self._live is None and progress and progress.get("message", "") != self._event:
+            self._written |= progress.get("stage") == "exporting"
+            self._lines(facts(progress, status).plain, done, "" if self._written else ahead(progress))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # rich gives it the options of the event that is printed above it: those would crop its lines.
@@ -106,6 +110,17 @@ def measure(progress: StoredProgress) -> str:
     if counts(message) or progress.get("stage") != "searching":
         return message
     return f"generation {progress.get('generation') or 0} of {progress.get('generations') or 0}"
+
+
+def ahead(progress: StoredProgress) -> str:
+    """What comes after the present stage of a job that has not written its checkpoint yet."""
+    stage, left = progress.get("stage"), (progress.get("generations") or 0) - (progress.get("generation") or 0)
+    if stage == "reporting":
+        return "then the checkpoint"
+    if stage not in ("preparing", "probing", "searching"):
+        return ""
+    generations = f"up to {left} generation{'s' if left > 1 else ''}, " if left > 0 else ""
+    return f"then {generations}report and checkpoint"
 
 
 def facts(progress: StoredProgress, status: str) -> Text:

@@ -101,6 +101,35 @@ def test_a_search_says_how_far_it_is_outside_a_terminal() -> None:
     assert told.count("\n") == 2, "whole lines, however narrow"
 
 
+def test_outside_a_terminal_every_stage_of_a_search_has_a_line_with_what_is_left() -> None:
+    from rich.console import Console
+
+    stream = StringIO()
+    with LiveView("a search", Console(file=stream)) as view:
+        view.progress({"stage": "preparing", "generations": 3, "message": "statistics of layer 1/2"})
+        view.progress({"stage": "preparing", "generations": 3, "message": "statistics of layer 2/2"})
+        view.event({"level": "info", "message": "takes long"})
+        view.progress({"stage": "preparing", "generations": 3, "message": "takes long"})
+        for generation in (0, 1, 2):
+            for new in ("12", "6"):
+                message = f"generation {generation}: {new} new plans"
+                view.progress({"stage": "searching", "generation": generation, "generations": 3, "message": message})
+        view.progress({"stage": "searching", "generation": 3, "generations": 3, "message": "final"})
+        view.progress({"stage": "reporting", "generation": 3, "generations": 3, "message": "timing"})
+        view.progress({"stage": "exporting", "generation": 3, "generations": 3, "message": "writing"})
+        view.progress({"stage": "reporting", "generation": 3, "generations": 3, "message": "scoring the baseline"})
+    lines = [re.sub(r"^\d\d:\d\d:\d\d · ", "", line) for line in stream.getvalue().splitlines()]
+    assert lines == [
+        "preparing · statistics of layer 1/2 · 50 % · then up to 3 generations, report and checkpoint · 0:00",
+        "takes long",
+        "searching · generation 0: 12 new plans · then up to 3 generations, report and checkpoint · 0:00",
+        "searching · final · 100 % · then report and checkpoint · 0:00",
+        "reporting · timing · then the checkpoint · 0:00",
+        "exporting · writing · 0:00",
+        "reporting · scoring the baseline · 0:00",
+    ]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
