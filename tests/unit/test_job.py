@@ -304,6 +304,8 @@ def test_a_rate_out_of_reach(place: Place, changes: dict[str, Any]) -> None:
     error = fails(place, **changes)
     assert isinstance(error, BudgetError)
     assert error.param == "rate"
+    [failed] = place.store.jobs(limit=1).data
+    assert place.store.recorder(failed.id).find_stages()[0].name == "loading", "what it took is kept"
     assert "can remove at most" in error.message
 
 

@@ -1,4 +1,4 @@
-"""The five questions of a person who has only the sqlite3 shell, on a small history whose answers were worked out by hand."""
+"""The six questions of a person who has only the sqlite3 shell, on a small history whose answers were worked out by hand."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 
 from selfpruner.config import SearchConfig
 from selfpruner.records import Candidate, Evaluation, LlmCall, Progress
+from selfpruner.stages import Stage
 from selfpruner.store.store import Store
 
 # What is the best plan of job X? Who were its parents? What did the LLM cost? What did each operator contribute?
-# How did fitness fall by generation?
+# How did fitness fall by generation? Where did the time go?
 QUESTIONS = {
     "best": """
         SELECT plan, operator, generation, relative, rates FROM best WHERE job_id = :job
@@ -34,6 +35,9 @@ QUESTIONS = {
     "fitness": """
         SELECT generation, min(relative) AS best, min(min(relative)) OVER (ORDER BY generation) AS so_far
         FROM population WHERE job_id = :job AND status = 'evaluated' GROUP BY generation
+    """,
+    "time": """
+        SELECT stage, seconds, share, tokens, workers, peak_mib FROM stages WHERE job_id = :job
     """,
 }
 
@@ -85,6 +89,8 @@ def job(store: Store) -> str:
         recorder.save_evaluations([Evaluation(name, "w0", 64, 0.3, 3.0, spent) for name, spent in seconds.items()])
         recorder.save_evaluations([Evaluation("M", "w1", 64, 0.3, 3.0, 4.0), Evaluation("M", "report.0", 64, 0.3, 3.0, 8.0)])
         recorder.event("generation-1", "search.generation", "Generation 1", data={"rank_correlation": 0.5})
+        recorder.save_stages([Stage("statistics", 4.0, 2048, 1, 800.0), Stage("final", 1.0, 64, 2, 300.0)])
+        recorder.save_stages([Stage("statistics", 6.0, 4096, 1, 900.0), Stage("waiting", 1.0)])
         recorder.save_llm_call(call(1, "mutate", "ok", 100, 20, 0.25))
         recorder.save_llm_call(call(2, "mutate", "timeout", 100, 0, 0.125))
         recorder.save_llm_call(call(3, "crossover", "repaired", 200, 40, 0.5))
@@ -114,6 +120,14 @@ def test_what_the_llm_cost(store: Store, job: str) -> None:
     assert ask(store, QUESTIONS["cost"], job) == [("crossover", 1, 1, 0, 240, 0.5), ("mutate", 2, 1, 1, 220, 0.375)]
     seconds = "SELECT job_id, proposer, model, seconds FROM llm_cost WHERE operator = 'mutate' AND job_id = :job"
     assert ask(store, seconds, job) == [(job, "openai", "gpt", 1.0)]
+
+
+def test_where_the_time_went(store: Store, job: str) -> None:
+    assert ask(store, QUESTIONS["time"], job) == [
+        ("statistics", 6.0, 0.75, 4096, 1, 900.0),
+        ("final", 1.0, 0.125, 64, 2, 300.0),
+        ("waiting", 1.0, 0.125, 0, 0, 0.0),
+    ]
 
 
 def test_what_each_operator_contributed(store: Store, job: str) -> None:
