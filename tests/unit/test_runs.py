@@ -158,7 +158,7 @@ def test_other_settings_are_a_second_search_beside_it(run: Path, fields: dict[st
     jobs = [job for (job,) in rows(run, "SELECT id FROM job ORDER BY number")]
     assert rows(run, "SELECT job_id FROM newest") == [(jobs[1],)]
     readme = re.findall(r"^    (SELECT .*?;)$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(readme) == 5
+    assert len(readme) == 6
     for query in readme:
         of_newest, of_both = rows(run, query), rows(run, query.replace("IN newest", "IS NOT NULL"))
         assert "llm_cost" in query or 0 < len(of_newest) <= len(of_both), query
@@ -198,6 +198,9 @@ def test_a_search_that_failed_is_taken_over(
     with Store(tmp_path / "run" / "selfpruner.db") as store:
         old, new = (store.evaluations(job.id) for job in reversed(store.jobs().data))
         assert {(row.plan_hash, row.window, row.kl) for row in old} <= {(row.plan_hash, row.window, row.kl) for row in new}
+        before, after = ({row.name: row for row in store.recorder(job.id).find_stages()} for job in reversed(store.jobs().data))
+        assert after["scoring"].tokens == before["scoring"].tokens > 0, "what it took goes along with what came of it"
+        assert after["other"].seconds > before["other"].seconds
 
 
 @pytest.mark.usefixtures("no_work")
