@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     from selfpruner.cli.shared_options import read_config
 
     console = Screen()
-    started = time.monotonic()
+    started, load, cores = time.monotonic(), round(os.getloadavg()[0], 1), os.cpu_count()
     home: Path = options.home
     if home.exists():
         shutil.rmtree(home)
@@ -115,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     no_picture = plots.draw(lambda: plots.result_chart(report, events), home / "result.svg")
     seconds = round(time.monotonic() - started, 1)
-    result = {**{key: value for key, value in report.items() if key in KEPT}, "seconds": seconds, "job": job["id"]}
+    took = {"seconds": seconds, "cores": cores, "load_average": load}
+    result = {**{key: value for key, value in report.items() if key in KEPT}, **took, "job": job["id"]}
     (home / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     source = {role: " + ".join(s["source"] for s in text["sources"]) for role, text in report["texts"].items()}
     console.print(comparison(report))
@@ -126,7 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         kl, perplexity = _change(report, "kl"), _change(report, "perplexity")
         console.print(f"Found against uniform: KL {kl}, perplexity {perplexity}.")
-    console.print(f"{seconds:.0f} s, worker memory {report['peak_worker_mib']:,} MiB.")
+    console.print(
+        f"{seconds:.0f} s on {cores} cores with a load average of {load} before, worker memory {report['peak_worker_mib']:,} MiB."
+    )
     for line in account(report):
         console.print(line)
     if contributed := contributions(report):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import peers, summary
+from benchmarks import peers, summary, time_spent
 from benchmarks.judge import Bench, BudgetSpentError, JudgeRequest, JudgeResult, Meter, Run, Settings, judged
 from benchmarks.search import Judge, Store, report
 from selfpruner.errors import SelfprunerError
@@ -372,3 +372,26 @@ def test_no_score_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(SelfprunerError, match="held-out"):
         asyncio.run(go())
+
+
+def test_where_the_time_went_is_a_table() -> None:
+    report: time_spent.Found = {
+        "seconds": 300.4,
+        "plans": 60,
+        "tokens": 327_680,
+        "peak_worker_mib": 2_286,
+        "stages": [
+            {"stage": "writing", "seconds": 34.04, "share": 0.1133, "tokens": 1_536, "workers": 2, "peak_mib": 2_286},
+            {"stage": "other", "seconds": 1.0, "share": 0.0033, "tokens": 0, "workers": 0, "peak_mib": 0},
+        ],
+    }
+    assert time_spent.section("make demo", report).splitlines()[2:] == [
+        "300 s; 60 plans on 327,680 plan-tokens, largest worker 2,286 MiB.",
+        "",
+        "| stage | seconds | share | tokens | workers | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| writing probe | 34.0 | 11.3 % | 1,536 | 2 | 2,286 |",
+        "| other | 1.0 | 0.3 % |  |  |  |",
+    ]
+    beside = time_spent.section("make demo", {**report, "cores": 2, "load_average": 0.25})
+    assert "300 s on 2 cores, load average 0.2 before; 60 plans" in beside
