@@ -110,10 +110,10 @@ class Stages:
         self._tasks.append(task)
 
     def rows(self) -> list[Stage]:
-        """Up to now, in the order of a job, without those that were over at once."""
+        """Up to now, in the order of a job, without those that were over at once and of which nothing is known."""
         self._settle()
         rows = [self._rows[name] for name in STAGES if name in self._rows]
-        return [row for row in rows if row.seconds >= LEAST or row.tokens or row.workers]
+        return [row for row in rows if row.seconds >= LEAST or row.tokens or row.workers or row.peak_mib]
 
     def _settle(self) -> None:
         """Give the time since the last call to the present stage, to what its tasks were made of, and to waiting for them."""

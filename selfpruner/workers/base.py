@@ -71,7 +71,7 @@ def perform(
     parts = stages.rows()
     return {
         **result.to_json(),
-        "peak_mib": max((part.peak_mib for part in parts), default=0.0),
+        "peak_mib": max(part.peak_mib for part in parts),
         "busy": sum(part.seconds for part in parts),
         "worker": f"{platform.node()}:{os.getpid()}:{threading.get_native_id()}",
         "parts": [asdict(part) for part in parts],
