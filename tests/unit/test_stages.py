@@ -147,7 +147,7 @@ def test_a_task_says_what_it_took() -> None:
     result = Echo.result_type().read(body)
     parts = {part.name: part for part in result.parts}
     assert parts["statistics"].tokens == 7
-    assert result.busy == pytest.approx(sum(part.seconds for part in result.parts)) > 0
+    assert 0 < result.busy == pytest.approx(sum(part.seconds for part in result.parts))
     assert parts["statistics"].peak_mib == result.peak_mib >= parts["other"].peak_mib
     assert str(result.pid) in result.worker
 
