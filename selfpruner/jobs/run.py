@@ -108,6 +108,7 @@ async def _run(
         f"{_sources(prepared, 'calibration')}, judged on {_sources(prepared, 'fitness')}.",
         data=facts,
     )
+    recorder.save_stages(stages.rows())
     extras = Extras(recorder)
     evaluator = Evaluator(pool, session, recorder, stages)
     channel = None
@@ -123,6 +124,7 @@ async def _run(
             latencies = await latencies_of(pool, session, length, tell)  # nothing was searched yet: what fails here is refused
     search = Search(config, space, evaluator, recorder, windows, channel, prepared.signals)
     outcome = await search.run()
+    recorder.save_stages(stages.rows())
     if outcome.not_written is not None:
         extras.missing["generation_probe"] = outcome.not_written
     job = RunningJob(
@@ -147,6 +149,7 @@ async def _run(
             )
     with stages.at("export"):
         checkpoint = await _export(job, found, checkpoint_dir)
+    recorder.save_stages(stages.rows())
     found |= await report.baseline(job)
     outcome = job.outcome
     found |= {
