@@ -29,6 +29,7 @@ from torch import Tensor
 
 from selfpruner.architectures.kernels import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError
+from selfpruner.evaluation.exact import PIECE, PIECE_BYTES, ExactSums
 
 EXACT, SAMPLED = 384, 128
 ASTRAY = 64
@@ -68,7 +69,7 @@ def divergences(
     compact = not exact and vocabulary >= _WORTH * (EXACT + SAMPLED)
     # Compact: first the vocabulary (dense and mean logits, the distribution they share), then the chosen tokens' rows.
     chosen = (EXACT + SAMPLED) * (d * head.element_size() + (models + 1) * 16)
-    each = (max(vocabulary * 12, chosen) if compact else vocabulary * 20) + models * d * 12
+    each = (max(vocabulary * 12, chosen) if compact else PIECE_BYTES) + models * d * 12
     chunk = max(1, min(memory_bytes // each, count))
     target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten().to(dense.device)
     reference, streams = dense.reshape(count, d), [stream.reshape(count, d) for stream in finals]
@@ -173,17 +174,9 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """The same over the whole vocabulary, one model at a time."""
-    z = soft_cap(F.linear(h.to(head.dtype), head).float(), cap)
-    base = z.logsumexp(-1)
-    p = (z - base[:, None]).exp_()
-    index = wanted[:, None]
-    parts = []
-    for change in changes:
-        delta = soft_cap_change(F.linear(change.to(head.dtype), head).float(), z, cap)
-        expected = torch.linalg.vecdot(p, delta)
-        chosen = (z.gather(1, index) + delta.gather(1, index)).squeeze(1)
-        grown = delta.add_(z).logsumexp(-1)
-        parts.append(torch.stack((grown - base - expected, grown - chosen)))
-    kl, nll = torch.stack(parts, 1)
-    return kl, nll
+    """The same over the whole vocabulary."""
+    sums = ExactSums(wanted, len(changes))
+    narrow, changes = h.to(head.dtype), changes.to(head.dtype)
+    for first in range(0, len(head), PIECE):
+        sums.add(slice(None), first, head[first : first + PIECE], narrow, list(changes), cap)
+    return sums.divergences()
