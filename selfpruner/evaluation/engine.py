@@ -21,6 +21,7 @@ from selfpruner.architectures.cost import model_parameters
 from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.divergence import Divergences, divergences
+from selfpruner.evaluation.known import KnownFinals
 from selfpruner.evaluation.parallel import Lanes
 from selfpruner.evaluation.pieces import divergences_in_pieces
 from selfpruner.evaluation.race import Race, segments
@@ -104,6 +105,8 @@ class Engine:
     to the weights: half for the residual streams (``stream_bytes``), three eighths for what is computed from them at a time (tokens
     that pass a block together, ``max_tokens``, then logits, ``logit_bytes``), an eighth for materialised levels
     (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory.
+
+    ``known`` keeps the dense model's final streams of what is scored exactly, which is scored again: the report text.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Engine:
         stream_bytes: int | None = None,
         cache_bytes: int | None = None,
         logit_bytes: int | None = None,
+        known: KnownFinals | None = None,
     ) -> None:
         # A fifth stays free, for the levels in use and for what the allocator keeps.
         memory = (_default_memory(arch) if memory_bytes is None else memory_bytes) * 4 // 5
@@ -129,6 +133,7 @@ class Engine:
         self.logit_bytes = memory * 3 // 8 if logit_bytes is None else logit_bytes
         self.held_bytes = memory // 10
         self.cache = LevelCache(memory // 8 if cache_bytes is None else cache_bytes)
+        self.known = known
         self.work = PassCount(0, 0)
 
     def weights(self, block: int, level: int) -> Weights:
@@ -172,6 +177,8 @@ class Engine:
                 dense, finals = self._walk([unique[index] for index in running], part, cancelled)
                 if not finite(dense):
                     raise not_numbers(self.arch.model)
+                if exact and self.known is not None:
+                    self.known.keep(part, dense)
                 compared = self._compare(dense, finals, part, exact, cancelled)
                 kl[running, rows], nll[running, rows] = compared.kl, compared.nll
                 del dense, finals
@@ -197,8 +204,8 @@ class Engine:
     def _walk(self, plans: Sequence[tuple[int, ...]], tokens: Tensor, cancelled: Callable[[], bool]) -> tuple[Tensor, list[Tensor]]:
         """Final residual streams (B, S, d): the dense model's, and one per plan."""
         rope = self.arch.rope(tokens.shape[1])
-        dense = (0,) * len(self.blocks)
-        rows = [dense, *plans]
+        known = None if self.known is None else self.known.find(tokens)
+        rows = list(plans) if known is not None else [(0,) * len(self.blocks), *plans]
         node = [0] * len(rows)  # which stream each row follows
         streams = [self.arch.embed(tokens)]
         passes = 0
@@ -218,7 +225,8 @@ class Engine:
             node = [index_of[node[row], levels[block]] for row, levels in enumerate(rows)]
             streams = after
         self.work = PassCount(self.work.passes + passes, self.work.passes_without_sharing + len(rows) * len(self.blocks))
-        return streams[node[0]], [streams[index] for index in node[1:]]
+        finals = [streams[index] for index in node]
+        return (finals[0], finals[1:]) if known is None else (known, finals)
 
     def _pass(self, block: int, streams: Sequence[tuple[int, Tensor]], rope: tuple[Tensor, Tensor]) -> None:
         """Add the block to every stream (B, S, d) at its level, as many sequences at once as ``max_tokens`` allows."""

@@ -19,6 +19,7 @@ from selfpruner.calibration.soundness import finite, not_numbers
 from selfpruner.calibration.texts import TokenBatches, token_batches
 from selfpruner.config import Role, SearchConfig, TextConfig
 from selfpruner.evaluation.engine import Engine
+from selfpruner.evaluation.known import KnownFinals
 from selfpruner.files.cache_folder import discard, use
 from selfpruner.models import LoadedModel
 from selfpruner.models.memory import release
@@ -34,6 +35,9 @@ from selfpruner.pruning.patterns import (
 )
 from selfpruner.pruning.search_space import expected_space, space_of
 from selfpruner.pruning.signals import spectral_exponents
+
+# The dense model's final streams of the report text may take one part in so many of the model's size, where memory has no ceiling.
+KNOWN = 6
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[Prunab
     Half of it is its to plan with: allocators hold on to freed memory, and cutting a level takes some for a moment.
     """
     if loaded.memory is None:
-        return Engine(arch, blocks)
+        return Engine(arch, blocks, known=KnownFinals(held_bytes(arch, loaded) // KNOWN))
     left = max(loaded.memory - held_bytes(arch, loaded), loaded.memory // 8)
     return Engine(arch, blocks, memory_bytes=left // 2)
 
@@ -138,6 +142,7 @@ def baseline_engine(prepared: Prepared, changes: Mapping[str, object], progress:
     )
     space = space_of(config, prepared.arch, blocks)
     engine = make_engine(prepared.arch, prepared.loaded, blocks)
+    engine.known = prepared.engine.known
     return replace(prepared, config=config, space=space, signals=signals, engine=engine)
 
 

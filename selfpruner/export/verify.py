@@ -49,8 +49,9 @@ CONVERTED_BYTES = 1 << 30
 @contextmanager
 def exact(model: torch.nn.Module, held_bytes: int = 0) -> Iterator[None]:
     """Let ``model`` compute in float32 whatever its weights are stored in: a module's are converted while it runs, so that no more
-    than one module's are in memory twice; all at once where they take no more than ``held_bytes``. What a module computed for itself when it was made is float32's too: loaded in 16 bits,
-    Gemma's embeddings are scaled by the root of the hidden size as those round it."""
+    than one module's are in memory twice; all at once where they take no more than ``held_bytes``. What a module computed for
+    itself when it was made is float32's too: loaded in 16 bits, Gemma's embeddings are scaled by the root of the hidden size as
+    those round it."""
     held: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
 
     def before(module: torch.nn.Module, _: object, *, recurse: bool = False) -> None:

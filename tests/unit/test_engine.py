@@ -14,6 +14,7 @@ from selfpruner.architectures import AttentionWeights, FfnWeights, describe
 from selfpruner.compensation import COMPENSATIONS
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Engine, LevelCache, PassCount
+from selfpruner.evaluation.known import KnownFinals
 from selfpruner.evaluation.parallel import Lanes
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.patterns import PrunableAttention
@@ -351,6 +352,21 @@ def test_streams_side_by_side_score_as_one_after_the_other() -> None:
     for one, other in zip(side_by_side, alone.evaluate(plans, tokens), strict=True):
         assert one.kl == pytest.approx(other.kl, rel=1e-4)
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
+def test_the_dense_model_is_walked_once_over_what_is_scored_exactly() -> None:
+    case = ready(load_tiny("llama"))
+    plans, tokens = random_plans(case.space, 2), tokens_of(3, 24)
+    known = KnownFinals(tokens.numel() * case.arch.hidden * 4)
+    first, then = (Engine(case.arch, case.blocks, known=known) for _ in range(2))
+    assert known.find(tokens) is None
+    expected = first.evaluate(plans, tokens)
+    assert then.evaluate(plans, tokens) == expected
+    assert first.work.passes_without_sharing == 3 * len(case.blocks)
+    assert then.work.passes_without_sharing == 2 * len(case.blocks)
+    none = KnownFinals(0)
+    Engine(case.arch, case.blocks, known=none).evaluate(plans, tokens)
+    assert none.find(tokens) is None
 
 
 @pytest.mark.usefixtures("two_threads")
