@@ -106,7 +106,7 @@ class Engine:
     that pass a block together, ``max_tokens``, then logits, ``logit_bytes``), an eighth for materialised levels
     (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory.
 
-    ``known`` keeps the dense model's final streams of what is scored exactly, which is scored again: the report text.
+    ``known``, where it is set, keeps the dense model's final streams of what is scored exactly and scored again: the report text.
     """
 
     def __init__(
@@ -119,7 +119,6 @@ class Engine:
         stream_bytes: int | None = None,
         cache_bytes: int | None = None,
         logit_bytes: int | None = None,
-        known: KnownFinals | None = None,
     ) -> None:
         # A fifth stays free, for the levels in use and for what the allocator keeps.
         memory = (_default_memory(arch) if memory_bytes is None else memory_bytes) * 4 // 5
@@ -133,7 +132,7 @@ class Engine:
         self.logit_bytes = memory * 3 // 8 if logit_bytes is None else logit_bytes
         self.held_bytes = memory // 10
         self.cache = LevelCache(memory // 8 if cache_bytes is None else cache_bytes)
-        self.known = known
+        self.known: KnownFinals | None = None
         self.work = PassCount(0, 0)
 
     def weights(self, block: int, level: int) -> Weights:

@@ -73,4 +73,5 @@ class _Sums:
         return weights, shrink
 
     def logsumexp(self) -> Tensor:
-        return self.top + self.total.log()
+        grown: Tensor = self.top + self.total.log()
+        return grown

@@ -124,7 +124,9 @@ def make_engine(arch: Architecture, loaded: LoadedModel, blocks: Sequence[Prunab
     Half of it is its to plan with: allocators hold on to freed memory, and cutting a level takes some for a moment.
     """
     if loaded.memory is None:
-        return Engine(arch, blocks, known=KnownFinals(held_bytes(arch, loaded) // KNOWN))
+        engine = Engine(arch, blocks)
+        engine.known = KnownFinals(held_bytes(arch, loaded) // KNOWN)
+        return engine
     left = max(loaded.memory - held_bytes(arch, loaded), loaded.memory // 8)
     return Engine(arch, blocks, memory_bytes=left // 2)
 

@@ -358,15 +358,16 @@ def test_the_dense_model_is_walked_once_over_what_is_scored_exactly() -> None:
     case = ready(load_tiny("llama"))
     plans, tokens = random_plans(case.space, 2), tokens_of(3, 24)
     known = KnownFinals(tokens.numel() * case.arch.hidden * 4)
-    first, then = (Engine(case.arch, case.blocks, known=known) for _ in range(2))
+    first, then, third = (Engine(case.arch, case.blocks) for _ in range(3))
+    first.known = then.known = known
     assert known.find(tokens) is None
     expected = first.evaluate(plans, tokens)
     assert then.evaluate(plans, tokens) == expected
     assert first.work.passes_without_sharing == 3 * len(case.blocks)
     assert then.work.passes_without_sharing == 2 * len(case.blocks)
-    none = KnownFinals(0)
-    Engine(case.arch, case.blocks, known=none).evaluate(plans, tokens)
-    assert none.find(tokens) is None
+    third.known = KnownFinals(0)
+    assert third.evaluate(plans, tokens) == expected
+    assert third.known.find(tokens) is None
 
 
 @pytest.mark.usefixtures("two_threads")
