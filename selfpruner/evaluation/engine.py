@@ -30,6 +30,9 @@ from selfpruner.pruning.patterns import Prunable
 
 Weights = AttentionWeights | FfnWeights | None
 
+# What an engine adds to the weights of a small model. With half of it a survey of SmolLM2-135M makes its levels twice as often.
+LEAST_BYTES = 128 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -104,7 +107,8 @@ class Engine:
     ``blocks`` are in plan order: attention and FFN of layer 0, of layer 1, and so on. ``memory_bytes`` is what the engine may add
     to the weights: half for the residual streams (``stream_bytes``), three eighths for what is computed from them at a time (tokens
     that pass a block together, ``max_tokens``, then logits, ``logit_bytes``), an eighth for materialised levels
-    (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory.
+    (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory, and
+    LEAST_BYTES where that is more.
 
     ``known``, where it is set, keeps the dense model's final streams of what is scored exactly and scored again: the report text.
     """
@@ -303,5 +307,5 @@ def _estimate(partial: Score, last: Score, last_partial: Score) -> Score:
 
 def _default_memory(arch: Architecture) -> int:
     if arch.device.type == "cuda":
-        return max(64 << 20, torch.cuda.mem_get_info(arch.device)[0] // 4)
-    return max(64 << 20, model_parameters(arch) * arch.dtype.itemsize // 4)
+        return max(LEAST_BYTES, torch.cuda.mem_get_info(arch.device)[0] // 4)
+    return max(LEAST_BYTES, model_parameters(arch) * arch.dtype.itemsize // 4)
