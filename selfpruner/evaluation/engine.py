@@ -107,8 +107,8 @@ class Engine:
     ``blocks`` are in plan order: attention and FFN of layer 0, of layer 1, and so on. ``memory_bytes`` is what the engine may add
     to the weights: half for the residual streams (``stream_bytes``), three eighths for what is computed from them at a time (tokens
     that pass a block together, ``max_tokens``, then logits, ``logit_bytes``), an eighth for materialised levels
-    (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory, and
-    LEAST_BYTES where that is more.
+    (``cache_bytes``); each can be set by itself. By default it is a quarter of the model, on a GPU a quarter of its free memory,
+    and LEAST_BYTES where that is more.
 
     ``known``, where it is set, keeps the dense model's final streams of what is scored exactly and scored again: the report text.
     """
