@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from selfpruner.architectures import FAMILIES, Architecture, FfnWeights, describe
 from selfpruner.architectures.cost import attention_cost, decoder_parameters, ffn_cost, model_parameters
+from selfpruner.testing.device_suite import DeviceSuite
 from selfpruner.testing.prepared_models import ready
 from selfpruner.testing.tiny_models import layers_of, load_tiny, tokens_of
 
@@ -49,7 +50,7 @@ def assert_equal_logits(model: PreTrainedModel, length: int = 40) -> None:
     assert float((found - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
 
 
-class ArchitectureSuite:
+class ArchitectureSuite(DeviceSuite):
     """Subclass it with ``family`` and the ``extra`` shapes that only this family has. ``heads``: query heads, KV groups, heads per
     group and head_dim of the tiny model. ``attention`` and ``ffn``: the modules of a block, and its norms."""
 

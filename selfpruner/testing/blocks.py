@@ -68,7 +68,7 @@ def gradients_of(samples: Tensor) -> Gradients:
 
 
 def statistics_of(X: Tensor) -> BlockStatistics:
-    accumulator = Accumulator(X.shape[-1], torch.device("cpu"))
+    accumulator = Accumulator(X.shape[-1], X.device)
     for part in X.split(2):
         accumulator.add(part)
     return accumulator.finish()

@@ -12,6 +12,7 @@ from selfpruner import compensation
 from selfpruner.compensation import Compensation
 from selfpruner.compensation.base import energy
 from selfpruner.testing.blocks import Sample, output_error, sample
+from selfpruner.testing.device_suite import DeviceSuite
 
 KINDS = ("white", "correlated", "low_rank", "offset")
 
@@ -20,7 +21,7 @@ def order_of(n: int, seed: int = 9) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-class CompensationSuite:
+class CompensationSuite(DeviceSuite):
     """Subclass it with ``compensation``, and with ``ridge`` where it damps."""
 
     compensation: ClassVar[type[Compensation]]

@@ -15,11 +15,12 @@ from selfpruner.criteria import Heads, Matrix, UnitCriterion, WeightCriterion
 from selfpruner.criteria.masks import Sparsity, keep_n
 from selfpruner.errors import CalibrationError, ConfigError
 from selfpruner.testing.blocks import Sample, gradients_of, matrix, sample, statistics_of, with_gradients
+from selfpruner.testing.device_suite import DeviceSuite
 
 KINDS = ("white", "correlated", "low_rank", "offset")
 
 
-class CriterionSuite:
+class CriterionSuite(DeviceSuite):
     """Subclass it with ``criterion``, and with ``formula`` where its scores follow from W and X alone."""
 
     criterion: ClassVar[type[UnitCriterion]]
@@ -96,7 +97,7 @@ HALVES = [Sparsity.n_m(kept, 4) for kept in (3, 2, 1)]
 SHARES = [Sparsity(share) for share in (0.1, 0.5, 0.55, 0.9)]
 
 
-class WeightCriterionSuite:
+class WeightCriterionSuite(DeviceSuite):
     """Subclass it with ``criterion``, and with ``formula`` where masks are made of scores."""
 
     criterion: ClassVar[type[WeightCriterion]]

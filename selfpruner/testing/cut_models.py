@@ -20,6 +20,7 @@ from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import LayerShape, build
 from selfpruner.models.family_layouts import Widths, layout_of
 from selfpruner.pruning.layer_shapes import KeptUnits
+from selfpruner.testing.device import DEVICE
 from selfpruner.testing.tiny_models import outputs_of, rows_of
 
 CARD = CardInfo(
@@ -57,7 +58,7 @@ class Case:
 def folder(path: Path, family: str, **options: Any) -> tuple[Path, PreTrainedModel]:
     source = tiny.tiny_model(path, family, **options)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
-    return source, model.eval()
+    return source, model.eval().to(DEVICE)
 
 
 def cut(model: PreTrainedModel, layer: int, keep: Keep, groups: list[int]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from transformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import selfpruner.export  # noqa: F401 - registers the classes
 from selfpruner.testing.cut_models import Case, folder, masked_dense, prune
+from selfpruner.testing.device_suite import DeviceSuite
 from selfpruner.testing.tiny_models import tokens_of
 
 PAD, LENGTHS, NEW = 0, (5, 14, 9), 8
@@ -51,7 +52,7 @@ def gradients(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
 
 
-class ExportedModelSuite:
+class ExportedModelSuite(DeviceSuite):
     """Subclass it with ``family``, ``options`` of the tiny model, and what the pruning does besides cutting."""
 
     family: ClassVar[str]

@@ -20,13 +20,15 @@ from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.models import load, resolve
 from selfpruner.pruning.patterns import PATTERNS, Pattern
 from selfpruner.pruning.search_space import expected_space
+from selfpruner.testing.device import DEVICE
+from selfpruner.testing.device_suite import DeviceSuite
 from selfpruner.testing.tiny_models import load_tiny, sample_text, tiny_model
 
 
 def config_of(pattern: str, model: str = "m", text: str = "t", **changes: object) -> SearchConfig:
     words = {"sources": [{"source": text}], "sequences": 8, "length": 32}
     fields_ = {"model": model, "rate": 0.3, "pattern": pattern, "ffn_step": 8, "calibration": words, "compensation": "none"}
-    return SearchConfig.model_validate({**fields_, "device": "cpu", "dtype": "float32", **changes})
+    return SearchConfig.model_validate({**fields_, "dtype": "float32", **changes})
 
 
 def tensors_of(weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -36,7 +38,7 @@ def tensors_of(weights: Weights) -> Iterator[tuple[str, Tensor]]:
             yield each.name, value
 
 
-class PatternSuite:
+class PatternSuite(DeviceSuite):
     """Subclass it with ``pattern``."""
 
     pattern: ClassVar[type[Pattern]]
@@ -52,7 +54,7 @@ class PatternSuite:
     @classmethod
     def prepare(cls, folder: Path, **changes: object) -> Prepared:
         config = config_of(cls.pattern.name, str(folder / "model"), str(folder / "text.txt"), **changes)
-        loaded = load(resolve(str(folder / "model"), folder), "cpu", "float32")
+        loaded = load(resolve(str(folder / "model"), folder), str(DEVICE), "float32")
         return prepare(config, loaded, folder / "cache", [], lambda _: None, lambda: False)
 
     @pytest.fixture(scope="class")

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from selfpruner.models.family_layouts import Widths, layout_of
+from selfpruner.testing.device import DEVICE
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -175,6 +176,7 @@ def load_tiny(family: str, **options: Any) -> PreTrainedModel:
         source = tiny_model(Path(folder), family, **options)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
     model.train(False)
+    nn.Module.to(model, DEVICE)
     return model.requires_grad_(False)
 
 
