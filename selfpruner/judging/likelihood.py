@@ -21,7 +21,9 @@ from selfpruner.errors import CancelledTaskError
 BATCH_TOKENS = {"cpu": 512}
 BATCH_TOKENS_ELSEWHERE = 16_384
 LOGIT_BYTES = 256 << 20
-_CHUNK = 128  # positions whose logits are float32 at a time
+# Positions whose logits are float32 at a time; on a CPU as few as its caches hold.
+_CHUNK = {"cpu": 16}
+_CHUNK_ELSEWHERE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,8 @@ def _chosen(model: PreTrainedModel, logits: Tensor, index: Tensor, target: Tenso
     """Log-probabilities (n,) float64 of the tokens ``target`` under the rows ``index`` of ``logits``, and whether each is the
     likeliest; on the CPU."""
     logprobs, greedy = [], []
-    for rows, wanted in zip(index.split(_CHUNK), target.split(_CHUNK), strict=True):
+    chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
+    for rows, wanted in zip(index.split(chunk), target.split(chunk), strict=True):
         part = logits[rows].float()
         logprobs.append(part.gather(1, wanted[:, None]).squeeze(1) - part.logsumexp(-1))
         greedy.append(part.argmax(-1) == wanted)

@@ -16,7 +16,9 @@ from selfpruner.calibration.soundness import not_numbers
 from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.engine import Score
 
-_CHUNK = 128  # positions whose logits are float32 at a time
+# Positions whose logits are float32 at a time; on a CPU as few as its caches hold.
+_CHUNK = {"cpu": 16}
+_CHUNK_ELSEWHERE = 128
 
 
 def score(
@@ -68,8 +70,9 @@ def _sums(model: PreTrainedModel, row: Tensor, reference: PreTrainedModel | None
     logits = model(input_ids=ids, use_cache=False).logits[0]
     other = None if reference is None else reference(input_ids=ids, use_cache=False).logits[0]
     target = ids[0, 1:]
-    for start in range(0, row.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
+    for start in range(0, row.numel(), chunk):
+        part = slice(start, start + chunk)
         q = logits[part].float().log_softmax(-1)
         wanted = target[part]
         nll -= float(q[: wanted.numel()].gather(1, wanted[:, None]).double().sum())

@@ -16,6 +16,7 @@ from selfpruner.errors import ExportError
 from selfpruner.export import formats
 from selfpruner.export.build import build, shapes_of
 from selfpruner.files import manifest
+from selfpruner.judging import loading as judging
 from selfpruner.models import checks, loading
 from selfpruner.testing.tiny_models import sample_text, tiny_model
 from tests.helpers.gguf_files import write_gguf
@@ -82,6 +83,8 @@ def test_a_checkpoint_has_its_models_type(
     made = api.prune(tmp_path / "out", rates=rates, **options)
     kind = "float16" if stored == "mixed" else stored
     check(folder, made, kind)
+    judged = judging.load(str(made.path), tmp_path / "cache", torch.device("cpu"), "auto", None)
+    assert judged.dtype == computed, "a checkpoint is compared with its model in one type"
     size = sum(file.stat().st_size for file in made.path.glob("*.safetensors"))
     assert size < (folder / "model.safetensors").stat().st_size
     if stored == "float16" and fast:

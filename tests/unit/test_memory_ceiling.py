@@ -62,7 +62,7 @@ def test_evaluate_streams_what_is_larger(model: Path, asked: dict[str, Any], str
     pruned = api.prune(tmp_path / "pruned", rate=0.2, model=str(model), cache=asked["cache"], progress=False, **how)
     streams.clear()
     in_memory = api.evaluate(pruned.path, **asked)
-    streamed = api.evaluate(pruned.path, memory=ROOM, **asked)
+    streamed = api.evaluate(pruned.path, memory="15MiB", **asked)
     assert len(streams) == 1
     assert (streamed.parameters, streamed.perplexity) == (pruned.parameters, pytest.approx(in_memory.perplexity, rel=1e-3))
 
