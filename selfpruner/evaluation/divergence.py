@@ -13,9 +13,11 @@ low). All models are compared on the same tokens, and one gather of head rows se
 
 The exact value for r is known, so its error on the chosen tokens is known too. It is taken off every model to the extent that the
 model's delta is that of r (a control variate). A model that goes astray where the others do not puts its mass on tokens that nobody
-chose, so in the end each model's positions of largest KL, one in ``ASTRAY``, are taken exactly (without this one child in sixteen
-came out 1.4 % too low, with it 0.2 %). benchmarks/README.md says how near all this is to the exact value. Logits live for one chunk
-of positions.
+chose, so in the end each model's positions of largest KL, one in ``ASTRAY`` of every sequence, are taken exactly (without this one
+child in sixteen came out 1.4 % too low, with it 0.3 %). benchmarks/README.md says how near all this is to the exact value. Logits
+live for one chunk of positions.
+
+Nothing that is chosen for a position depends on other sequences, so it makes no difference which of them are compared together.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ def divergences(
     chunk = max(1, min(memory_bytes // each, count))
     target = torch.cat((tokens[:, 1:], tokens.new_full((sequences, 1), -1)), dim=1).flatten().to(dense.device)
     reference, streams = dense.reshape(count, d), [stream.reshape(count, d) for stream in finals]
+    position = torch.arange(length, device=dense.device).repeat(sequences)
     kl, nll = torch.zeros(2, models, count, device=dense.device)
     for start in range(0, count if models else 0, chunk):
         if cancelled():
@@ -81,10 +84,11 @@ def divergences(
         h = norm(reference[rows])
         changes = torch.stack([norm(stream[rows]) for stream in streams]).sub_(h)
         wanted = target[rows].clamp_min(0)
-        kl[:, rows], loss = _compact(head, h, changes, wanted, start, cap) if compact else _exact(head, h, changes, wanted, cap)
-        nll[:, rows] = loss * (target[rows] >= 0)
+        found = _compact(head, h, changes, wanted, position[rows], cap) if compact else _exact(head, h, changes, wanted, cap)
+        kl[:, rows], nll[:, rows] = found[0], found[1] * (target[rows] >= 0)
     if compact and models:
-        places = kl.topk(-(-count // ASTRAY), dim=1).indices.flatten()
+        worst = kl.view(models, sequences, length).topk(-(-length // ASTRAY), dim=2).indices
+        places = worst.add_(torch.arange(sequences, device=kl.device)[:, None] * length).flatten()
         owners = torch.arange(models, device=kl.device).repeat_interleave(len(places) // models)
         few = max(1, chunk // 2)  # logits of both, each position for itself
         for some, whose in zip(places.split(few), owners.split(few), strict=True):
@@ -98,17 +102,20 @@ def divergences(
     return Divergences(kl.view(shape).cpu(), nll.view(shape).cpu())
 
 
-def choose(z: Tensor, p: Tensor, r: Tensor, start: int = 0, *, exact: int = EXACT, sampled: int = SAMPLED) -> tuple[Tensor, Tensor]:
+def choose(
+    z: Tensor, p: Tensor, r: Tensor, position: Tensor, *, exact: int = EXACT, sampled: int = SAMPLED
+) -> tuple[Tensor, Tensor]:
     """Tokens (C, exact + sampled) that stand for p (C, V), the distribution of logits z, and the logarithms of their weights, which
     sum to one. The distribution r (C, V), which is used up as p is, shares the looking.
 
-    Position i of the text starts its points at the fractional part of i * golden ratio: spread evenly, and the same every time.
+    Position i of a sequence, ``position`` (C,), starts its points at the fractional part of i * golden ratio: spread evenly, and
+    the same every time.
     """
     q = p.add_(r)
     likeliest = q.topk(exact, sorted=False)
     cumulative = torch.cumsum(q.scatter_(1, likeliest.indices, 0.0), 1, out=r)
     mass = cumulative[:, -1:]
-    first = torch.arange(start, start + z.shape[0], device=z.device, dtype=torch.float64).mul_(_GOLDEN).frac_()
+    first = position.double().mul_(_GOLDEN).frac_()
     points = (torch.arange(sampled, device=z.device) + first[:, None]) / sampled
     # A point is never quite at an end of the mass, where rounding may put it beside the tokens that have any.
     drawn = torch.searchsorted(cumulative, points.float().clamp_(1e-6, 1 - 1e-6) * mass).clamp_max_(z.shape[1] - 1)
@@ -120,7 +127,9 @@ def choose(z: Tensor, p: Tensor, r: Tensor, start: int = 0, *, exact: int = EXAC
     return tokens, weights.log_softmax(-1)
 
 
-def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: int, cap: float | None) -> tuple[Tensor, Tensor]:
+def _compact(
+    head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, position: Tensor, cap: float | None
+) -> tuple[Tensor, Tensor]:
     """(KL, NLL), each (models, C), of ``changes`` (models, C, d) of the hidden states h; ``wanted`` (C,) the next tokens."""
     # A model that broke down must not decide where the others are looked at.
     sound = changes.isfinite().all(-1, keepdim=True)
@@ -132,7 +141,7 @@ def _compact(head: Tensor, h: Tensor, changes: Tensor, wanted: Tensor, start: in
     p, base = _softmax(z.clone())
     expected_of_mean = torch.linalg.vecdot(p, common)
     r, grown_of_mean = _softmax(common.add_(z))
-    tokens, log_p = choose(z, p, r, start)
+    tokens, log_p = choose(z, p, r, position)
     chosen = None if cap is None else z.gather(1, tokens)[:, None]
     del z, common, p, r
     narrow = torch.cat((changes.to(head.dtype), mean[None]))

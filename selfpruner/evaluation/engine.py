@@ -8,9 +8,8 @@ streams pass a block side by side, one per core. :mod:`selfpruner.evaluation.div
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,7 +23,8 @@ from selfpruner.evaluation.divergence import Divergences, divergences
 from selfpruner.evaluation.known import KnownFinals
 from selfpruner.evaluation.parallel import Lanes
 from selfpruner.evaluation.pieces import divergences_in_pieces
-from selfpruner.evaluation.race import Race, segments
+from selfpruner.evaluation.race import SEGMENT, Race
+from selfpruner.evaluation.tally import Floats, Score, Tally
 from selfpruner.planning.space import Plan
 from selfpruner.pruning.patterns import Prunable
 
@@ -32,23 +32,6 @@ Weights = AttentionWeights | FfnWeights | None
 
 # What an engine adds to the weights of a small model. With half of it a survey of SmolLM2-135M makes its levels twice as often.
 LEAST_BYTES = 128 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Means per token in nats: ``kl`` over all positions, ``nll`` over the positions that have a next token.
-
-    A ``rejected`` plan left a race after ``tokens`` tokens; its figures are what they would have come to, estimated.
-    """
-
-    kl: float
-    nll: float
-    tokens: int
-    rejected: bool = False
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.nll, 700.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,56 +135,40 @@ class Engine:
         race: Race | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[Score]:
-        """Score every plan on ``tokens`` (sequences, length), in the given order. Equal plans are computed once.
+        """The scores of :meth:`tally`, one per plan in the given order."""
+        return self.tally(plans, tokens, exact=exact, race=race, cancelled=cancelled).scores()
+
+    def tally(
+        self,
+        plans: Sequence[Plan],
+        tokens: Tensor,
+        *,
+        exact: bool = True,
+        race: Race | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Tally:
+        """Score every plan on ``tokens`` (sequences, length). Equal plans are computed once.
 
         ``exact=False`` takes the expectations over the vocabulary on chosen tokens (see :mod:`selfpruner.evaluation.divergence`).
         With a ``race``, contenders that cannot be among those kept are dropped on the way; a contender equal to a plan that
         is none is scored on everything. Sequences are taken in batches whose residual streams fit ``stream_bytes``. Raises
         CancelledTaskError between blocks, and ModelError where the dense model computes NaN or infinity.
         """
-        unique = list(dict.fromkeys(plan.levels for plan in plans))
         sequences, length = tokens.shape
-        most = max(1, min(self.stream_bytes // (length * self.arch.hidden * 4 * (len(unique) + 1)), sequences))
-        parts = [len(part) for part in torch.arange(sequences).split(most)]
-        contenders: set[int] = set()
-        if race is not None:
-            protected = {plan.levels for index, plan in enumerate(plans) if index not in race.contenders}
-            contenders = {index for index, levels in enumerate(unique) if levels not in protected}
-            if len(contenders) > race.keep:
-                parts = race.parts(sequences, length, most)
+        tally = Tally([plan.levels for plan in plans], sequences, length, race)
+        most = max(1, self.stream_bytes // (length * self.arch.hidden * 4 * (len(tally.plans) + 1)))
         self.cache.next_walk()
-        kl, nll = torch.zeros(2, len(unique), sequences, length)
-        ran, done = [0] * len(unique), 0
-        running = list(range(len(unique)))
         with torch.no_grad():
-            for count in parts if unique else []:
-                rows = slice(done, done + count)
-                part = tokens[rows].to(self.arch.device)
-                dense, finals = self._walk([unique[index] for index in running], part, cancelled)
+            while tally.due:
+                part = tokens[tally.done : tally.done + min(tally.due, most)].to(self.arch.device)
+                dense, finals = self._walk([tally.plans[index] for index in tally.running], part, cancelled)
                 if not finite(dense):
                     raise not_numbers(self.arch.model)
                 if exact and self.known is not None:
                     self.known.keep(part, dense)
-                compared = self._compare(dense, finals, part, exact, cancelled)
-                kl[running, rows], nll[running, rows] = compared.kl, compared.nll
-                del dense, finals
-                done += count
-                for index in running:
-                    ran[index] = done
-                if race is not None and done < sequences:
-                    racing = [index for index in running if index in contenders]
-                    samples = segments(kl[racing, :done])
-                    lost = {racing[row] for row in race.losers(samples, samples.shape[1] // done * sequences)}
-                    running = [index for index in running if index not in lost]
-        scores = [_score(kl[index], nll[index], ran[index]) for index in range(len(unique))]
-        if race is not None:
-            finished = sorted(
-                (i for i in contenders if ran[i] == sequences), key=lambda i: (math.isnan(scores[i].kl), scores[i].kl)
-            )
-            for index in contenders.difference(finished):
-                last = finished[min(race.keep, len(finished)) - 1]
-                scores[index] = _estimate(scores[index], scores[last], _score(kl[last], nll[last], ran[index]))
-        return [scores[unique.index(plan.levels)] for plan in plans]
+                tally.add(*_sums(self._compare(dense, finals, part, exact, cancelled)))
+                del dense, finals  # before the next streams are there
+        return tally
 
     # -- walking -----------------------------------------------------------------------------------------------------
     def _walk(self, plans: Sequence[tuple[int, ...]], tokens: Tensor, cancelled: Callable[[], bool]) -> tuple[Tensor, list[Tensor]]:
@@ -292,17 +259,10 @@ class Engine:
         )
 
 
-def _score(kl: Tensor, nll: Tensor, sequences: int) -> Score:
-    """Scores on the first ``sequences`` of (sequences, length)."""
-    length = kl.shape[1]
-    kl_sum, nll_sum = float(kl[:sequences].double().sum()), float(nll[:sequences].double().sum())
-    return Score(kl_sum / (sequences * length), nll_sum / (sequences * (length - 1)), sequences * length)
-
-
-def _estimate(partial: Score, last: Score, last_partial: Score) -> Score:
-    """What a dropped plan would have scored: as much above ``last``, who finished, as it was when it was dropped."""
-    ratio = partial.kl / last_partial.kl if last_partial.kl > 0 else 1.0
-    return replace(partial, kl=last.kl * ratio, nll=last.nll + partial.nll - last_partial.nll, rejected=True)
+def _sums(found: Divergences) -> tuple[Floats, Floats]:
+    """KL (models, sequences, stretches) and NLL (models, sequences), summed in float64."""
+    stretches = [part.double().sum(-1) for part in found.kl.split(SEGMENT, -1)]
+    return torch.stack(stretches, -1).numpy(), found.nll.double().sum(-1).numpy()
 
 
 def _default_memory(arch: Architecture) -> int:

@@ -4,7 +4,7 @@ Plans are scored on the same text, so what separates them is the difference on t
 either value. A contender is dropped when the lower confidence bound of its mean difference from the last contender to be kept so
 far is above zero (a racing algorithm: Maron & Moore 1994; Birattari et al. 2002 with paired differences). The question is who
 leads at the end of this text, not on all texts, so the bound shrinks to nothing as the text runs out (Cochran's finite population
-correction).
+correction). Knows no torch: where an evaluation is split over workers, the search decides.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from selfpruner.errors import ConfigError
 
@@ -39,37 +39,30 @@ class Race:
         if not 0.5 < self.confidence < 1:
             raise ConfigError(f"the confidence of a race is between 0.5 and 1, got {self.confidence}", param="race")
 
-    def parts(self, sequences: int, length: int, most: int) -> list[int]:
-        """Sequences scored before each decision, together all of them; never more than ``most`` at once."""
+    def decisions(self, sequences: int, length: int) -> list[int]:
+        """After how many of the sequences somebody may be dropped, ascending."""
         step = max(1, STEP // length)
         first = max(step, -(-LEAST_SAMPLES * SEGMENT // length))
-        parts: list[int] = []
-        while (left := sequences - sum(parts)) > 0:
-            parts.append(min(first if not parts else step, left, most))
-        return parts
+        return list(range(first, sequences, step))
 
-    def losers(self, samples: Tensor, total: int) -> list[int]:
+    def losers(self, samples: NDArray[np.float64], total: int) -> list[int]:
         """Rows of ``samples`` (contenders, n), a divergence per stretch of the first n of ``total``, that can be dropped now."""
         count, n = samples.shape
-        samples = samples.double().nan_to_num(nan=torch.inf)
+        samples = np.where(np.isnan(samples), np.inf, samples)
         if count <= self.keep or n < LEAST_SAMPLES:
             return []
-        order = samples.mean(1).argsort(stable=True).tolist()
+        order = samples.mean(1).argsort(kind="stable").tolist()
         last = samples[order[self.keep - 1]]
         bound = quantile(self.confidence, n - 1) * math.sqrt((1 - n / total) / n)
         losers = []
-        for row in order[self.keep :]:
-            difference = samples[row] - last
-            mean = float(difference.mean())
-            # Infinite: a plan that broke down, whatever the bound.
-            if mean == math.inf or mean - bound * float(difference.std()) > 0:
-                losers.append(row)
+        with np.errstate(invalid="ignore"):  # infinity less infinity: both broke down
+            for row in order[self.keep :]:
+                difference = samples[row] - last
+                mean = float(difference.mean())
+                # Infinite: a plan that broke down, whatever the bound.
+                if mean == math.inf or mean - bound * float(difference.std(ddof=1)) > 0:
+                    losers.append(row)
         return losers
-
-
-def segments(values: Tensor) -> Tensor:
-    """(models, samples): means over stretches of at most SEGMENT positions of ``values`` (models, sequences, length)."""
-    return torch.stack([part.mean(-1) for part in values.split(SEGMENT, -1)], -1).flatten(1)
 
 
 def quantile(confidence: float, freedom: int) -> float:

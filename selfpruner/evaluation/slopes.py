@@ -37,11 +37,12 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Slopes:
     """Means over ``tokens``: the plan's ``kl`` in nats; per asked (block, level) the ``first`` term in nats and the ``size`` |D|^2
-    over the dense block's output energy."""
+    over the dense block's output ``energy``."""
 
     kl: float
     first: list[float]
     size: list[float]
+    energy: list[float]
     tokens: int
 
 
@@ -66,9 +67,9 @@ def slopes(
     batch = max(1, min((engine.stream_bytes + engine.logit_bytes) // per_sequence, tokens.shape[0]))
     kl = sum(walk.forth_and_back(part.to(arch.device)) for part in tokens.split(batch))
     count = tokens.numel()
-    whole = walk.energy.clamp_min(1e-30)
-    sizes = [float(walk.size[index] / whole[block]) for index, (block, _) in enumerate(moves)]
-    return Slopes(kl / count, (walk.first / count).tolist(), sizes, count)
+    energy = walk.energy[[block for block, _ in moves]]
+    size = walk.size / energy.clamp_min(1e-30)
+    return Slopes(kl / count, (walk.first / count).tolist(), size.tolist(), (energy / count).tolist(), count)
 
 
 class _Walk:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from selfpruner.errors import ConfigError, OutOfMemoryError
+from selfpruner.evaluation import split
 from selfpruner.planning.space import Plan
 from selfpruner.records import Evaluation, EvaluationOutcome, Recorder, Window
 from selfpruner.stages import Stages
@@ -45,11 +46,12 @@ class Fitness:
 
 
 class Evaluator:
-    """Scores plans through a pool. A generation's missing plans go out as one task, so that they share their prefixes.
+    """Scores plans through a pool. A generation's missing plans go out together, so that they share their prefixes, over all
+    workers (:mod:`selfpruner.evaluation.split`).
 
-    When a device runs out of memory the batch is halved, again and again; a plan that does not fit alone is stored as failed
-    with that reason. ``evaluations`` counts (plan, window) pairs scored, ``tokens`` the plan-tokens that took; ``stages`` are the
-    job's, and those of its tokens that were not scored before count there.
+    A plan that does not fit a device's memory alone is stored as failed with that reason. ``evaluations`` counts (plan, window) pairs
+    scored, ``tokens`` the plan-tokens that took; ``stages`` are the job's, and those of its tokens that were not scored before count
+    there.
     """
 
     def __init__(self, pool: WorkerPool, session: Session, recorder: Recorder, stages: Stages | None = None) -> None:
@@ -104,7 +106,7 @@ class Evaluator:
             prompt=prompt,
             new_tokens=new_tokens,
         )
-        result = await self._pool.run(self._session, request)
+        result = await split.generate(self._pool, self._session, request)
         self.stages.count(len(request.plans) * len(window.sequences) * new_tokens)
         return result.repetition
 
@@ -125,7 +127,7 @@ class Evaluator:
                 plan=plan.levels, moves=tuple(moves), text=window.text, sequences=window.sequences, piece=window.piece
             )
             try:
-                result = await self._pool.run(self._session, request)
+                result = await split.slopes(self._pool, self._session, request)
             except (ConfigError, OutOfMemoryError):
                 return None
             kl, tokens = result.kl, result.tokens
@@ -158,22 +160,20 @@ class Evaluator:
             piece=window.piece,
             race=RaceTerms(keep=keep, contenders=racing, confidence=CONFIDENCE) if len(racing) > keep > 0 else None,
         )
-        try:
-            result = await self._pool.run(self._session, request)
-        except OutOfMemoryError as error:
-            if len(plans) > 1:
-                middle = len(plans) // 2
-                first = await self._evaluate(plans[:middle], window, contenders, keep)
-                return first + await self._evaluate(plans[middle:], window, contenders, keep)
-            reason = f"out of memory: {error.message}"
-            rows = [Evaluation(plan.hash, window.name, 0, None, None, 0.0, reason, outcome="out_of_memory") for plan in plans]
-        else:
-            tokens = sum(row.tokens for row in result.rows)
-            self.stages.count(tokens)
-            rows = [
-                _recorded(plan, window, row, result.seconds * row.tokens / max(tokens, 1))
-                for plan, row in zip(plans, result.rows, strict=True)
-            ]
+        result = await split.evaluate(self._pool, self._session, request)
+        tokens = sum(row.tokens for row in result.rows)
+        self.stages.count(tokens)
+        rows = [
+            _recorded(plan, window, row, result.seconds * row.tokens / max(tokens, 1))
+            for plan, row in zip(plans, result.rows, strict=True)
+        ]
+        if result.pieces > 1:
+            self._recorder.event(
+                f"split-{window.name}",
+                "search.split",
+                f"{len(plans)} plans scored on {window.name} in {result.pieces} pieces, up to {self._pool.workers} at a time.",
+                data={"window": window.name, "plans": len(plans), "pieces": result.pieces, "workers": self._pool.workers},
+            )
         self._recorder.save_evaluations(rows)
         return rows
 
@@ -189,7 +189,7 @@ def _recorded(plan: Plan, window: Window, row: ScoreRow, seconds: float) -> Eval
         seconds,
         _reason(row, finite=finite),
         kind="raced" if row.rejected else "measured",
-        outcome="ok" if finite else "not_finite",
+        outcome="ok" if finite else "out_of_memory" if row.too_large else "not_finite",
     )
 
 

@@ -5,7 +5,6 @@ The loaded model is kept between sessions that share it; one session's texts, fa
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -24,11 +23,12 @@ from selfpruner.catalogue import PATTERNS
 from selfpruner.config import Role, SearchConfig
 from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError, OutOfMemoryError, ProposerError
 from selfpruner.evaluation import speed
-from selfpruner.evaluation.engine import Score
 from selfpruner.evaluation.latency import time_blocks
 from selfpruner.evaluation.race import Race
 from selfpruner.evaluation.session import Prepared, baseline_engine, forget_plan, prepare
 from selfpruner.evaluation.slopes import slopes
+from selfpruner.evaluation.split import row_of
+from selfpruner.evaluation.tally import Tally
 from selfpruner.export.build import build, check_buildable, count_parameters
 from selfpruner.export.card import CardInfo, with_origin
 from selfpruner.export.checkpoint import write
@@ -65,7 +65,7 @@ from selfpruner.workers.tasks import (
     ProposeResult,
     R,
     RaceTerms,
-    ScoreRow,
+    SequenceSums,
     SlopesRequest,
     SlopesResult,
     SourceFacts,
@@ -227,6 +227,7 @@ class SessionHandler:
             kl=found.kl,
             first=tuple(found.first),
             size=tuple(found.size),
+            energy=tuple(found.energy),
             tokens=found.tokens,
             seconds=time.perf_counter() - started,
         )
@@ -394,7 +395,7 @@ def _scores(prepared: Prepared, request: EvaluateRequest, cancelled: Cancelled) 
     for plan in plans:
         prepared.space.check(plan)
     work = prepared.engine.work
-    scores = prepared.engine.evaluate(
+    tally = prepared.engine.tally(
         plans,
         prepared.tokens(request.text, request.sequences, request.piece),
         exact=request.text == "report" if request.exact is None else request.exact,
@@ -403,19 +404,18 @@ def _scores(prepared: Prepared, request: EvaluateRequest, cancelled: Cancelled) 
     )
     after = prepared.engine.work
     return EvaluateResult(
-        rows=tuple(_row(score) for score in scores),
+        rows=tuple(row_of(score) for score in tally.scores()),
         seconds=time.perf_counter() - started,
         passes=after.passes - work.passes,
         passes_without_sharing=after.passes_without_sharing - work.passes_without_sharing,
+        sums=_sums(tally) if request.sums else None,
     )
+
+
+def _sums(tally: Tally) -> SequenceSums:
+    kl, nll = tally.kl[tally.asked].reshape(len(tally.asked), -1), tally.nll[tally.asked]
+    return SequenceSums(length=tally.length, kl=tuple(map(tuple, kl.tolist())), nll=tuple(map(tuple, nll.tolist())))
 
 
 def _race(terms: RaceTerms) -> Race:
     return Race(terms.keep, terms.contenders, terms.confidence)
-
-
-def _row(score: Score) -> ScoreRow:
-    if math.isfinite(score.kl) and math.isfinite(score.nll):
-        return ScoreRow(kl=score.kl, nll=score.nll, tokens=score.tokens, reason=None, rejected=score.rejected)
-    reason = f"fitness is not finite (kl {score.kl}, nll {score.nll})"
-    return ScoreRow(kl=None, nll=None, tokens=score.tokens, reason=reason, rejected=score.rejected)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from selfpruner.calibration.soundness import not_numbers
 from selfpruner.errors import CancelledTaskError
-from selfpruner.evaluation.engine import Score
+from selfpruner.evaluation.tally import Score
 
 # Positions whose logits are float32 at a time; on a CPU as few as its caches hold.
 _CHUNK = {"cpu": 16}

@@ -35,6 +35,10 @@ class Session:
 
 
 class WorkerPool(Protocol):
+    @property
+    def workers(self) -> int:
+        """How many tasks it can do at a time."""
+
     async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """Do one task and return its result.
 

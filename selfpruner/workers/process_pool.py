@@ -1,8 +1,11 @@
 """A pool of worker processes, one per device.
 
 A worker starts with the first task that needs it and stays warm. When it dies or freezes, it is replaced and its task runs again,
-at most ``max_attempts`` times; a result that arrived before the death counts. Tasks wait in a queue when all workers are busy. A
-worker that already holds a session is preferred for it.
+at most ``max_attempts`` times; a result that arrived before the death counts.
+
+Tasks wait in a queue when no worker is free for them. A worker that serves a session is free for that one first: to make another one
+ready takes longer than most tasks. It changes over when its session rests, or has more workers than the other would then have; so
+sessions that are at work at the same time share the workers evenly.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +33,7 @@ from selfpruner.workers.worker_process import Connection, Link, Message
 CANCEL_GRACE = 3.0  # seconds a cancelled task gets before its worker is killed
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.1, 5.0  # seconds before a worker that died twice in a row starts again
 _PASSED_OVER_MOST = 8  # times a waiting task may see tasks of a worker's own session go first
+_RESTED = 20.0  # seconds without a task after which a session's workers are free for others
 
 
 class DeviceGoneError(Exception):
@@ -37,14 +43,16 @@ class DeviceGoneError(Exception):
 @dataclass(slots=True, eq=False)
 class Slot:
     """One device and the worker on it, if one was started. ``task`` is the number of the task it was sent and has not answered;
-    ``gone``: the device has left."""
+    ``gone``: the device has left; ``serves``: whose task it was given last, ``session``: which one it holds."""
 
     device: str
     log: Path
     link: Connection | None = None
     gone: bool = False
+    serves: str | None = None
     session: str | None = None
     busy: bool = False
+    used: float = -math.inf  # when its last task ended, by the loop's clock
     task: int | None = None
     starts: int = 0
     deaths: int = 0  # in a row, without a task done in between
@@ -101,6 +109,7 @@ class ProcessPool:
         self._numbers = itertools.count(random.getrandbits(48))
         self._closing = asyncio.Event()
         self._settling: set[asyncio.Task[None]] = set()
+        self._look: asyncio.TimerHandle | None = None  # the next look for workers whose session rests
 
     def _slot(self, device: str) -> Slot:
         return Slot(device, self._folder / f"worker-{len(self._slots)}-{re.sub(r'[^a-zA-Z0-9]+', '-', device)}.log")
@@ -114,6 +123,12 @@ class ProcessPool:
     def pids(self) -> list[int | None]:
         """One per device; None where no worker runs (not started yet, or dead and not needed since)."""
         return [slot.link.pid if slot.link is not None and slot.link.alive else None for slot in self._slots]
+
+    @property
+    def workers(self) -> int:
+        """Those on devices of one kind can share a job: numbers that other kinds give are not quite the same."""
+        kinds = {slot.device.partition(":")[0] for slot in self._slots}
+        return len(self._slots) if len(kinds) == 1 else 1
 
     @property
     def busy(self) -> int:
@@ -154,6 +169,8 @@ class ProcessPool:
     async def close(self) -> None:
         """End all workers; tasks still waiting or running fail with a WorkerError. Later calls do nothing."""
         self._closing.set()
+        if self._look is not None:
+            self._look.cancel()
         self._fail_waiting(_closed())
         while True:
             await asyncio.gather(*(self._retire(slot) for slot in self._slots))
@@ -245,14 +262,9 @@ class ProcessPool:
     async def _acquire(self, session: str) -> Slot:
         if self._closing.is_set():
             raise _closed()
-        idle = [slot for slot in self._slots if not slot.busy and not slot.gone]
-        if idle:
-            # The session's own worker; else one that holds no session; else any: `min` keeps the first.
-            slot = min(idle, key=lambda s: (s.session != session, s.session is not None))
-            slot.busy = True
-            return slot
         waiter = _Waiter(session, asyncio.get_running_loop().create_future())
         self._waiting.append(waiter)
+        self._assign()
         try:
             return await waiter.slot
         except asyncio.CancelledError:
@@ -263,26 +275,47 @@ class ProcessPool:
             raise
 
     def _free(self, slot: Slot) -> None:
-        """Hand the slot to a waiting task: the oldest of its session, unless an older one was passed over too often."""
+        slot.busy, slot.used = False, asyncio.get_running_loop().time()
+        if slot.link is None or not slot.link.alive:
+            slot.serves = None
+        self._assign()
+
+    def _assign(self) -> None:
+        """Give idle workers to waiting tasks: each to the oldest of its session, unless an older one was passed over too often."""
         self._waiting = [waiter for waiter in self._waiting if not waiter.slot.done()]  # without those cancelled meanwhile
-        if not self._waiting or slot.gone:
-            slot.busy = False
-            return
-        oldest = self._waiting[0]
-        chosen = oldest
-        if oldest.passed_over < _PASSED_OVER_MOST:
-            chosen = next((w for w in self._waiting if w.session == slot.session), oldest)
-        if chosen is not oldest:
-            oldest.passed_over += 1
-        self._waiting.remove(chosen)
-        chosen.slot.set_result(slot)
+        for slot in sorted(self._idle(), key=lambda slot: slot.serves is None):
+            allowed = [waiter for waiter in self._waiting if self._may_have(waiter.session, slot)]
+            if not allowed:
+                continue
+            oldest = chosen = allowed[0]
+            if oldest.passed_over < _PASSED_OVER_MOST:
+                chosen = next((waiter for waiter in allowed if waiter.session == slot.serves), oldest)
+            if chosen is not oldest:
+                oldest.passed_over += 1
+            self._waiting.remove(chosen)
+            slot.busy, slot.serves = True, chosen.session
+            chosen.slot.set_result(slot)
+        if self._look is not None:
+            self._look.cancel()
+        later = bool(self._waiting and self._idle())
+        self._look = asyncio.get_running_loop().call_later(_RESTED, self._assign) if later else None
+
+    def _idle(self) -> list[Slot]:
+        return [slot for slot in self._slots if not slot.busy and not slot.gone]
+
+    def _may_have(self, session: str, slot: Slot) -> bool:
+        """Whether a task of ``session`` may have an idle worker, perhaps one of another session."""
+        if slot.serves in (None, session):
+            return True
+        serving = Counter(other.serves for other in self._slots if not other.gone)
+        better = any(other.serves in (None, session) for other in self._idle())
+        rested = asyncio.get_running_loop().time() - slot.used >= _RESTED
+        return not better and (not serving[session] or rested or serving[slot.serves] > serving[session] + 1)
 
     def _add(self, device: str) -> None:
         """One more device, which takes a waiting task at once."""
-        slot = self._slot(device)
-        slot.busy = True
-        self._slots.append(slot)
-        self._free(slot)
+        self._slots.append(self._slot(device))
+        self._assign()
 
     def _fail_waiting(self, error: WorkerError) -> None:
         for waiter in self._waiting:

@@ -163,13 +163,15 @@ class ExpectRequest(TaskRequest[ExpectResult]):
 # -- judging plans -----------------------------------------------------------------------------------------------------
 class ScoreRow(Contract):
     """One plan on some tokens: ``kl`` from the dense model and ``nll``, or None and the ``reason`` where they are not finite.
-    ``rejected``: a race ended early for it, its figures are estimates and ``tokens`` what was spent on it."""
+    ``rejected``: a race ended early for it, its figures are estimates and ``tokens`` what was spent on it. ``too_large``: it did
+    not fit the device even alone."""
 
     kl: float | None
     nll: float | None
     tokens: int
     reason: str | None = None
     rejected: bool = False
+    too_large: bool = False
 
 
 class RaceTerms(Contract):
@@ -181,18 +183,31 @@ class RaceTerms(Contract):
     confidence: float = 0.99
 
 
+class SequenceSums(Contract):
+    """What scores are made of: per plan sums of the ``kl`` over stretches of single sequences (see
+    :mod:`selfpruner.evaluation.tally`), sequence after sequence, and of the ``nll`` over sequences of ``length`` tokens. Those of a
+    plan that is too large are empty."""
+
+    length: int
+    kl: tuple[tuple[float, ...], ...]
+    nll: tuple[tuple[float, ...], ...]
+
+
 class EvaluateResult(TaskResult):
-    """One row per plan, in the order asked. ``passes`` through a layer, and what they would have been without shared prefixes."""
+    """One row per plan, in the order asked. ``passes`` through a layer, and what they would have been without shared prefixes.
+    ``pieces``: how many tasks it was split into."""
 
     rows: tuple[ScoreRow, ...]
     seconds: float
     passes: int
     passes_without_sharing: int
+    sums: SequenceSums | None = None
+    pieces: int = 1
 
 
 class EvaluateRequest(TaskRequest[EvaluateResult]):
     """Score plans on the same tokens. ``exact``: whether expectations over the vocabulary are exact; by default on the text
-    ``report`` only."""
+    ``report`` only. With ``sums``, and then without a race, they come back too: the request is a piece of a larger one."""
 
     kind: ClassVar[str] = "evaluate"
     plans: tuple[Levels, ...]
@@ -201,15 +216,17 @@ class EvaluateRequest(TaskRequest[EvaluateResult]):
     piece: int | None = None
     exact: bool | None = None
     race: RaceTerms | None = None
+    sums: bool = False
 
 
 class SlopesResult(TaskResult):
     """The plan's ``kl``, and per move the ``first`` term of its change in nats and the ``size`` of what it does to the block's
-    output as a share of that output's energy; means over ``tokens``. See :mod:`selfpruner.evaluation.slopes`."""
+    output as a share of that output's ``energy``; means over ``tokens``. See :mod:`selfpruner.evaluation.slopes`."""
 
     kl: float
     first: tuple[float, ...]
     size: tuple[float, ...]
+    energy: tuple[float, ...]
     tokens: int
     seconds: float
 

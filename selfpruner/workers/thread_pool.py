@@ -31,6 +31,10 @@ class InProcessPool:
         self._flags: set[threading.Event] = set()
         self._closed = False
 
+    @property
+    def workers(self) -> int:
+        return 1
+
     async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """See :meth:`selfpruner.workers.base.WorkerPool.run`. Returns, or raises, only after the work has stopped."""
         if self._closed:

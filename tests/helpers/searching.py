@@ -124,6 +124,8 @@ class AnalyticPool:
     that writing raises; ``wrote``: the names of every such task.
     """
 
+    workers = 1
+
     def __init__(self, space: SearchSpace, interruptions: Interruptions | None = None) -> None:
         self.space = space
         self.interruptions = interruptions or Interruptions()
@@ -213,8 +215,8 @@ class AnalyticPool:
         first = tuple((self.kl(plan) - kl) / FIRST for plan in moved)
         tokens = 16 * len(sequences)
         self.tokens[request.text] += tokens * (SLOPE_PASSES + len(moved) // len(here.levels))
-        size = (0.0,) * len(first)
-        return SlopesResult(kl=kl, first=first, size=size, tokens=tokens, seconds=0.01, peak_mib=100.0)
+        size, energy = (0.0,) * len(first), (1.0,) * len(first)
+        return SlopesResult(kl=kl, first=first, size=size, energy=energy, tokens=tokens, seconds=0.01, peak_mib=100.0)
 
     async def close(self) -> None:
         """Nothing to close."""

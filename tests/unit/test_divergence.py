@@ -60,6 +60,18 @@ def test_exact_is_exact(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], ca
     torch.testing.assert_close(found.nll.double(), nll, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_it_makes_no_difference_which_sequences_are_compared_together(
+    problem: tuple[Tensor, Tensor, list[Tensor], Tensor], exact: bool
+) -> None:
+    head, dense, finals, tokens = problem
+    whole = divergences(head, norm, dense, finals, tokens, exact=exact)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
+        found = divergences(head, norm, dense[part], [final[part] for final in finals], tokens[part], exact=exact)
+        torch.testing.assert_close(found.kl.sum((1, 2)), whole.kl[:, part].sum((1, 2)), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.nll.sum((1, 2)), whole.nll[:, part].sum((1, 2)), rtol=1e-6, atol=0)
+
+
 def test_a_cap_changes_relative_to_the_change() -> None:
     logits = torch.linspace(-30, 30, 601)
     capped = soft_cap(logits, 7.0)
@@ -73,13 +85,13 @@ def test_a_cap_changes_relative_to_the_change() -> None:
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("which", [[0], [1], [2], [3], [1, 2], [0, 1, 2, 3]])
 def test_compact_is_near(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], which: list[int], cap: float | None) -> None:
-    """A vocabulary much flatter than a language model's, and 256 positions only: within 1 % of the mean."""
+    """A vocabulary much flatter than a language model's, and 256 positions only: within 1 % of the mean, capped within 5 %."""
     head, dense, finals, tokens = problem
     chosen = [finals[index] for index in which]
     found = divergences(head, norm, dense, chosen, tokens, cap=cap)
     kl, nll = plain(head, dense, chosen, tokens, cap)
     for index in range(len(which)):
-        assert float(found.kl[index].mean()) == pytest.approx(float(kl[index].mean()), rel=1e-2)
+        assert float(found.kl[index].mean()) == pytest.approx(float(kl[index].mean()), rel=1e-2 if cap is None else 5e-2)
         assert float(found.nll[index].mean()) == pytest.approx(float(nll[index].mean()), rel=1e-3)
     # One model alone is its own control: exact. Several are not, or nothing was approximated.
     same = torch.allclose(found.kl, divergences(head, norm, dense, chosen, tokens, exact=True, cap=cap).kl, rtol=1e-3, atol=1e-4)
@@ -93,8 +105,8 @@ def test_a_model_that_goes_astray_alone_is_seen(
     head, dense, _, tokens = problem
     g = torch.Generator().manual_seed(5)
     finals = [dense + 0.05 * torch.randn(dense.shape, generator=g) for _ in range(8)]
-    for position in (3, 9, 20):
-        finals[2][1, position] += 4 * torch.randn(WIDTH, generator=g)
+    for sequence, position in ((1, 3), (4, 9), (6, 20)):
+        finals[2][sequence, position] += 4 * torch.randn(WIDTH, generator=g)
     expected = plain(head, dense, finals, tokens)[0].mean((1, 2))
     errors = []
     for share in (10**9, divergence.ASTRAY):
@@ -148,7 +160,7 @@ def test_chosen_tokens_stand_for_the_distribution() -> None:
     g = torch.Generator().manual_seed(1)
     z = (torch.randn(VOCABULARY, generator=g) * 2).expand(512, -1).contiguous()
     other = z + torch.randn(VOCABULARY, generator=g)
-    tokens, log_weights = choose(z, z.softmax(-1), other.softmax(-1))
+    tokens, log_weights = choose(z, z.softmax(-1), other.softmax(-1), torch.arange(len(z)))
     assert tokens.shape == log_weights.shape == (512, EXACT + SAMPLED)
     torch.testing.assert_close(log_weights.logsumexp(-1), torch.zeros(512), atol=1e-5, rtol=0)
     value = torch.randn(VOCABULARY, generator=g)
@@ -163,7 +175,7 @@ def test_chosen_tokens_stand_for_the_distribution() -> None:
 def test_a_distribution_without_a_tail() -> None:
     z = torch.full((3, VOCABULARY), -1e4)
     z[:, 5] = 0
-    tokens, log_weights = choose(z, z.softmax(-1), z.softmax(-1))
+    tokens, log_weights = choose(z, z.softmax(-1), z.softmax(-1), torch.arange(len(z)))
     assert not bool(log_weights.isnan().any())
     assert float(log_weights.exp()[tokens == 5].sum()) == pytest.approx(3)
     head, dense = torch.eye(VOCABULARY)[:, :8] * 1e4, torch.eye(8)[None, :3]

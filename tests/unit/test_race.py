@@ -7,12 +7,13 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from selfpruner.errors import ConfigError
 from selfpruner.evaluation.engine import Engine
-from selfpruner.evaluation.race import LEAST_SAMPLES, SEGMENT, Race, quantile, segments
+from selfpruner.evaluation.race import LEAST_SAMPLES, SEGMENT, Race, quantile
 from selfpruner.jobs.handler import _scores
 from selfpruner.planning.space import Plan
 from selfpruner.testing.prepared_models import Ready, ready
@@ -45,27 +46,34 @@ def test_students_quantiles(confidence: float, freedom: int, expected: float) ->
 
 
 def test_losers() -> None:
-    g = torch.Generator().manual_seed(0)
-    text = torch.rand(32, generator=g) * 10  # what the text does to all plans alike
-    quiet = torch.randn(5, 32, generator=g) * 0.01
-    samples = text + quiet + torch.tensor([0.0, 0.1, 0.1005, 0.5, math.nan])[:, None]
+    g = np.random.default_rng(0)
+    text = g.random(32) * 10  # what the text does to all plans alike
+    quiet = g.standard_normal((5, 32)) * 0.01
+    samples = text + quiet + np.array([0.0, 0.1, 0.1005, 0.5, math.nan])[:, None]
     assert Race(2, (0, 1, 2, 3, 4), 0.99).losers(samples, 64) == [3, 4], "0.1005 and 0.1 cannot be told apart"
     assert Race(5, (0, 1, 2, 3, 4)).losers(samples, 64) == []
     assert Race(2, (0, 1, 2, 3, 4)).losers(samples[:, : LEAST_SAMPLES - 1], 64) == []
     assert sorted(Race(1, (0, 1, 2, 3, 4)).losers(samples, 64)) == [1, 2, 3, 4]
-    close = torch.stack((text, text + 0.2 + 0.6 * torch.tensor([1.0, -1.0]).repeat(16)))
+    close = np.stack((text, text + 0.2 + 0.6 * np.tile([1.0, -1.0], 16)))
     assert Race(1, (0, 1)).losers(close, 1000) == [], "the rest of a long text may turn it round"
     assert Race(1, (0, 1)).losers(close, 33) == [1], "the rest of this one hardly"
-    assert Race(1, (0, 1)).losers(torch.full((2, 16), math.nan), 64) == [], "nobody to lose to"
+    assert Race(1, (0, 1)).losers(np.full((2, 16), math.nan), 64) == [], "nobody to lose to"
 
 
-def test_parts_cover_the_text() -> None:
-    for sequences, length, most in ((1, 16, 9), (16, 256, 99), (16, 256, 1), (64, 32, 20), (3, 4096, 2)):
-        parts = Race(1, (0,)).parts(sequences, length, most)
-        assert sum(parts) == sequences
-        assert all(0 < part <= most for part in parts)
-    assert Race(1, (0,)).parts(16, 256, 99) == [4, 2, 2, 2, 2, 2, 2]
-    assert segments(torch.arange(600.0).view(2, 3, 100)).shape == (2, 6)
+def test_decisions_fall_after_a_first_part_and_every_step() -> None:
+    assert Race(1, (0,)).decisions(16, 256) == [4, 6, 8, 10, 12, 14]
+    assert Race(1, (0,)).decisions(4, 4096) == [1, 2, 3]
+    assert Race(1, (0,)).decisions(64, 32) == [32, 48]
+    assert Race(1, (0,)).decisions(4, 256) == [], "nobody is dropped once all is read"
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_memory_does_not_decide_who_is_dropped(case: Ready, tokens: torch.Tensor, memory: int | None) -> None:
+    race = Race(2, tuple(range(7)))
+    engine = Engine(case.arch, case.blocks, stream_bytes=memory)
+    one, other = engine.evaluate(ladder(case), tokens, race=race), case.engine.evaluate(ladder(case), tokens, race=race)
+    assert [score.tokens for score in one] == [score.tokens for score in other]
+    assert [score.kl for score in one] == pytest.approx([score.kl for score in other], rel=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"confidence": 1.0}, {"confidence": 0.5}])
@@ -119,13 +127,13 @@ def test_a_race_that_is_none(case: Ready, tokens: torch.Tensor) -> None:
 def test_a_race_as_a_task(case: Ready, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker is sent and sends back; the report is exact unless told otherwise, the fitness is not."""
     asked: list[bool] = []
-    evaluate = case.engine.evaluate
+    tally = case.engine.tally
 
     def watched(*args: Any, exact: bool, **options: Any) -> Any:
         asked.append(exact)
-        return evaluate(*args, exact=exact, **options)
+        return tally(*args, exact=exact, **options)
 
-    monkeypatch.setattr(case.engine, "evaluate", watched)
+    monkeypatch.setattr(case.engine, "tally", watched)
     prepared: Any = SimpleNamespace(space=case.space, engine=case.engine, tokens=lambda *asked: tokens[list(asked[1])])
     plans = tuple(plan.levels for plan in ladder(case))
     asks = partial(EvaluateRequest, plans=plans, sequences=tuple(range(24)))
