@@ -50,6 +50,8 @@ FFNS, FFN, ATTENTION, SHAPE, WINDOW, KIND = 0.77, 0.08, 0.15, 0.35, 0.9, 0.27
 class World:
     """A pool whose evaluations are made up; ``speed`` in plan-tokens per second."""
 
+    workers = 1
+
     def __init__(self, space: SearchSpace, weights: Sequence[float], seed: int, speed: float) -> None:
         self.space, self.speed, self.seconds = space, speed, 0.0
         rng = np.random.default_rng(seed)
@@ -92,7 +94,7 @@ class World:
         wrong = np.random.default_rng(request.sequences).normal(1, FORESIGHT, len(terms))
         first = tuple(float(term * error / FIRST) for term, error in zip(terms, wrong, strict=True))
         kl, zeros = self.kl(Plan(here), weights), (0.0,) * len(first)
-        return SlopesResult(kl=kl, first=first, size=zeros, tokens=tokens, seconds=seconds)
+        return SlopesResult(kl=kl, first=first, size=zeros, energy=zeros, tokens=tokens, seconds=seconds)
 
     def _evaluate(self, request: EvaluateRequest) -> EvaluateResult:
         weights, tokens = self._mean_weights(request.sequences), len(request.sequences) * LENGTH

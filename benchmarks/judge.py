@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.data import original, text
 from selfpruner.config import SearchConfig
 from selfpruner.errors import SelfprunerError, TextError
-from selfpruner.evaluation.engine import Score
+from selfpruner.evaluation.tally import Score
 from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
@@ -98,6 +98,8 @@ class BudgetSpentError(Exception):
 
 class Meter:
     """A pool that counts what is scored on the fitness text, and refuses what would pass the budget."""
+
+    workers = 1
 
     def __init__(self, pool: WorkerPool, length: int, budget: int) -> None:
         self._pool, self._length, self._budget = pool, length, budget

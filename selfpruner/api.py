@@ -1,5 +1,8 @@
 """The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``benchmark``, ``export`` and ``load``, run in this process.
 
+``devices`` are those of several worker processes instead, which do the work of one call together: ``"cuda:0,cuda:1"``, or
+``"cpu*2"`` for two that share the cores. Each holds the model.
+
 Calls block and take plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`. ``progress`` shows on
 stderr what is being done and how long it will take. Give it a function to receive these texts instead, or False for silence.
 """
@@ -35,7 +38,9 @@ from selfpruner.progress import OnProgress, shown
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.store.store import Store
 from selfpruner.timing.report import Report, Settings
-from selfpruner.workers.base import Session, TaskHandler, WorkerPool
+from selfpruner.workers import devices as workers
+from selfpruner.workers.base import Session, WorkerPool
+from selfpruner.workers.child import load_runtime
 from selfpruner.workers.tasks import ExpectRequest, ExportRequest, PrepareRequest, PrepareResult
 
 if TYPE_CHECKING:
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
     from selfpruner.judging.quality import Quality
 
 T = TypeVar("T")
+_SEARCH, _JUDGE = "selfpruner.jobs.handler:SessionHandler", "selfpruner.judging.handler:JudgeHandler"
 
 
 class Conversion(TypedDict):
@@ -92,6 +98,7 @@ def search(
     proposers: Mapping[str, ProposerSettings] | None = None,
     watch: Watch | None = None,
     again: bool = False,
+    devices: str | Sequence[str] | None = None,
     progress: bool | OnProgress = True,
     **fields: object,
 ) -> JobResult:
@@ -107,6 +114,7 @@ def search(
     from selfpruner.jobs.live_view import watched, watching
 
     config = config_of({"rate": rate, **fields})
+    where = placed(devices, config.device)
     named = {"local": ProposerSettings(), **(proposers or {})}
     if "llm" in config.needs:
         catalogue.check_proposer(config.proposer, named)
@@ -142,7 +150,7 @@ def search(
         with watched(f"{config.model} rate {config.rate:g}", progress) as view:
             store.on_event = store.on_progress = watching(store, run.job.id, [view, *([watch] if watch else [])])
             try:
-                result = _with_pool(work)
+                result = _with_pool(work, devices=where)
             finally:
                 store.requeue_running()  # a signal may come before the job is attended to
     run.write_result(result.report)
@@ -156,6 +164,7 @@ def prune(
     rates: Sequence[float] | None = None,
     levels: Sequence[int] | None = None,
     cache: Path | None = None,
+    devices: str | Sequence[str] | None = None,
     progress: bool | OnProgress = True,
     **fields: object,
 ) -> Pruned:
@@ -170,6 +179,7 @@ def prune(
             raise ConfigError("Say what to remove: rate, rates or levels.", param="rate")
         rate = _average(rates) if rates is not None else 1e-6
     config = config_of({"rate": rate, "preset": "evolution", **fields})
+    where = placed(devices, config.device)
     from selfpruner import models
     from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
@@ -190,7 +200,7 @@ def prune(
         return await _write(pool, config, cache or default_cache(), choose, Path(directory), None, tell)
 
     with shown(progress) as tell:
-        return _with_pool(run)
+        return _with_pool(run, devices=where)
 
 
 def export(
@@ -318,6 +328,7 @@ def evaluate(
     length: int = 512,
     against: str | None = None,
     device: str = "auto",
+    devices: str | Sequence[str] | None = None,
     memory: int | str | None = None,
     cache: Path | None = None,
     progress: bool | OnProgress = True,
@@ -326,6 +337,7 @@ def evaluate(
     (bytes, or 2GiB say) bounds what both and the work with them may take; larger models are streamed from their files."""
     from selfpruner.judging.tasks import HeldOutRequest
 
+    where = placed(devices, device)
     cache_dir = cache or default_cache()
     wanted = TextConfig(sources=tuple(Source(source=name) for name in text), sequences=sequences, length=length)
     files.check(wanted, "text")
@@ -340,7 +352,7 @@ def evaluate(
 
     ceiling = _ceiling(memory)
     with shown(progress) as tell:
-        return _with_pool(run, _judge)
+        return _with_pool(run, _JUDGE, where)
 
 
 def quality(
@@ -356,6 +368,7 @@ def quality(
     against: Path | str | None = None,
     data: Path | str | None = None,
     device: str = "auto",
+    devices: str | Sequence[str] | None = None,
     dtype: str = "auto",
     memory: int | str | None = None,
     cache: Path | None = None,
@@ -399,6 +412,7 @@ def quality(
     for name in asked:
         saved.precheck(name)
     catalogue.check_device(device)
+    where = placed(devices, device)
     longest = max(seqlen) if perplexity else measures.NEW_TOKENS
     ceiling, kept = _ceiling(memory), cache or default_cache()
     sessions = {name: _judged(name, device, dtype, ceiling, longest, kept) for name in asked}
@@ -407,7 +421,7 @@ def quality(
         return Quality(asked, compared, await measure(pool, sessions, wanted, results, progress=tell))
 
     with shown(progress) as tell:
-        return _with_pool(run, _judge)
+        return _with_pool(run, _JUDGE, where)
 
 
 def benchmark(
@@ -421,6 +435,7 @@ def benchmark(
     repetitions: int = 7,
     compiled: bool = False,
     device: str = "auto",
+    devices: str | Sequence[str] | None = None,
     dtype: str = "auto",
     memory: int | str | None = None,
     cache: Path | None = None,
@@ -431,13 +446,15 @@ def benchmark(
     ``backend`` is one of ``catalogue.BACKENDS``: ``vllm`` needs ``urls`` of running servers and perhaps a ``key``; the folders
     still have to be here, for the bounds. ``prompt_tokens`` are 512 by default, or as many as all models have positions for.
     ``memory`` bounds what all models together may take; what would have to be streamed is refused. ``compiled`` decodes by
-    torch.compile with a cache of fixed size. ``Report.markdown()`` and ``Report.to_dict()`` say what was
+    torch.compile with a cache of fixed size. With several ``devices`` the models are put on them in turn, and still timed one at a
+    time. ``Report.markdown()`` and ``Report.to_dict()`` say what was
     """
     from selfpruner.timing import run as timing
 
     named = [str(model) for model in models]
     if len(set(named)) < len(named):
         raise ConfigError("Every model can be named once only.", param="models")
+    where = placed(devices, device)
     settings = Settings(backend, 512 if prompt_tokens is None else prompt_tokens, new_tokens, repetitions, compiled=compiled)
     wanted = {name: name for name in named}
     with shown(progress) as tell:
@@ -447,7 +464,7 @@ def benchmark(
                 settings,
                 urls=urls,
                 key=key,
-                device=device,
+                devices=where or (device,),
                 dtype=dtype,
                 memory=_ceiling(memory),
                 cache=cache or default_cache(),
@@ -518,26 +535,30 @@ def _ceiling(memory: int | str | None) -> int | None:
         raise from_problems([problem]) from None
 
 
-def _search() -> TaskHandler:
-    from selfpruner.jobs.handler import SessionHandler
+def placed(devices: str | Sequence[str] | None, device: str) -> tuple[str, ...] | None:
+    """A device for each worker process, all of which are here; None for a worker in this process."""
+    if devices is None:
+        return None
+    if device != "auto":
+        raise ConfigError("Give device or devices, not both.", param="devices")
+    found = workers.parse(devices)
+    workers.check_here(found)
+    return found
 
-    return SessionHandler("auto")
 
-
-def _judge() -> TaskHandler:
-    from selfpruner.judging.handler import JudgeHandler
-
-    return JudgeHandler("auto")
-
-
-def _with_pool(work: Callable[[WorkerPool], Coroutine[object, None, T]], handler: Callable[[], TaskHandler] = _search) -> T:
+def _with_pool(
+    work: Callable[[WorkerPool], Coroutine[object, None, T]], handler: str = _SEARCH, devices: Sequence[str] | None = None
+) -> T:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # of use where torch is not imported yet, as on the command line
 
     async def run() -> T:
+        from selfpruner.workers.process_pool import ProcessPool
         from selfpruner.workers.thread_pool import InProcessPool
 
-        pool = InProcessPool(handler)
+        pool: WorkerPool = InProcessPool(lambda: load_runtime(handler, "auto"))
+        if devices is not None:
+            pool = ProcessPool(devices, runtime=handler)
         try:
             return await work(pool)
         finally:

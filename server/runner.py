@@ -183,11 +183,12 @@ def default_pool(settings: ServerSettings) -> WorkerPool:
         return ProcessPool(settings.devices, runtime=RUNTIME, log_dir=settings.logs)
     from selfpruner.workers.ray_pool import RayPool
 
-    if len(settings.devices) > 1:
+    if len(set(settings.devices)) > 1:
         raise ConfigError("On a Ray cluster SELFPRUNER_DEVICES is one of auto, cuda, cpu or cpu*N.", param="devices")
+    device, count = settings.devices[0].partition(":")[0], len(settings.devices)
     return RayPool(
         settings.ray,
-        device=settings.devices[0],
+        device=device if count == 1 else f"{device}*{count}",
         memory=settings.ray_memory,
         # The same server finds its workers again, another one does not take them.
         name=f"selfpruner-{hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]}",

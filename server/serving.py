@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from selfpruner.errors import ConfigError, disk_errors
 from selfpruner.files import cache_folder, places
 from selfpruner.store.store import Store
+from selfpruner.workers import devices
 from server.app import create_app
 from server.runner import Runner
 from server.settings import ServerSettings
@@ -57,8 +58,11 @@ class _Server(uvicorn.Server):
 def serve(settings: ServerSettings, ready: Callable[[str], None]) -> int:
     """Serve until a signal; returns the exit code. ``ready`` is called with the base URL once requests are answered.
 
-    Raises ConfigError when the address or the home folder cannot be had, StoreError when another server owns the home folder.
+    Raises ConfigError when a device, the address or the home folder cannot be had, StoreError when another server owns the home
+    folder.
     """
+    if settings.ray is None:
+        devices.check_here(settings.devices)
     cache_folder.limit()  # or every job would find that it is no size
     places.writable_folder(settings.home, param="home")
     for folder in (settings.home, settings.cache, settings.checkpoints, settings.logs):

@@ -5,7 +5,7 @@ A request can set none of it. Lists are written with commas, proposers as JSON:
     SELFPRUNER_HOST=127.0.0.1 SELFPRUNER_PORT=8000 SELFPRUNER_HOME=~/.selfpruner
     SELFPRUNER_TOKEN=secret                          one token, owner "default"
     SELFPRUNER_TOKENS='{"ann": "...", "bob": "..."}' several owners, who do not see each other's jobs
-    SELFPRUNER_DEVICES=cuda:0,cuda:1
+    SELFPRUNER_DEVICES=cuda:0,cuda:1                 one worker each, which share the jobs; cpu*2: two that share the cores
     SELFPRUNER_RAY=10.0.0.1:6379                     workers on a Ray cluster; SELFPRUNER_DEVICES is then auto, cuda, cpu or cpu*N,
                                                      what each node gives
     SELFPRUNER_MODEL_ROOT=/models SELFPRUNER_TEXT_ROOT=/texts SELFPRUNER_MODELS='Qwen/*,meta-llama/Llama-3.2-1B'
@@ -22,10 +22,11 @@ from typing import Annotated, Any
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from selfpruner import catalogue, environment
+from selfpruner import environment
 from selfpruner.config import Bytes
 from selfpruner.errors import ConfigError
 from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.workers import devices
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -40,7 +41,7 @@ class ServerSettings(BaseSettings):
     home: Path = Field(default=Path("~/.selfpruner"), description="database, cache, checkpoints and logs live here")
     token: SecretStr | None = Field(default=None, description="bearer token of the owner 'default'")
     tokens: dict[str, SecretStr] = Field(default_factory=dict, description="owner -> bearer token")
-    devices: Names = Field(default=("auto",), min_length=1, description="one worker process per device")
+    devices: Names = Field(default=("auto",), description="one worker process per device; cpu*2 makes two")
     ray: str | None = Field(default=None, description="HOST:PORT of a Ray cluster whose nodes do the work, instead of devices here")
     ray_memory: Bytes | None = Field(default=None, description="memory that a worker reserves on a node of that cluster, as 16GiB")
     parallel_jobs: int = Field(default=1, ge=1, le=64, description="jobs that run at the same time; the others queue")
@@ -62,12 +63,10 @@ class ServerSettings(BaseSettings):
     @field_validator("devices")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for device in value:
-            try:
-                catalogue.check_device(device)
-            except ConfigError as error:
-                raise ValueError(error.message) from None
-        return value
+        try:
+            return devices.parse(value)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
 
     @field_validator("home", "model_root", "text_root", mode="before")
     @classmethod

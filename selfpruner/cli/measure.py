@@ -50,6 +50,7 @@ def evaluate(
     sequences: Annotated[int, typer.Option(min=1, max=65_536, help="Of the held-out text.")] = 32,
     length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
     device: shared_options.Device = None,
+    devices: shared_options.Devices = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")] = "auto",
     memory: shared_options.Memory = None,
     cache: shared_options.Cache = None,
@@ -69,6 +70,7 @@ def evaluate(
             length=length,
             against=against,
             device=device or "auto",
+            devices=devices,
             memory=memory,
             cache=cache,
         )
@@ -93,6 +95,7 @@ def evaluate(
         against=against,
         data=data,
         device=device or "auto",
+        devices=devices,
         dtype=dtype,
         memory=memory,
         cache=cache,
@@ -150,6 +153,7 @@ def benchmark(
         typer.Option("--compile", help="Decode by torch.compile with a cache of fixed size (transformers; compiles for minutes)."),
     ] = False,
     device: shared_options.Device = None,
+    devices: shared_options.Devices = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     memory: Annotated[
         str | None, typer.Option(help="Ceiling for all models together, 2GiB say; larger ones are refused.", show_default="none")
@@ -173,6 +177,7 @@ def benchmark(
         repetitions=repetitions,
         compiled=compiled,
         device=device or "auto",
+        devices=devices,
         dtype=dtype,
         memory=memory,
         cache=cache,
@@ -231,6 +236,7 @@ def compare(
     sequences: Annotated[int, typer.Option(min=1, max=65_536, help="Sequences of the held-out text.")] = 32,
     length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
     device: shared_options.Device = None,
+    devices: shared_options.Devices = None,
     config: shared_options.ConfigFile = None,
     settings: shared_options.Settings = None,
     cache: shared_options.Cache = None,
@@ -251,14 +257,15 @@ def compare(
     if text:
         report["sources"] = [{"source": name} for name in text]
     checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})
+    workers = api.placed(devices, checked.device) or (checked.device,)
     places.writable_folder(output)
     files.look_at(checked, ("report",))
     results = side_by_side.ComparisonFile(output, checked.model_dump(mode="json", include=side_by_side.SETTINGS))
     if not results.rows:
         models.precheck(checked.model)  # otherwise every method would find out on its own
-    cache_dir, where = cache or api.default_cache(), checked.device
+    cache_dir = cache or api.default_cache()
     with shown(True) as tell:
-        asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=cache_dir, device=where, progress=tell))
+        asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=cache_dir, devices=workers, progress=tell))
     (output / "compare.md").write_text(side_by_side.markdown(results), "utf-8")
     no_picture = plots.draw(lambda: side_by_side.chart(results), output / "compare.svg")
     if as_json:

@@ -19,15 +19,24 @@ from selfpruner.errors import ConfigError
 def search(
     output: shared_options.Output,
     options: shared_options.SearchOptions,
+    devices: shared_options.Devices = None,
     cache: shared_options.Cache = None,
     again: Annotated[bool, typer.Option("--again", help="Search once more with the same settings.")] = False,
     as_json: shared_options.Json = False,
 ) -> int:
     """Search in this process, without a server. The same call again goes on where it was interrupted, or shows what was found."""
-    return run_search(options.body(), output, cache, again=again, as_json=as_json)
+    return run_search(options.body(), output, cache, devices=devices, again=again, as_json=as_json)
 
 
-def run_search(body: Mapping[str, object], output: Path, cache: Path | None, *, again: bool = False, as_json: bool = False) -> int:
+def run_search(
+    body: Mapping[str, object],
+    output: Path,
+    cache: Path | None,
+    *,
+    devices: str | None = None,
+    again: bool = False,
+    as_json: bool = False,
+) -> int:
     """Run the search that ``body`` asks for, and print what it found."""
     from selfpruner import api
     from selfpruner.jobs.live_view import account
@@ -36,7 +45,7 @@ def run_search(body: Mapping[str, object], output: Path, cache: Path | None, *, 
     checked = api.config_of(body)
     proposers = from_environment() if "llm" in checked.needs else {}
     fields: dict[str, Any] = {key: value for key, value in body.items() if key != "rate"}
-    result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, **fields)
+    result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, devices=devices, **fields)
     if result.reused:
         print(f"{output} holds this search already, finished; nothing was computed. --again searches once more.", file=sys.stderr)
     if as_json:
@@ -63,6 +72,7 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help='JSON with "levels", or "rates" per layer or block; a checkpoint\'s plan.json will do.')
     ] = None,
+    devices: shared_options.Devices = None,
     cache: shared_options.Cache = None,
     as_json: shared_options.Json = False,
 ) -> int:
@@ -72,7 +82,7 @@ def prune(
     body: dict[str, Any] = options.body()
     given = _plan_file(plan) if plan is not None else {}
     wanted = body.pop("rate", None)
-    result = api.prune(output, rate=wanted, **given, cache=cache, **body)
+    result = api.prune(output, rate=wanted, **given, cache=cache, devices=devices, **body)
     return print_pruned(result, as_json)
 
 

@@ -67,6 +67,12 @@ Population = Annotated[int | None, typer.Option(help="Survivors of a generation.
 Proposer = Annotated[str | None, typer.Option(help="Who answers the LLM operators.", show_default="local")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same search.", show_default="0")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, mps, cuda or cuda:N.", show_default="auto")]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="Several workers that share the work: cuda:0,cuda:1, or cpu*2. Each holds the model.", show_default="one, of --device"
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(help="Ceiling for the model and the work with it, 2GiB say; a larger model is streamed.", show_default="none"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypedDict
 from selfpruner import catalogue
 from selfpruner.config import Part, SearchConfig, differences
 from selfpruner.errors import ConfigError, SelfprunerError
+from selfpruner.evaluation import split
 from selfpruner.files import atomic
 from selfpruner.jobs.run import session_of
 from selfpruner.planning.space import Plan, SearchSpace
@@ -160,7 +161,7 @@ async def measure(
     results: ComparisonFile,
     *,
     cache: Path,
-    device: str,
+    devices: Sequence[str],
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Fill ``results`` with what is missing. ``config`` gives model, texts and everything but the method. A method that fails
@@ -169,7 +170,7 @@ async def measure(
         missing = [rate for rate in rates if results.find(method, rate) is None]
         if not missing:
             continue
-        pool = ProcessPool([device])
+        pool = ProcessPool(devices)
         try:
             for row in [row async for row in _rows(pool, config, method, missing, results, cache, progress)]:
                 results.add(row)
@@ -196,7 +197,7 @@ async def _rows(
     def tell(text: str) -> None:
         progress(f"{method.name}: {text}")
 
-    prepared = await pool.run(session, PrepareRequest(texts=("calibration", "report")), tell)
+    prepared = await split.prepare(pool, session, PrepareRequest(texts=("calibration", "report")), tell)
     every = tuple(range(prepared.texts["report"].sequences))
     dense = prepared.model.parameters
 
@@ -212,7 +213,7 @@ async def _rows(
     whole = [] if results.dense is not None else [prepared.space.dense]
     tell("scoring")
     plans = tuple(plan.levels for plan in (*whole, *(plan for _, plan in uniform.values())))
-    found = await pool.run(session, EvaluateRequest(plans=plans, text="report", sequences=every))
+    found = await split.evaluate(pool, session, EvaluateRequest(plans=plans, text="report", sequences=every))
     scores = list(found.rows)
     if whole:
         nll = scores.pop(0).nll

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from selfpruner import catalogue
 from selfpruner.config import Role, SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
+from selfpruner.evaluation import split
 from selfpruner.evolution.evaluator import Evaluator
 from selfpruner.evolution.extras import Extras
 from selfpruner.evolution.front import Front, Latencies, Member
@@ -98,7 +99,7 @@ async def _run(
 
     tell("waiting for a worker")
     with stages.at("loading"):
-        prepared = await pool.run(session, PrepareRequest(output=str(checkpoint_dir)), tell)
+        prepared = await split.prepare(pool, session, PrepareRequest(output=str(checkpoint_dir)), tell)
     _refuse_other_inputs(recorder.find_event("prepared"), prepared)
     space, facts = prepared.space, prepared.model_dump(mode="json", include=PREPARED)
     recorder.event(

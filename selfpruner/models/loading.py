@@ -197,16 +197,23 @@ def choose_device(device: str) -> torch.device:
     """The torch device for ``auto``, ``cpu``, ``mps`` or ``cuda[:N]``. Raises :class:`ConfigError` for one that is not here."""
     import torch
 
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
-        return torch.device("cuda:0" if cuda else "mps" if mps else "cpu")
-    here = ["cpu", *(["mps"] if mps else []), *(f"cuda:{n}" for n in range(torch.cuda.device_count() if cuda else 0))]
+        return torch.device("cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    here = devices_here()
     target = torch.device(catalogue.check_device(device, here))
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda:0")
     if str(target) not in here:
         raise ConfigError(f"Device {device!r} is not here. This machine has: {', '.join(here)}.", param="device")
     return target
+
+
+def devices_here() -> list[str]:
+    """The names of this machine's devices."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(["mps"] if torch.backends.mps.is_available() else []), *(f"cuda:{number}" for number in range(gpus))]
 
 
 def choose_dtype(dtype: str, device: torch.device, *, stored: str | None = None) -> torch.dtype:

@@ -184,7 +184,7 @@ async def run(
     *,
     urls: Sequence[str] = (),
     key: str | None = None,
-    device: str = "auto",
+    devices: Sequence[str] = ("auto",),
     dtype: str = "auto",
     memory: int | None = None,
     cache: Path,
@@ -192,7 +192,7 @@ async def run(
     progress: OnProgress = lambda _: None,
 ) -> Report:
     """Time models by name. ``memory``: bytes that the weights of all may take at once. ``urls``: of ``vllm``'s servers, one for
-    each model or one for all; ``key`` is sent to them.
+    each model or one for all; ``key`` is sent to them. The models are put on the ``devices`` in turn.
 
     Raises ConfigError and UnknownNameError for what cannot be asked, ModelError and its kin for what cannot be loaded,
     BenchmarkError for a runtime that is not there or fails.
@@ -203,6 +203,7 @@ async def run(
     subjects: dict[str, Timed] = {}
     try:
         for index, (name, model) in enumerate(models.items()):
+            device = devices[index % len(devices)]
             if settings.backend == "vllm":
                 subjects[name] = _served(urls[index % len(urls)], model, dtype, cache, key)
             elif settings.backend == "llamacpp":

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import os
 import random
 import re
 import shutil
@@ -27,6 +28,7 @@ from selfpruner.errors import ConfigError, WorkerError, from_dict
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.progress import Foreseen, OnProgress
 from selfpruner.workers.base import Session
+from selfpruner.workers.devices import threads
 from selfpruner.workers.tasks import R, TaskRequest
 from selfpruner.workers.worker_process import Connection, Link, Message
 
@@ -69,7 +71,8 @@ class ProcessPool:
     """A :class:`~selfpruner.workers.base.WorkerPool` of child processes on this machine.
 
     Args:
-        devices: one worker is made for each, with this name as its device ("cpu", "cuda:0").
+        devices: one worker is made for each, with this name as its device ("cpu", "cuda:0"). Those of several "cpu" share the
+            threads there are.
         runtime: ``module:Class`` of the TaskHandler; imported in the worker only.
         log_dir: where workers log, one file each; a temporary folder that ``close`` removes when None.
         max_attempts: how many workers one task may cost.
@@ -96,6 +99,8 @@ class ProcessPool:
         self._task_timeout = task_timeout
         self._heartbeat_timeout = heartbeat_timeout
         self._environment = environment
+        on_cpu = [device for device in devices if device == "cpu"]
+        self._threads = max(1, threads() // len(on_cpu)) if len(on_cpu) > 1 else None
         self._temporary = None if log_dir else Path(tempfile.mkdtemp(prefix="selfpruner-workers-"))
         folder = log_dir or self._temporary
         assert folder is not None
@@ -247,7 +252,9 @@ class ProcessPool:
     async def _launch(self, slot: Slot) -> Connection:
         """A new worker on the slot's device. Raises WorkerError, and DeviceGoneError where the device has left."""
         try:
-            return await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout, self._environment)
+            shared = {"OMP_NUM_THREADS": str(self._threads)} if self._threads and slot.device == "cpu" else {}
+            environment = {**self._environment, **os.environ, **shared}
+            return await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout, environment)
         except OSError as error:
             raise WorkerError(
                 f"No worker could be started on {slot.device}: {error}. Free memory or processes and try again."

@@ -27,7 +27,7 @@ from selfpruner.progress import OnProgress
 from selfpruner.workers.base import Session
 from selfpruner.workers.process_pool import DeviceGoneError, ProcessPool, Slot
 from selfpruner.workers.ray_relay import Relay, write_file
-from selfpruner.workers.tasks import ExportRequest, R, TaskRequest
+from selfpruner.workers.tasks import ExportRequest, PrepareRequest, R, TaskRequest
 from selfpruner.workers.worker_process import Message
 
 if TYPE_CHECKING:
@@ -166,6 +166,10 @@ class RayPool(ProcessPool):
         )
         self._places = found
 
+    @property
+    def workers(self) -> int:
+        return max(1, sum(not slot.gone for slot in self._slots))
+
     async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """See :meth:`selfpruner.workers.base.WorkerPool.run`. A checkpoint is in this machine's folder afterwards."""
         if self._watching is None:
@@ -227,7 +231,8 @@ class RayPool(ProcessPool):
         return RayConnection(relay, place, told["pid"])
 
     async def _attempts(self, slot: Slot, session: Session, request: TaskRequest[R], on_progress: OnProgress | None) -> object:
-        if slot.session != session.key:
+        # Who prepares may hold the session already, as far as that needs no more than the model.
+        if slot.session != session.key or isinstance(request, PrepareRequest):
             await self._share(slot, session)
         started = time.monotonic()
         try:

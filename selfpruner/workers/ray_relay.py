@@ -53,7 +53,8 @@ class Relay:
             await self._stop_task(self._link)
         if self._link is None or not self._link.alive:
             runtime, device = self._make
-            self._link = await Link.start(runtime, device, self._log, self._heartbeat_timeout, self._environment)
+            environment = {**self._environment, **os.environ}
+            self._link = await Link.start(runtime, device, self._log, self._heartbeat_timeout, environment)
             self._running.append(asyncio.create_task(self._pass_on(self._link)))
         return {"version": version("selfpruner"), "pid": self._link.pid}
 

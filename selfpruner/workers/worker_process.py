@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TypedDict
 
-from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.workers.lifeline import tied
 
 # The longest line a worker may send. A result holds numbers and texts; what is larger belongs in a file.
@@ -71,11 +70,9 @@ class Link:
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
-    async def start(
-        cls, runtime: str, device: str, log: Path, heartbeat_timeout: float, environment: Mapping[str, str] = ENVIRONMENT
-    ) -> Link:
-        """Start a worker; it imports the runtime with its first task. Variables that are set here win over ``environment``. Raises
-        OSError when the process cannot be made."""
+    async def start(cls, runtime: str, device: str, log: Path, heartbeat_timeout: float, environment: Mapping[str, str]) -> Link:
+        """Start a worker; it imports the runtime with its first task. ``environment`` are all of its variables. Raises OSError when
+        the process cannot be made."""
         with log.open("ab") as sink:
             start = sink.tell()
             process = await asyncio.create_subprocess_exec(
@@ -90,7 +87,7 @@ class Link:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=sink,
-                env={**environment, **os.environ},
+                env=environment,
                 limit=LIMIT,
                 # Its own group: Ctrl-C in the terminal reaches the parent only, and what the worker starts ends with it.
                 start_new_session=True,

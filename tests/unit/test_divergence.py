@@ -101,11 +101,11 @@ def test_compact_is_near(problem: tuple[Tensor, Tensor, list[Tensor], Tensor], w
 def test_a_model_that_goes_astray_alone_is_seen(
     problem: tuple[Tensor, Tensor, list[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three positions at which one of eight models says something that no other does: its mass is where nobody looks."""
-    head, dense, _, tokens = problem
+    """Four positions at which one of eight models says something that no other does: its mass is where nobody looks."""
+    head, dense, tokens = problem[0], problem[1].reshape(2, 128, WIDTH), problem[3].reshape(2, 128)
     g = torch.Generator().manual_seed(5)
     finals = [dense + 0.05 * torch.randn(dense.shape, generator=g) for _ in range(8)]
-    for sequence, position in ((1, 3), (4, 9), (6, 20)):
+    for sequence, position in ((0, 3), (0, 100), (1, 9), (1, 20)):
         finals[2][sequence, position] += 4 * torch.randn(WIDTH, generator=g)
     expected = plain(head, dense, finals, tokens)[0].mean((1, 2))
     errors = []
