@@ -147,7 +147,8 @@ async def together(work: Iterable[Coroutine[object, object, T]]) -> list[T]:
     finally:
         left = [task for task in tasks if not task.done()]
         for task in left:
-            task.cancel()
+            if not task.cancelling():  # a second time would keep it from waiting for its worker
+                task.cancel()
         if left:
             await asyncio.wait(left)
 

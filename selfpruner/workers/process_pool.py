@@ -3,8 +3,8 @@
 A worker starts with the first task that needs it and stays warm. When it dies or freezes, it is replaced and its task runs again,
 at most ``max_attempts`` times; a result that arrived before the death counts.
 
-Tasks wait in a queue when no worker is free for them. A worker that serves a session is free for that one first: to make another one
-ready takes longer than most tasks. It changes over when its session rests, or has more workers than the other would then have; so
+Tasks wait in a queue when no worker is free for them. A worker that serves a session is free for that one first: to prepare another
+takes longer than most tasks. It changes over when its session rests, or has more workers than the other would then have; so
 sessions that are at work at the same time share the workers evenly.
 """
 

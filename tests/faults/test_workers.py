@@ -487,6 +487,34 @@ async def test_a_session_returns_to_its_worker() -> None:
 
 
 @in_loop
+async def test_sessions_at_work_share_the_workers_and_do_not_drive_each_other_out() -> None:
+    """The second finds both workers taken by the first, gets one of them, and each keeps its own."""
+    one, other = (Session(key, {}, "") for key in "ab")
+    async with pool_of("cpu", "cpu") as pool:
+        await asyncio.gather(*(pool.run(one, Echo()) for _ in range(8)))
+        jobs = [asyncio.gather(*(pool.run(session, Echo()) for _ in range(12))) for session in (one, other)]
+        first, second = [await job for job in jobs]
+        assert len({result.pid for result in second}) == 1
+        assert {tuple(result.sessions) for result in second} == {("a", "b")}
+        assert sum(result.sessions == ["a", "b", "a"] for result in first) == 0, "no worker changes back and forth"
+
+
+@in_loop
+async def test_a_session_that_rests_lets_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(process_pool, "_RESTED", 0.5)
+    one, other = (Session(key, {}, "") for key in "ab")
+    async with pool_of("cpu", "cpu") as pool:
+        await pool.run(one, Echo())
+        held = Note(seconds=2.0, file=str(tmp_path / "notes"), text="x")
+        running = asyncio.create_task(pool.run(other, held))
+        await until(lambda: pool.busy == 1, 2)
+        started = time.monotonic()
+        await pool.run(other, Echo())
+        assert 0.2 < time.monotonic() - started < 1.9, "neither at once nor when its own worker is free"
+        await running
+
+
+@in_loop
 async def test_the_queue_prefers_the_session_held_but_starves_none() -> None:
     order: list[str] = []
 
