@@ -49,9 +49,9 @@ class Evaluator:
     """Scores plans through a pool. A generation's missing plans go out together, so that they share their prefixes, over all
     workers (:mod:`selfpruner.evaluation.split`).
 
-    A plan that does not fit a device's memory alone is stored as failed with that reason. ``evaluations`` counts (plan, window) pairs
-    scored, ``tokens`` the plan-tokens that took; ``stages`` are the job's, and those of its tokens that were not scored before count
-    there.
+    A plan that does not fit a device's memory alone is stored as failed with that reason. ``evaluations`` counts (plan, window)
+    pairs scored, ``tokens`` the plan-tokens that took; ``stages`` are the job's, and those of its tokens that were not scored before
+    count there.
     """
 
     def __init__(self, pool: WorkerPool, session: Session, recorder: Recorder, stages: Stages | None = None) -> None:

@@ -15,6 +15,10 @@ class StagedPool:
         self._pool = pool
         self._stages = stages
 
+    @property
+    def workers(self) -> int:
+        return self._pool.workers
+
     async def run(self, session: Session, request: TaskRequest[R], on_progress: OnProgress | None = None) -> R:
         """See :meth:`selfpruner.workers.base.WorkerPool.run`."""
         asked = self._stages.clock()
