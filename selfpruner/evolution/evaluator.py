@@ -50,8 +50,7 @@ class Evaluator:
     workers (:mod:`selfpruner.evaluation.split`).
 
     A plan that does not fit a device's memory alone is stored as failed with that reason. ``evaluations`` counts (plan, window)
-    pairs scored, ``tokens`` the plan-tokens that took; ``stages`` are the job's, and those of its tokens that were not scored before
-    count there.
+    pairs scored, ``tokens`` the plan-tokens that took; ``stages`` are the job's, where tokens that were not scored before count.
     """
 
     def __init__(self, pool: WorkerPool, session: Session, recorder: Recorder, stages: Stages | None = None) -> None:
