@@ -91,7 +91,7 @@ async def _measured(options: argparse.Namespace) -> dict[str, object]:
                     _, row[f"{name}_slopes"] = await _timed(pool, split.slopes(pool, session, walk))
             pairs = zip(scores["one"].rows, scores["several"].rows, strict=True)
             row["difference"] = max(abs(one.kl - other.kl) / one.kl for one, other in pairs if one.kl and other.kl)
-            row["pieces"] = scores["several"].pieces
+            row["tasks"] = scores["several"].tasks
             print(json.dumps(row), flush=True)
             if repetition >= 0:  # the first warms up
                 rows.append(row)

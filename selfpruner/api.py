@@ -335,7 +335,7 @@ def evaluate(
 ) -> ModelScore:
     """Perplexity of a dense model or a checkpoint on the report part of ``text``, and its KL from the model ``against``. ``memory``
     (bytes, or 2GiB say) bounds what both and the work with them may take; larger models are streamed from their files."""
-    from selfpruner.judging.tasks import HeldOutRequest
+    from selfpruner.judging.held_out import held_out
 
     where = placed(devices, device)
     cache_dir = cache or default_cache()
@@ -347,7 +347,7 @@ def evaluate(
 
     async def run(pool: WorkerPool) -> ModelScore:
         session = _judged(str(model), device, "auto", ceiling, length, cache_dir)
-        score = await pool.run(session, HeldOutRequest(text=wanted, against=against), tell)
+        score = await held_out(pool, session, wanted, against, tell)
         return ModelScore(str(model), list(score.sources), score.parameters, score.tokens, score.perplexity, score.kl)
 
     ceiling = _ceiling(memory)

@@ -1,6 +1,6 @@
 """One question for all workers of a pool: what is a sum over sequences is split by sequences, and comes out the same.
 
-Every worker scores all plans, so that they go on sharing their first blocks. There are more pieces than workers: a slower worker
+Every worker scores all plans, so that they go on sharing their first blocks. There are more tasks than workers: a slower worker
 takes fewer of them, and one that dies costs its own. Where there are fewer sequences than workers, plans with a common beginning go
 together. One worker is asked in a single task. Imports no torch.
 """
@@ -37,7 +37,7 @@ from selfpruner.workers.tasks import (
     SlopesResult,
 )
 
-# Pieces per worker, and the fewest tokens of one. On fewer, products are slower, and every piece makes its levels anew
+# Tasks per worker, and the fewest tokens of one. On fewer, products are slower, and every task makes its levels anew
 # (benchmarks/README.md).
 PER_WORKER, LEAST_TOKENS = 2, 512
 # Fewest plans of a group.
@@ -67,7 +67,7 @@ async def prepare(
 
 
 async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest) -> EvaluateResult:
-    """Score plans on all workers. Where a device runs out of memory the plans of that piece are halved, again and again; one that
+    """Score plans on all workers. Where a device runs out of memory the plans of that task are halved, again and again; one that
     does not fit alone is ``too_large``.
 
     A race is decided here, after the same sequences as on one worker; more of them may be under way.
@@ -83,11 +83,11 @@ async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest)
     while tally.due:
         due = max(-(-tally.due // rows), pool.workers * -(-LEAST_TOKENS // length))
         plans = [tally.plans[index] for index in tally.running]
-        pieces = list(_pieces(plans, request.sequences[tally.done // rows :][:due], length, rows, pool.workers))
-        results = await together(_fitting(pool, session, piece.of(request, plans)) for piece in pieces)
-        tally.add(*_joined(tally, pieces, results))
-        for piece, result in zip(pieces, results, strict=True):
-            too_large |= {plans[place]: row for place, row in zip(piece.plans, result.rows, strict=True) if row.too_large}
+        shares = list(_shares(plans, request.sequences[tally.done // rows :][:due], length, rows, pool.workers))
+        results = await together(_fitting(pool, session, share.of(request, plans)) for share in shares)
+        tally.add(*_joined(tally, shares, results))
+        for share, result in zip(shares, results, strict=True):
+            too_large |= {plans[place]: row for place, row in zip(share.plans, result.rows, strict=True) if row.too_large}
         found += results
     scores = tally.scores()
     return EvaluateResult(
@@ -95,7 +95,7 @@ async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest)
         seconds=math.fsum(result.seconds for result in found) / min(pool.workers, len(found)),
         passes=sum(result.passes for result in found),
         passes_without_sharing=sum(result.passes_without_sharing for result in found),
-        pieces=sum(result.pieces for result in found),
+        tasks=sum(result.tasks for result in found),
         peak_mib=max(result.peak_mib for result in found),
     )
 
@@ -160,9 +160,9 @@ def row_of(score: Score) -> ScoreRow:
     return ScoreRow(kl=None, nll=None, tokens=score.tokens, reason=reason, rejected=score.rejected)
 
 
-# -- pieces ----------------------------------------------------------------------------------------------------------------
+# -- shares ----------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _Share:
     """Places of plans, sequences, and the rows of the sums (from, to) that these are."""
 
     plans: tuple[int, ...]
@@ -200,25 +200,25 @@ def _even(size: int, count: int) -> Iterator[tuple[int, int]]:
     return pairwise(size * number // min(count, size) for number in range(min(count, size) + 1))
 
 
-def _pieces(plans: Sequence[Levels], sequences: Sequence[int], length: int, rows: int, workers: int) -> Iterator[_Piece]:
+def _shares(plans: Sequence[Levels], sequences: Sequence[int], length: int, rows: int, workers: int) -> Iterator[_Share]:
     groups, start = _groups(plans, workers // len(sequences)), 0
     for part in _parts(sequences, length, workers):
         for group in groups:
-            yield _Piece(tuple(group), part, start, start + len(part) * rows)
+            yield _Share(tuple(group), part, start, start + len(part) * rows)
         start += len(part) * rows
 
 
-def _joined(tally: Tally, pieces: Sequence[_Piece], results: Sequence[EvaluateResult]) -> tuple[Floats, Floats]:
-    """The sums of all pieces as :meth:`Tally.add` takes them; NaN for a plan that did not fit."""
-    rows = max(piece.stop for piece in pieces)
+def _joined(tally: Tally, shares: Sequence[_Share], results: Sequence[EvaluateResult]) -> tuple[Floats, Floats]:
+    """The sums of all shares as :meth:`Tally.add` takes them; NaN for a plan that did not fit."""
+    rows = max(share.stop for share in shares)
     kl = np.full((len(tally.running), rows, tally.kl.shape[2]), np.nan)
     nll = np.full((len(tally.running), rows), np.nan)
-    for piece, result in zip(pieces, results, strict=True):
+    for share, result in zip(shares, results, strict=True):
         assert result.sums is not None
-        for place, own_kl, own_nll in zip(piece.plans, result.sums.kl, result.sums.nll, strict=True):
+        for place, own_kl, own_nll in zip(share.plans, result.sums.kl, result.sums.nll, strict=True):
             if own_kl:
-                kl[place, piece.start : piece.stop] = np.reshape(own_kl, (piece.stop - piece.start, -1))
-                nll[place, piece.start : piece.stop] = own_nll
+                kl[place, share.start : share.stop] = np.reshape(own_kl, (share.stop - share.start, -1))
+                nll[place, share.start : share.stop] = own_nll
     return kl, nll
 
 
@@ -258,6 +258,6 @@ def _beside(first: EvaluateResult, second: EvaluateResult) -> EvaluateResult:
         passes=first.passes + second.passes,
         passes_without_sharing=first.passes_without_sharing + second.passes_without_sharing,
         sums=sums,
-        pieces=first.pieces + second.pieces,
+        tasks=first.tasks + second.tasks,
         peak_mib=max(first.peak_mib, second.peak_mib),
     )

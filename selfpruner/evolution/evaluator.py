@@ -166,12 +166,12 @@ class Evaluator:
             _recorded(plan, window, row, result.seconds * row.tokens / max(tokens, 1))
             for plan, row in zip(plans, result.rows, strict=True)
         ]
-        if result.pieces > 1:
+        if result.tasks > 1:
             self._recorder.event(
                 f"split-{window.name}",
                 "search.split",
-                f"{len(plans)} plans scored on {window.name} in {result.pieces} pieces, up to {self._pool.workers} at a time.",
-                data={"window": window.name, "plans": len(plans), "pieces": result.pieces, "workers": self._pool.workers},
+                f"{len(plans)} plans scored on {window.name} by {result.tasks} tasks, up to {self._pool.workers} at a time.",
+                data={"window": window.name, "plans": len(plans), "tasks": result.tasks, "workers": self._pool.workers},
             )
         self._recorder.save_evaluations(rows)
         return rows

@@ -80,7 +80,8 @@ class JudgeHandler:
         subject, base = held[0], held[-1]
         batches = token_batches(request.text, "report", base, place.cache, 0, tell)
         reference = None if request.against is None else base.model
-        score = perplexity.score(subject.model, batches.tokens, reference, progress=tell)
+        tokens = batches.tokens[request.part :: request.parts]
+        score = perplexity.score(subject.model, tokens, reference, progress=tell)
         return HeldOutResult(
             sources=tuple(source.source for source in batches.sources),
             parameters=saved.parameters(Path(judged.model), subject.model),

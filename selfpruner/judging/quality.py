@@ -7,6 +7,7 @@ documents, windows or prompts. Nothing here imports torch.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Literal, TypedDict
 from pydantic import JsonValue
 
 from selfpruner.errors import ConfigError
+from selfpruner.evaluation import split
 from selfpruner.files import atomic
 from selfpruner.judging.estimates import Estimate, average, mean, paired
 from selfpruner.judging.measures import Figures, Measure
@@ -110,34 +112,38 @@ async def measure(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, dict[str, Record]]:
-    """Fill ``results`` with what is missing, model by model (``sessions`` by their names); a model is loaded only if something is.
-    Raises what measuring raises: what is finished stays."""
-    measured: dict[str, dict[str, Record]] = {}
+    """Fill ``results`` with what is missing, model by model (``sessions`` by their names), as many at a time as there are workers.
+    A model is loaded only if something is. Raises what measuring raises: what is finished stays."""
     asked = {measure.name: AskedMeasure.of(measure) for measure in measures}
-    for name, session in sessions.items():
-        known = await pool.run(session, IdentifyRequest(measures=tuple(asked.values())))
-        measured[name] = {}
-        for (title, measure), setting in zip(asked.items(), known.settings, strict=True):
-            record = results.find(known.fingerprint, setting)
-            if record is None:
+    free = asyncio.Semaphore(pool.workers)
 
-                def tell(text: str, name: str = name) -> None:
-                    progress(f"{name}: {text}")
+    async def of(name: str, session: Session) -> dict[str, Record]:
+        def tell(text: str) -> None:
+            progress(f"{name}: {text}")
 
-                judged = await pool.run(session, JudgeRequest(measure=measure), tell)
-                record = {
-                    "model": name,
-                    "fingerprint": known.fingerprint,
-                    "parameters": judged.parameters,
-                    "measure": title,
-                    "setting": setting,
-                    "seconds": judged.seconds,
-                    "cpu_seconds": judged.cpu_seconds,
-                    "result": judged.result,
-                }
-                results.add(record)
-            measured[name][title] = record
-    return measured
+        found = {}
+        async with free:
+            known = await pool.run(session, IdentifyRequest(measures=tuple(asked.values())))
+            for (title, measure), setting in zip(asked.items(), known.settings, strict=True):
+                record = results.find(known.fingerprint, setting)
+                if record is None:
+                    judged = await pool.run(session, JudgeRequest(measure=measure), tell)
+                    record = {
+                        "model": name,
+                        "fingerprint": known.fingerprint,
+                        "parameters": judged.parameters,
+                        "measure": title,
+                        "setting": setting,
+                        "seconds": judged.seconds,
+                        "cpu_seconds": judged.cpu_seconds,
+                        "result": judged.result,
+                    }
+                    results.add(record)
+                found[title] = record
+        return found
+
+    measured = await split.together(of(name, session) for name, session in sessions.items())
+    return dict(zip(sessions, measured, strict=True))
 
 
 # -- comparing -----------------------------------------------------------------------------------------------------------

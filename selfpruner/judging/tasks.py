@@ -36,11 +36,14 @@ class HeldOutResult(TaskResult):
 
 
 class HeldOutRequest(TaskRequest[HeldOutResult]):
-    """Score the model on the report part of ``text``, ``against`` another model."""
+    """Score the model on the report part of ``text``, ``against`` another model; of ``parts`` only the sequences of one, number
+    ``part``."""
 
     kind: ClassVar[str] = "held_out"
     text: TextConfig
     against: str | None
+    part: int = 0
+    parts: int = 1
 
 
 class AskedMeasure(Contract):

@@ -195,19 +195,19 @@ class SequenceSums(Contract):
 
 class EvaluateResult(TaskResult):
     """One row per plan, in the order asked. ``passes`` through a layer, and what they would have been without shared prefixes.
-    ``pieces``: how many tasks it was split into."""
+    ``tasks``: how many it was split into."""
 
     rows: tuple[ScoreRow, ...]
     seconds: float
     passes: int
     passes_without_sharing: int
     sums: SequenceSums | None = None
-    pieces: int = 1
+    tasks: int = 1
 
 
 class EvaluateRequest(TaskRequest[EvaluateResult]):
     """Score plans on the same tokens. ``exact``: whether expectations over the vocabulary are exact; by default on the text
-    ``report`` only. With ``sums``, and then without a race, they come back too: the request is a piece of a larger one."""
+    ``report`` only. With ``sums``, and then without a race, they come back too: the request is a part of a larger one."""
 
     kind: ClassVar[str] = "evaluate"
     plans: tuple[Levels, ...]

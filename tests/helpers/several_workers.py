@@ -14,7 +14,7 @@ from selfpruner.errors import CancelledTaskError
 from selfpruner.evaluation.race import SEGMENT
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.progress import OnProgress
-from selfpruner.workers.base import Session
+from selfpruner.workers.base import Session, TaskHandler
 from selfpruner.workers.tasks import (
     EvaluateRequest,
     EvaluateResult,
@@ -30,10 +30,10 @@ from selfpruner.workers.thread_pool import InProcessPool
 class SeveralWorkers:
     """A pool of ``workers``, each a thread with a model of its own; ``asked`` are all requests in order."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, handler: Callable[[str], TaskHandler] = SessionHandler) -> None:
         self.workers = workers
         self.asked: list[TaskRequest[Any]] = []
-        self._pools = [InProcessPool(lambda: SessionHandler("cpu")) for _ in range(workers)]
+        self._pools = [InProcessPool(lambda: handler("cpu")) for _ in range(workers)]
         self._idle: asyncio.Queue[InProcessPool] = asyncio.Queue()
         for pool in self._pools:
             self._idle.put_nowait(pool)

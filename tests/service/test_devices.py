@@ -35,5 +35,5 @@ def test_two_workers_find_what_one_finds(tmp_path: Path) -> None:
             kls.append({(row.plan_hash, row.window): row.kl for row in rows if row.kind == "measured"})
             events = [event for event in store.events(job.id, limit=500).data if event.type == "search.split"]
             assert bool(events) == (name == "two")
-            assert all(event.data["pieces"] >= 2 for event in events)
+            assert all(event.data["tasks"] >= 2 for event in events)
     assert kls[1] == pytest.approx(kls[0], rel=1e-5)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
 
-from selfpruner.config import SearchConfig
+from selfpruner.config import SearchConfig, TextConfig
 from selfpruner.errors import OutOfMemoryError, WorkerError
 from selfpruner.evaluation import split
 from selfpruner.jobs.run import session_of
+from selfpruner.judging.handler import JudgeHandler
+from selfpruner.judging.held_out import held_out
+from selfpruner.judging.tasks import HeldOutResult, Judged
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress
 from selfpruner.testing.tiny_models import sample_text, tiny_model
@@ -77,8 +80,8 @@ def test_the_same_scores_in_pieces(session: Session, space: SearchSpace, workers
     plans = random_plans(space, 5)
     request = asks([*plans, plans[1]], 13, piece=piece)
     whole, parts = scores(session, request, 1), scores(session, request, workers)
-    assert whole.pieces == 1
-    assert parts.pieces >= workers
+    assert whole.tasks == 1
+    assert parts.tasks >= workers
     for one, other in zip(whole.rows, parts.rows, strict=True):
         assert other.kl == pytest.approx(one.kl, rel=1e-6)
         assert other.nll == pytest.approx(one.nll, rel=1e-6)
@@ -91,9 +94,9 @@ def test_more_workers_than_sequences_share_the_plans(session: Session, space: Se
     plans = random_plans(space, 9)
     request = asks(plans, 2, exact=True)
     whole, parts = scores(session, request, 1), scores(session, request, 5)
-    assert parts.pieces == 4
+    assert parts.tasks == 4
     assert [row.kl for row in parts.rows] == pytest.approx([row.kl for row in whole.rows], rel=1e-6)
-    assert scores(session, asks(plans[:3], 1), 4).pieces == 1, "too few plans to part them"
+    assert scores(session, asks(plans[:3], 1), 4).tasks == 1, "too few plans to part them"
 
 
 def ladder(space: SearchSpace) -> list[Plan]:
@@ -134,6 +137,24 @@ def test_plans_write_on_different_workers(session: Session, space: SearchSpace) 
     whole, parts = [with_workers(count, lambda pool: split.generate(pool, session, request)) for count in (1, 2)]
     assert parts.repetition == whole.repetition
     assert list(parts.repetition) == ["dense", "best"]
+
+
+def test_held_out_text_in_parts(session: Session, tmp_path: Path) -> None:
+    folder = Path(str(session.config["model"]))
+    wanted = TextConfig.model_validate({**cast("dict[str, Any]", session.config["fitness_text"]), "sequences": 7})
+    judged = Judged(model=str(folder), device="cpu", dtype="float32", memory=None, tokens=wanted.length)
+    asked = Session("judged", judged.to_json(), str(tmp_path / "cache"))
+    other = tiny_model(tmp_path / "other", "llama", layers=2)
+
+    def score(workers: int) -> HeldOutResult:
+        pool = SeveralWorkers(workers, JudgeHandler)
+        return asyncio.run(held_out(pool, asked, wanted, str(other), lambda _: None))
+
+    whole, parts = score(1), score(3)
+    assert parts.tokens == whole.tokens == 7 * 160
+    assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+    assert parts.kl == pytest.approx(whole.kl, rel=1e-6)
+    assert (parts.parameters, parts.sources) == (whole.parameters, whole.sources)
 
 
 class Tight(SeveralWorkers):
