@@ -26,6 +26,8 @@ TIGHT = 1 << 14  # bytes for the head: it comes in pieces
 class Recording:
     """A pool that notes which tasks went through, and to whom."""
 
+    workers = 1
+
     def __init__(self, inner: WorkerPool | None = None) -> None:
         self.inner = inner or InProcessPool(lambda: SessionHandler("cpu"))
         self.tasks: Counter[str] = Counter()
