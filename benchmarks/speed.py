@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner.api import default_cache
-from selfpruner.timing.report import Report, Settings
+from selfpruner.timing.report import BenchmarkReport, Settings
 from selfpruner.timing.run import run
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -163,7 +163,7 @@ def _weights(dense: dict[str, Any], groups: int, channels: int) -> int:
     return int(dense["hidden_size"] * (2 * groups * (per_group + 1) * dense["head_dim"] + 3 * channels))
 
 
-def _lines(report: Report, rate: float, multiple: int, share: float) -> list[str]:
+def _lines(report: BenchmarkReport, rate: float, multiple: int, share: float) -> list[str]:
     pruned = report.subjects[1]
     lines = []
     for measure in report.measures:

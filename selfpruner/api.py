@@ -37,7 +37,7 @@ from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress, shown
 from selfpruner.proposers.settings import ProposerSettings
 from selfpruner.store.store import Store
-from selfpruner.timing.report import Report, Settings
+from selfpruner.timing.report import BenchmarkReport, Settings
 from selfpruner.workers import devices as workers
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.child import load_runtime
@@ -394,7 +394,7 @@ def quality(
         raise ConfigError("seqlen must be windows of two tokens or more, such as 128,512,2048.", param="seqlen")
     folder = data if data is not None else os.environ.get("SELFPRUNER_DATA")
     data_folder = Path(folder) if folder else None
-    wanted: list[measures.Measure] = [measures.Task(name, limit, data_folder) for name in dict.fromkeys(tasks)]
+    wanted: list[measures.Measure] = [measures.TaskAccuracy(name, limit, data_folder) for name in dict.fromkeys(tasks)]
     wanted += [
         measures.Perplexity(text, length, windows, data_folder)
         for text in dict.fromkeys(perplexity)
@@ -440,14 +440,14 @@ def benchmark(
     memory: int | str | None = None,
     cache: Path | None = None,
     progress: bool | OnProgress = True,
-) -> Report:
+) -> BenchmarkReport:
     """Speed of dense models and checkpoints, in turn in one run; the first is what the others are compared with.
 
     ``backend`` is one of ``catalogue.BACKENDS``: ``vllm`` needs ``urls`` of running servers and perhaps a ``key``; the folders
     still have to be here, for the bounds. ``prompt_tokens`` are 512 by default, or as many as all models have positions for.
     ``memory`` bounds what all models together may take; what would have to be streamed is refused. ``compiled`` decodes by
     torch.compile with a cache of fixed size. With several ``devices`` the models are put on them in turn, and still timed one at a
-    time. ``Report.markdown()`` and ``Report.to_dict()`` say what was
+    time. ``BenchmarkReport.markdown()`` and ``BenchmarkReport.to_dict()`` say what was
     """
     from selfpruner.timing import run as timing
 

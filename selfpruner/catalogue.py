@@ -18,7 +18,7 @@ from selfpruner.errors import ConfigError, UnknownNameError
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CatalogueEntry:
     """What it is, and the class behind it as ``module:Class``, which is imported when it is used."""
 
     text: str
@@ -33,7 +33,7 @@ _Baseline = tuple[Literal["uniform_flap_bias", "uniform_magnitude"], Mapping[str
 
 
 @dataclass(frozen=True, slots=True)
-class PatternEntry(Entry):
+class PatternEntry(CatalogueEntry):
     """What differs for those who ask for it.
 
     ``zeros``: weights become zero and shapes stay, so that every level is work of its own; else units are cut out. ``criterion``
@@ -75,7 +75,7 @@ PATTERNS: Mapping[str, PatternEntry] = {
 
 
 @dataclass(frozen=True, slots=True)
-class CriterionEntry(Entry):
+class CriterionEntry(CatalogueEntry):
     """``patterns``: those it can order."""
 
     patterns: tuple[str, ...]
@@ -117,7 +117,7 @@ CRITERION_PLUGINS = "selfpruner.criteria"
 
 
 @dataclass(frozen=True, slots=True)
-class CompensationEntry(Entry):
+class CompensationEntry(CatalogueEntry):
     """``patterns``: those whose kept weights it can repair."""
 
     patterns: tuple[str, ...]
@@ -159,7 +159,7 @@ next levels would do around the best plan. ``spectra``: those of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
-class OperatorEntry(Entry):
+class OperatorEntry(CatalogueEntry):
     """``needs``: what has to be there for it to say anything. A config may name it for the ``initial`` population, for
     ``offspring``, or for both."""
 
@@ -211,16 +211,16 @@ OPERATORS: Mapping[str, OperatorEntry] = {
 INITIAL_OPERATORS = {name: entry for name, entry in OPERATORS.items() if entry.initial}
 OFFSPRING_OPERATORS = {name: entry for name, entry in OPERATORS.items() if entry.offspring}
 
-FORMATS: Mapping[str, Entry] = {
-    "transformers": Entry(
+FORMATS: Mapping[str, CatalogueEntry] = {
+    "transformers": CatalogueEntry(
         "the checkpoint itself: safetensors, and a modeling file where layers differ (default)",
         "selfpruner.export.transformers_format:Transformers",
     ),
-    "masked": Entry(
+    "masked": CatalogueEntry(
         "zeros in the original shapes: an ordinary model of its family that loads everywhere and saves nothing",
         "selfpruner.export.masked:Masked",
     ),
-    "gguf": Entry("one file for llama.cpp and what is built on it, quantised if wanted", "selfpruner.export.gguf:Gguf"),
+    "gguf": CatalogueEntry("one file for llama.cpp and what is built on it, quantised if wanted", "selfpruner.export.gguf:Gguf"),
 }
 PERPLEXITY_TEXTS: Mapping[str, str] = {
     "wikitext2": "the test split of WikiText-2, rows joined by a blank line",

@@ -69,7 +69,7 @@ class RequestError(SelfprunerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class ServerSentEvent:
     """One message of an event stream."""
 
     event: str = "message"
@@ -243,7 +243,7 @@ class Client:
                     raise error if isinstance(error, UnreachableError) else self._unreachable(error) from None
             self._sleep(min(0.5 * 2.0**failures, 5.0))
 
-    def _messages(self, path: str, after: int) -> Iterator[Message]:
+    def _messages(self, path: str, after: int) -> Iterator[ServerSentEvent]:
         headers = {"accept": "text/event-stream", **({"last-event-id": str(after)} if after else {})}
         timeout = httpx.Timeout(self._http.timeout.connect, read=STREAM_SILENCE)
         with self._http.stream("GET", path, headers=headers, timeout=timeout) as reply:
@@ -308,7 +308,7 @@ class _Draft:
     id: str | None = None
 
 
-def parse_stream(lines: Iterator[str]) -> Iterator[Message]:
+def parse_stream(lines: Iterator[str]) -> Iterator[ServerSentEvent]:
     """Messages of a text/event-stream (HTML standard, 9.2.6). One that the connection cut short is dropped, as it must be.
 
     httpx-sse is no substitute: it repeats the last id on messages that have none, and makes a message of every keep-alive.
@@ -317,7 +317,7 @@ def parse_stream(lines: Iterator[str]) -> Iterator[Message]:
     for line in lines:
         if not line:
             if draft.data:
-                yield Message(draft.event, "\n".join(draft.data), draft.id)
+                yield ServerSentEvent(draft.event, "\n".join(draft.data), draft.id)
             draft = _Draft()
             continue
         name, _, value = line.partition(":")

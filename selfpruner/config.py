@@ -119,7 +119,7 @@ class TextConfig(Strict):
     length: int = Field(default=512, ge=16, le=32_768)
 
 
-class Stage(Strict):
+class ScoringStage(Strict):
     """One fidelity: ``tokens`` per plan, and how many of the best (``keep``) go on to the next stage."""
 
     tokens: Tokens
@@ -188,7 +188,7 @@ class SearchConfig(Strict):
     crossover_offspring: Search[int] = Field(default=2, ge=0, le=1000)
     mutation_offspring: Search[int] = Field(default=4, ge=0, le=1000)
     generations: Search[int] = Field(default=8, ge=0, le=10_000)
-    stages: Search[tuple[Stage, ...]] = Field(default=(Stage(tokens=1024, keep=4),), min_length=1, max_length=6)
+    stages: Search[tuple[ScoringStage, ...]] = Field(default=(ScoringStage(tokens=1024, keep=4),), min_length=1, max_length=6)
     surveys: Search[int] = Field(default=2, ge=0, le=100, description="most surveys of what every block's next levels would do")
     survey_tokens: Search[Tokens] = 8192
     survey_step: Search[float] = Field(

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from selfpruner.architectures.kernels import LONG, QUERIES, causal_in_blocks, rms_norm, rotate, soft_cap
-from selfpruner.architectures.modules import Decoder, Part
+from selfpruner.architectures.modules import Decoder, Submodule
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.errors import UnsupportedModelError
 from selfpruner.models.family_layouts import LAYOUTS, Layout
@@ -112,7 +112,7 @@ class Architecture:
             biases[f"{part}_bias"] = None if module.bias is None else module.bias.detach()[start:stop]
         return weights, biases
 
-    def module(self, layer: int, part: str) -> Part:
+    def module(self, layer: int, part: str) -> Submodule:
         """The module of the matrix ``part`` (``q`` .. ``down``) of a layer."""
         place = {**self.layout.attention, **self.layout.ffn}[part]
         return self.decoder.layers[layer].get_submodule(place)
@@ -185,7 +185,7 @@ class Architecture:
         """What gate and up see: residual x (B, S, d), normalised, in ``dtype`` (x's own)."""
         return self.normalize(self.decoder.layers[layer].get_submodule(self.layout.ffn_norms[0]), x, dtype)
 
-    def normalize(self, norm: Part, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def normalize(self, norm: Submodule, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x through a norm module of the family, computed in float32 and returned in ``dtype`` (x's own)."""
         return rms_norm(x, norm.weight.detach(), self.eps, dtype)
 
@@ -257,5 +257,5 @@ class Architecture:
         return x if w is None else x + self.ffn_update(layer, x, w)
 
 
-def _weight(module: Part | None) -> Tensor | None:
+def _weight(module: Submodule | None) -> Tensor | None:
     return None if module is None else module.weight.detach()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfpruner.architectures.base import Architecture
 from selfpruner.architectures.kernels import QUERIES, rms_norm, soft_cap
-from selfpruner.architectures.modules import Part
+from selfpruner.architectures.modules import Submodule
 from selfpruner.architectures.weights import AttentionWeights, FfnWeights
 from selfpruner.models.streaming import StreamedEmbedding
 
@@ -24,7 +24,7 @@ from selfpruner.models.streaming import StreamedEmbedding
 class Gemma2(Architecture):
     family = "gemma2"
 
-    def normalize(self, norm: Part, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def normalize(self, norm: Submodule, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return rms_norm(x, 1 + norm.weight.detach().float(), self.eps, dtype)
 
     def embed_exactly(self, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Part(Protocol):
+class Submodule(Protocol):
     """A matrix or a norm of a layer; ``eps`` is a norm's, ``in_features`` a matrix's."""
 
     weight: Tensor
@@ -37,7 +37,7 @@ class Attention(Protocol):
 class Layer(Protocol):
     self_attn: Attention
 
-    def get_submodule(self, target: str) -> Part: ...
+    def get_submodule(self, target: str) -> Submodule: ...
 
 
 class Layers(Protocol):
@@ -57,4 +57,4 @@ class Decoder(Protocol):
 
     def rotary_emb(self, x: Tensor, positions: Tensor, kind: str = ...) -> tuple[Tensor, Tensor]: ...
 
-    def get_submodule(self, target: str) -> Part: ...
+    def get_submodule(self, target: str) -> Submodule: ...

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfpruner.architectures.base import Architecture
-from selfpruner.architectures.modules import Part
+from selfpruner.architectures.modules import Submodule
 
 
 class Opt(Architecture):
@@ -25,7 +25,7 @@ class Opt(Architecture):
     def place(self, layer: int, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG002
         return heads
 
-    def normalize(self, norm: Part, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def normalize(self, norm: Submodule, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         assert norm.bias is not None
         weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
         return F.layer_norm(x.float(), weight.shape, weight, bias, norm.eps).to(dtype or x.dtype)

@@ -57,7 +57,7 @@ def limit() -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CacheEntry:
     """``used`` in seconds since 1970; ``model`` and ``what`` are empty where an older version kept it."""
 
     kind: str
@@ -88,7 +88,7 @@ def let_go(*, keep: Collection[Path] = ()) -> None:
         os.close(_held.pop(entry))
 
 
-def entries(cache: Path) -> list[Entry]:
+def entries(cache: Path) -> list[CacheEntry]:
     """All entries, the longest unused first."""
     listed = []
     for kind in KINDS:
@@ -102,11 +102,11 @@ def entries(cache: Path) -> list[Entry]:
                 about = json.loads(mark.read_text())
             with contextlib.suppress(OSError):  # another process may be removing it
                 used = path.stat().st_mtime if used is None else used
-                listed.append(Entry(kind, path, _size(path), used, about.get("model", ""), about.get("what", "")))
+                listed.append(CacheEntry(kind, path, _size(path), used, about.get("model", ""), about.get("what", "")))
     return sorted(listed, key=lambda entry: entry.used)
 
 
-def remove(entry: Entry) -> bool:
+def remove(entry: CacheEntry) -> bool:
     """Whether the entry is gone; it stays where another process, or this one, uses it. Raises OSError."""
     mark = _mark(entry.path)
     mark.parent.mkdir(parents=True, exist_ok=True)
@@ -133,14 +133,14 @@ def discard(entry: Path) -> None:
     if entry in _held:
         os.close(_held.pop(entry))
     with contextlib.suppress(OSError):
-        remove(Entry(entry.parent.name, entry, 0, 0.0))
+        remove(CacheEntry(entry.parent.name, entry, 0, 0.0))
 
 
-def clean(cache: Path, *, kinds: Collection[str] = KINDS, older_than: float = 0.0) -> tuple[list[Entry], list[Entry]]:
+def clean(cache: Path, *, kinds: Collection[str] = KINDS, older_than: float = 0.0) -> tuple[list[CacheEntry], list[CacheEntry]]:
     """Remove entries of ``kinds`` that were not used for so many seconds, and what killed processes left: (removed, in use)."""
     now = time.time()
-    removed: list[Entry] = []
-    kept: list[Entry] = []
+    removed: list[CacheEntry] = []
+    kept: list[CacheEntry] = []
     for entry in entries(cache):
         if entry.kind in kinds and now - entry.used >= older_than:
             (removed if remove(entry) else kept).append(entry)

@@ -14,7 +14,7 @@ from selfpruner.calibration.texts import token_batches
 from selfpruner.errors import CancelledTaskError, ConfigError, OutOfMemoryError
 from selfpruner.judging import perplexity
 from selfpruner.judging.loading import load, share
-from selfpruner.judging.measures import MeasuredModel, Place
+from selfpruner.judging.measures import MeasuredModel, ModelPlace
 from selfpruner.judging.tasks import (
     HeldOutRequest,
     HeldOutResult,
@@ -64,9 +64,9 @@ class JudgeHandler:
         finally:
             release()
 
-    def _place(self, session: Session, judged: Judged) -> Place:
+    def _place(self, session: Session, judged: Judged) -> ModelPlace:
         device = models.choose_device(self._device if judged.device == "auto" else judged.device)
-        return Place(judged.model, Path(session.cache), device, judged.dtype, judged.memory, judged.tokens)
+        return ModelPlace(judged.model, Path(session.cache), device, judged.dtype, judged.memory, judged.tokens)
 
     def _held_out(self, session: Session, judged: Judged, request: HeldOutRequest, tell: OnProgress) -> HeldOutResult:
         place = self._place(session, judged)

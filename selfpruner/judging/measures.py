@@ -64,7 +64,7 @@ class MeasuredModel:
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelPlace:
     """Where a model is and what it is called: a checkpoint of selfpruner, or a model by name, folder or hub id. ``memory`` and
     ``tokens`` as in :class:`selfpruner.judging.tasks.Judged`."""
 
@@ -171,7 +171,7 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskAccuracy:
     """Accuracy on a zero-shot multiple-choice task; ``limit`` documents of it, None for all."""
 
     name: str

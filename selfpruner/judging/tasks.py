@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import JsonValue
 
 from selfpruner.config import TextConfig
-from selfpruner.judging.measures import Figures, Measure, Perplexity, RepetitionProbe, Task
+from selfpruner.judging.measures import Figures, Measure, Perplexity, RepetitionProbe, TaskAccuracy
 from selfpruner.workers.tasks import Contract, TaskRequest, TaskResult
 
 
@@ -49,14 +49,14 @@ class HeldOutRequest(TaskRequest[HeldOutResult]):
 class AskedMeasure(Contract):
     """One of them is given."""
 
-    task: Task | None = None
+    task: TaskAccuracy | None = None
     perplexity: Perplexity | None = None
     generation: RepetitionProbe | None = None
 
     @classmethod
     def of(cls, measure: Measure) -> AskedMeasure:
         return cls(
-            task=measure if isinstance(measure, Task) else None,
+            task=measure if isinstance(measure, TaskAccuracy) else None,
             perplexity=measure if isinstance(measure, Perplexity) else None,
             generation=measure if isinstance(measure, RepetitionProbe) else None,
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Integer, String, Subquery, column, text
 
 from selfpruner.errors import StoreError
-from selfpruner.store.tables import REVISION, Table
+from selfpruner.store.tables import REVISION, DatabaseTable
 
 
 def revision(connection: Connection, path: Path) -> str | None:
@@ -52,7 +52,7 @@ def require_current(found: str | None, path: Path) -> None:
 def bring_up_to_date(connection: Connection, found: str | None) -> None:
     """Create, migrate or leave the tables of a database at revision ``found``, and make its views current."""
     if found is None:
-        Table.metadata.create_all(connection, checkfirst=False)
+        DatabaseTable.metadata.create_all(connection, checkfirst=False)
         connection.exec_driver_sql(
             "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL, "
             "CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"

@@ -72,11 +72,11 @@ def check(name: str, condition: str) -> CheckConstraint:
     return CheckConstraint(condition, name=name)
 
 
-class Table(SQLModel, registry=registry()):
+class DatabaseTable(SQLModel, registry=registry()):
     """Base of all tables, with metadata of its own."""
 
 
-class Job(Table, table=True):
+class Job(DatabaseTable, table=True):
     """A search. ``number`` is the order of creation; ``user_metadata`` is the column ``metadata``, the submitter's own pairs."""
 
     __tablename__: ClassVar[str] = "job"
@@ -114,7 +114,7 @@ class Job(Table, table=True):
         return self.status in TERMINAL
 
 
-class CandidateRow(Table, table=True):
+class CandidateRow(DatabaseTable, table=True):
     """A plan of a job's search. ``sequence`` is its order of creation within the job, from 1. ``predicted``, ``credit`` and
     ``informed_by`` are what was believed when it was made, see :class:`selfpruner.records.Candidate`."""
 
@@ -156,7 +156,7 @@ class CandidateRow(Table, table=True):
     informed_by: int | None = None
 
 
-class EvaluationRow(Table, table=True):
+class EvaluationRow(DatabaseTable, table=True):
     """One plan on one window of text. Plans that are no candidates (probes, references) have rows too. nats per token. ``kind`` and
     ``outcome`` as in :mod:`selfpruner.records`; ``reason`` is for people."""
 
@@ -183,7 +183,7 @@ class EvaluationRow(Table, table=True):
     reason: str | None = None
 
 
-class LlmCallRow(Table, table=True):
+class LlmCallRow(DatabaseTable, table=True):
     """One call of the proposer: what was asked, what came back, what it cost."""
 
     __tablename__: ClassVar[str] = "llm_call"
@@ -211,7 +211,7 @@ class LlmCallRow(Table, table=True):
     detail: str
 
 
-class StageRow(Table, table=True):
+class StageRow(DatabaseTable, table=True):
     """What one stage of a job took, all of its runs together, see :class:`selfpruner.stages.Stage`."""
 
     __tablename__: ClassVar[str] = "stage"
@@ -228,7 +228,7 @@ class StageRow(Table, table=True):
     peak_mib: float
 
 
-class Event(Table, table=True):
+class Event(DatabaseTable, table=True):
     """Something that happened in a job. ``sequence`` counts from 1 without gaps; ``key`` makes writing it twice harmless."""
 
     __tablename__: ClassVar[str] = "event"
@@ -249,7 +249,7 @@ class Event(Table, table=True):
     key: str
 
 
-class Checkpoint(Table, table=True):
+class Checkpoint(DatabaseTable, table=True):
     """An exported, verified folder: ``bytes`` on disk, ``parameters`` of the pruned model, sha256 of its manifest."""
 
     __tablename__: ClassVar[str] = "checkpoint"
@@ -273,7 +273,7 @@ class Checkpoint(Table, table=True):
     metrics: dict[str, object] = Field(sa_type=Json)
 
 
-class Idempotency(Table, table=True):
+class Idempotency(DatabaseTable, table=True):
     """An Idempotency-Key of the last 24 hours, and the job it made."""
 
     __tablename__: ClassVar[str] = "idempotency"

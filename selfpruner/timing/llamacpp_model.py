@@ -23,7 +23,7 @@ from selfpruner.catalogue import EMBEDDED_MODELS
 from selfpruner.errors import BenchmarkError, ConfigError, ModelError
 from selfpruner.models.memory import peak_mib
 from selfpruner.progress import Cancelled, OnProgress
-from selfpruner.timing.model_cost import Attention, ModelCost
+from selfpruner.timing.model_cost import AttentionCost, ModelCost
 from selfpruner.timing.tasks import (
     DecodeRequest,
     DecodeResult,
@@ -214,7 +214,7 @@ def work_of(path: Path) -> tuple[ModelCost, str]:
     return work, max(held, key=held.__getitem__).lower()
 
 
-def _attention(reader: GGUFReader) -> tuple[Attention, ...]:
+def _attention(reader: GGUFReader) -> tuple[AttentionCost, ...]:
     kind = reader.fields["general.architecture"].contents()
 
     def numbers(key: str) -> list[int]:
@@ -230,7 +230,7 @@ def _attention(reader: GGUFReader) -> tuple[Attention, ...]:
     (width,) = numbers("attention.key_length") or [numbers("embedding_length")[0] // max(heads)]
     (depth,) = numbers("attention.value_length") or [width]
     return tuple(
-        Attention(h * (width + depth) // 2, g * (width + depth) * _CACHE_ITEMSIZE) for h, g in zip(heads, groups, strict=True)
+        AttentionCost(h * (width + depth) // 2, g * (width + depth) * _CACHE_ITEMSIZE) for h, g in zip(heads, groups, strict=True)
     )
 
 

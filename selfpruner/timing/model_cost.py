@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class AttentionCost:
     """One layer's attention: ``width`` of all query heads together, bytes of keys and values per token, positions it sees."""
 
     width: int
@@ -38,7 +38,7 @@ class ModelCost:
     head: int
     weight_bytes: int
     step_bytes: int
-    attention: tuple[Attention, ...]
+    attention: tuple[AttentionCost, ...]
 
     @property
     def cache_bytes(self) -> int:

@@ -69,7 +69,7 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchmarkReport:
     """All models of one run, in the order in which they were timed; the first is what the others are compared with."""
 
     settings: Settings
@@ -181,7 +181,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return best
 
 
-def _rows(report: Report) -> list[tuple[str, Callable[[TimedModel], str], str | None]]:
+def _rows(report: BenchmarkReport) -> list[tuple[str, Callable[[TimedModel], str], str | None]]:
     """Title, how a model's cell is written, and the measure whose ratio follows."""
 
     def speed(measure: str) -> Callable[[TimedModel], str]:

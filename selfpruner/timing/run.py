@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from selfpruner import catalogue
 from selfpruner.errors import ConfigError
 from selfpruner.progress import OnProgress
-from selfpruner.timing.report import Report, Settings, TimedModel, decode
+from selfpruner.timing.report import BenchmarkReport, Settings, TimedModel, decode
 from selfpruner.timing.tasks import (
     DecodeRequest,
     DecodeResult,
@@ -114,7 +114,7 @@ async def measure(
     memory: int | None = None,
     shorten: bool = False,
     progress: OnProgress = lambda _: None,
-) -> Report:
+) -> BenchmarkReport:
     """Time all ``subjects`` (by name, the first is what the others are compared with), whose weights take at most ``memory`` bytes
     together.
 
@@ -175,7 +175,7 @@ async def measure(
                 tokens=tokens[name],
             )
         )
-    return Report(settings, tuple(rows))
+    return BenchmarkReport(settings, tuple(rows))
 
 
 async def run(
@@ -190,7 +190,7 @@ async def run(
     cache: Path,
     shorten: bool = False,
     progress: OnProgress = lambda _: None,
-) -> Report:
+) -> BenchmarkReport:
     """Time models by name. ``memory``: bytes that the weights of all may take at once. ``urls``: of ``vllm``'s servers, one for
     each model or one for all; ``key`` is sent to them. The models are put on the ``devices`` in turn.
 

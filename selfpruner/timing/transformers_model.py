@@ -22,7 +22,7 @@ from selfpruner.export.build import shapes_of
 from selfpruner.models import checks, saved, streaming
 from selfpruner.models.memory import peak_mib
 from selfpruner.progress import Cancelled, OnProgress
-from selfpruner.timing.model_cost import Attention, ModelCost
+from selfpruner.timing.model_cost import AttentionCost, ModelCost
 from selfpruner.timing.tasks import (
     DecodeRequest,
     DecodeResult,
@@ -220,7 +220,7 @@ def work_of(model: PreTrainedModel) -> ModelCost:
     )
 
 
-def _attention(config: PreTrainedConfig, itemsize: int) -> tuple[Attention, ...]:
+def _attention(config: PreTrainedConfig, itemsize: int) -> tuple[AttentionCost, ...]:
     # Families without layer types have one kind of layer.
     only = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
     kinds = getattr(config, "layer_types", None) or [only] * config.num_hidden_layers
@@ -228,7 +228,7 @@ def _attention(config: PreTrainedConfig, itemsize: int) -> tuple[Attention, ...]
     for kind, layer, shape in zip(kinds, config.per_layer_config, shapes_of(config), strict=True):
         width = int(getattr(layer, "head_dim", None) or (layer.hidden_size // shape.heads if shape.heads else 0))
         window = layer.sliding_window if kind == "sliding_attention" else None
-        found.append(Attention(shape.heads * width, 2 * shape.kv_groups * width * itemsize, window))
+        found.append(AttentionCost(shape.heads * width, 2 * shape.kv_groups * width * itemsize, window))
     return tuple(found)
 
 

@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def subject(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> measures.MeasuredModel:
-    return measures.Place(str(folder), tmp_path_factory.mktemp("cache"), torch.device("cpu"), "float32").load()
+    return measures.ModelPlace(str(folder), tmp_path_factory.mktemp("cache"), torch.device("cpu"), "float32").load()
 
 
 def theirs(subject: measures.MeasuredModel, batch_size: int = 3) -> Any:

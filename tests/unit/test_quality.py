@@ -189,16 +189,16 @@ def test_measured_written_compared(models: list[Path], data: Path, tmp_path: Pat
 
 def test_the_same_call_goes_on(models: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "quality.json"
-    real, loads = measures.Place.load, list[str]()
+    real, loads = measures.ModelPlace.load, list[str]()
 
-    def load(place: measures.Place) -> measures.MeasuredModel:
+    def load(place: measures.ModelPlace) -> measures.MeasuredModel:
         loads.append(Path(place.name).name)
         return real(place)
 
     def fail(*_: Any) -> Any:
         raise ModelError("broken on the way")
 
-    monkeypatch.setattr(measures.Place, "load", load)
+    monkeypatch.setattr(measures.ModelPlace, "load", load)
     with monkeypatch.context() as patch:
         patch.setattr(measures.RepetitionProbe, "run", fail)
         with pytest.raises(ModelError, match="on the way"):

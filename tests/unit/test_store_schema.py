@@ -28,7 +28,7 @@ from selfpruner.stages import Stage
 from selfpruner.store import schema
 from selfpruner.store.recorder import JobRecorder
 from selfpruner.store.store import Store
-from selfpruner.store.tables import REVISION, Table
+from selfpruner.store.tables import REVISION, DatabaseTable
 from selfpruner.testing.spaces import space_of
 from tests.helpers import GOLDEN, searching
 
@@ -65,7 +65,7 @@ def test_migrations_and_tables_make_the_same_database(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'migrated.db'}")
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
-        assert compare_metadata(context, Table.metadata) == []
+        assert compare_metadata(context, DatabaseTable.metadata) == []
         assert context.get_current_revision() == REVISION
     engine.dispose()
     assert ScriptDirectory(str(STORE_FOLDER / "migrations")).get_heads() == [REVISION]

@@ -33,8 +33,8 @@ from selfpruner.pruning.layer_shapes import LayerShape
 from selfpruner.testing import tiny_models as tiny
 from selfpruner.testing.tiny_models import load_tiny, tokens_of
 from selfpruner.timing import llamacpp_model, run, transformers_model
-from selfpruner.timing.model_cost import Attention, ModelCost, decode_bound, prefill_bound
-from selfpruner.timing.report import Report, Settings, TimedModel, interval
+from selfpruner.timing.model_cost import AttentionCost, ModelCost, decode_bound, prefill_bound
+from selfpruner.timing.report import BenchmarkReport, Settings, TimedModel, interval
 from selfpruner.timing.served_model import Server
 from selfpruner.timing.tasks import DecodeRequest, DecodeResult, LoadResult, MemoryResult, PrefillRequest, PrefillResult
 from selfpruner.workers.thread_pool import InProcessPool
@@ -94,7 +94,7 @@ def test_an_untied_embedding_is_not_read_in_a_step() -> None:
 
 
 def test_a_window_bounds_what_a_token_sees() -> None:
-    layer = Attention(width=8, cache_bytes=10, window=3)
+    layer = AttentionCost(width=8, cache_bytes=10, window=3)
     work = ModelCost(0, 0, 0, 0, 0, (layer,))
     assert work.prefill_operations(5) == 4 * 8 * (1 + 2 + 3 + 3 + 3)
     assert work.decode_bytes(1, 5, 2) == 10 * (3 + 3)
@@ -171,7 +171,7 @@ def test_a_gguf_file_is_counted_as_stored(tmp_path: Path) -> None:
     matrices = (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + (2 * 32 * 16 + 2 * 32 * 8 + 3 * 32 * 32)
     assert (work.matrices, work.head, kind) == (matrices, 128 * 32, "f16")
     assert work.weight_bytes == work.step_bytes == 2 * (matrices + 128 * 32) + 2 * 32 * 4
-    assert work.attention == (Attention(32, 2 * 2 * 8 * 2), Attention(16, 2 * 8 * 2))
+    assert work.attention == (AttentionCost(32, 2 * 2 * 8 * 2), AttentionCost(16, 2 * 8 * 2))
 
 
 # -- ratios --------------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_intervals_have_the_coverage_they_claim() -> None:
     assert interval([3.0, 1.0, 2.0, 9.0, 5.0, 6.0, 7.0, 8.0, 4.0])[:2] == (2.0, 8.0)
 
 
-def report_of(*names: str) -> Report:
+def report_of(*names: str) -> BenchmarkReport:
     def subject(name: str, work: ModelCost, seconds: float) -> TimedModel:
         measures = ("prefill", "first_token", "decode_1", "decode_8")
         times = {measure: [seconds, 3 * seconds, 2 * seconds] for measure in measures}
@@ -197,7 +197,7 @@ def report_of(*names: str) -> Report:
 
     dense, small = ModelCost(10, 1000, 100, 4400, 4400, ()), ModelCost(5, 500, 100, 2400, 2400, ())
     made = [subject(name, small if index else dense, 1 - 0.25 * bool(index)) for index, name in enumerate(names)]
-    return Report(Settings("transformers", 100, 10, 3), tuple(made))
+    return BenchmarkReport(Settings("transformers", 100, 10, 3), tuple(made))
 
 
 def test_a_report_holds_ratios_against_their_bound() -> None:

@@ -2,11 +2,11 @@
 
 from alembic import context
 
-from selfpruner.store.tables import Table
+from selfpruner.store.tables import DatabaseTable
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=Table.metadata,
+    target_metadata=DatabaseTable.metadata,
     render_as_batch=True,
     transactional_ddl=True,
 )
