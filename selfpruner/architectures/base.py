@@ -137,8 +137,8 @@ class Architecture:
         return int(self.config.max_position_embeddings)
 
     # -- computing ---------------------------------------------------------------------------------------------------
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B, S) token ids to the float32 residual stream (B, S, d)."""
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:  # noqa: ARG002 - some families' embeddings know the position
+        """(B, S) token ids, the first at position ``start``, to the float32 residual stream (B, S, d)."""
         return self.decoder.embed_tokens(tokens).float()
 
     def embed_exactly(self, tokens: Tensor) -> Tensor:
@@ -191,6 +191,12 @@ class Architecture:
 
     def attention_inputs(self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]) -> Tensor:
         """What o sees: residual x (B, S, d) to head outputs (B, S, K*r*h) in the weights' dtype."""
+        return self.mix(layer, *self.queries_keys_values(layer, x, w, rope))
+
+    def queries_keys_values(
+        self, layer: int, x: Tensor, w: AttentionWeights, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, K*r, S, h), k and v (B, K, S, h) of the residual x (B, S, d), with positions in them, in the weights' dtype."""
         batch, length, _ = x.shape
         n = self.attention_norm(layer, x, w.q.dtype)
         q = F.linear(n, w.q, w.q_bias).view(batch, length, -1, w.head_dim)
@@ -198,8 +204,8 @@ class Architecture:
         v = F.linear(n, w.v, w.v_bias).view(batch, length, -1, w.head_dim).transpose(1, 2)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, self.eps), rms_norm(k, w.k_norm, self.eps)
-        q, k = self.place(layer, q, rope).to(v.dtype).transpose(1, 2), self.place(layer, k, rope).to(v.dtype).transpose(1, 2)
-        return self.mix(layer, q, k, v)
+        q, k = (self.place(layer, heads, rope).to(v.dtype).transpose(1, 2) for heads in (q, k))
+        return q, k, v
 
     def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of q (B, K*r, S, h) on k and v (B, K, S, h), as (B, S, K*r*h)."""
@@ -222,6 +228,11 @@ class Architecture:
     @property
     def softmax_scale(self) -> float:
         return float(self.head_dim**-0.5)
+
+    @property
+    def score_cap(self) -> float | None:
+        """The soft cap on attention's scores."""
+        return None
 
     def ffn_inputs(self, layer: int, x: Tensor, w: FfnWeights) -> Tensor:
         """What down sees: residual x (B, S, d) to channels (B, S, F) in the weights' dtype."""

@@ -44,11 +44,15 @@ class Gemma2(Architecture):
     def softmax_scale(self) -> float:
         return float(self.config.query_pre_attn_scalar**-0.5)
 
-    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def score_cap(self) -> float | None:
         cap = self.config.attn_logit_softcapping
-        if cap is None:
+        return None if cap is None else float(cap)
+
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.score_cap is None:
             return super().mix(layer, q, k, v)
-        return _capped_in_blocks(q, k, v, self.softmax_scale, float(cap), self.window(layer))
+        return _capped_in_blocks(q, k, v, self.softmax_scale, self.score_cap, self.window(layer))
 
 
 def _capped_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int | None) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from selfpruner.architectures.base import Architecture
 from selfpruner.architectures.gemma2 import Gemma2
 from selfpruner.architectures.kernels import rotate
 from selfpruner.architectures.weights import AttentionWeights
@@ -33,8 +32,9 @@ class Gemma3(Gemma2):
         kind = self._kinds.index(self.config.layer_types[layer])
         return rotate(heads, (rope[0][kind], rope[1][kind]))
 
-    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return Architecture.mix(self, layer, q, k, v)  # without a cap, whatever its config says
+    @property
+    def score_cap(self) -> float | None:
+        return None  # whatever its config says
 
     @property
     def _kinds(self) -> list[str]:

@@ -13,13 +13,13 @@ from selfpruner.architectures.modules import Submodule
 class Opt(Architecture):
     family = "opt"
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         table = self.decoder.embed_positions
-        places = torch.arange(tokens.shape[1], device=tokens.device) + table.offset
+        places = torch.arange(start, start + tokens.shape[1], device=tokens.device) + table.offset
         return super().embed(tokens) + F.embedding(places, table.weight.detach()).float()
 
-    def rope(self, length: int) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - positions are in the embeddings
-        none = torch.empty(0, device=self.device)
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:  # positions are in the embeddings
+        none = torch.empty(length, 0, device=self.device)
         return none, none
 
     def place(self, layer: int, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG002

@@ -11,10 +11,10 @@ kept on disk, so an interrupted run continues where it stopped.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, StaticCache
 
-from selfpruner.architectures.kernels import soft_cap
+from selfpruner.architectures import Architecture, describe
+from selfpruner.architectures.decoding import Decoding, cache_bytes
 from selfpruner.calibration.openings import opening
 from selfpruner.calibration.soundness import finite, not_finite
 from selfpruner.errors import CancelledTaskError
@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from selfpruner.models import LoadedModel
 
 # Part of the cache key: raise it when a change here or in the openings changes the text.
-RECIPE = 2
-MAX_ROWS = 64
-_CACHE_BYTES = 1 << 30  # keys and values of one chunk of rows
+RECIPE = 3
+# Rows are written in stretches that know nothing of each other: a tenth document is none the better for the nine before it in the
+# cache, and twice as many tokens at once, each with half as much to look at, take half the time.
+STRETCH = 256
+MAX_ROWS = 128  # stretches at once
+_CACHE_BYTES = 1 << 30  # their keys and values
+_BLOCK = 256  # tokens of the vocabulary
+_ROWS_IN_CACHE = 8
 _LOOP = 10  # a document that says the same ten tokens twice has begun to loop
 _ATTEMPTS = 3
-_ONE_TOKEN = "selfpruner_one_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,35 +99,33 @@ def write(
     identity = f"{loaded.source.fingerprint}/{loaded.dtype}/{RECIPE}/{seed}/{stream}/{count}/{length}/{list(separator)}"
     folder = cache / f"self-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
     use(folder, loaded.source.name, f"written for {stream}")
-    chunks = -(-count // _rows_at_once(loaded, length))
+    arch = describe(loaded.model)
+    pieces = -(-length // STRETCH)
+    size = -(-length // pieces)
+    chunks = -(-count * pieces // max(1, min(MAX_ROWS, _CACHE_BYTES // cache_bytes(arch, size))))
     parts: list[Tensor] = []
     for chunk in range(chunks):
-        rows = range(count * chunk // chunks, count * (chunk + 1) // chunks)
+        rows = range(count * pieces * chunk // chunks, count * pieces * (chunk + 1) // chunks)
         path = folder / f"{chunk:05d}.safetensors"
         if path.is_file():
             parts.append(load_file(path)["tokens"].long())
             continue
 
         def told(step: int, first: int = rows.start, rows_now: int = len(rows)) -> None:
-            progress(f"model writes text for {stream}: {first * length + step * rows_now:,} of {count * length:,} tokens")
+            done = min(first * size + step * rows_now, count * length)
+            progress(f"model writes text for {stream}: {done:,} of {count * length:,} tokens")
 
-        part = _write_rows(loaded, [f"{seed}/{stream}/{row}" for row in rows], length, list(separator), told, cancelled)
+        names = [f"{seed}/{stream}/{row}" for row in rows]
+        part = _write_rows(loaded, arch, names, size, list(separator), told, cancelled)
         with atomic.replacing(path) as aside:
             save_file({"tokens": part.int()}, aside)
         parts.append(part)
-    return torch.cat(parts)
-
-
-def _rows_at_once(loaded: LoadedModel, length: int) -> int:
-    config: PreTrainedConfig = loaded.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_row: int = 2 * config.num_hidden_layers * groups * head_dim * length * loaded.dtype.itemsize
-    return max(1, min(MAX_ROWS, _CACHE_BYTES // per_row))
+    return torch.cat(parts).view(count, pieces * size)[:, :length]
 
 
 def _write_rows(
     loaded: LoadedModel,
+    arch: Architecture,
     names: list[str],
     length: int,
     separator: list[int],
@@ -134,7 +136,7 @@ def _write_rows(
     done = torch.zeros(len(names), length, dtype=torch.int64)
     pending = list(range(len(names)))
     for attempt in range(_ATTEMPTS):
-        tokens = _decode(loaded, [f"{names[row]}/{attempt}" for row in pending], length, separator, progress, cancelled)
+        tokens = _decode(loaded, arch, [f"{names[row]}/{attempt}" for row in pending], length, separator, progress, cancelled)
         for row, line in zip(pending, tokens, strict=True):
             done[row] = line
         texts = loaded.tokenizer.batch_decode(tokens)
@@ -153,82 +155,43 @@ def is_degenerate(text: str) -> bool:
 @torch.inference_mode()
 def _decode(
     loaded: LoadedModel,
+    arch: Architecture,
     names: list[str],
     length: int,
     separator: list[int],
     progress: Callable[[int], None],
     cancelled: Callable[[], bool],
 ) -> Tensor:
-    """All rows in step, one token each per forward pass, with the model's own cache; int64 (rows, length) on the CPU.
+    """All rows in step, one token each per pass; int64 (rows, length) on the CPU.
 
     Openings are fed token by token like everything else: rows never need padding, whatever their openings' lengths.
     """
-    model: PreTrainedModel = loaded.model
     rows = [_Row(random.Random(name)) for name in names]
     ends = set(separator) | _end_tokens(loaded)
-    specials = [index for index in loaded.tokenizer.all_special_ids if index < model.config.vocab_size and index not in ends]
-    cache = StaticCache(model.config, max_cache_len=length)
+    specials = [index for index in loaded.tokenizer.all_special_ids if index < arch.vocabulary and index not in ends]
+    decoding = Decoding(arch, len(rows), length)
     logits: Tensor | None = None
-    with _attention(model, _ONE_TOKEN):
-        for step in range(length):
-            if cancelled():
-                raise CancelledTaskError("Cancelled while the model was writing text.")
-            for row in rows:
-                if not row.forced and (not row.tokens or row.written >= row.style.longest):
-                    _new_document(row, loaded, separator)
-            sampled = _sample(logits, rows).tolist() if logits is not None else [0] * len(rows)
-            for row, token in zip(rows, sampled, strict=True):
-                _put(row, token, loaded, separator, ends)
-            if step + 1 < length:
-                ids = torch.tensor([[row.tokens[-1]] for row in rows], device=loaded.device)
-                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, cached_tokens=step + 1)
-                logits = output.logits[:, -1].float()
-                if not finite(logits):
-                    raise not_finite(model, "The logits of the text that the model writes")
-                # Chat markers and the like are no text; the end of a document is.
-                logits[:, specials] = -torch.inf
-            if step % 32 == 31:
-                progress(step + 1)
+    for step in range(length):
+        if cancelled():
+            raise CancelledTaskError("Cancelled while the model was writing text.")
+        for row in rows:
+            if not row.forced and (not row.tokens or row.written >= row.style.longest):
+                _new_document(row, loaded, separator)
+        sampled = [0] * len(rows)
+        if logits is not None:
+            # Chat markers and the like are no text; the end of a document is.
+            logits[:, specials] = -torch.inf
+            found = _sample(logits, rows)
+            if found is None:
+                raise not_finite(loaded.model, "The logits of the text that the model writes")
+            sampled = found.tolist()
+        for row, token in zip(rows, sampled, strict=True):
+            _put(row, token, loaded, separator, ends)
+        if step + 1 < length:
+            logits = decoding.logits(torch.tensor([row.tokens[-1] for row in rows], device=loaded.device))
+        if step % 32 == 31:
+            progress(step + 1)
     return torch.tensor([row.tokens for row in rows])
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _one_token_attention(
-    _module: object,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _mask: object,
-    *,
-    scaling: float,
-    cached_tokens: int,
-    softcap: float | None = None,
-    **_options: object,
-) -> tuple[Tensor, None]:
-    """Attention of one new token (rows, heads, 1, width) to the ``cached_tokens`` first of the cache (rows, groups, all, width).
-
-    torch's own kernels are made for many queries; on a CPU they take several times as long for one. Here the query heads of a
-    group are the rows of one small product, and keys and values are read once, where they lie.
-    """
-    rows, heads, _, width = query.shape
-    key, value = key[:, :, :cached_tokens], value[:, :, :cached_tokens]
-    grouped = query.reshape(rows, key.shape[1], -1, width)
-    # Keys times queries, not the other way round: half the time, since the long side is then the rows of the product.
-    scores = (key @ grouped.transpose(2, 3)).transpose(2, 3)
-    weights = torch.softmax(soft_cap(scores.float() * scaling, softcap), -1).to(value.dtype)
-    return (weights @ value).reshape(rows, 1, heads, width), None
-
-
-AttentionInterface.register(_ONE_TOKEN, _one_token_attention)
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:
@@ -260,13 +223,31 @@ def _put(row: _Row, sampled: int, loaded: LoadedModel, separator: list[int], end
         row.seen.add(last)
 
 
-def _sample(logits: Tensor, rows: list[_Row]) -> Tensor:
-    """One token per row, (rows,), by inversion of the distribution function: no sort over the vocabulary."""
-    device = logits.device
-    temperature = torch.tensor([[row.style.temperature] for row in rows], device=device)
+def _sample(logits: Tensor, rows: list[_Row]) -> Tensor | None:
+    """One token per row, (rows,), by inversion of the distribution function; None where ``logits`` (rows, V) are not finite."""
+    temperature = torch.tensor([[row.style.temperature] for row in rows], device=logits.device)
     # A number is drawn in every step, needed or not: each row's sequence of numbers is its own.
-    chance = torch.tensor([[row.chance.random()] for row in rows], device=device)
-    weights = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
-    totals = weights.cumsum(-1)
+    chance = torch.tensor([[row.chance.random()] for row in rows], device=logits.device)
+    # A CPU's cache holds a few rows of the vocabulary; memory for all rows costs more time than the sums.
+    some = _ROWS_IN_CACHE if logits.device.type == "cpu" else len(rows)
+    found = [_invert(*part) for part in zip(logits.split(some), temperature.split(some), chance.split(some), strict=True)]
+    known = [tokens for tokens in found if tokens is not None]
+    return torch.cat(known) if len(known) == len(found) else None
+
+
+def _invert(logits: Tensor, temperature: Tensor, chance: Tensor) -> Tensor | None:
+    """:func:`_sample` with numbers (rows, 1) in [0, 1). First the block of the vocabulary, then the token in it: a running sum over
+    the whole vocabulary would take as long as all the rest."""
+    weights = logits.float().div_(temperature).softmax(-1).unflatten(1, (-1, math.gcd(logits.shape[1], _BLOCK)))
+    blocks = weights.sum(-1).cumsum(-1)
+    total = blocks[:, -1:]
+    if not finite(total):
+        return None
     # 1 - chance is in (0, 1]: the first place where the sum reaches the draw always has weight.
-    return torch.searchsorted(totals, (1 - chance) * totals[:, -1:])[:, 0]
+    draw = (1 - chance) * total
+    block = torch.searchsorted(blocks, draw)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0)
+    inner = weights.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(-1)
+    # Sums in another order differ in their last digits: a draw beyond the block's end is its last token with weight.
+    place = torch.searchsorted(inner, torch.minimum(draw - before, inner[:, -1:]))
+    return (block * weights.shape[2] + place)[:, 0]

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfpruner.architectures import Architecture, describe
 from selfpruner.calibration import openings, pydoc, selftext, texts
 from selfpruner.calibration.texts import TokenBatches, apportion, separator, token_batches
 from selfpruner.config import Role, SearchConfig, Source, TextConfig
@@ -377,7 +378,7 @@ def test_written_tokens_follow_the_model(loaded: LoadedModel, monkeypatch: pytes
     monkeypatch.setattr(selftext, "styles", lambda _: selftext.Style(1e-4, 10_000))
     monkeypatch.setattr(selftext, "opening", lambda _: "the sea was")
     monkeypatch.setattr(selftext, "_LOOP", 1000)
-    rows = selftext._decode(loaded, ["a", "b"], 20, [2], lambda _: None, lambda: False)
+    rows = selftext._decode(loaded, describe(loaded.model), ["a", "b"], 20, [2], lambda _: None, lambda: False)
     prompt = [2, *loaded.tokenizer("the sea was")["input_ids"]]
     tokens = list(prompt)
     while len(tokens) < 20:
@@ -396,7 +397,9 @@ def test_sampling_matches_the_distribution() -> None:
 
     def shares(style: selftext.Style) -> torch.Tensor:
         rows = [selftext._Row(random.Random(n), style=style) for n in range(4000)]
-        return torch.bincount(selftext._sample(logits, rows), minlength=4) / 4000
+        tokens = selftext._sample(logits, rows)
+        assert tokens is not None
+        return torch.bincount(tokens, minlength=4) / 4000
 
     assert torch.allclose(shares(selftext.Style(1.0, 1)), probabilities, atol=0.03)
     hot = probabilities.pow(0.5) / probabilities.pow(0.5).sum()
@@ -406,14 +409,14 @@ def test_sampling_matches_the_distribution() -> None:
 def test_loops_end_the_document(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftext, "styles", lambda _: selftext.Style(1e-4, 10_000))
     monkeypatch.setattr(selftext, "_sample", lambda logits, _: torch.full((logits.shape[0],), 40))  # always the same token
-    rows = selftext._decode(loaded, ["a"], 120, [2], lambda _: None, lambda: False)
+    rows = selftext._decode(loaded, describe(loaded.model), ["a"], 120, [2], lambda _: None, lambda: False)
     assert (rows == 2).sum() > 3
 
 
 def test_degenerate_rows_are_written_again(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def decode(_loaded: LoadedModel, names: list[str], *_: Any) -> torch.Tensor:
+    def decode(_loaded: LoadedModel, _arch: Architecture, names: list[str], *_: Any) -> torch.Tensor:
         asked.append(names)
         good = loaded.tokenizer("".join(random.Random(0).choices("abcdefghij klmno pqrst", k=400)))["input_ids"][:200]
         bad = [40] * 200
@@ -421,7 +424,7 @@ def test_degenerate_rows_are_written_again(loaded: LoadedModel, monkeypatch: pyt
 
     monkeypatch.setattr(selftext, "_decode", decode)
     monkeypatch.setattr(selftext, "is_degenerate", lambda text: len(set(text)) < 3)
-    selftext._write_rows(loaded, ["x/0", "x/1", "x/2"], 200, [2], lambda _: None, lambda: False)
+    selftext._write_rows(loaded, describe(loaded.model), ["x/0", "x/1", "x/2"], 200, [2], lambda _: None, lambda: False)
     assert asked == [["x/0/0", "x/1/0", "x/2/0"], ["x/1/1", "x/2/1"], ["x/2/2"]]
 
 
