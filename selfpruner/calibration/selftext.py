@@ -250,4 +250,5 @@ def _invert(logits: Tensor, temperature: Tensor, chance: Tensor) -> Tensor | Non
     inner = weights.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(-1)
     # Sums in another order differ in their last digits: a draw beyond the block's end is its last token with weight.
     place = torch.searchsorted(inner, torch.minimum(draw - before, inner[:, -1:]))
-    return (block * weights.shape[2] + place)[:, 0]
+    tokens: Tensor = block * weights.shape[2] + place
+    return tokens[:, 0]

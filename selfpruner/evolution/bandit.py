@@ -3,7 +3,8 @@
 An arm is an operator. It earns the relative improvement of the best plan among its children, and it costs seconds: those its
 children took to score, and those it took to think (an LLM's latency, probes). Both fade, because what helps early need not help
 late. Arms start with one second's worth of the same optimistic gain, so each is tried. A bonus keeps trying the arms that were
-asked least, and a floor keeps any arm from being given up.
+asked least, and a floor keeps any arm from being given up. An arm whose thinking costs seconds waits for it, twice as long after every
+answer that brought nothing.
 
 Deterministic: gains and seconds are recorded values, and ties go to the order of the config.
 """
@@ -18,19 +19,22 @@ FADING = 0.8
 EXPLORATION = 0.35
 # Gain per second that an arm is believed to have before it was tried: one percent in a minute.
 HOPE_GAIN, HOPE_SECONDS = 0.01, 60.0
-# An arm whose thinking costs seconds is not asked for its floor in every generation.
+# An arm whose thinking costs seconds is not asked for its floor in every generation, but after so many; twice as many after an
+# answer without a gain, and so on until one brings something.
 FLOOR_EVERY = 4
 
 
 @dataclass(slots=True)
 class Arm:
-    """``gain`` and ``seconds`` faded sums; ``children`` all that were made; ``asked`` the generation it was last asked in."""
+    """``gain`` and ``seconds`` faded sums; ``children`` all that were made; ``asked`` the generation it was last asked in;
+    ``misses`` how often it was asked since it last gained something."""
 
     gain: float = 0.0
     seconds: float = 0.0
     children: int = 0
     asked: int = 0
     thinking: float = 0.0
+    misses: int = 0
 
 
 class Bandit:
@@ -48,7 +52,7 @@ class Bandit:
 
     def shares(self, count: int, generation: int) -> dict[str, int]:
         """How many of ``count`` children each arm is to make. The floor is one child: in every generation for an arm that is
-        free to ask, in every fourth for one whose answers cost seconds."""
+        free to ask, in every fourth for one whose answers cost seconds and gain, ever more rarely while they do not."""
         values = {name: self.value(name) for name in self.arms}
         top = max(values.values())
         weights = {name: (value / top) ** 2 for name, value in values.items()}
@@ -60,7 +64,7 @@ class Bandit:
             shares[name] += 1
         for name, arm in self.arms.items():
             free = arm.thinking <= 0.05 * arm.seconds
-            due = free or generation - arm.asked >= FLOOR_EVERY
+            due = free or generation - arm.asked >= FLOOR_EVERY << arm.misses
             if shares[name] == 0 and due:
                 giver = max(shares, key=lambda other: shares[other])
                 if shares[giver] > 1:
@@ -86,3 +90,7 @@ class Bandit:
             arm.seconds = FADING * arm.seconds + spent
             arm.thinking = FADING * arm.thinking + thinking.get(name, 0.0)
             arm.children += made.get(name, 0)
+            if gains.get(name, 0.0) > 0:
+                arm.misses = 0
+            elif made.get(name, 0):
+                arm.misses += 1

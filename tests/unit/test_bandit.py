@@ -78,13 +78,18 @@ def test_gain_per_second_counts_not_gain() -> None:
     assert whole(history[5:], "quick") > 3 * whole(history[5:], "slow")
 
 
-def test_a_slow_arm_that_brings_nothing_is_asked_rarely_but_not_never() -> None:
-    history = play(Bandit(NAMES), 41, gains={"reallocate": 0.01, "level_switch": 0.005}, thinking={"mutate": 120.0})
+def test_a_slow_arm_that_brings_nothing_is_asked_ever_more_rarely() -> None:
+    history = play(Bandit(NAMES), 61, gains={"reallocate": 0.01, "level_switch": 0.005}, thinking={"mutate": 120.0})
     asked = [number for number, shares in enumerate(history) if shares["mutate"]]
-    later = [number for number in asked if number > 0]
-    assert 5 <= len(later) <= 40 / FLOOR_EVERY
-    assert all(after - before >= FLOOR_EVERY for before, after in pairwise(later))
-    assert all(history[number]["mutate"] == 1 for number in later)
+    assert [after - before for before, after in pairwise(asked)] == [2 * FLOOR_EVERY, 4 * FLOOR_EVERY, 8 * FLOOR_EVERY]
+    assert all(history[number]["mutate"] == 1 for number in asked[1:])
+
+
+def test_a_slow_arm_that_gains_little_keeps_its_floor() -> None:
+    gains = {"reallocate": 0.01, "level_switch": 0.005, "mutate": 1e-4}
+    history = play(Bandit(NAMES), 41, gains=gains, thinking={"mutate": 120.0})
+    asked = [number for number, shares in enumerate(history) if shares["mutate"]]
+    assert {after - before for before, after in pairwise(asked)} == {FLOOR_EVERY}
 
 
 def test_a_slow_arm_that_earns_its_seconds_is_asked() -> None:
