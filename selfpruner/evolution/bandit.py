@@ -3,8 +3,8 @@
 An arm is an operator. It earns the relative improvement of the best plan among its children, and it costs seconds: those its
 children took to score, and those it took to think (an LLM's latency, probes). Both fade, because what helps early need not help
 late. Arms start with one second's worth of the same optimistic gain, so each is tried. A bonus keeps trying the arms that were
-asked least, and a floor keeps any arm from being given up. An arm whose thinking costs seconds waits for it, twice as long after every
-answer that brought nothing.
+asked least, and a floor keeps any arm from being given up. An arm whose thinking costs seconds waits for it, twice as long after
+every answer that brought nothing.
 
 Deterministic: gains and seconds are recorded values, and ties go to the order of the config.
 """

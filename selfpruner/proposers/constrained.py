@@ -4,10 +4,15 @@ This is the torch side of the local proposer, and it runs in a worker. It knows 
 schema without free whitespace, so a schema of bounded arrays and numbers bounds the reply: :func:`longest_reply` is that bound in
 characters, and every token writes at least one. Decoding keeps a KV cache and skips the model wherever the grammar leaves a single
 token. Sampling happens on the CPU in float32 from a generator of its own: equal inputs give equal replies.
+
+All questions of a job begin with the same rules. The model reads them in a pass of their own, always, so that keeping what it made
+of them changes no reply.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import time
 import weakref
@@ -24,6 +29,7 @@ from selfpruner.errors import CancelledTaskError, ProposerError
 from selfpruner.models import check_ids
 
 _MAX_GRAMMARS = 32
+_BEGINNING_BYTES = 256 << 20
 
 
 @dataclass(slots=True)
@@ -36,6 +42,18 @@ class _Compiler:
 
 
 _COMPILERS: weakref.WeakKeyDictionary[object, dict[int, _Compiler]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """The rules that a model read last, and what it keeps of them."""
+
+    tokens: list[int]
+    cache: DynamicCache
+
+
+# As long as the model is in memory, and at most _BEGINNING_BYTES of each.
+_BEGINNINGS: weakref.WeakKeyDictionary[PreTrainedModel, _Beginning] = weakref.WeakKeyDictionary()
 
 
 class Completion(TypedDict):
@@ -75,8 +93,9 @@ def complete(
     check_ids(asked, model, tokenizer, "The prompt")
     prompt = _fit(asked, getattr(model.config, "max_position_embeddings", None), room)
     generator = torch.Generator().manual_seed(seed)
-    cache = DynamicCache(config=model.config)
-    pending, written = prompt, list[int]()
+    rules = _shared(prompt, asked, tokenizer, messages)
+    cache = _after(model, prompt[:rules])
+    pending, written = prompt[rules:], list[int]()
 
     while not matcher.is_terminated():
         if cancelled():
@@ -177,6 +196,31 @@ def _fit(prompt: list[int], window: int | None, room: int) -> list[int]:
         return prompt
     head = most // 3
     return prompt[:head] + prompt[len(prompt) - (most - head) :]
+
+
+def _shared(prompt: list[int], asked: list[int], tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> int:
+    """How many tokens at the beginning of ``prompt`` do not depend on the last message: those up to where the chat would go on in
+    the same way if that message were another. 0 for a prompt that lost its middle, and where nothing comes before the message."""
+    if prompt != asked:
+        return 0
+    other = _encode(tokenizer, [*messages[:-1], {**messages[-1], "content": ""}])
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, other, strict=False))
+    return min(sum(1 for _ in same), len(prompt) - 1)
+
+
+def _after(model: PreTrainedModel, tokens: list[int]) -> DynamicCache:
+    """The cache of ``model`` that has read ``tokens``; from the last question where it began in the same way."""
+    if not tokens:
+        return DynamicCache(config=model.config)
+    known = _BEGINNINGS.get(model)
+    if known is None or known.tokens != tokens:
+        _BEGINNINGS.pop(model, None)
+        cache = DynamicCache(config=model.config)
+        model.base_model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True)
+        if sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) > _BEGINNING_BYTES:
+            return cache
+        known = _BEGINNINGS[model] = _Beginning(tokens, cache)
+    return copy.deepcopy(known.cache)
 
 
 def _allowed(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,53 @@ def test_the_cache_changes_nothing(pair: Pair) -> None:
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, -1]
     assert max(digits, key=lambda digit: float(logits[digits[digit]])) == text[first]
+
+
+def test_the_rules_are_read_once(tiny_llama: Path) -> None:
+    """Another question under the same rules reads only what is new, and is answered as if it were the first."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    rules = {"role": "system", "content": "Some rules that are the same in every question. " * 3}
+    questions = [(rules, {"role": "user", "content": f"{name} some plans."}) for name in ("Mutate", "Cross", "Mutate")]
+    questions.append(({"role": "system", "content": "Other rules."}, questions[0][1]))
+
+    def answers(model: PreTrainedModel, asked: Sequence[Sequence[Mapping[str, str]]]) -> tuple[list[str], list[list[int]]]:
+        passes: list[list[int]] = []
+        forward = model.base_model.forward
+
+        def counted(**inputs: Any) -> Any:
+            passes[-1].append(inputs["input_ids"].shape[1])
+            return forward(**inputs)
+
+        model.base_model.forward = counted  # type: ignore[method-assign]
+        texts = []
+        for messages in asked:
+            passes.append([])
+            texts.append(complete(model, tokenizer, messages, SCHEMA, 1.0, 500, 3)["text"])
+        return texts, passes
+
+    def fresh() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+
+    kept, passes = answers(fresh(), questions)
+    alone = [answers(fresh(), [messages])[0][0] for messages in questions]
+    assert kept == alone
+    assert kept[0] == kept[2] != kept[1]
+    first, second, third, last = passes
+    assert first[0] > first[1]  # the rules, then the question
+    assert third == first[1:]
+    assert second[0] < first[0]
+    assert last[0] < first[0]
+    assert len(last) == len(answers(fresh(), questions[3:])[1][0])
+
+
+def test_a_long_beginning_is_not_kept(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
+    expected = complete(model, tokenizer, MESSAGES, SCHEMA, 1.0, 500, 0)["text"]
+    assert model in constrained._BEGINNINGS
+    monkeypatch.setattr(constrained, "_BEGINNING_BYTES", 100)
+    constrained._BEGINNINGS.clear()
+    assert complete(model, tokenizer, MESSAGES, SCHEMA, 1.0, 500, 0)["text"] == expected
+    assert model not in constrained._BEGINNINGS
 
 
 def test_too_few_tokens_is_truncated(pair: Pair) -> None:
