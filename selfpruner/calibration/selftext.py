@@ -238,7 +238,7 @@ def _sample(logits: Tensor, rows: list[_Row]) -> Tensor | None:
 def _invert(logits: Tensor, temperature: Tensor, chance: Tensor) -> Tensor | None:
     """:func:`_sample` with numbers (rows, 1) in [0, 1). First the block of the vocabulary, then the token in it: a running sum over
     the whole vocabulary would take as long as all the rest."""
-    weights = logits.float().div_(temperature).softmax(-1).unflatten(1, (-1, math.gcd(logits.shape[1], _BLOCK)))
+    weights = (logits / temperature).softmax(-1).unflatten(1, (-1, math.gcd(logits.shape[1], _BLOCK)))
     blocks = weights.sum(-1).cumsum(-1)
     total = blocks[:, -1:]
     if not finite(total):

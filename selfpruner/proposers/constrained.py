@@ -217,7 +217,8 @@ def _after(model: PreTrainedModel, tokens: list[int]) -> DynamicCache:
         _BEGINNINGS.pop(model, None)
         cache = DynamicCache(config=model.config)
         model.base_model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True)
-        if sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) > _BEGINNING_BYTES:
+        held = (getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values"))
+        if sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor)) > _BEGINNING_BYTES:
             return cache
         known = _BEGINNINGS[model] = _Beginning(tokens, cache)
     return copy.deepcopy(known.cache)

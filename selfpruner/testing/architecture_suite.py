@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from selfpruner.architectures import FAMILIES, Architecture, FfnWeights, describe
 from selfpruner.architectures.cost import attention_cost, decoder_parameters, ffn_cost, model_parameters
+from selfpruner.architectures.decoding import Decoding
 from selfpruner.testing.device_suite import DeviceSuite
 from selfpruner.testing.prepared_models import ready
 from selfpruner.testing.tiny_models import layers_of, load_tiny, tokens_of
@@ -34,6 +35,13 @@ def forward(arch: Architecture, tokens: Tensor) -> Tensor:
             x = arch.attend(layer, x, arch.attention(layer), rope)
             x = arch.feed_forward(layer, x, arch.ffn(layer))
         return arch.logits(arch.final_norm(x)).float()
+
+
+def one_by_one(arch: Architecture, tokens: Tensor) -> Tensor:
+    """The same with a token at a time and the keys and values of those before it."""
+    decoding = Decoding(arch, *tokens.shape)
+    with torch.no_grad():
+        return torch.stack([decoding.logits(column).float() for column in tokens.T], 1)
 
 
 def parameters(model: PreTrainedModel, *modules: tuple[str, ...]) -> int:
@@ -74,6 +82,12 @@ class ArchitectureSuite(DeviceSuite):
 
     def test_logits_are_those_of_transformers(self, shape: str) -> None:
         assert_equal_logits(load_tiny(self.family, **self.shapes[shape]))
+
+    def test_token_by_token_the_logits_are_the_same(self) -> None:
+        for options in (*self.shapes.values(), *self.extra.values()):
+            arch, tokens = describe(load_tiny(self.family, **options)), tokens_of(3, 40)
+            expected = forward(arch, tokens)
+            assert float((one_by_one(arch, tokens) - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
 
     def test_logits_of_the_familys_own_forms(self) -> None:
         for options in self.extra.values():

@@ -354,6 +354,25 @@ def test_rows_do_not_depend_on_their_neighbours(loaded: LoadedModel, tmp_path: P
     assert torch.equal(whole, write(loaded, tmp_path / "b"))
 
 
+def test_a_long_row_is_written_in_stretches(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are rows like any others while they are written: nothing of one is seen by the next, and more are written at once."""
+    monkeypatch.setattr(selftext, "STRETCH", 10)
+    asked: list[tuple[int, int]] = []
+    decode = selftext._decode
+
+    def counted(loaded: LoadedModel, arch: Architecture, names: list[str], length: int, *rest: Any) -> torch.Tensor:
+        asked.append((len(names), length))
+        return decode(loaded, arch, names, length, *rest)
+
+    monkeypatch.setattr(selftext, "_decode", counted)
+    rows = write(loaded, tmp_path / "a", count=4, length=23)
+    assert rows.shape == (4, 23)
+    assert asked == [(12, 8)]
+    assert (rows[:, [0, 8, 16]] == 2).all()
+    short = write(loaded, tmp_path / "b", count=12, length=8)
+    assert torch.equal(torch.cat([rows, short.view(4, 24)[:, 23:]], 1), short.view(4, 24))
+
+
 def test_interrupted_writing_goes_on(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftext, "MAX_ROWS", 2)
     expected = write(loaded, tmp_path / "a")
@@ -404,6 +423,23 @@ def test_sampling_matches_the_distribution() -> None:
     assert torch.allclose(shares(selftext.Style(1.0, 1)), probabilities, atol=0.03)
     hot = probabilities.pow(0.5) / probabilities.pow(0.5).sum()
     assert torch.allclose(shares(selftext.Style(2.0, 1)), hot, atol=0.03)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 768, 1000])
+def test_sampling_in_blocks_inverts_the_distribution(vocabulary: int) -> None:
+    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, ::3] = -torch.inf
+    chance = torch.linspace(0, 1, 51)[:-1, None]
+    found = selftext._invert(logits, torch.full((50, 1), 1.3), chance)
+    assert found is not None
+    sums = (logits / 1.3).double().softmax(-1).cumsum(-1)
+    below = torch.where(found > 0, sums.gather(1, (found[:, None] - 1).clamp(min=0))[:, 0], 0)
+    draw = 1 - chance[:, 0].double()
+    assert (below <= draw + 1e-6).all()
+    assert (sums.gather(1, found[:, None])[:, 0] >= draw - 1e-6).all()
+    assert not (found % 3 == 0).any()
+    logits[7, 4] = torch.nan
+    assert selftext._invert(logits, torch.full((50, 1), 1.3), chance) is None
 
 
 def test_loops_end_the_document(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
