@@ -53,11 +53,12 @@ class LocalJobs:
         return self._database.parent
 
     def waiting(self, job_id: str) -> JobObject:
-        """The job, if a search may go on with it. Raises ConflictError for one that has finished."""
-        job = self.get(job_id)
-        if job["finished_at"] is not None:
-            raise ConflictError(f"Job {job_id} is {job['status']}; only one that has not finished can be resumed.")
-        return job
+        """The job, if a search may go on with it. Raises ConflictError for one that has finished, or is a server's."""
+        job = self._store.job(job_id)
+        runs.checkpoint_folder(self.folder, job)
+        if job.finished:
+            raise ConflictError(f"Job {job_id} is {job.status}; only one that has not finished can be resumed.")
+        return job_object(job)
 
     def newest(self) -> str:
         """The id of the newest job. Raises NotFoundError where there is none yet."""
@@ -100,11 +101,13 @@ class LocalJobs:
             time.sleep(LOOK_SECONDS)
 
     def cancel(self, job_id: str) -> JobObject:
-        """Cancel a job that waits. Raises ConflictError for one that has finished, StoreError while a search runs there."""
+        """Cancel a job that waits. Raises ConflictError for one that has finished, or is a server's, StoreError while a search runs
+        there."""
+        checkpoint = runs.checkpoint_folder(self.folder, self._store.job(job_id))
         with Store(self._database) as store:
             store.requeue_running()
             job = store.request_cancel(job_id)
-        shutil.rmtree(runs.checkpoint_folder(self.folder, job), ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
         return job_object(job)
 
 

@@ -4,7 +4,8 @@
     checkpoint-2/, result-2.json                 of the next one there: with other settings, or `again`
 
 A call with the same settings continues an unfinished search, and returns at once what a finished one found. If a search failed, the
-next call with the same settings takes over what it computed. Imports no torch.
+next call with the same settings takes over what it computed. A server's jobs, where the folder is its home too, are left to it.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from selfpruner import models
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, NotFoundError, StoreError
+from selfpruner.errors import ConfigError, ConflictError, NotFoundError, StoreError
 from selfpruner.evolution.windows import Windows
 from selfpruner.files import atomic, manifest, places
 from selfpruner.files.report import Report
@@ -66,7 +67,7 @@ def reading(database: Path) -> Store:
 
 
 def checkpoint_folder(folder: Path, job: Job) -> Path:
-    """Where the checkpoint of a job in ``folder`` is, or will be."""
+    """Where the checkpoint of a job in ``folder`` is, or will be. Raises ConflictError for a server's, which keeps it elsewhere."""
     return folder / _name(job)
 
 
@@ -86,7 +87,7 @@ def refuse(folder: Path, config: SearchConfig) -> None:
 def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Run:
     """The job that a call with ``config`` means, made if there is none. Raises, where there is work to do, what
     :func:`selfpruner.models.precheck` does."""
-    jobs = store.jobs(limit=_ALL).data
+    jobs = [job for job in store.jobs(limit=_ALL).data if job.checkpoint_number is not None]
     mine = [job for job in jobs if _settings(job.config) == config.model_dump(mode="json")]
     waiting = next((job for job in mine if not job.finished), None)
     if waiting is not None:
@@ -100,7 +101,7 @@ def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Ru
                     models.precheck(config.model)
                 return _run(folder, job, done)
     models.precheck(config.model)
-    job, _ = store.create_job(config, metadata={CHECKPOINT: _free(folder, jobs)})
+    job, _ = store.create_job(config, checkpoint_number=_free(folder, jobs))
     if not again and (failed := next((job for job in mine if job.status == "failed"), None)) is not None:
         store.take_over(job.id, failed.id)
     return _run(folder, job)
@@ -114,13 +115,13 @@ def _settings(stored: Mapping[str, object]) -> dict[str, object]:
         return dict(stored)
 
 
-def _free(folder: Path, jobs: Sequence[Job]) -> str:
-    """A name for a new checkpoint that no job has; a failed or cancelled one has none."""
-    taken = {_name(job) for job in jobs if job.status not in ("failed", "cancelled")}
+def _free(folder: Path, jobs: Sequence[Job]) -> int:
+    """The number of a new checkpoint, which no job has; a failed or cancelled one has none."""
+    taken = {job.checkpoint_number for job in jobs if job.status not in ("failed", "cancelled")}
     number = 1
-    while (name := CHECKPOINT if number == 1 else f"{CHECKPOINT}-{number}") in taken or _occupied(folder / name):
+    while number in taken or _occupied(folder / _named(number)):
         number += 1
-    return name
+    return number
 
 
 def _occupied(folder: Path) -> bool:
@@ -128,7 +129,15 @@ def _occupied(folder: Path) -> bool:
 
 
 def _name(job: Job) -> str:
-    return job.user_metadata.get(CHECKPOINT, CHECKPOINT)
+    if job.checkpoint_number is None:
+        raise ConflictError(
+            f"Job {job.id} is a server's. Start that with `selfpruner serve --home`, and name the job alone, not its folder."
+        )
+    return _named(job.checkpoint_number)
+
+
+def _named(number: int) -> str:
+    return CHECKPOINT if number == 1 else f"{CHECKPOINT}-{number}"
 
 
 def _run(folder: Path, job: Job, done: Checkpoint | None = None) -> Run:

@@ -108,11 +108,12 @@ class Store:
         config: SearchConfig,
         *,
         metadata: Mapping[str, str] | None = None,
+        checkpoint_number: int | None = None,
         owner: str = "local",
         idempotency_key: str | None = None,
         body_hash: str | None = None,
     ) -> tuple[Job, bool]:
-        """Queue a job; returns it and whether it is new.
+        """Queue a job; returns it and whether it is new. ``checkpoint_number`` is for a search in this process, see ``Job``.
 
         With an ``idempotency_key`` that this owner used in the last 24 hours the first job is returned, or ConflictError is
         raised when that request had another ``body_hash`` (default: a hash of config and metadata).
@@ -134,7 +135,14 @@ class Store:
                             param="Idempotency-Key",
                         )
                     return write.job(known.job_id), False
-            job = Job(id=new_id("job"), owner=owner, created_at=now, config=body, user_metadata=labels)
+            job = Job(
+                id=new_id("job"),
+                owner=owner,
+                created_at=now,
+                config=body,
+                user_metadata=labels,
+                checkpoint_number=checkpoint_number,
+            )
             write.session.add(job)
             write.session.flush()
             if idempotency_key is not None:

@@ -33,7 +33,7 @@ from selfpruner.records import (
     StoredProgress,
 )
 
-REVISION = "0004"
+REVISION = "0005"
 
 TRANSITIONS: Mapping[JobStatus, tuple[JobStatus, ...]] = {
     "queued": ("running", "cancelled"),
@@ -77,7 +77,11 @@ class DatabaseTable(SQLModel, registry=registry()):
 
 
 class Job(DatabaseTable, table=True):
-    """A search. ``number`` is the order of creation; ``user_metadata`` is the column ``metadata``, the submitter's own pairs."""
+    """A search. ``number`` is the order of creation; ``user_metadata`` is the column ``metadata``, the submitter's own pairs.
+
+    ``checkpoint_number`` says which checkpoint of the database's folder a local search writes, see :mod:`selfpruner.jobs.runs`. It
+    is NULL for a server's job. No request can set it, and whatever it is, it cannot lead out of the folder.
+    """
 
     __tablename__: ClassVar[str] = "job"
     __table_args__: ClassVar[object] = (
@@ -86,6 +90,7 @@ class Job(DatabaseTable, table=True):
         check("job_started", f"{one_of('status', ('queued', 'cancelled'))} OR started_at IS NOT NULL"),
         check("job_error", "(status = 'failed') = (error IS NOT NULL)"),
         check("job_cancel_requested", "cancel_requested IN (0, 1)"),
+        check("job_checkpoint_number", "checkpoint_number BETWEEN 1 AND 1000000000"),
         check("job_config_json", json("config", "object")),
         check("job_metadata_json", json("metadata", "object")),
         check("job_error_json", json("error", "object")),
@@ -108,6 +113,7 @@ class Job(DatabaseTable, table=True):
     progress: StoredProgress | None = Field(default=None, sa_type=Json)
     result: Report | None = Field(default=None, sa_type=Json)
     error: JobError | None = Field(default=None, sa_type=Json)
+    checkpoint_number: int | None = None
 
     @property
     def finished(self) -> bool:

@@ -24,7 +24,7 @@ from selfpruner.jobs.local_jobs import LocalJobs
 from selfpruner.records import Recorder
 from selfpruner.store.store import Store
 from server.settings import ServerSettings
-from tests.helpers.serving import BUDGET, CRASHES, DISK, QUICK, SCRIPT, STUBBORN, WAITS_ONCE, running_server
+from tests.helpers.serving import BUDGET, CRASHES, DISK, QUICK, SCRIPT, STUBBORN, WAITS_ONCE, quick, running_server
 
 FINISHED = ("succeeded", "failed", "cancelled")
 
@@ -228,6 +228,36 @@ def test_jobs_of_a_folder_are_shown_as_a_servers(
         assert next(row["id"] for row in jobs.candidates(oldest["id"], "fitness")) == f"{2:016x}"
     with pytest.raises(NotFoundError, match="no database"):
         LocalJobs(tmp_path)
+
+
+def test_a_servers_job_is_left_to_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a client sends does not say what is deleted, or where a search goes on, in a server's home."""
+    victim, home = tmp_path / "victim", tmp_path / "home"
+    victim.mkdir()
+    settings = ServerSettings(home=home)
+    with running_server(settings) as server, Client(server.url) as client:
+        job = client.submit({"rate": 0.2, "seed": WAITS_ONCE, "preset": "evolution"}, metadata={"checkpoint": str(victim)})["id"]
+        for _, data in client.follow(job):
+            if data.get("data", {}).get("plan") == f"{2:016x}":
+                break
+        client.pause(job)
+    with Store(settings.database) as store:
+        store.transition(job, "queued")
+    (home / "checkpoint").mkdir()
+    (settings.checkpoints / job).mkdir(exist_ok=True)
+    for command in ("cancel", "resume"):
+        assert cli.run([command, str(home), "--job", job]) == 2
+        assert "is a server's. Start that with `selfpruner serve --home`" in capsys.readouterr().err
+    assert [place.is_dir() for place in (victim, home / "checkpoint", settings.checkpoints / job)] == [True] * 3
+    assert job_in(settings.database)["status"] == "queued"
+    (home / "checkpoint").rmdir()
+    monkeypatch.setitem(SCRIPT, WAITS_ONCE, quick)
+    InThisProcess(home, monkeypatch).run(WAITS_ONCE)  # the same config, and still another search
+    with Store(settings.database, read_only=True) as store:
+        assert [(row.status, row.checkpoint_number) for row in store.jobs().data] == [("succeeded", 1), ("queued", None)]
+        assert store.job(job).user_metadata == {"checkpoint": str(victim)}
 
 
 def test_what_watches_hears_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

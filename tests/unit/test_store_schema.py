@@ -19,7 +19,7 @@ from sqlalchemy import create_engine
 
 import selfpruner.store
 from selfpruner.config import SearchConfig
-from selfpruner.errors import StoreError
+from selfpruner.errors import ConflictError, StoreError
 from selfpruner.evolution.outcome import Outcome
 from selfpruner.jobs import runs
 from selfpruner.jobs.local_jobs import LocalJobs
@@ -183,7 +183,7 @@ def as_it_was(path: Path, old: Path, revision: str, monkeypatch: pytest.MonkeyPa
             connection.execute(f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}")
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004"])
 def test_a_job_of_an_older_release_goes_on(revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its history is replayed from the migrated rows: nothing is scored again, and the search decides as before."""
     config, space = searching.config_of("default"), space_of(layers=3)
@@ -222,6 +222,7 @@ def test_a_folder_of_an_older_release_is_read(dump: Path, tmp_path: Path) -> Non
     path = restored(dump, tmp_path / runs.DATABASE)
     with LocalJobs(tmp_path) as jobs:
         done = jobs.list()["data"][-1]
+        assert runs.checkpoint_folder(tmp_path, jobs._store.job(done["id"])) == tmp_path / "checkpoint"
         assert [(row["id"], row["rejected"]) for row in jobs.candidates(done["id"])] == [
             ("aaaa", False),
             ("bbbb", False),
@@ -229,6 +230,30 @@ def test_a_folder_of_an_older_release_is_read(dump: Path, tmp_path: Path) -> Non
         ]
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(REVISION,)]
+
+
+@pytest.mark.parametrize(("home", "known"), [("searches", True), ("server", False), ("lost", False)])
+def test_only_a_local_search_is_believed_where_its_checkpoint_is(home: str, known: bool, tmp_path: Path) -> None:
+    """Until 0004 that was in the metadata, which over HTTP is the submitter's; a server's home is known by its folder, or by where
+    a checkpoint was."""
+    path = restored(GOLDEN / "store_0004.sql", tmp_path / runs.DATABASE)
+    jobs = [f"job_00000000000000000000000{number}" for number in (1, 2, 3)]
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for job, name in zip(jobs, ("checkpoint-12", "/tmp/victim", "checkpoint-2/../.."), strict=True):
+            connection.execute("UPDATE job SET metadata = json_object('a', 'b', 'checkpoint', ?) WHERE id = ?", (name, job))
+        if home == "lost":
+            connection.execute("UPDATE checkpoint SET path = '/home/ann/.selfpruner/checkpoints/' || job_id")
+    if home == "server":
+        (tmp_path / "checkpoints").mkdir()
+    with Store(path) as store:
+        done, *others = (store.job(job) for job in jobs)
+        assert done.checkpoint_number == (12 if known else None)
+        assert ("checkpoint" in done.user_metadata) != known
+        for job in others:
+            assert job.checkpoint_number is None
+            assert job.user_metadata.keys() == {"a", "checkpoint"}, "the submitter's"
+            with pytest.raises(ConflictError, match="is a server's"):
+                runs.checkpoint_folder(tmp_path, job)
 
 
 def test_views_follow_the_file(tmp_path: Path) -> None:
@@ -247,8 +272,8 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 
 
 def upgrade():
@@ -260,14 +285,14 @@ def upgrade():
 
 @pytest.fixture
 def next_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Pretend that a release with revision 0005, which rebuilds the table every other table refers to, is running."""
+    """Pretend that a release with revision 0006, which rebuilds the table every other table refers to, is running."""
 
     def install(then: str) -> None:
         folder = tmp_path / "release"
         shutil.copytree(STORE_FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "migrations/versions/v0005_note.py").write_text(NEXT_REVISION.format(then=then))
+        (folder / "migrations/versions/v0006_note.py").write_text(NEXT_REVISION.format(then=then))
         monkeypatch.setattr(schema, "files", lambda _: folder)
-        monkeypatch.setattr(schema, "REVISION", "0005")
+        monkeypatch.setattr(schema, "REVISION", "0006")
 
     return install
 
@@ -290,7 +315,7 @@ def test_a_migration_keeps_every_row(dump: Path, tmp_path: Path, next_release: C
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute(counts).fetchall() == before
         assert connection.execute("SELECT DISTINCT note FROM job").fetchall() == [("none",)]
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0005",)]
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0006",)]
         assert connection.execute("SELECT plan FROM best").fetchall() == [("bbbb",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
