@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # Lists that may lose entries, in this order: the history from its worst end, notes, lessons from the oldest, hints.
-_SHORTENABLE = ("history", "rejected", "lessons", "hints", "children")
+_SHORTENABLE = ("history", "refused", "lessons", "hints", "children")
 
 
 def messages(operator: str, variables: Mapping[str, Any], max_chars: int) -> tuple[dict[str, str], ...]:

@@ -24,7 +24,7 @@ from selfpruner.operators import (
     Offspring,
     Operator,
     ParentSelection,
-    Rejected,
+    Refused,
 )
 from selfpruner.operators.closed_form import Random, Uniform
 from selfpruner.operators.evolution import LevelSwitch
@@ -183,7 +183,7 @@ class Breeder:
         rng = self._rng(context.generation, operator.name)
         while len(found) - start < want and self.channel.open:
             before = len(found)
-            now = replace(context, seen=context.seen | found.keys(), rejected=tuple(self.state.rejected[-NOTES_SHOWN:]))
+            now = replace(context, seen=context.seen | found.keys(), refused=tuple(self.state.refused[-NOTES_SHOWN:]))
             try:
                 children = await operator.propose(now, want - (len(found) - start), rng)
             except ProposerError as error:
@@ -232,4 +232,4 @@ class Breeder:
     def _note(self, operator: str, error: ProposerError) -> None:
         """Remember for the next prompt what was wrong with a reply; what went wrong on the way is no lesson for the LLM."""
         if error.code in ("invalid", "not_json", "no_new_plan"):
-            self.state.rejected.append(Rejected(operator, f"{error.code}: {error.message[:160]}"))
+            self.state.refused.append(Refused(operator, f"{error.code}: {error.message[:160]}"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from selfpruner.config import SearchConfig
 from selfpruner.evolution.evaluator import Fitness
-from selfpruner.operators.base import Context, Hint, Reflections, Rejected
+from selfpruner.operators.base import Context, Hint, Reflections, Refused
 from selfpruner.planning.landscape import Landscape
 from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Plan, SearchSpace
@@ -33,7 +33,7 @@ class State:
     signals: Signals = field(default_factory=Signals)
     candidates: dict[str, Candidate] = field(default_factory=dict)
     population: list[Candidate] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
     sensitivities: list[float] = field(default_factory=list)
     probe_levels: list[int] = field(default_factory=list)
     landscape: Landscape | None = None
@@ -64,7 +64,7 @@ class State:
             sensitivities=tuple(self.sensitivities),
             probe_levels=tuple(self.probe_levels),
             seen=frozenset(self.candidates),
-            rejected=tuple(self.rejected[-NOTES_SHOWN:]),
+            refused=tuple(self.refused[-NOTES_SHOWN:]),
             parents=tuple(parents),
             metric=self.config.fitness,
             stale_generations=self.stale,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from selfpruner import catalogue
-from selfpruner.operators.base import Context, Hint, Offspring, Operator, ParentSelection, Reflections, Rejected
+from selfpruner.operators.base import Context, Hint, Offspring, Operator, ParentSelection, Reflections, Refused
 from selfpruner.operators.llm import LlmOperator
 
 OPERATORS: dict[str, type[Operator | ParentSelection]] = {name: entry.load() for name, entry in catalogue.OPERATORS.items()}
@@ -22,5 +22,5 @@ __all__ = [
     "Operator",
     "ParentSelection",
     "Reflections",
-    "Rejected",
+    "Refused",
 ]

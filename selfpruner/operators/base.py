@@ -38,7 +38,7 @@ class Offspring:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class Refused:
     """A proposal that became no candidate, and why; shown to the LLM in the next prompt."""
 
     operator: str
@@ -88,7 +88,7 @@ class Context:
     sensitivities: Sequence[float] = ()
     probe_levels: Sequence[int] = ()
     seen: frozenset[str] = frozenset()
-    rejected: Sequence[Rejected] = ()
+    refused: Sequence[Refused] = ()
     parents: Sequence[tuple[Candidate, Candidate]] = ()
     metric: str = "kl"
     stale_generations: int = 0

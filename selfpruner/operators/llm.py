@@ -20,7 +20,7 @@ from pydantic import Field, JsonValue
 from selfpruner.catalogue import OPERATORS
 from selfpruner.errors import BudgetError, ProposerError
 from selfpruner.operators import prompt_facts as facts
-from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Rejected
+from selfpruner.operators.base import Context, Offspring, Operator, ParentSelection, Refused
 from selfpruner.operators.plan_format import Answer, PlanFormat, Plans, closed
 from selfpruner.planning.space import Plan
 from selfpruner.proposers.base import CallError
@@ -34,12 +34,12 @@ _OFF_TARGET = 5.0  # percentage points of the average rate that are worth a note
 
 
 class LlmOperator:
-    """What all questions have in common: the channel, the facts of a prompt, notes on what was rejected."""
+    """What all questions have in common: the channel, the facts of a prompt, notes on what was refused."""
 
     name: ClassVar[str]
 
     def __init__(self, channel: LlmChannel) -> None:
-        self.rejected: list[Rejected] = []
+        self.refused: list[Refused] = []
         self._channel = channel
         self._format: PlanFormat | None = None
 
@@ -51,7 +51,7 @@ class LlmOperator:
     def _facts(self, context: Context, count: int, example: str) -> dict[str, object]:
         """The variables every template needs; known plans and hints are for those that make plans."""
         plans = self._format_of(context)
-        notes = dict.fromkeys(f"{note.operator}: {note.reason}" for note in (*context.rejected, *self.rejected))
+        notes = dict.fromkeys(f"{note.operator}: {note.reason}" for note in (*context.refused, *self.refused))
         return {
             "layers": context.space.layers,
             "keys": plans.keys,
@@ -68,12 +68,12 @@ class LlmOperator:
             "lessons": facts.lessons(context),
             "hints": [],
             "history": [],
-            "rejected": list(notes)[-_NOTES_SHOWN:],
+            "refused": list(notes)[-_NOTES_SHOWN:],
         }
 
     def _note(self, reason: str) -> None:
-        self.rejected.append(Rejected(self.name, reason))
-        del self.rejected[:-_NOTES_KEPT]
+        self.refused.append(Refused(self.name, reason))
+        del self.refused[:-_NOTES_KEPT]
 
     def _heat(self, context: Context) -> float:
         return HEAT_PER_STALE_GENERATION * context.stale_generations

@@ -51,7 +51,7 @@ class _Question(Generic[T]):
 class LlmChannel:
     """What LLM operators ask. One per job; questions are put one after the other.
 
-    ``rejected`` counts what replies held and did not become a plan, by reason: ``known``, ``near`` (hardly different from a known
+    ``refused`` counts what replies held and did not become a plan, by reason: ``known``, ``near`` (hardly different from a known
     plan) and ``unfit``; the rows' ``detail`` says the same reply by reply.
     """
 
@@ -69,7 +69,7 @@ class LlmChannel:
         self.tokens = 0
         self.cost = 0.0
         self._seconds: dict[str, float] = defaultdict(float)
-        self.rejected: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
         self._proposer = proposer
         self._recorder = recorder
         self._limits = limits
@@ -106,7 +106,7 @@ class LlmChannel:
 
     def remark(self, reason: str, text: str) -> None:
         """For ``validate``: something in the reply was left out, for ``reason``; ``text`` goes into the row's detail."""
-        self.rejected[reason] += 1
+        self.refused[reason] += 1
         self._remarks.append(text)
 
     async def ask(

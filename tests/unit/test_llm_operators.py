@@ -66,7 +66,7 @@ def test_too_high_rates_are_scaled_so_that_zero_stays_zero(fake_openai: FakeOpen
     rates = space().rates(child.plan)
     assert rates[0] == rates[1] == 0
     assert max(rates[3::2]) - min(rates[3::2]) < 0.1
-    assert "average 42" in operator.rejected[0].reason
+    assert "average 42" in operator.refused[0].reason
 
 
 def test_chosen_parents_come_first(fake_openai: FakeOpenAI) -> None:
@@ -174,7 +174,7 @@ def test_known_plans_are_no_new_plan_and_noted_for_the_next_prompt(fake_openai: 
         lab.propose("crossover", 2, on, operator)
     assert caught.value.code == "no_new_plan"
     assert lab.memory.outcomes == ["no_new_plan"]
-    assert lab.channel.rejected == {"known": 2}
+    assert lab.channel.refused == {"known": 2}
     assert lab.propose("crossover", 2, on, operator)
     assert "known already (score 90)" in fake_openai.requests[1]["messages"][1]["content"]
 
@@ -189,8 +189,8 @@ def test_one_good_plan_in_a_reply_is_enough(fake_openai: FakeOpenAI) -> None:
     (child,) = lab.propose("crossover", 3, on, operator)
     assert len(child.parents) == 2
     assert lab.memory.outcomes == ["ok"]
-    assert any("plans.0" in note.reason for note in operator.rejected)
-    assert not any("DROP" in note.reason for note in operator.rejected)
+    assert any("plans.0" in note.reason for note in operator.refused)
+    assert not any("DROP" in note.reason for note in operator.refused)
 
 
 def test_a_later_failure_does_not_lose_earlier_plans(fake_openai: FakeOpenAI) -> None:

@@ -149,7 +149,7 @@ def test_a_child_that_hardly_differs_is_no_new_plan(fake_openai: FakeOpenAI) -> 
     with pytest.raises(ProposerError) as caught:
         lab.propose("mutate", 2, on, operator)
     assert caught.value.code == "no_new_plan"
-    assert lab.channel.rejected == {"near": 3}
+    assert lab.channel.refused == {"near": 3}
     fake_openai.script()
     lab.propose("mutate", 1, on, operator)
     assert "hardly different from a known one" in fake_openai.requests[-1]["messages"][-1]["content"]

@@ -26,7 +26,7 @@ VARIABLES: dict[str, Any] = {
     "lessons": ["Early ffn is sensitive.", "</s> Prune attention 3."],
     "hints": ["lower the rate of ffn 1 (20, -0.8 %)", "raise the rate of ffn 3 (12, -0.5 %)"],
     "history": [{"score": "103", "plan": "PLAN A"}, {"score": "96", "plan": "PLAN B"}],
-    "rejected": ["mutate: a plan that was known already"],
+    "refused": ["mutate: a plan that was known already"],
 }
 FACTS = """Target: average rate 20, 4 layers.
 Sensitivity per layer (100 = average, high = prune less):
@@ -110,7 +110,7 @@ def test_golden(template: str) -> None:
 
 def test_before_probing_and_without_history_nothing_is_said_of_them() -> None:
     text = prompts.render(
-        "initialize", VARIABLES | {"sensitivities": "", "lessons": [], "hints": [], "history": [], "rejected": [], "count": 3}
+        "initialize", VARIABLES | {"sensitivities": "", "lessons": [], "hints": [], "history": [], "refused": [], "count": 3}
     )
     assert text.splitlines()[:2] == [
         "Target: average rate 20, 4 layers.",

@@ -98,3 +98,20 @@ def test_no_two_classes_have_one_name() -> None:
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     homes.setdefault(node.name, []).append(name)
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("word", "rooms"),
+    [
+        ("rejected", ("operators", "proposers")),  # by a race; what an LLM proposes in vain is refused
+        ("runtime", ("workers", "jobs", "api", "server")),  # what serves a checkpoint; a worker has a handler
+    ],
+)
+def test_a_word_names_nothing_else(word: str, rooms: tuple[str, ...]) -> None:
+    said = set()
+    for name, file in modules().items():
+        if room(name) in rooms:
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = (getattr(node, field, None) for field in ("id", "attr", "arg", "name"))
+                said.update(f"{name}: {found}" for found in names if isinstance(found, str) and word in found.lower().split("_"))
+    assert said == set()
