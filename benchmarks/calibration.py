@@ -52,17 +52,17 @@ def main() -> None:
     key = f"{options.model} {options.criterion}+{options.compensation} {options.sequences} seed {options.seed} rate {options.rate}"
     known: dict[str, dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else {}
     rows = known.setdefault(key, {})
-    runtime = SessionHandler("auto")
+    handler = SessionHandler("auto")
     for spec in options.texts:
         if spec not in rows:
-            rows[spec] = measure(runtime, options, calibration(spec, cache), cache)
+            rows[spec] = measure(handler, options, calibration(spec, cache), cache)
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
             print(spec, rows[spec], flush=True)
     print(table({spec: rows[spec] for spec in options.texts}))
 
 
-def measure(runtime: SessionHandler, options: argparse.Namespace, wanted: dict[str, Any], cache: Path) -> dict[str, Any]:
+def measure(handler: SessionHandler, options: argparse.Namespace, wanted: dict[str, Any], cache: Path) -> dict[str, Any]:
     row: dict[str, Any] = {}
     started = time.perf_counter()
     for judge in JUDGES:
@@ -80,13 +80,13 @@ def measure(runtime: SessionHandler, options: argparse.Namespace, wanted: dict[s
         )
         session = session_of(config, cache)
         asked = PrepareRequest(texts=("calibration", "report"))
-        prepared = runtime.handle(session, asked, lambda _: None, lambda: False)
+        prepared = handler.handle(session, asked, lambda _: None, lambda: False)
         if "seconds" not in row:
             row["seconds"] = round(time.perf_counter() - started, 1)
         plan = prepared.space.project([options.rate] * prepared.space.layers)
         every = tuple(range(options.sequences))
         scored = EvaluateRequest(plans=(plan.levels,), text="report", sequences=every)
-        found = runtime.handle(session, scored, lambda _: None, lambda: False).rows[0]
+        found = handler.handle(session, scored, lambda _: None, lambda: False).rows[0]
         if found.kl is None or found.nll is None:
             raise SystemExit(f"The uniform plan cannot be scored: {found.reason}")
         row[judge] = {"kl": round(found.kl, 4), "perplexity": round(math.exp(found.nll), 3)}

@@ -260,7 +260,7 @@ class JudgeRequest(TaskRequest[JudgeResult]):
     sequences: int
 
 
-class JudgeRuntime(SessionHandler):
+class JudgeHandler(SessionHandler):
     """A worker's handler that also judges."""
 
     def __init__(self, device: str = "auto") -> None:
@@ -296,7 +296,7 @@ class Bench:
 
     def __init__(self, settings: Settings, rates: Sequence[float], cache: Path, pool: WorkerPool | None = None) -> None:
         self.settings = settings
-        self.pool = pool or InProcessPool(lambda: JudgeRuntime(settings.device))
+        self.pool = pool or InProcessPool(lambda: JudgeHandler(settings.device))
         config = settings.config(cache, min(rates), initial=("uniform", "ramp", "sensitivity", "alpha"))  # whose signals are wanted
         self.session = session_of(config, cache)
         self.held: PrepareResult | None = None

@@ -40,7 +40,7 @@ from selfpruner.store.store import Store
 from selfpruner.timing.report import BenchmarkReport, Settings
 from selfpruner.workers import devices as workers
 from selfpruner.workers.base import Session, WorkerPool
-from selfpruner.workers.child import load_runtime
+from selfpruner.workers.child import load_handler
 from selfpruner.workers.tasks import ExpectRequest, ExportRequest, PrepareRequest, PrepareResult
 
 if TYPE_CHECKING:
@@ -556,9 +556,9 @@ def _with_pool(
         from selfpruner.workers.process_pool import ProcessPool
         from selfpruner.workers.thread_pool import InProcessPool
 
-        pool: WorkerPool = InProcessPool(lambda: load_runtime(handler, "auto"))
+        pool: WorkerPool = InProcessPool(lambda: load_handler(handler, "auto"))
         if devices is not None:
-            pool = ProcessPool(devices, runtime=handler)
+            pool = ProcessPool(devices, handler=handler)
         try:
             return await work(pool)
         finally:

@@ -27,7 +27,7 @@ from server.settings import ServerSettings
 
 log = logging.getLogger("selfpruner.jobs")
 
-RUNTIME = "selfpruner.jobs.handler:ServedSessionHandler"
+HANDLER = "selfpruner.jobs.handler:ServedSessionHandler"
 
 
 class Runner:
@@ -180,7 +180,7 @@ def default_pool(settings: ServerSettings) -> WorkerPool:
     limits = {variable: str(root) for variable, root in roots.items() if root is not None}
     if settings.ray is None:
         os.environ.update(limits)  # workers inherit the limit, wherever it was set
-        return ProcessPool(settings.devices, runtime=RUNTIME, log_dir=settings.logs)
+        return ProcessPool(settings.devices, handler=HANDLER, log_dir=settings.logs)
     from selfpruner.workers.ray_pool import RayPool
 
     if len(set(settings.devices)) > 1:
@@ -192,7 +192,7 @@ def default_pool(settings: ServerSettings) -> WorkerPool:
         memory=settings.ray_memory,
         # The same server finds its workers again, another one does not take them.
         name=f"selfpruner-{hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]}",
-        runtime=RUNTIME,
+        handler=HANDLER,
         environment={**ENVIRONMENT, **limits},
     )
 

@@ -35,7 +35,7 @@ from selfpruner.workers.tasks import Contract
 
 # A name, a folder, a file, or the fields of a config, whose model gets random weights.
 Model = str | Mapping[str, JsonValue]
-_RUNTIMES = {
+_HANDLERS = {
     "transformers": "selfpruner.timing.transformers_model:TransformersTimer",
     "llamacpp": "selfpruner.timing.llamacpp_model:LlamaCppTimer",
 }
@@ -61,7 +61,7 @@ class TimedProcess:
     """A model in a child process. Its libraries start with their own settings, not with a worker's: what users get is timed."""
 
     def __init__(self, backend: str, device: str, config: Contract, cache: Path, progress: OnProgress) -> None:
-        self._pool = ProcessPool([device], runtime=_RUNTIMES[backend], max_attempts=1, environment={})
+        self._pool = ProcessPool([device], handler=_HANDLERS[backend], max_attempts=1, environment={})
         self._session = Session(str(config), config.to_json(), str(cache))
         self._progress = progress
 

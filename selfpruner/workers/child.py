@@ -1,6 +1,6 @@
 """The worker process: reads tasks, one JSON object a line, runs them one at a time, writes replies the same way.
 
-    python -m selfpruner.workers.child --runtime package.module:Class --device cpu --heartbeat 5
+    python -m selfpruner.workers.child --handler package.module:Class --device cpu --heartbeat 5
 
     in   {op: "task", id, session: {key, config, cache}, kind, payload}
          {op: "cancel", id}
@@ -56,12 +56,12 @@ class TaskMessage(TypedDict):
 class Child:
     """The three threads of a worker: the main one runs tasks, one reads, one beats."""
 
-    def __init__(self, source: BinaryIO, sink: BinaryIO, runtime: str, device: str) -> None:
+    def __init__(self, source: BinaryIO, sink: BinaryIO, handler: str, device: str) -> None:
         self._source = source
         self._sink = sink
-        self._runtime_path = runtime
+        self._handler_path = handler
         self._device = device
-        self._runtime: TaskHandler | None = None
+        self._handler: TaskHandler | None = None
         self._tasks: queue.Queue[TaskMessage] = queue.Queue()
         self._cancelled: set[int] = set()
         self._writing = threading.Lock()
@@ -103,10 +103,10 @@ class Child:
         number = task["id"]
         if number in self._cancelled:
             raise CancelledTaskError("The task was cancelled before it started.")
-        if self._runtime is None:
-            self._runtime = load_runtime(self._runtime_path, self._device)
+        if self._handler is None:
+            self._handler = load_handler(self._handler_path, self._device)
         return perform(
-            self._runtime,
+            self._handler,
             Session(**task["session"]),
             task["kind"],
             task["payload"],
@@ -126,11 +126,11 @@ class Child:
             _leave()
 
 
-def load_runtime(path: str, device: str) -> TaskHandler:
+def load_handler(path: str, device: str) -> TaskHandler:
     """Import ``package.module:Class`` and construct it with the device."""
     module, _, name = path.partition(":")
-    runtime: TaskHandler = getattr(importlib.import_module(module), name)(device=device)
-    return runtime
+    handler: TaskHandler = getattr(importlib.import_module(module), name)(device=device)
+    return handler
 
 
 def _line(message: Mapping[str, object]) -> bytes:
@@ -148,7 +148,7 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(
         prog="selfpruner.workers.child", description="A worker process; started by the pool, not by hand."
     )
-    parser.add_argument("--runtime", required=True, help="package.module:Class, a TaskHandler")
+    parser.add_argument("--handler", required=True, help="package.module:Class, a TaskHandler")
     parser.add_argument("--device", required=True)
     parser.add_argument("--heartbeat", type=float, required=True, help="seconds between two signs of life")
     arguments = parser.parse_args()
@@ -161,7 +161,7 @@ def main() -> NoReturn:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable()  # a crash in native code leaves its Python stack in the log
-    Child(source, sink, arguments.runtime, arguments.device).serve(arguments.heartbeat)
+    Child(source, sink, arguments.handler, arguments.device).serve(arguments.heartbeat)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class ProcessPool:
     Args:
         devices: one worker is made for each, with this name as its device ("cpu", "cuda:0"). Those of several "cpu" share the
             threads there are.
-        runtime: ``module:Class`` of the TaskHandler; imported in the worker only.
+        handler: ``module:Class`` of the TaskHandler; imported in the worker only.
         log_dir: where workers log, one file each; a temporary folder that ``close`` removes when None.
         max_attempts: how many workers one task may cost.
         task_timeout: seconds one task may take once it has a worker, all attempts together; None for no limit.
@@ -85,7 +85,7 @@ class ProcessPool:
         self,
         devices: Sequence[str],
         *,
-        runtime: str = "selfpruner.jobs.handler:SessionHandler",
+        handler: str = "selfpruner.jobs.handler:SessionHandler",
         log_dir: Path | None = None,
         max_attempts: int = 3,
         task_timeout: float | None = None,
@@ -94,7 +94,7 @@ class ProcessPool:
     ) -> None:
         if not devices:
             raise ConfigError("A worker pool needs at least one device.", param="devices")
-        self._runtime = runtime
+        self._handler = handler
         self._max_attempts = max_attempts
         self._task_timeout = task_timeout
         self._heartbeat_timeout = heartbeat_timeout
@@ -254,7 +254,7 @@ class ProcessPool:
         try:
             shared = {"OMP_NUM_THREADS": str(self._threads)} if self._threads and slot.device == "cpu" else {}
             environment = {**self._environment, **os.environ, **shared}
-            return await Link.start(self._runtime, slot.device, slot.log, self._heartbeat_timeout, environment)
+            return await Link.start(self._handler, slot.device, slot.log, self._heartbeat_timeout, environment)
         except OSError as error:
             raise WorkerError(
                 f"No worker could be started on {slot.device}: {error}. Free memory or processes and try again."

@@ -133,7 +133,7 @@ class RayPool(ProcessPool):
         device: str = "auto",
         memory: int | None = None,
         name: str | None = None,
-        runtime: str = "selfpruner.jobs.handler:SessionHandler",
+        handler: str = "selfpruner.jobs.handler:SessionHandler",
         max_attempts: int = 3,
         task_timeout: float | None = None,
         heartbeat_timeout: float = 60.0,
@@ -158,7 +158,7 @@ class RayPool(ProcessPool):
             )
         super().__init__(
             list(found),
-            runtime=runtime,
+            handler=handler,
             max_attempts=max_attempts,
             task_timeout=task_timeout,
             heartbeat_timeout=heartbeat_timeout,
@@ -204,7 +204,7 @@ class RayPool(ProcessPool):
                 scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
                 **named,
             )
-            .remote(self._runtime, place.device, self._heartbeat_timeout, dict(self._environment), LEASE_SECONDS)
+            .remote(self._handler, place.device, self._heartbeat_timeout, dict(self._environment), LEASE_SECONDS)
         )
         try:
             told = await asyncio.wait_for(_reply(relay.adopt.remote()), START_SECONDS)

@@ -29,8 +29,8 @@ class Relay:
     """``environment`` are variables that the worker gets unless the node sets them. Without a message for ``lease`` seconds the
     actor ends, and its worker with it."""
 
-    def __init__(self, runtime: str, device: str, heartbeat_timeout: float, environment: Mapping[str, str], lease: float) -> None:
-        self._make = (runtime, device)
+    def __init__(self, handler: str, device: str, heartbeat_timeout: float, environment: Mapping[str, str], lease: float) -> None:
+        self._make = (handler, device)
         self._heartbeat_timeout = heartbeat_timeout
         self._environment = environment
         self._lease = lease
@@ -52,9 +52,9 @@ class Relay:
         if self._link is not None and self._task is not None:
             await self._stop_task(self._link)
         if self._link is None or not self._link.alive:
-            runtime, device = self._make
+            handler, device = self._make
             environment = {**self._environment, **os.environ}
-            self._link = await Link.start(runtime, device, self._log, self._heartbeat_timeout, environment)
+            self._link = await Link.start(handler, device, self._log, self._heartbeat_timeout, environment)
             self._running.append(asyncio.create_task(self._pass_on(self._link)))
         return {"version": version("selfpruner"), "pid": self._link.pid}
 

@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 class InProcessPool:
-    """A :class:`~selfpruner.workers.base.WorkerPool` of one thread; ``runtime_factory`` is called there, with the first task."""
+    """A :class:`~selfpruner.workers.base.WorkerPool` of one thread; ``handler_factory`` is called there, with the first task."""
 
-    def __init__(self, runtime_factory: Callable[[], TaskHandler]) -> None:
-        self._factory = runtime_factory
-        self._runtime: TaskHandler | None = None
+    def __init__(self, handler_factory: Callable[[], TaskHandler]) -> None:
+        self._factory = handler_factory
+        self._handler: TaskHandler | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="selfpruner-worker")
         self._flags: set[threading.Event] = set()
         self._closed = False
@@ -72,9 +72,9 @@ class InProcessPool:
         try:
             if flag.is_set():
                 raise CancelledTaskError("The task was cancelled before it started.")
-            if self._runtime is None:
-                self._runtime = self._factory()
-            result = perform(self._runtime, session, request.kind, request.to_json(), progress, flag.is_set)
+            if self._handler is None:
+                self._handler = self._factory()
+            result = perform(self._handler, session, request.kind, request.to_json(), progress, flag.is_set)
             return request.result_type().read(result)
         except Exception as error:
             if not is_expected(error):

@@ -70,8 +70,8 @@ class Link:
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
-    async def start(cls, runtime: str, device: str, log: Path, heartbeat_timeout: float, environment: Mapping[str, str]) -> Link:
-        """Start a worker; it imports the runtime with its first task. ``environment`` are all of its variables. Raises OSError when
+    async def start(cls, handler: str, device: str, log: Path, heartbeat_timeout: float, environment: Mapping[str, str]) -> Link:
+        """Start a worker; it imports the handler with its first task. ``environment`` are all of its variables. Raises OSError when
         the process cannot be made."""
         with log.open("ab") as sink:
             start = sink.tell()
@@ -80,7 +80,7 @@ class Link:
                     "-P",  # a file in the current folder must not stand in for a library
                     "-m",
                     "selfpruner.workers.child",
-                    f"--runtime={runtime}",
+                    f"--handler={handler}",
                     f"--device={device}",
                     f"--heartbeat={heartbeat_timeout / _BEATS}",
                 ),

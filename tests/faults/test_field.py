@@ -278,16 +278,16 @@ def session_on(folder: Path, text: Path) -> Session:
 def test_a_warm_worker_begins_a_job_with_the_files_of_now(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(sample_text(4000, seed=1))
-    runtime, session = SessionHandler("cpu"), session_on(folder, text)
+    handler, session = SessionHandler("cpu"), session_on(folder, text)
 
     def fingerprints() -> tuple[str, list[str]]:
-        made = runtime.handle(session, PrepareRequest(), lambda _: None, lambda: False)
+        made = handler.handle(session, PrepareRequest(), lambda _: None, lambda: False)
         return made.model.fingerprint, [made.texts[role].fingerprint for role in ("calibration", "fitness", "report")]
 
     first = fingerprints()
-    held = runtime._prepared
+    held = handler._prepared
     assert fingerprints() == first
-    assert runtime._prepared is held  # what did not change is not prepared again
+    assert handler._prepared is held  # what did not change is not prepared again
     scale_ffn(folder)
     second = fingerprints()
     assert second[0] == models.resolve(str(folder), tmp_path).fingerprint != first[0]

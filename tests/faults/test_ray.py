@@ -55,7 +55,7 @@ def test_a_lost_node_costs_only_what_it_was_doing(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
 
     async def body(made: Any) -> list[Done]:
-        pool = RayPool(made.address, runtime=FAKE)
+        pool = RayPool(made.address, handler=FAKE)
         try:
             await both_started(pool, tmp_path / "warm")
             work = asyncio.gather(*(pool.run(SESSION, Note(seconds=0.4, file=str(notes), text=str(n))) for n in range(8)))
@@ -74,7 +74,7 @@ def test_a_lost_node_costs_only_what_it_was_doing(tmp_path: Path) -> None:
 
 def test_a_node_that_joins_takes_waiting_tasks(tmp_path: Path) -> None:
     async def body(made: Any) -> None:
-        pool = RayPool(made.address, runtime=FAKE)
+        pool = RayPool(made.address, handler=FAKE)
         try:
             first = await pool.run(SESSION, Echo())
             work = asyncio.gather(*(pool.run(SESSION, Note(seconds=1.0, file=str(tmp_path / "n"), text=str(n))) for n in range(16)))
@@ -94,7 +94,7 @@ def test_without_any_node_left_tasks_fail_with_the_reason(monkeypatch: pytest.Mo
 
     async def body(made: Any) -> None:
         node = made.add_node(num_cpus=1)
-        pool = RayPool(made.address, runtime=FAKE)
+        pool = RayPool(made.address, handler=FAKE)
         try:
             assert len(pool.devices) == 1  # the head has no core to give
             await pool.run(SESSION, Echo())
@@ -115,7 +115,7 @@ from selfpruner.workers.ray_pool import RayPool
 from tests.helpers.fake_handler import Echo, Note
 
 async def main():
-    pool = RayPool(sys.argv[1], runtime={fake!r}, name="server")
+    pool = RayPool(sys.argv[1], handler={fake!r}, name="server")
     done = await pool.run(Session("a", {{}}, "cache"), Echo())
     print(done.pid, flush=True)
     await pool.run(Session("a", {{}}, "cache"), Note(seconds=60.0, file=sys.argv[2], text="never"))
@@ -126,7 +126,7 @@ asyncio.run(main())
 
 def test_a_killed_server_finds_its_workers_again_and_their_task_was_stopped(tmp_path: Path) -> None:
     async def again(address: str) -> Done:
-        pool = RayPool(address, runtime=FAKE, name="server")
+        pool = RayPool(address, handler=FAKE, name="server")
         try:
             return await pool.run(SESSION, Echo())
         finally:
@@ -153,7 +153,7 @@ def test_a_worker_nobody_asks_for_ends_by_itself(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray_pool, "TOUCH_SECONDS", 0.5)
 
     async def body(address: str) -> int:
-        pool = RayPool(address, runtime=FAKE, name="server")
+        pool = RayPool(address, handler=FAKE, name="server")
         done = await pool.run(SESSION, Note(seconds=5.0, file=str(tmp_path / "n"), text="x"))  # longer than the lease
         for slot in pool._slots:  # as if this process were dead
             assert isinstance(slot.link, ray_pool.RayConnection)
@@ -177,7 +177,7 @@ def test_a_worker_nobody_asks_for_ends_by_itself(monkeypatch: pytest.MonkeyPatch
 
 def test_a_crash_says_why_and_on_which_node(tmp_path: Path) -> None:
     async def body(address: str) -> None:
-        pool = RayPool(address, runtime=FAKE, max_attempts=2)
+        pool = RayPool(address, handler=FAKE, max_attempts=2)
         try:
             with pytest.raises(WorkerError, match=r"2 workers were lost on the task 'crash'.*of node .* was ended by SIGKILL"):
                 await pool.run(SESSION, Crash(how="SIGKILL", times=5, file=str(tmp_path / "deaths")))
@@ -217,7 +217,7 @@ def test_files_of_one_node_reach_another(tmp_path: Path) -> None:
 
 def test_errors_of_a_node_name_it() -> None:
     async def body(address: str) -> None:
-        pool = RayPool(address, runtime=FAKE)
+        pool = RayPool(address, handler=FAKE)
         try:
             with pytest.raises(ModelNotFoundError, match=r"On node .* Every node needs the model's files"):
                 await pool.run(SESSION, Fail(how="model"))
@@ -254,7 +254,7 @@ def test_a_cluster_without_gpus_and_two_workers_of_one_node() -> None:
     async def body(address: str) -> None:
         with pytest.raises(ConfigError, match="has no GPU"):
             RayPool(address, device="cuda")
-        pool = RayPool(address, device="cpu*2", runtime=FAKE)
+        pool = RayPool(address, device="cpu*2", handler=FAKE)
         try:
             assert len(pool.devices) == 2
             done = await asyncio.gather(*(pool.run(SESSION, Echo()) for _ in range(2)))

@@ -34,7 +34,7 @@ def session(folder: Path, **seconds: float) -> Session:
 
 
 def pool_of(*devices: str) -> ProcessPool:
-    return ProcessPool(devices, runtime="tests.helpers.several_workers:Formula", task_timeout=60)
+    return ProcessPool(devices, handler="tests.helpers.several_workers:Formula", task_timeout=60)
 
 
 def noted(folder: Path, what: str) -> list[list[str]]:

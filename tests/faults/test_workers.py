@@ -1,4 +1,4 @@
-"""The worker pools under everything that goes wrong: real processes, real signals, a runtime without torch."""
+"""The worker pools under everything that goes wrong: real processes, real signals, a handler without torch."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ SESSION = Session("a", {"model": "tiny"}, "cache")
 
 
 @pytest.fixture(autouse=True)
-def _fake_runtime_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fake_handler_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @asynccontextmanager
 async def pool_of(*devices: str, **options: Any) -> AsyncIterator[ProcessPool]:
     options = {"task_timeout": 30.0} | options
-    pool = ProcessPool(devices or ("cpu",), runtime=FAKE, **options)
+    pool = ProcessPool(devices or ("cpu",), handler=FAKE, **options)
     try:
         yield pool
     finally:
@@ -59,13 +59,13 @@ def ray_address() -> Iterator[str]:
 
 def pool_of_kind(kind: str, address: str | None) -> WorkerPool:
     if kind == "process":
-        return ProcessPool(["cpu"], runtime=FAKE)
+        return ProcessPool(["cpu"], handler=FAKE)
     if kind == "in-process":
         return InProcessPool(lambda: FakeHandler("cpu"))
     from selfpruner.workers.ray_pool import RayPool
 
     assert address is not None
-    return RayPool(address, runtime=FAKE)
+    return RayPool(address, handler=FAKE)
 
 
 @asynccontextmanager
@@ -249,8 +249,8 @@ async def test_a_worker_starts_late_and_stays_warm() -> None:
 
 
 @in_loop
-async def test_a_runtime_that_cannot_be_imported_is_an_error_not_a_loop() -> None:
-    pool = ProcessPool(["cpu"], runtime="tests.no_such_module:Runtime")
+async def test_a_handler_that_cannot_be_imported_is_an_error_not_a_loop() -> None:
+    pool = ProcessPool(["cpu"], handler="tests.no_such_module:Handler")
     with pytest.raises(errors.WorkerError, match=r"ModuleNotFoundError.*no_such_module"):
         await pool.run(SESSION, Echo())
     assert pool.restarts == 0
@@ -448,7 +448,7 @@ from selfpruner.workers.base import Session
 from selfpruner.workers.process_pool import ProcessPool
 from tests.helpers.fake_handler import Echo, Grandchild
 async def main():
-    pool = ProcessPool(["cpu", "cpu"], runtime={FAKE!r})
+    pool = ProcessPool(["cpu", "cpu"], handler={FAKE!r})
     session = Session("a", {{}}, "")
     print((await pool.run(session, Echo())).pid, flush=True)
     say = lambda pid: print(pid, pool.pids[0], pool.pids[1], flush=True)

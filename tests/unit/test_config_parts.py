@@ -120,12 +120,12 @@ def test_two_jobs_that_differ_in_one_field_get_a_space_each(tmp_path: Path) -> N
     text = tmp_path / "text.txt"
     text.write_text(sample_text(20_000, seed=3))
     words = {"sources": [{"source": str(text)}], "sequences": 8, "length": 32}
-    runtime = SessionHandler("cpu")
+    handler = SessionHandler("cpu")
 
     def space(**changes: Any) -> Any:
         body = {"model": str(model), "rate": 0.2, "calibration": words, "device": "cpu", **changes}
         session = session_of(SearchConfig.model_validate(body), tmp_path / "cache")
-        return runtime.handle(session, PrepareRequest(texts=("calibration",)), lambda _: None, lambda: False).space
+        return handler.handle(session, PrepareRequest(texts=("calibration",)), lambda _: None, lambda: False).space
 
     whole = space()
     assert space(tensor_parallel=2) != whole

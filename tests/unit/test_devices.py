@@ -78,7 +78,7 @@ def test_workers_on_the_cpu_share_its_threads(monkeypatch: pytest.MonkeyPatch, g
     monkeypatch.setenv("OMP_NUM_THREADS", given)
 
     async def go() -> list[str]:
-        pool = ProcessPool(["cpu"] * count, runtime="tests.helpers.fake_handler:FakeHandler")
+        pool = ProcessPool(["cpu"] * count, handler="tests.helpers.fake_handler:FakeHandler")
         try:
             await asyncio.gather(*(pool.run(Session("a", {}, ""), Echo()) for _ in range(count)))
             environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pool.pids]

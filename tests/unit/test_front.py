@@ -326,14 +326,14 @@ def test_any_member_can_be_exported(done: Done) -> None:
 
 
 def test_times_of_blocks(done: Done) -> None:
-    runtime = SessionHandler("cpu")
+    handler = SessionHandler("cpu")
     session = session_of(done.config, done.place.folder / "cache")
-    first = runtime.handle(session, TimeBlocksRequest(tokens=32), lambda _: None, lambda: False)
-    space = runtime.handle(session, PrepareRequest(), lambda _: None, lambda: False).space
+    first = handler.handle(session, TimeBlocksRequest(tokens=32), lambda _: None, lambda: False)
+    space = handler.handle(session, PrepareRequest(), lambda _: None, lambda: False).space
     assert [len(times) for times in first.blocks] == [len(block.options) for block in space.blocks]
     assert all(time > 0 for times in first.blocks for time in times)
     assert first.rest > 0
-    assert runtime.handle(session, TimeBlocksRequest(tokens=32), lambda _: None, lambda: False) == first, "measured once"
+    assert handler.handle(session, TimeBlocksRequest(tokens=32), lambda _: None, lambda: False) == first, "measured once"
     # A shape takes the same time in every layer.
     by_width = {tuple(times) for block, times in zip(space.blocks, first.blocks, strict=True) if block.kind == "ffn"}
     assert len(by_width) == 1

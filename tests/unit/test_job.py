@@ -352,18 +352,18 @@ def test_an_unknown_task(place: Place, done: Done) -> None:
 
 
 def test_the_worker_says_what_it_holds(place: Place, done: Done) -> None:
-    runtime = SessionHandler("cpu")
+    handler = SessionHandler("cpu")
     session = session_of(done.config, place.folder / "cache")
     said: list[str] = []
-    first = runtime.handle(session, PrepareRequest(), said.append, lambda: False)
+    first = handler.handle(session, PrepareRequest(), said.append, lambda: False)
     assert any(text.startswith("reading factors") for text in said)
     assert first.model.family == "llama"
     said.clear()
-    assert runtime.handle(session, PrepareRequest(), said.append, lambda: False) == first
+    assert handler.handle(session, PrepareRequest(), said.append, lambda: False) == first
     assert not said, "what is held is not made again"
-    held = runtime._loaded
+    held = handler._loaded
     assert held is not None
     other = session_of(config_of(place.model, place.text, criterion="flap", compensation="bias"), place.folder / "cache")
-    runtime.handle(other, PrepareRequest(), said.append, lambda: False)
-    assert runtime._loaded is held, "the model is shared by sessions"
+    handler.handle(other, PrepareRequest(), said.append, lambda: False)
+    assert handler._loaded is held, "the model is shared by sessions"
     assert describe(held[1].model).layers == 4

@@ -82,15 +82,15 @@ def job_config(folder: Path, **changes: Any) -> SearchConfig:
     return SearchConfig.model_validate({**small, **texts, **changes})
 
 
-def written_by(runtime: SessionHandler, config: SearchConfig, folder: Path, request: GenerateRequest) -> dict[str, float]:
-    return runtime.handle(session_of(config, folder / "cache"), request, lambda _: None, lambda: False).repetition
+def written_by(handler: SessionHandler, config: SearchConfig, folder: Path, request: GenerateRequest) -> dict[str, float]:
+    return handler.handle(session_of(config, folder / "cache"), request, lambda _: None, lambda: False).repetition
 
 
 def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    runtime, config = SessionHandler("cpu"), job_config(tmp_path)
+    handler, config = SessionHandler("cpu"), job_config(tmp_path)
     session = session_of(config, tmp_path / "cache")
-    space = runtime.handle(session, PrepareRequest(), lambda _: None, lambda: False).space
+    space = handler.handle(session, PrepareRequest(), lambda _: None, lambda: False).space
     uniform = space.project([0.3] * space.layers)
     alive: list[int] = []
 
@@ -110,12 +110,12 @@ def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.Mon
     plans = {"dense": space.dense, "uniform": uniform, "again": uniform, "largest": largest}
     named = {name: plan.levels for name, plan in plans.items()}
     asked = GenerateRequest(plans=named, text="fitness", sequences=(0, 3, 5), prompt=16, new_tokens=24)
-    rates = written_by(runtime, config, tmp_path, asked)
+    rates = written_by(handler, config, tmp_path, asked)
     assert alive == [0, 0, 0], "one pruned model at a time"
     assert list(rates) == list(plans)
     assert rates["uniform"] == rates["again"]
-    assert written_by(runtime, config, tmp_path, asked) == rates
-    held = runtime._prepared
+    assert written_by(handler, config, tmp_path, asked) == rates
+    held = handler._prepared
     assert held is not None
     prompts = held[1].tokens("fitness", [0, 3, 5])[:, :16]
     assert rates["dense"] == repetition(held[1].loaded.model, prompts, new_tokens=24)
@@ -124,19 +124,19 @@ def test_a_worker_writes_with_every_plan(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_worker_without_room_says_so(tmp_path: Path) -> None:
     """The model is streamed, or is whole and leaves no room for another beside it."""
-    runtime, config = SessionHandler("cpu"), job_config(tmp_path)
-    runtime.handle(session_of(config, tmp_path / "cache"), PrepareRequest(), lambda _: None, lambda: False)
-    held = runtime._prepared
+    handler, config = SessionHandler("cpu"), job_config(tmp_path)
+    handler.handle(session_of(config, tmp_path / "cache"), PrepareRequest(), lambda _: None, lambda: False)
+    held = handler._prepared
     assert held is not None
     key, prepared = held
     payload = GenerateRequest(plans={"dense": (0,) * 6}, text="fitness", sequences=(0,), prompt=8, new_tokens=8)
-    runtime._prepared = key, replace(prepared, loaded=replace(prepared.loaded, streamed=True, memory=1 << 20))
+    handler._prepared = key, replace(prepared, loaded=replace(prepared.loaded, streamed=True, memory=1 << 20))
     with pytest.raises(ConfigError, match="Set generation_probe to false") as caught:
-        written_by(runtime, config, tmp_path, payload)
+        written_by(handler, config, tmp_path, payload)
     assert caught.value.param == "generation_probe"
-    runtime._prepared = key, replace(prepared, loaded=replace(prepared.loaded, memory=1000))
+    handler._prepared = key, replace(prepared, loaded=replace(prepared.loaded, memory=1000))
     with pytest.raises(OutOfMemoryError, match="does not fit beside the dense one"):
-        written_by(runtime, config, tmp_path, payload)
+        written_by(handler, config, tmp_path, payload)
 
 
 # -- the final -------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_every_worker_is_made_ready_after_one_has_done_the_work(session: Session
     assert sorted(kinds[1:4]) == ["expect", "expect", "prepare"]
     assert kinds[4:] == ["prepare"] * 3
     assert one.model.parameters > 0
-    assert len({id(inner._runtime) for inner in pool._pools if inner._runtime is not None}) == 3
+    assert len({id(inner._handler) for inner in pool._pools if inner._handler is not None}) == 3
 
 
 def test_the_first_failure_ends_the_others() -> None:

@@ -315,8 +315,8 @@ def test_dense_and_pruned_in_processes_of_their_own(
 def timed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are timed in this process, where what is asked is not how they are told apart."""
 
-    def pool(devices: list[str], runtime: str, **_: Any) -> InProcessPool:
-        module, name = runtime.split(":")
+    def pool(devices: list[str], handler: str, **_: Any) -> InProcessPool:
+        module, name = handler.split(":")
         return InProcessPool(lambda: getattr(import_module(module), name)(devices[0]))
 
     monkeypatch.setattr(run, "ProcessPool", pool)
