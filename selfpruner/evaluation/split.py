@@ -52,16 +52,17 @@ async def prepare(
 ) -> PrepareResult:
     """Make every worker ready for ``session``, as far as other sessions let go of them. One does what the others then read from the
     cache; meanwhile they load the model, which one has fetched and converted before."""
-    if pool.workers == 1:
+    workers = _workers(pool, session)
+    if workers == 1:
         return await pool.run(session, request, on_progress)
     await pool.run(session, ExpectRequest(output=request.output), on_progress)
     first, _ = await together(
         [
             pool.run(session, request, on_progress),
-            together(pool.run(session, ExpectRequest()) for _ in range(pool.workers - 1)),
+            together(pool.run(session, ExpectRequest()) for _ in range(workers - 1)),
         ]
     )
-    others = await together(pool.run(session, PrepareRequest(texts=request.texts)) for _ in range(pool.workers))
+    others = await together(pool.run(session, PrepareRequest(texts=request.texts)) for _ in range(workers))
     assert isinstance(first, PrepareResult)
     return first.model_copy(update={"peak_mib": max(first.peak_mib, *(other.peak_mib for other in others))})
 
@@ -72,7 +73,8 @@ async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest)
 
     A race is decided here, after the same sequences as on one worker; more of them may be under way.
     """
-    if pool.workers == 1 or not request.plans:
+    workers = _workers(pool, session)
+    if workers == 1 or not request.plans:
         return await _fitting(pool, session, request)
     length = _length(session, request.text)
     rows, width = (1, length) if request.piece is None or request.piece >= length else (length // request.piece, request.piece)
@@ -81,9 +83,9 @@ async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest)
     found: list[EvaluateResult] = []
     too_large: dict[Levels, ScoreRow] = {}
     while tally.due:
-        due = max(-(-tally.due // rows), pool.workers * -(-LEAST_TOKENS // length))
+        due = max(-(-tally.due // rows), workers * -(-LEAST_TOKENS // length))
         plans = [tally.plans[index] for index in tally.running]
-        shares = list(_shares(plans, request.sequences[tally.done // rows :][:due], length, rows, pool.workers))
+        shares = list(_shares(plans, request.sequences[tally.done // rows :][:due], length, rows, workers))
         results = await together(_fitting(pool, session, share.of(request, plans)) for share in shares)
         tally.add(*_joined(tally, shares, results))
         for share, result in zip(shares, results, strict=True):
@@ -92,7 +94,7 @@ async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest)
     scores = tally.scores()
     return EvaluateResult(
         rows=tuple(too_large.get(plan) or row_of(score) for plan, score in zip(request.plans, scores, strict=True)),
-        seconds=math.fsum(result.seconds for result in found) / min(pool.workers, len(found)),
+        seconds=math.fsum(result.seconds for result in found) / min(workers, len(found)),
         passes=sum(result.passes for result in found),
         passes_without_sharing=sum(result.passes_without_sharing for result in found),
         tasks=sum(result.tasks for result in found),
@@ -102,9 +104,10 @@ async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest)
 
 async def slopes(pool: WorkerPool, session: Session, request: SlopesRequest) -> SlopesResult:
     """The slopes of all sequences from those of parts."""
-    if pool.workers == 1:
+    workers = _workers(pool, session)
+    if workers == 1:
         return await pool.run(session, request)
-    parts = _parts(request.sequences, _length(session, request.text), pool.workers)
+    parts = _parts(request.sequences, _length(session, request.text), workers)
     found = await together(pool.run(session, request.model_copy(update={"sequences": part})) for part in parts)
     tokens = sum(result.tokens for result in found)
 
@@ -119,7 +122,7 @@ async def slopes(pool: WorkerPool, session: Session, request: SlopesRequest) -> 
         size=tuple(part / max(whole, 1e-30) for part, whole in zip(moved, energy, strict=True)),
         energy=tuple(energy),
         tokens=tokens,
-        seconds=math.fsum(result.seconds for result in found) / min(pool.workers, len(found)),
+        seconds=math.fsum(result.seconds for result in found) / min(workers, len(found)),
         peak_mib=max(result.peak_mib for result in found),
     )
 
@@ -127,7 +130,8 @@ async def slopes(pool: WorkerPool, session: Session, request: SlopesRequest) -> 
 async def generate(pool: WorkerPool, session: Session, request: GenerateRequest) -> GenerateResult:
     """Every worker writes with some of the plans: what takes time is reading the weights once per word, however many prompts."""
     names = list(request.plans)
-    shares = [names[start :: pool.workers] for start in range(min(pool.workers, len(names)))]
+    workers = _workers(pool, session)
+    shares = [names[start::workers] for start in range(min(workers, len(names)))]
     found = await together(
         pool.run(session, request.model_copy(update={"plans": {name: request.plans[name] for name in share}})) for share in shares
     )
@@ -173,6 +177,11 @@ class _Share:
     def of(self, request: EvaluateRequest, plans: Sequence[Levels]) -> EvaluateRequest:
         own = tuple(plans[place] for place in self.plans)
         return request.model_copy(update={"plans": own, "sequences": self.sequences, "race": None, "sums": True})
+
+
+def _workers(pool: WorkerPool, session: Session) -> int:
+    """How many can share the work: one where the config names a GPU, on which all of them would put the model."""
+    return 1 if str(session.config.get("device", "auto")).startswith("cuda") else pool.workers
 
 
 def _length(session: Session, text: Role) -> int:

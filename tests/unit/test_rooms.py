@@ -82,7 +82,18 @@ def test_no_two_files_use_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["selfpruner", "selfpruner.testing", "selfpruner.client", "selfpruner.cli.app", "selfpruner.jobs.runs", "server.app"]
+    "name",
+    [
+        "selfpruner",
+        "selfpruner.testing",
+        "selfpruner.client",
+        "selfpruner.cli.app",
+        "selfpruner.evaluation.split",
+        "selfpruner.judging.held_out",
+        "selfpruner.jobs.run",
+        "selfpruner.jobs.runs",
+        "server.app",
+    ],
 )
 def test_what_serves_or_asks_imports_no_torch(name: str) -> None:
     code = f"import sys, {name}; print([m for m in ('torch', 'transformers', 'pytest') if m in sys.modules])"

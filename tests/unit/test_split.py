@@ -207,6 +207,12 @@ def test_every_worker_is_made_ready_after_one_has_done_the_work(session: Session
     assert len({id(inner._handler) for inner in pool._pools if inner._handler is not None}) == 3
 
 
+def test_a_config_that_names_a_gpu_has_one_worker(session: Session) -> None:
+    pool = SeveralWorkers(4)
+    assert split._workers(pool, session) == 4
+    assert split._workers(pool, Session("s", {**session.config, "device": "cuda:1"}, "")) == 1
+
+
 def test_the_first_failure_ends_the_others() -> None:
     ended: list[int] = []
 
