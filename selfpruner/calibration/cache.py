@@ -31,7 +31,7 @@ from selfpruner.stages import at, count_tokens
 
 _FIELDS = ("mean", "variance", "energy")
 _SUMS = ("total", "absolute", "squared")
-_FORMAT = 4
+_FORMAT = 5
 # Which sites share a file, by the file's name.
 _FILES: Mapping[str, tuple[Site, ...]] = {"layer": OUTPUTS, "inputs": tuple(site for site in SITES if site not in OUTPUTS)}
 
@@ -65,19 +65,23 @@ def cached_statistics(
         asked = [site for kind in missing for site in _FILES[kind]]
         collected = layer_statistics(arch, tokens, asked, memory=memory, scratch=stored_in, progress=progress, cancelled=cancelled)
     for layer in range(arch.layers):
+        found: dict[Site, BlockStatistics] = {}
         with at("statistics"):
             if collected is None:
                 progress(f"reading statistics of layer {layer + 1}/{arch.layers}")
             else:
-                statistics = next(collected)
+                found = next(collected)
                 for kind in missing:
-                    _write(_files(stored_in, kind, arch.layers)[layer], {site: statistics.pop(site) for site in _FILES[kind]})
-                release()
-            read: dict[Site, BlockStatistics] = {}
+                    _write(_files(stored_in, kind, arch.layers)[layer], {site: found[site] for site in _FILES[kind]})
+            handed = collected is not None and on == arch.device and memory is None
             for kind in kinds:
-                read |= _read(_files(stored_in, kind, arch.layers)[layer], [site for site in _FILES[kind] if site in sites], on)
-            check_finite(arch, layer, read)
-        yield read
+                if kind not in missing or not handed:
+                    file = _files(stored_in, kind, arch.layers)[layer]
+                    found |= _read(file, [site for site in _FILES[kind] if site in sites], on)
+            found = {site: found[site] for site in SITES if site in sites}
+            check_finite(arch, layer, found)
+        yield found
+        del found
 
 
 def cached_gradients(

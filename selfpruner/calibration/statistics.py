@@ -1,8 +1,8 @@
 """Activation statistics of the dense model, streamed layer by layer.
 
 One pass over the calibration tokens: the residual stream of all sequences is held for one layer at a time, and the inputs of its
-matrices are accumulated and forgotten. Accumulators are float64 (float32 where the device has no float64). Mean and scatter are
-merged batch by batch after Chan, Golub and LeVeque (the batched form of Welford's update).
+matrices are accumulated and forgotten. Sums over single inputs are float64 (float32 where the device has no float64), scatter
+matrices float32. Those of the sequences that judge and of the others are summed apart and merged, after Chan, Golub and LeVeque.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ _READERS: Mapping[Site, str] = {"qkv": "q, k and v", "attention": "o", "gate_up"
 # Tokens that pass a layer at once: enough to fill two cores or a GPU, small enough that F-wide activations stay a few MB.
 TOKENS_PER_STEP = 2048
 # Rows of a scatter matrix that are updated at once; only what is on the diagonal and right of it is.
-STRIP = 128
+STRIP = 256
+# Rows so many times as large as the median one have products of their own.
+LARGE = 4.0
 # One in so many sequences also judges what is fitted to the others.
 JUDGES = 4
 
@@ -53,9 +55,9 @@ class BlockStatistics:
     """Moments of the inputs x (tokens, n) of one output matrix.
 
     ``mean`` (n,), ``variance`` (n,) unbiased over tokens, ``energy`` (n,) = sum of x^2 over tokens, ``scatter`` (n, n) = the sum
-    of (x - mean)(x - mean)^T; ``tokens`` and ``sequences`` counted. float64 where the device has it; a scatter read from disk is
-    float32 and lies in a mapped file. ``judge`` are the moments, in float32, of every ``JUDGES``-th
-    sequence; those sequences count in the other moments too. None where there are too few, and at inputs of other matrices.
+    of (x - mean)(x - mean)^T; ``tokens`` and ``sequences`` counted. The scatter is float32, all else float64 where the device has
+    it. ``judge`` are the moments, in float32, of every ``JUDGES``-th sequence; those sequences count in the other moments too. None
+    where there are too few, and at inputs of other matrices.
     """
 
     tokens: int
@@ -99,60 +101,113 @@ def mirror(upper: Tensor) -> Tensor:
 
 
 class Accumulator:
-    """Builds :class:`BlockStatistics` from batches of rows. ``scatter`` is the dtype in which products are added up, by default
-    float64 where the device has it."""
+    """Sums of the moments of inputs, from batches of rows.
 
-    def __init__(self, width: int, device: torch.device, scatter: torch.dtype | None = None) -> None:
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+    What is added up are products of the rows less a shift, about the mean of the first batch: they keep their digits, and what is left of
+    the mean is taken out once, at the end. Products of float32 rows are float32. bfloat16 rows stay what they are: on a CPU a
+    batch's products come rounded to bfloat16, each by at most 0.4 % of itself, which averages out over batches and is far less than
+    another text of the same length would change. Squares, and with them the diagonal, have no part in that, nor have the few rows
+    which would drown the others: a first token may be a thousand times as large.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = 0
         self.sequences = 0
-        self.mean = torch.zeros(width, dtype=self.dtype, device=device)
-        self.scatter = torch.zeros(width, width, dtype=scatter or self.dtype, device=device)  # sum of (x - mean)(x - mean)^T
+        self._sum = torch.zeros(width, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self._off, self._squares = torch.zeros_like(self._sum), torch.zeros_like(self._sum)  # of the rows that are multiplied
+        self._shift: Tensor | None = None
+        self._products = torch.zeros(width, width, device=device)  # its upper triangle
 
     def add(self, x: Tensor) -> None:
         """Add inputs (sequences, length, n)."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        count = rows.shape[0]
-        # Centred on the batch mean before squaring: float32 products of centred rows keep their digits.
-        mean = rows.mean(0, dtype=self.dtype)
-        centred = rows - mean.float()
-        del rows
-        total = self.tokens + count
-        delta = mean - self.mean
-        between = delta.to(self.scatter)
-        for start in range(0, x.shape[-1], STRIP):  # the products never exist whole, and each of them once
+        given = x.reshape(-1, x.shape[-1])
+        if given.dtype != torch.bfloat16:
+            given = given.float()
+        if self._shift is None:
+            self._shift = given[~_large(given)].mean(0, dtype=torch.float32).to(given.dtype)
+        rows, large = given - self._shift, None
+        if rows.dtype == torch.bfloat16:
+            apart = _large(rows)
+            if apart.any():
+                large = given[apart].float() - self._shift.float()
+                rows[apart] = 0
+        own = rows.sum(0, dtype=torch.float32)
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        if large is not None:
+            own += large.sum(0)
+            squares += large.square().sum(0)
+        self.tokens, self.sequences = self.tokens + len(rows), self.sequences + x.shape[0]
+        self._off += own
+        self._squares += squares
+        # The difference is rounded, too, and all in one direction where inputs are few distinct numbers.
+        exact = own if rows.dtype == torch.float32 else given.sum(0, dtype=torch.float32) - len(rows) * self._shift.float()
+        self._sum += exact
+        turned = rows.T.contiguous()
+        for start in range(0, rows.shape[1], STRIP):  # the products never exist whole, and each of them once
             strip, rest = slice(start, start + STRIP), slice(start, None)
-            part = self.scatter[strip, rest]
-            part += centred[:, strip].T @ centred[:, rest]
-            part.addr_(between[strip], between[rest], alpha=self.tokens * count / total)
-        self.mean += delta * (count / total)
-        self.tokens, self.sequences = total, self.sequences + x.shape[0]
+            part = self._products[strip, rest]
+            part += turned[strip] @ rows[:, rest]
+            if large is not None:
+                part.addmm_(large[:, strip].T, large[:, rest])
 
-    def finish(self, judge: Moments | None = None) -> BlockStatistics:
-        """The statistics of what was added. To be called once: the scatter is theirs."""
-        mirror(self.scatter)
-        own = self.scatter.diagonal().to(self.dtype)
-        variance, energy = own / max(self.tokens - 1, 1), own + self.tokens * self.mean.square()
-        return BlockStatistics(self.tokens, self.sequences, self.mean, variance, energy, self.scatter, judge)
+    def moments(self) -> Moments:
+        """The moments of what was added; of the scatter only the upper triangle. To be called once: it is theirs."""
+        count = max(self.tokens, 1)
+        off = self._off / count
+        scatter, own = self._products, (self._squares - self.tokens * off.square()).clamp_min(0)
+        for start in range(0, len(off), STRIP):
+            strip, rest = slice(start, start + STRIP), slice(start, None)
+            scatter[strip, rest].addr_(off[strip].float(), off[rest].float(), alpha=-self.tokens)
+        scatter.diagonal().copy_(own)
+        mean = self._sum / count
+        return Moments(self.tokens, mean if self._shift is None else mean + self._shift, scatter)
+
+    def finish(self, judge: Accumulator | None = None) -> BlockStatistics:
+        """The statistics of what was added here and to ``judge``, of which the moments are also kept apart. To be called once."""
+        own = self.moments()
+        kept = None
+        if judge is not None:
+            theirs = judge.moments()
+            own = _merged(own, theirs)
+            kept = Moments(theirs.tokens, theirs.mean.float(), mirror(theirs.scatter))
+        spread = own.scatter.diagonal().to(own.mean)
+        variance, energy = spread / max(own.tokens - 1, 1), spread + own.tokens * own.mean.square()
+        sequences = self.sequences + (judge.sequences if judge is not None else 0)
+        return BlockStatistics(own.tokens, sequences, own.mean, variance, energy, mirror(own.scatter), kept)
+
+
+def _large(rows: Tensor) -> Tensor:
+    """Which of the rows are much larger than most of them."""
+    sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return sizes > LARGE * sizes.median()
+
+
+def _merged(one: Moments, other: Moments) -> Moments:
+    """The moments of both, upper triangles, after Chan, Golub and LeVeque; in the memory of ``one``."""
+    tokens = one.tokens + other.tokens
+    between = (other.mean - one.mean).to(one.scatter)
+    weight = one.tokens * other.tokens / tokens
+    for start in range(0, len(between), STRIP):
+        strip, rest = slice(start, start + STRIP), slice(start, None)
+        part = one.scatter[strip, rest]
+        part += other.scatter[strip, rest]
+        part.addr_(between[strip], between[rest], alpha=weight)
+    return Moments(tokens, one.mean + (other.mean - one.mean) * (other.tokens / tokens), one.scatter)
 
 
 class _Site:
-    """The sums at one place of a layer: over all sequences, and again over those that judge."""
+    """The sums at one place of a layer: over the sequences that judge, and over the others."""
 
     def __init__(self, width: int, device: torch.device, *, judged: bool) -> None:
-        self.all = Accumulator(width, device)
-        # What judges is kept in float32, so it is added up in float32.
-        self.judge = Accumulator(width, device, torch.float32) if judged else None
+        self.fitted = Accumulator(width, device)
+        self.judge = Accumulator(width, device) if judged else None
 
-    def add(self, z: Tensor, judging: list[int]) -> None:
-        """Inputs (sequences, length, n) and which of the sequences judge."""
-        self.all.add(z)
-        if self.judge is not None and judging:
-            self.judge.add(z[judging])
+    def add(self, z: Tensor, *, judging: bool) -> None:
+        """Inputs (sequences, length, n)."""
+        (self.judge if judging and self.judge is not None else self.fitted).add(z)
 
     def finish(self) -> BlockStatistics:
-        own = self.judge
-        return self.all.finish(None if own is None else Moments(own.tokens, own.mean.float(), own.scatter))
+        return self.fitted.finish(self.judge)
 
 
 def layer_statistics(
@@ -174,35 +229,36 @@ def layer_statistics(
     """
     length = tokens.shape[1]
     rope = arch.rope(length)
+    judges = torch.arange(len(tokens)) % JUDGES == JUDGES - 1
+    judged = OUTPUTS if judges.any() else ()  # only output matrices are fitted
     step = max(1, _tokens_at_once(arch, memory) // length)
     size = tokens.numel() * arch.hidden * 4
     with torch.no_grad(), disk_errors(scratch or ""), stream_file(size, memory, scratch) as file:
         stream = Stream(file)
-        for sequences in tokens.split(step):
-            stream.add(arch.embed(sequences.to(arch.device)))
+        for group in (tokens[~judges], tokens[judges]) if judged else (tokens,):
+            first_judge = stream.parts if judged else len(tokens)
+            for sequences in group.split(step):
+                stream.add(arch.embed(sequences.to(arch.device)))
         for layer in range(arch.layers):
             if cancelled():
                 raise CancelledTaskError("Cancelled while collecting statistics.")
             a, f = arch.attention(layer), checkpoint_ffn(arch, layer)
             widths = {"qkv": arch.hidden, "attention": a.o.shape[1], "gate_up": arch.hidden, "ffn": f.down.shape[1]}
-            judged = OUTPUTS if len(tokens) >= JUDGES else ()  # only output matrices are fitted
             seen = {site: _Site(widths[site], arch.device, judged=site in judged) for site in SITES if site in sites}
-            first, broken = 0, False
+            broken = False
             for index in range(stream.parts):
-                part = stream.take(index, arch.device)
-                judging = [place for place in range(len(part)) if (first + place) % JUDGES == JUDGES - 1]
-                first += len(part)
+                part, judging = stream.take(index, arch.device), index >= first_judge
                 if "qkv" in seen:
-                    seen["qkv"].add(arch.attention_norm(layer, part).to(arch.dtype), judging)
+                    seen["qkv"].add(arch.attention_norm(layer, part).to(arch.dtype), judging=judging)
                 z = arch.attention_inputs(layer, part, a, rope)
                 if "attention" in seen:
-                    seen["attention"].add(z, judging)
+                    seen["attention"].add(z, judging=judging)
                 part += arch.attention_output(layer, z, a).float()
                 if "gate_up" in seen:
-                    seen["gate_up"].add(arch.ffn_norm(layer, part).to(arch.dtype), judging)
+                    seen["gate_up"].add(arch.ffn_norm(layer, part).to(arch.dtype), judging=judging)
                 z = arch.ffn_inputs(layer, part, f)
                 if "ffn" in seen:
-                    seen["ffn"].add(z, judging)
+                    seen["ffn"].add(z, judging=judging)
                 part += arch.ffn_output(layer, z, f).float()
                 stream.put(index, part)
                 broken = broken or not finite(part)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from selfpruner import compensation
-from selfpruner.calibration.statistics import JUDGES, Accumulator, Moments
+from selfpruner.calibration.statistics import JUDGES, Accumulator
 from selfpruner.compensation.base import energy, suffix_energies
 from selfpruner.compensation.bias import Bias
 from selfpruner.compensation.least_squares import (
@@ -97,7 +97,7 @@ class TestLeastSquares(CompensationSuite):
     def test_without_damping_the_tail_energy_is_the_best_error_there_is(self, kind: str) -> None:
         block = sample(30, kind=kind)
         order = order_of(30)
-        errors = NestedFit.of(block.W[:, order], block.stats.without_judge().scatter[order][:, order]).errors()
+        errors = NestedFit.of(block.W[:, order], block.stats.without_judge().scatter.double()[order][:, order]).errors()
         inputs = torch.cat((block.rows, torch.ones(len(block.rows), 1, dtype=torch.float64)), 1)
         wanted = block.rows @ block.W.T
         for k in (0, 1, 5, 13, 22, 29):
@@ -130,10 +130,10 @@ class TestLeastSquares(CompensationSuite):
         X = (torch.randn(8, length, 12, generator=g) @ torch.randn(12, 24, generator=g)) + torch.randn(8, length, 24, generator=g)
         W = torch.randn(10, 24, generator=g).double()
         judging = torch.arange(8) % JUDGES == JUDGES - 1
-        all_, own = Accumulator(24, X.device), Accumulator(24, X.device)
-        all_.add(X)
+        fitted, own = Accumulator(24, X.device), Accumulator(24, X.device)
+        fitted.add(X[~judging])
         own.add(X[judging])
-        stats = all_.finish(Moments(own.tokens, own.mean.float(), own.scatter.float()))
+        stats = fitted.finish(own)
         kept = torch.arange(0, 24, 2)
         seen, unseen = X[~judging].flatten(0, 1).double(), X[judging].flatten(0, 1).double()
         mean = seen.mean(0)
@@ -211,10 +211,10 @@ class TestLeastSquaresWeights(CompensationSuite):
         g = torch.Generator().manual_seed(3)
         X = torch.randn(8, 64, 24, generator=g) + 2 * torch.randn(24, generator=g)
         judging = torch.arange(8) % JUDGES == JUDGES - 1
-        all_, own = Accumulator(24, X.device), Accumulator(24, X.device)
-        all_.add(X)
+        fitted, own = Accumulator(24, X.device), Accumulator(24, X.device)
+        fitted.add(X[~judging])
         own.add(X[judging])
-        stats = all_.finish(Moments(own.tokens, own.mean.float(), own.scatter.float()))
+        stats = fitted.finish(own)
         W, kept = torch.randn(10, 24, generator=g).double(), torch.arange(0, 24, 2)
         seen, unseen = X[~judging].flatten(0, 1).double(), X[judging].flatten(0, 1).double()
         gram = seen.T @ seen

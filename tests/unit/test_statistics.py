@@ -96,6 +96,26 @@ def test_a_large_mean_costs_the_variance_no_digits() -> None:
     assert float(((scatter - centred.T @ centred) / scale).abs().max()) <= 1e-3
 
 
+def test_products_of_bfloat16_keep_what_a_huge_first_token_would_drown() -> None:
+    g = torch.Generator().manual_seed(0)
+    usual = torch.randn(32, 128, 24, generator=g) @ torch.randn(24, 48, generator=g) + 5 * torch.randn(48, generator=g)
+    X = usual.clone()
+    X[:, 0] *= 300
+    X = X.bfloat16()
+    accumulator = Accumulator(48, torch.device("cpu"))
+    for part in X.split(8):
+        accumulator.add(part)
+    found, rows = accumulator.finish(), X.double().flatten(0, 1)
+    centred = rows - rows.mean(0)
+    torch.testing.assert_close(found.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.variance, rows.var(0), rtol=1e-4, atol=0)
+    spread = usual[:, 1:].flatten(0, 1).double().std(0)
+    off = (found.scatter - centred.T @ centred) / torch.outer(spread, spread) / found.tokens
+    off.diagonal().zero_()
+    assert float(off.abs().max()) <= 0.01
+    assert float(off.square().mean().sqrt()) <= 2e-3
+
+
 def test_one_token_has_no_variance() -> None:
     accumulator = Accumulator(2, torch.device("cpu"))
     accumulator.add(torch.tensor([[[3.0, -1.0]]]))
