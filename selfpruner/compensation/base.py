@@ -78,17 +78,20 @@ class Compensation(Protocol):
 
 def energy(W: Tensor, moment: Tensor) -> float:
     """tr(W moment W^T): the squared size of W's (d, n) output for a symmetric second moment (n, n) of its inputs. Strip by strip,
-    in W's dtype."""
+    in W's dtype, and each pair of inputs once."""
     total = 0.0
     for start in range(0, W.shape[1], STRIP):
-        columns = slice(start, start + STRIP)
-        total += float(((W @ moment[columns].T.to(W.dtype)) * W[:, columns]).sum())
+        stop = min(start + STRIP, W.shape[1])
+        own = W[:, start:stop]
+        total += float(((own @ moment[start:stop, start:stop].to(W.dtype)) * own).sum(dtype=torch.float64))
+        if stop < W.shape[1]:
+            total += 2 * float(((W[:, stop:] @ moment[start:stop, stop:].T.to(W.dtype)) * own).sum(dtype=torch.float64))
     return total
 
 
 def output_energy(W: Tensor, stats: BlockStatistics) -> float:
     """||X W^T||_F^2, the squared size of the output that W (d, n) makes of the inputs."""
-    return max(energy(W, stats.scatter), 0.0) + stats.tokens * float((W @ stats.mean.to(W)).square().sum())
+    return max(energy(W.float(), stats.scatter), 0.0) + stats.tokens * float((W @ stats.mean.to(W)).square().sum())
 
 
 def factored(C: Tensor) -> Tensor:
@@ -98,6 +101,20 @@ def factored(C: Tensor) -> Tensor:
     """
     L = C.T
     torch.linalg.cholesky(L, out=L)
+    return L
+
+
+def inverted(L: Tensor) -> Tensor:
+    """The inverse of the lower triangular L (n, n), in L's memory: by halves, so that most of it is solving for many columns."""
+    n = len(L)
+    if n <= STRIP:
+        L.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False))
+        return L
+    half = (n // 2 + STRIP - 1) // STRIP * STRIP
+    below = torch.linalg.solve_triangular(L[half:, half:], L[half:, :half], upper=False)
+    L[half:, :half] = torch.linalg.solve_triangular(L[:half, :half], below, upper=False, left=False).neg_()
+    inverted(L[:half, :half])
+    inverted(L[half:, half:])
     return L
 
 

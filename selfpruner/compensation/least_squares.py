@@ -31,6 +31,7 @@ that removes one group at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor
 
 from selfpruner.calibration.statistics import BlockStatistics
-from selfpruner.compensation.base import STRIP, TYPICAL, energy, factored
+from selfpruner.compensation.base import STRIP, TYPICAL, energy, factored, inverted
 from selfpruner.compensation.none import complement
 from selfpruner.files.tensors import HeldParts, Parts
 
@@ -47,6 +48,8 @@ from selfpruner.files.tensors import HeldParts, Parts
 RIDGE, FLOOR = 0.1, 1e-4
 # Shares to choose from, where sequences are kept aside to judge them.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# Sums of rows of a matrix that stand for all of its rows when ridges are compared.
+SKETCH = 128
 
 
 def covariance(stats: BlockStatistics, ridge: float = RIDGE) -> Tensor:
@@ -100,6 +103,17 @@ def _damping(C: Tensor, ridge: float) -> Tensor:
     return ridge * diagonal + (FLOOR * level if level > 0 else 1.0)
 
 
+def _least_damped(damped: Callable[[float], Tensor], ridge: float) -> Tensor:
+    """The Cholesky factor of ``damped`` with ``ridge``, or with the smallest larger one of RIDGES with which float32 has one."""
+    larger = iter(share for share in RIDGES if share > ridge)
+    while True:
+        try:
+            return factored(damped(ridge))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if (ridge := next(larger, 0.0)) == 0.0:
+                raise
+
+
 def held_out_ridge(W: Tensor, stats: BlockStatistics, kept: Tensor) -> float:
     """The ridge of RIDGES whose repair of W (d, n) on the columns ``kept``, fitted to the sequences that do not judge, is nearest
     to the dense block's output on those that do; RIDGE where none judges.
@@ -109,24 +123,43 @@ def held_out_ridge(W: Tensor, stats: BlockStatistics, kept: Tensor) -> float:
     if stats.judge is None:
         return RIDGE
     fitted, judge = stats.without_judge(), stats.judge
-    C = fitted.scatter.float()
+    C = fitted.scatter
     shift = (judge.mean.to(fitted.mean) - fitted.mean).float()
-    seen = torch.addr(judge.scatter, shift, shift, alpha=judge.tokens)
     dampings = {ridge: _damping(C, ridge)[kept] for ridge in RIDGES}
-    W, removed = W.float(), complement(kept, W.shape[1])
+    W, removed = _sketched(W.float()), complement(kept, W.shape[1])
     change = torch.zeros_like(W)
     change[:, removed] = -W[:, removed]
-    pulled = W[:, removed] @ C[removed][:, kept]
-    best = (math.inf, RIDGE)
-    for ridge, damping in dampings.items():
-        damped = C[kept][:, kept]
-        damped.diagonal().add_(damping)
+    pulled = W[:, removed] @ C[removed].index_select(1, kept)
+    C = C[kept].index_select(1, kept)
+    del fitted
+
+    def judged(ridge: float) -> float:
+        damped = C.clone()
+        damped.diagonal().add_(dampings[ridge])
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:  # too small for float32
-            continue
+            return math.inf
         change[:, kept] = torch.cholesky_solve(pulled.T, factor).T
-        best = min(best, (energy(change, seen), ridge))
-    return best[1]
+        return energy(change, judge.scatter) + judge.tokens * float((change @ shift).square().sum())
+
+    place = RIDGES.index(RIDGE)
+    best = judged(RIDGE)
+    for step in (-1, 1):  # downhill: there is one valley
+        start = place
+        while 0 <= place + step < len(RIDGES) and (found := judged(RIDGES[place + step])) < best:
+            place, best = place + step, found
+        if place != start:
+            break
+    return RIDGES[place]
+
+
+def _sketched(W: Tensor) -> Tensor:
+    """W (d, n), or of a tall W few sums of its rows with random signs: as a repair is linear in W, the squared errors of two repairs
+    compare there as they do on all rows."""
+    if len(W) <= 2 * SKETCH:
+        return W
+    signs = torch.randint(2, (SKETCH, len(W)), generator=torch.Generator().manual_seed(0)).to(W) * 2 - 1
+    return signs @ W
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +176,16 @@ class NestedFit:
 
     @classmethod
     def of_factor(cls, W: Tensor, L: Tensor) -> NestedFit:
-        """From L (n, n) with C = L L^T."""
-        identity = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
-        torch.linalg.solve_triangular(L, identity, upper=False, out=identity)
-        return cls(W @ L, identity)
+        """From L (n, n) with C = L L^T, whose memory the inverse takes."""
+        Y = torch.empty_like(W)
+        for start in range(0, len(L), STRIP):  # above the diagonal are zeros
+            columns = slice(start, start + STRIP)
+            torch.matmul(W[:, start:], L[start:, columns], out=Y[:, columns])
+        return cls(Y, inverted(L))
 
     def errors(self) -> Tensor:
         """(n + 1,): the squared error left when the first k columns are kept, k = 0..n."""
-        energy = self.Y.pow(2).sum(0)
+        energy = self.Y.square().sum(0, dtype=None if self.Y.device.type == "mps" else torch.float64)
         tail = energy.flip(0).cumsum(0).flip(0)
         return torch.cat((tail, tail.new_zeros(1)))
 
@@ -229,23 +264,28 @@ class LeastSquares:
 
     def nested(self, W: Tensor, stats: BlockStatistics, order: Tensor) -> NestedLeastSquares:
         stats = self._moments(stats)
-        n, mean = len(order), stats.mean.to(W)[order]
+        n, mean = len(order), stats.mean[order]
         ridge = held_out_ridge(W, stats, order[: max(1, round(TYPICAL * n))])
-        W = W[:, order]
-        C = W.new_empty(n, n)  # in the order, strip by strip: only the inverse has the same size
-        for start in range(0, n, STRIP):
-            C[start : start + STRIP] = stats.scatter[order[start : start + STRIP]][:, order]
-        damping = _damping(C, ridge)
-        C.diagonal().add_(damping)
-        fit = NestedFit.of_factor(W, factored(C))
+        W = W[:, order].float()
+        C = W.new_empty(n, n)  # the inverse takes its place
+        damping = W.new_empty(n)
+
+        def damped(ridge: float) -> Tensor:
+            for start in range(0, n, STRIP):  # in the order, strip by strip
+                C[start : start + STRIP] = stats.scatter[order[start : start + STRIP]].index_select(1, order)
+            damping.copy_(_damping(C, ridge))
+            C.diagonal().add_(damping)
+            return C
+
+        fit = NestedFit.of_factor(W, _least_damped(damped, ridge))
         # The ridge's charge for the removed columns themselves is not an error.
-        own = (W.square().sum(0) * damping).flip(0).cumsum(0).flip(0)
+        own = (W.square().sum(0) * damping).to(mean).flip(0).cumsum(0).flip(0)
         left = (fit.errors() - torch.cat((own, own.new_zeros(1)))).clamp_min(0)
-        parts = HeldParts(Yt=fit.Y.T.float().contiguous(), mean=mean.float(), left=left)
+        parts = HeldParts(Yt=fit.Y.T.contiguous(), mean=mean.float(), left=left)
         rows = _strip(n)
         for index, start in enumerate(range(0, n, rows)):
             stop = min(start + rows, n)
-            parts[f"inverse.{index}"] = fit.inverse[start:stop, :stop].float().contiguous()
+            parts[f"inverse.{index}"] = fit.inverse[start:stop, :stop].contiguous()
         return self.nested_of(parts)
 
     def subset(self, W: Tensor, stats: BlockStatistics, kept: Tensor) -> SubsetLeastSquares:
@@ -278,4 +318,6 @@ class LeastSquaresWeights(LeastSquares):
         if judge is not None:
             raw = torch.addr(judge.scatter, judge.mean, judge.mean, alpha=judge.tokens)
             judge = replace(judge, mean=torch.zeros_like(judge.mean), scatter=raw)
-        return replace(stats, mean=torch.zeros_like(stats.mean), scatter=stats.gram, judge=judge)
+        mean = stats.mean.float()
+        scatter = torch.addr(stats.scatter, mean, mean, alpha=stats.tokens)
+        return replace(stats, mean=torch.zeros_like(stats.mean), scatter=scatter, judge=judge)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,8 +115,8 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
     """Keep-first order (n,) of single columns for weights W (d, n) and P = C^-1 (n, n), float32, which is used up.
 
     Inside a pool of the cheapest candidates the elimination is exact, one column at a time; the large matrices follow every
-    ``batch`` removals, so the work is matrix products instead of n rank-one updates. While costs do not fall as others
-    leave, which the pool's margin covers, the order is the exact greedy one.
+    ``batch`` removals, so the work is matrix products instead of n rank-one updates, and of P only what is on the diagonal and right
+    of it follows. While costs do not fall as others leave, which the pool's margin covers, the order is the exact greedy one.
     """
     W = W.to(torch.float32, copy=True)
     batch = min(max(W.shape[1] // 64, BATCH[0]), BATCH[1])
@@ -126,22 +127,29 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
     while left:
         cost = torch.linalg.vector_norm(W, dim=0).square().div_(P.diagonal()).masked_fill_(gone, torch.inf)
         pool = torch.topk(cost, min(3 * batch, left), largest=False).indices
-        W_pool, P_pool = W[:, pool], P[pool][:, pool]
+        W_pool = W[:, pool]
+        P_pool = P[torch.minimum(pool[:, None], pool), torch.maximum(pool[:, None], pool)]
         picks = _greedy(W_pool.T @ W_pool, P_pool, min(batch, left))
         out = pool[picks]
         removed.append(names[out])
         gone[out] = True
         left -= out.numel()
+        if not left:
+            break
+        # With P_SS = F F^T: what is taken from P is V^T V for V = F^-1 P_S,:.
         factor = torch.linalg.cholesky(P_pool[picks][:, picks])
-        rows = torch.cholesky_solve(P[out], factor)  # (P_SS)^-1 P_S,:
-        W.addmm_(W[:, out], rows, alpha=-1)
-        P.addmm_(P[:, out], rows, alpha=-1)
+        places = torch.arange(len(P), device=P.device)
+        V = torch.linalg.solve_triangular(factor, torch.where(places >= out[:, None], P[out], P[:, out].T), upper=False)
+        W.addmm_(torch.linalg.solve_triangular(factor, W[:, out].T, upper=False).T, V, alpha=-1)
+        for start in range(0, len(P), STRIP):
+            P[start : start + STRIP, start:].addmm_(V[:, start : start + STRIP].T, V[:, start:], alpha=-1)
         P.diagonal()[out] = 1.0  # zero up to rounding now, and never looked at again
         if left < 0.8 * names.numel():
             alive = (~gone).nonzero().flatten()
             count = len(alive)
             for start in range(0, count, STRIP):  # in place: every row that moves up is read before it is overwritten
-                P[start : min(start + STRIP, count), :count] = P[alive[start : start + STRIP]][:, alive]
+                rows = alive[start : start + STRIP]
+                P[start : start + len(rows), start:count] = P[rows].index_select(1, alive[start:])
             W[:, :count] = W[:, alive]
             names, W, P = names[alive], W[:, :count], P[:count, :count]
             gone = torch.zeros_like(names, dtype=torch.bool)
@@ -151,25 +159,25 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
 def _greedy(inner: Tensor, P: Tensor, count: int) -> Tensor:
     """Exact greedy removal of ``count`` of the pool's columns. ``inner`` = W^T W over the pool (p, p), which is all the costs need.
 
-    The weights' update W <- W - W_j P_j,: / P_jj moves inner products by rank-two terms of the same small size.
+    With u = P_j,: / P_jj, removing j takes P_jj u u^T from P and u b^T + b u^T from the inner products, b being their row j less half
+    its entry j times u. Of both matrices only the diagonals follow; a row is brought up to date when it is its turn.
     """
-    device = P.device
-    A, Q = inner.cpu().clone(), P.cpu().clone()
-    gone = torch.zeros(A.shape[0], dtype=torch.bool)
-    picks = []
-    for _ in range(count):
-        cost = (A.diagonal() / Q.diagonal()).masked_fill(gone, torch.inf)
-        j = int(cost.argmin())
+    A, Q = inner.cpu().numpy(), P.cpu().numpy()
+    a, q = A.diagonal().copy(), Q.diagonal().copy()
+    U, B, V = (np.empty((count, len(A)), A.dtype) for _ in range(3))
+    picks: list[int] = []
+    for done in range(count):
+        j = int((a / q).argmin())
         picks.append(j)
-        gone[j] = True
-        pivot = Q[j, j]
-        u = Q[j] / pivot
-        a = A[j].clone()
-        A -= torch.outer(u, a) + torch.outer(a, u) - a[j] * torch.outer(u, u)
-        Q -= torch.outer(Q[:, j].clone(), u)
-        # The removed row and column are zero now up to rounding; a harmless pivot keeps the diagonal positive.
-        Q[j, j] = 1.0
-    return torch.tensor(picks, device=device)
+        row = Q[j] - V[:done, j] @ V[:done]
+        np.divide(row, row[j], out=U[done])
+        np.divide(row, np.sqrt(row[j]), out=V[done])
+        own = A[j] - U[:done, j] @ B[:done] - B[:done, j] @ U[:done]
+        np.subtract(own, 0.5 * own[j] * U[done], out=B[done])
+        a -= 2 * U[done] * B[done]
+        q -= V[done] ** 2
+        a[j], q[j] = np.inf, 1.0
+    return torch.tensor(picks, device=P.device)
 
 
 def _downdate(W: Tensor, P: Tensor, gone: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
