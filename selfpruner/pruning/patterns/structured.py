@@ -58,7 +58,9 @@ class Structured(Pattern):
                 lambda: outlook.probe_order(arch, device, searched=searched, refitted=repair.refits),
             )
             gradients = measured.gradients(criterion)
-            for layer, found in enumerate(measured.statistics(OUTPUTS)):
+            statistics = measured.statistics(OUTPUTS)
+            for layer in range(arch.layers):
+                found = next(statistics)  # of one layer at a time: no loop's variable holds the last one's while the next are made
                 if measured.cancelled():
                     raise CancelledTaskError("Cancelled while ordering units.")
                 release()
@@ -72,7 +74,8 @@ class Structured(Pattern):
                     with at("factors"):
                         write_factors(files[layer], *factors, layer_facts(arch, layer, pair))
                     del factors, pair, own
-                    release()
+                del found
+                release()
                 measured.progress(f"units of layer {layer + 1}/{arch.layers} ordered by {criterion.name}")
         shapes, widths = self._shapes(), self._widths()
         blocks: list[Prunable] = []
