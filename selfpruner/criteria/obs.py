@@ -118,42 +118,40 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
     ``batch`` removals, so the work is matrix products instead of n rank-one updates, and of P only what is on the diagonal and right
     of it follows. While costs do not fall as others leave, which the pool's margin covers, the order is the exact greedy one.
     """
-    W = W.to(torch.float32, copy=True)
-    batch = min(max(W.shape[1] // 64, BATCH[0]), BATCH[1])
-    names = torch.arange(W.shape[1], device=W.device)
+    rows = W.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # of one column of W each
+    n = len(rows)
+    batch = min(max(n // 64, BATCH[0]), BATCH[1])
+    names = torch.arange(n, device=W.device)
     gone = torch.zeros_like(names, dtype=torch.bool)
     removed: list[Tensor] = []
-    left = names.numel()
-    while left:
-        cost = torch.linalg.vector_norm(W, dim=0).square().div_(P.diagonal()).masked_fill_(gone, torch.inf)
+    left = n
+    while True:
+        cost = torch.linalg.vector_norm(rows, dim=1).square_().div_(P.diagonal()).masked_fill_(gone, torch.inf)
         pool = torch.topk(cost, min(3 * batch, left), largest=False).indices
-        W_pool = W[:, pool]
+        W_pool = rows[pool]
         P_pool = P[torch.minimum(pool[:, None], pool), torch.maximum(pool[:, None], pool)]
-        picks = _greedy(W_pool.T @ W_pool, P_pool, min(batch, left))
+        picks = _greedy(W_pool @ W_pool.T, P_pool, min(batch, left))
         out = pool[picks]
         removed.append(names[out])
-        gone[out] = True
         left -= out.numel()
         if not left:
-            break
+            return torch.cat(removed).flip(0)
         # With P_SS = F F^T: what is taken from P is V^T V for V = F^-1 P_S,:.
         factor = torch.linalg.cholesky(P_pool[picks][:, picks])
         places = torch.arange(len(P), device=P.device)
         V = torch.linalg.solve_triangular(factor, torch.where(places >= out[:, None], P[out], P[:, out].T), upper=False)
-        W.addmm_(torch.linalg.solve_triangular(factor, W[:, out].T, upper=False).T, V, alpha=-1)
+        rows.addmm_(V.T, torch.linalg.solve_triangular(factor, W_pool[picks], upper=False), alpha=-1)
         for start in range(0, len(P), STRIP):
             P[start : start + STRIP, start:].addmm_(V[:, start : start + STRIP].T, V[:, start:], alpha=-1)
         P.diagonal()[out] = 1.0  # zero up to rounding now, and never looked at again
-        if left < 0.8 * names.numel():
+        gone[out] = True
+        if left < 0.8 * len(names):
             alive = (~gone).nonzero().flatten()
-            count = len(alive)
-            for start in range(0, count, STRIP):  # in place: every row that moves up is read before it is overwritten
-                rows = alive[start : start + STRIP]
-                P[start : start + len(rows), start:count] = P[rows].index_select(1, alive[start:])
-            W[:, :count] = W[:, alive]
-            names, W, P = names[alive], W[:, :count], P[:count, :count]
+            for start in range(0, left, STRIP):  # in place: every row that moves up is read before it is overwritten
+                ahead = alive[start : start + STRIP]
+                P[start : start + len(ahead), start:left] = P[ahead].index_select(1, alive[start:])
+            names, rows, P = names[alive], rows[alive], P[:left, :left]
             gone = torch.zeros_like(names, dtype=torch.bool)
-    return torch.cat(removed).flip(0)
 
 
 def _greedy(inner: Tensor, P: Tensor, count: int) -> Tensor:
