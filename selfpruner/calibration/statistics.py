@@ -37,6 +37,8 @@ TOKENS_PER_STEP = 2048
 STRIP = 256
 # Rows so many times as large as the median one have products of their own.
 LARGE = 4.0
+# Rows whose columns are summed at once on a CPU.
+SUMMED = 128
 # One in so many sequences also judges what is fitted to the others.
 JUDGES = 4
 
@@ -124,24 +126,20 @@ class Accumulator:
         if given.dtype != torch.bfloat16:
             given = given.float()
         if self._shift is None:
-            self._shift = given[~_large(given)].mean(0, dtype=torch.float32).to(given.dtype)
+            self._shift = given[~_large(_sums(given)[2])].mean(0, dtype=torch.float32).to(given.dtype)
         rows, large = given - self._shift, None
-        if rows.dtype == torch.bfloat16:
-            apart = _large(rows)
-            if apart.any():
-                large = given[apart].float() - self._shift.float()
-                rows[apart] = 0
-        own = rows.sum(0, dtype=torch.float32)
-        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
-        if large is not None:
-            own += large.sum(0)
-            squares += large.square().sum(0)
+        own, squares, sizes = _sums(rows)
+        # The difference is rounded, too, and all in one direction where inputs are few distinct numbers.
+        exact = own if rows.dtype == torch.float32 else _sums(given)[0] - len(rows) * self._shift.to(self._sum)
+        if rows.dtype == torch.bfloat16 and (apart := _large(sizes)).any():
+            large = given[apart].float() - self._shift.float()
+            for each, sign in ((rows[apart], -1), (large, 1)):
+                own, squares = own + sign * each.float().sum(0), squares + sign * each.float().square().sum(0)
+            rows[apart] = 0
         self.tokens, self.sequences = self.tokens + len(rows), self.sequences + x.shape[0]
+        self._sum += exact
         self._off += own
         self._squares += squares
-        # The difference is rounded, too, and all in one direction where inputs are few distinct numbers.
-        exact = own if rows.dtype == torch.float32 else given.sum(0, dtype=torch.float32) - len(rows) * self._shift.float()
-        self._sum += exact
         turned = rows.T.contiguous()
         for start in range(0, rows.shape[1], STRIP):  # the products never exist whole, and each of them once
             strip, rest = slice(start, start + STRIP), slice(start, None)
@@ -176,10 +174,24 @@ class Accumulator:
         return BlockStatistics(own.tokens, sequences, own.mean, variance, energy, mirror(own.scatter), kept)
 
 
-def _large(rows: Tensor) -> Tensor:
-    """Which of the rows are much larger than most of them."""
-    sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return sizes > LARGE * sizes.median()
+def _sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the columns of rows (t, n) the sums and the sums of squares, (n,), and of the rows the sums of squares, (t,)."""
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    total = torch.zeros(rows.shape[1], dtype=dtype, device=rows.device)
+    squares, sizes = torch.zeros_like(total), []
+    # A CPU goes through a few rows three times while they are near.
+    for part in rows.split(SUMMED if rows.device.type == "cpu" else max(len(rows), 1)):
+        wide = part.float()
+        total += wide.sum(0)
+        wide = wide.square()
+        squares += wide.sum(0)
+        sizes.append(wide.sum(1))
+    return total, squares, torch.cat(sizes)
+
+
+def _large(sizes: Tensor) -> Tensor:
+    """Which rows are much larger than most of them, by their sums of squares."""
+    return sizes > LARGE**2 * sizes.median()
 
 
 def _merged(one: Moments, other: Moments) -> Moments:
