@@ -80,16 +80,28 @@ class BlockStatistics:
         """X^T X (n, n), made anew whenever it is asked for."""
         return self.scatter.to(self.mean.dtype, copy=True).addr_(self.mean, self.mean, alpha=self.tokens)
 
-    def without_judge(self) -> Moments:
-        """The moments of the sequences that do not judge; of all of them where none does. In the scatter's dtype."""
+    def without_judge(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Moments:
+        """The moments of the sequences that do not judge; of all of them where none does. Of the scatter only ``rows`` and
+        ``columns``, where they are given."""
         if self.judge is None:
-            return Moments(self.tokens, self.mean, self.scatter)
+            return Moments(self.tokens, self.mean, _part(self.scatter, rows, columns))
         count = self.tokens - self.judge.tokens
         theirs = self.judge.mean.to(self.mean)
         mean = (self.mean * self.tokens - theirs * self.judge.tokens) / count
-        scatter, between = self.scatter - self.judge.scatter, (theirs - mean).to(self.scatter)
-        scatter.addr_(between, between, alpha=-self.judge.tokens * count / self.tokens)
-        return Moments(count, mean, scatter)
+        scatter = _part(self.scatter, rows, columns).sub_(_part(self.judge.scatter, rows, columns))
+        between = (theirs - mean).to(scatter)
+        one, other = (between if some is None else between[some] for some in (rows, columns))
+        return Moments(count, mean, scatter.addr_(one, other, alpha=-self.judge.tokens * count / self.tokens))
+
+
+def _part(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """A copy of some rows and columns; the rows by strips, so that no other large matrix exists."""
+    if rows is None or columns is None:
+        return matrix.clone()
+    part = matrix.new_empty(len(rows), len(columns))
+    for start in range(0, len(rows), STRIP):
+        part[start : start + STRIP] = matrix[rows[start : start + STRIP]].index_select(1, columns)
+    return part
 
 
 def mirror(upper: Tensor) -> Tensor:
@@ -105,11 +117,11 @@ def mirror(upper: Tensor) -> Tensor:
 class Accumulator:
     """Sums of the moments of inputs, from batches of rows.
 
-    What is added up are products of the rows less a shift, about the mean of the first batch: they keep their digits, and what is left of
-    the mean is taken out once, at the end. Products of float32 rows are float32. bfloat16 rows stay what they are: on a CPU a
-    batch's products come rounded to bfloat16, each by at most 0.4 % of itself, which averages out over batches and is far less than
-    another text of the same length would change. Squares, and with them the diagonal, have no part in that, nor have the few rows
-    which would drown the others: a first token may be a thousand times as large.
+    What is added up are products of the rows less a shift, about the mean of the first batch: they keep their digits, and what is
+    left of the mean is taken out once, at the end. Products of float32 rows are float32. bfloat16 rows stay what they are: on a CPU
+    a batch's products come rounded to bfloat16, each by at most 0.4 % of itself, which averages out over batches and is far less
+    than another text of the same length would change. Squares, and with them the diagonal, have no part in that, nor have the few
+    rows which would drown the others: a first token may be a thousand times as large.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -129,13 +141,16 @@ class Accumulator:
             self._shift = given[~_large(_sums(given)[2])].mean(0, dtype=torch.float32).to(given.dtype)
         rows, large = given - self._shift, None
         own, squares, sizes = _sums(rows)
-        # The difference is rounded, too, and all in one direction where inputs are few distinct numbers.
-        exact = own if rows.dtype == torch.float32 else _sums(given)[0] - len(rows) * self._shift.to(self._sum)
-        if rows.dtype == torch.bfloat16 and (apart := _large(sizes)).any():
-            large = given[apart].float() - self._shift.float()
-            for each, sign in ((rows[apart], -1), (large, 1)):
-                own, squares = own + sign * each.float().sum(0), squares + sign * each.float().square().sum(0)
-            rows[apart] = 0
+        exact = own
+        if rows.dtype == torch.bfloat16:
+            # The difference is rounded, too, and all in one direction where inputs are few distinct numbers.
+            exact = _sums(given)[0] - len(rows) * self._shift.to(own)
+            apart = _large(sizes)
+            if apart.any():
+                large = given[apart].float() - self._shift.float()
+                for each, sign in ((rows[apart].float(), -1), (large, 1)):
+                    own, squares = own + sign * each.sum(0), squares + sign * each.square().sum(0)
+                rows[apart] = 0
         self.tokens, self.sequences = self.tokens + len(rows), self.sequences + x.shape[0]
         self._sum += exact
         self._off += own
@@ -144,7 +159,7 @@ class Accumulator:
         for start in range(0, rows.shape[1], STRIP):  # the products never exist whole, and each of them once
             strip, rest = slice(start, start + STRIP), slice(start, None)
             part = self._products[strip, rest]
-            part += turned[strip] @ rows[:, rest]
+            part += _product(turned[strip], rows[:, rest])
             if large is not None:
                 part.addmm_(large[:, strip].T, large[:, rest])
 
@@ -172,6 +187,13 @@ class Accumulator:
         variance, energy = spread / max(own.tokens - 1, 1), spread + own.tokens * own.mean.square()
         sequences = self.sequences + (judge.sequences if judge is not None else 0)
         return BlockStatistics(own.tokens, sequences, own.mean, variance, energy, mirror(own.scatter), kept)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on a GPU in float32, as which it adds up what is multiplied in bfloat16."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
 
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

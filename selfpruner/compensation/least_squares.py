@@ -94,13 +94,17 @@ def _damping(C: Tensor, ridge: float) -> Tensor:
     An input that never moves has no covariance with anything; what rounding left there in C is cleared, so that only the floor
     stays: it costs next to nothing to remove and changes no other column.
     """
-    diagonal = C.diagonal()
-    level = diagonal.clamp_min(0).mean()
-    dead = diagonal <= 1e-10 * level
+    damping, dead = _dampings(C.diagonal(), ridge)
     if dead.any():
         C[dead, :] = 0
         C[:, dead] = 0
-    return ridge * diagonal + (FLOOR * level if level > 0 else 1.0)
+    return damping
+
+
+def _dampings(diagonal: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """What is added to a ``diagonal`` (n,), and which of its inputs never move."""
+    level = diagonal.clamp_min(0).mean()
+    return ridge * diagonal + (FLOOR * level if level > 0 else 1.0), diagonal <= 1e-10 * level
 
 
 def _least_damped(damped: Callable[[float], Tensor], ridge: float) -> Tensor:
@@ -122,21 +126,28 @@ def held_out_ridge(W: Tensor, stats: BlockStatistics, kept: Tensor) -> float:
     """
     if stats.judge is None:
         return RIDGE
-    fitted, judge = stats.without_judge(), stats.judge
-    C = fitted.scatter
+    W, removed, judge = _sketched(W.float()), complement(kept, W.shape[1]), stats.judge
+    fitted = stats.without_judge(removed, kept)
     shift = (judge.mean.to(fitted.mean) - fitted.mean).float()
-    dampings = {ridge: _damping(C, ridge)[kept] for ridge in RIDGES}
-    W, removed = _sketched(W.float()), complement(kept, W.shape[1])
+    # What the sequences that do not judge have on the diagonal.
+    between = judge.tokens * fitted.tokens / stats.tokens * shift.square()
+    diagonal = stats.scatter.diagonal() - judge.scatter.diagonal() - between
+    dead = _dampings(diagonal, RIDGE)[1]
     change = torch.zeros_like(W)
     change[:, removed] = -W[:, removed]
-    pulled = W[:, removed] @ C[removed].index_select(1, kept)
-    C = C[kept].index_select(1, kept)
+    pulled = torch.where(dead[removed], 0.0, W[:, removed]) @ fitted.scatter
     del fitted
+    C = stats.without_judge(kept, kept).scatter
+    if dead.any():
+        pulled[:, dead[kept]] = 0
+        C[dead[kept], :] = 0
+        C[:, dead[kept]] = 0
 
     def judged(ridge: float) -> float:
         damped = C.clone()
-        damped.diagonal().add_(dampings[ridge])
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().add_(_dampings(diagonal, ridge)[0][kept])
+        factor, failed = damped.T, torch.empty((), dtype=torch.int32, device=damped.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in its memory, see factored
         if failed:  # too small for float32
             return math.inf
         change[:, kept] = torch.cholesky_solve(pulled.T, factor).T
@@ -154,8 +165,8 @@ def held_out_ridge(W: Tensor, stats: BlockStatistics, kept: Tensor) -> float:
 
 
 def _sketched(W: Tensor) -> Tensor:
-    """W (d, n), or of a tall W few sums of its rows with random signs: as a repair is linear in W, the squared errors of two repairs
-    compare there as they do on all rows."""
+    """W (d, n), or of a tall W few sums of its rows with random signs: as a repair is linear in W, the squared errors of two
+    repairs compare there as they do on all rows."""
     if len(W) <= 2 * SKETCH:
         return W
     signs = torch.randint(2, (SKETCH, len(W)), generator=torch.Generator().manual_seed(0)).to(W) * 2 - 1

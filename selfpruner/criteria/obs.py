@@ -115,8 +115,8 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
     """Keep-first order (n,) of single columns for weights W (d, n) and P = C^-1 (n, n), float32, which is used up.
 
     Inside a pool of the cheapest candidates the elimination is exact, one column at a time; the large matrices follow every
-    ``batch`` removals, so the work is matrix products instead of n rank-one updates, and of P only what is on the diagonal and right
-    of it follows. While costs do not fall as others leave, which the pool's margin covers, the order is the exact greedy one.
+    ``batch`` removals, so the work is matrix products instead of n rank-one updates, and of P only what is on the diagonal and
+    right of it follows. While costs do not fall as others leave, which the pool's margin covers, the order is the exact greedy one.
     """
     rows = W.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # of one column of W each
     n = len(rows)
@@ -157,8 +157,8 @@ def eliminate_channels(W: Tensor, P: Tensor) -> Tensor:
 def _greedy(inner: Tensor, P: Tensor, count: int) -> Tensor:
     """Exact greedy removal of ``count`` of the pool's columns. ``inner`` = W^T W over the pool (p, p), which is all the costs need.
 
-    With u = P_j,: / P_jj, removing j takes P_jj u u^T from P and u b^T + b u^T from the inner products, b being their row j less half
-    its entry j times u. Of both matrices only the diagonals follow; a row is brought up to date when it is its turn.
+    With u = P_j,: / P_jj, removing j takes P_jj u u^T from P and u b^T + b u^T from the inner products, b being their row j less
+    half its entry j times u. Of both matrices only the diagonals follow; a row is brought up to date when it is its turn.
     """
     A, Q = inner.cpu().numpy(), P.cpu().numpy()
     a, q = A.diagonal().copy(), Q.diagonal().copy()

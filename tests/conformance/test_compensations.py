@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from selfpruner import compensation
-from selfpruner.calibration.statistics import JUDGES, Accumulator
+from selfpruner.calibration.statistics import JUDGES, Accumulator, BlockStatistics
+from selfpruner.compensation import least_squares
 from selfpruner.compensation.base import energy, suffix_energies
 from selfpruner.compensation.bias import Bias
 from selfpruner.compensation.least_squares import (
@@ -172,6 +173,31 @@ class TestLeastSquares(CompensationSuite):
         W, bias = LeastSquares().nested(block.W, block.stats, order_of(6)).weights(2, block.W[:, order_of(6)])
         assert torch.isfinite(W).all()
         assert output_error(block, W, order_of(6)[:2], bias) <= 1e-8
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tall_matrix_gets_the_ridge_that_all_its_rows_would_give(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(8, 12 * 2**seed, 20, generator=g) @ torch.randn(20, 48, generator=g)
+    X += torch.randn(X.shape, generator=g)
+    W, kept = torch.randn(700, 48, generator=g), torch.arange(0, 48, 2)
+    judging = torch.arange(8) % JUDGES == JUDGES - 1
+    fitted, own = Accumulator(48, X.device), Accumulator(48, X.device)
+    fitted.add(X[~judging])
+    own.add(X[judging])
+    stats = fitted.finish(own)
+    found = held_out_ridge(W, stats, kept)
+    monkeypatch.setattr(least_squares, "SKETCH", len(W))
+    assert found == held_out_ridge(W, stats, kept)
+
+
+def test_moments_that_rounding_made_indefinite_get_a_larger_ridge() -> None:
+    scatter = torch.full((3, 3), -0.6).fill_diagonal_(1.0)
+    values = torch.zeros(3, dtype=torch.float64)
+    stats = BlockStatistics(100, 1, values, values + 0.01, values + 1, scatter)
+    W = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    repaired, _ = LeastSquares().nested(W, stats, torch.arange(3)).weights(3, W)
+    torch.testing.assert_close(repaired.double(), W, rtol=0, atol=1e-4)
 
 
 class TestLeastSquaresWeights(CompensationSuite):

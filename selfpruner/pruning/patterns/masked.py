@@ -40,7 +40,7 @@ SITE_OF: Mapping[str, Site] = {
     "down": "ffn",
 }
 # Raise it when what is in the files changes.
-_FORMAT = 1
+_FORMAT = 2
 OF_PLAN = "plan-"
 # Rows of all levels together that one sweep repairs: what it takes beyond them is three times their size.
 SWEEP_BYTES = 32 << 20

@@ -21,7 +21,7 @@ from selfpruner.pruning.patterns.units import AttentionFactors, FfnFactors
 from selfpruner.pruning.signals import LayerFacts
 
 # Raise it when a criterion, a compensation or the layout changes what is in the files.
-_FORMAT = 3
+_FORMAT = 4
 
 
 def factor_files(
