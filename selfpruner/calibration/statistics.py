@@ -191,9 +191,8 @@ class Accumulator:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b; on a GPU in float32, as which it adds up what is multiplied in bfloat16."""
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    product: Tensor = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else a @ b
+    return product
 
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
