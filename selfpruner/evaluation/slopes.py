@@ -10,8 +10,9 @@ one evaluation each. The second term is the block's own: its cost alone grows wi
 fast, so this module gives |D|^2 as a share of the dense block's output energy.
 
 On the way forward the stream is kept only before every few blocks; on the way back the blocks between two kept streams run again.
-Memory grows with the sequences taken at once and not with activations, and only one layer's weights are needed at a time. An
-FFN's levels are prefixes of its channels, so one pass through gate and up serves all its moves.
+Memory grows with the sequences taken at once and not with activations, and only one layer's weights are needed at a time. Levels
+of whole units keep some of the dense block's channels or heads as they are, so one pass through all of them serves the plan's own
+level and every move.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from selfpruner.architectures import FfnWeights
+from selfpruner.architectures import AttentionWeights, FfnWeights
 from selfpruner.architectures.kernels import soft_cap, soft_cap_change
 from selfpruner.errors import CancelledTaskError, ConfigError
 from selfpruner.evaluation.engine import Engine, Weights
@@ -84,10 +85,9 @@ class _Walk:
         self.stride = math.isqrt(len(engine.blocks) - 1) + 1  # the fewest streams at a time: about 2 sqrt(blocks)
         self.first, self.size = torch.zeros(2, len(moves), dtype=torch.float64)
         self.energy = torch.zeros(len(engine.blocks), dtype=torch.float64)
-        self._moves: list[list[tuple[int, int]]] = [[] for _ in engine.blocks]  # (level, index), the widest first
+        self._moves: list[list[tuple[int, int]]] = [[] for _ in engine.blocks]  # (level, index)
         for index, (block, level) in enumerate(moves):
             self._moves[block].append((level, index))
-            self._moves[block].sort()
 
     def forth_and_back(self, ids: Tensor) -> float:
         """The sum of the plan's KL over ``ids`` (B, S)."""
@@ -143,32 +143,55 @@ class _Walk:
 
     def _back(self, block: int, xs: list[Tensor], gradients: list[Tensor]) -> None:
         """Note the block's moves; gradients with respect to its inputs xs (B, S, d) take the place of those of its outputs."""
-        updates = self._lanes(partial(self._graph, block, self._weights(block, self.plan.levels[block])), xs)
-        wide: list[Tensor | None] = [None] * len(xs)
-        for number, (level, index) in enumerate(self._moves[block]):
-            weights = self._weights(block, level)
-            if number == 0 and isinstance(weights, FfnWeights) and self.engine.blocks[block].nested:
-                wide = self._lanes(partial(self.engine.arch.ffn_inputs, block // 2, w=weights), xs)
-            terms = self._lanes(partial(self._terms, block, weights), xs, updates, gradients, wide)
+        own, wide = self._weights(block, self.plan.levels[block]), self._wide(block)
+        graphs = self._lanes(partial(self._graph, block, own, wide), xs)
+        updates = [update for update, _ in graphs]
+        for level, index in self._moves[block]:
+            there = partial(self._there, block, level, self._weights(block, level))
+            terms = self._lanes(partial(_terms, there), xs, graphs, gradients)
             self.first[index] += math.fsum(first for first, _ in terms)
             self.size[index] += math.fsum(size for _, size in terms)
         self._lanes(_pull, updates, xs, gradients)
 
-    def _graph(self, block: int, weights: Weights, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            return self._update(block, weights, x.requires_grad_())
+    def _wide(self, block: int) -> Weights:
+        """The dense block with what the plan's level of it and its moves see of it; None where levels compute something else."""
+        prunable = self.engine.blocks[block]
+        if not self._moves[block] or prunable.columns(0) is None:
+            return None
+        weights = self._weights(block, 0)
+        if not isinstance(weights, FfnWeights):
+            return weights
+        levels = (self.plan.levels[block], *(level for level, _ in self._moves[block]))
+        seen = [columns for level in levels if isinstance(columns := prunable.columns(level), slice)]
+        return weights.first_channels(max(columns.stop for columns in seen))
 
-    def _terms(
-        self, block: int, weights: Weights, x: Tensor, here: Tensor, gradient: Tensor, wide: Tensor | None
-    ) -> tuple[float, float]:
-        """<g, D> and |D|^2 of going from ``here`` to what the block with ``weights`` adds."""
-        if isinstance(weights, FfnWeights) and wide is not None:
-            there = self.engine.arch.ffn_output(block // 2, wide[..., : weights.down.shape[1]], weights)
-        else:
-            there = self._update(block, weights, x)
-        moved = there.float().sub_(here)
-        first = float(torch.dot(gradient.flatten(), moved.flatten()))
-        return first, float(moved.square_().sum(dtype=torch.float64))
+    def _graph(self, block: int, own: Weights, wide: Weights, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the block at the plan's level adds to x (B, S, d), with its graph, and what its output matrix could see."""
+        with torch.enable_grad():
+            x.requires_grad_()
+            if wide is None:
+                return self._update(block, own, x), None
+            seen = self._inputs(block, wide, x)
+            return self._output(block, self.plan.levels[block], own, x, seen), seen.detach()
+
+    def _there(self, block: int, level: int, weights: Weights, x: Tensor, seen: Tensor | None) -> Tensor:
+        """What the block would add at another level."""
+        return self._update(block, weights, x) if seen is None else self._output(block, level, weights, x, seen)
+
+    def _inputs(self, block: int, weights: AttentionWeights | FfnWeights, x: Tensor) -> Tensor:
+        if isinstance(weights, FfnWeights):
+            return self.engine.arch.ffn_inputs(block // 2, x, weights)
+        return self.engine.arch.attention_inputs(block // 2, x, weights, self._rope)
+
+    def _output(self, block: int, level: int, weights: Weights, x: Tensor, seen: Tensor) -> Tensor:
+        """What a block at ``level`` adds, of which the dense block's output matrix sees ``seen`` (B, S, n)."""
+        if weights is None:
+            return torch.zeros_like(x)
+        columns = self.engine.blocks[block].columns(level)
+        assert columns is not None
+        if isinstance(weights, FfnWeights):
+            return self.engine.arch.ffn_output(block // 2, seen[..., columns], weights)
+        return self.engine.arch.attention_output(block // 2, seen[..., columns], weights)
 
     def _update(self, block: int, weights: Weights, x: Tensor) -> Tensor:
         """What a block with these weights adds to the stream x (B, S, d)."""
@@ -177,6 +200,16 @@ class _Walk:
         if isinstance(weights, FfnWeights):
             return self.engine.arch.ffn_update(block // 2, x, weights)
         return self.engine.arch.attention_update(block // 2, x, weights, self._rope)
+
+
+def _terms(
+    there: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, graph: tuple[Tensor, Tensor | None], gradient: Tensor
+) -> tuple[float, float]:
+    """<g, D> and |D|^2 of going from what the block adds here to what it would add ``there``."""
+    here, seen = graph
+    moved = there(x, seen).float().sub_(here)
+    first = float(torch.dot(gradient.flatten(), moved.flatten()))
+    return first, float(moved.square_().sum(dtype=torch.float64))
 
 
 def _pull(update: Tensor, x: Tensor, gradient: Tensor) -> None:

@@ -76,6 +76,9 @@ from selfpruner.workers.tasks import (
     TimeBlocksResult,
 )
 
+# Tokens that every model writes in each of the rounds it is timed in.
+TIMED_TOKENS = 16
+
 
 class SessionHandler:
     """Does tasks on one device, one at a time. ``model_root`` bounds local models and ``text_root`` text files (None: any)."""
@@ -279,7 +282,7 @@ class SessionHandler:
         for name, plan in plans.items():
             built[name] = build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
         prompt = prepared.tokens("report", [0])[0]
-        longest, new_tokens = speed.fitting(prompt.numel(), 32 if request.decode else 0, prepared.arch.positions)
+        longest, new_tokens = speed.fitting(prompt.numel(), TIMED_TOKENS if request.decode else 0, prepared.arch.positions)
         progress(f"timing {len(built)} models")
         speeds = speed.measure(built, prompt[:longest], new_tokens=new_tokens, cancelled=cancelled)
         return MeasureResult(

@@ -26,7 +26,7 @@ class Shaken:
     def __init__(self, block: Any, level: int) -> None:
         self.block, self.level = block, level
         self.options = (*block.options, block.options[level], block.options[level])
-        self.own_bytes, self.nested = block.own_bytes, block.nested
+        self.own_bytes = block.own_bytes
 
     def weights(self, level: int) -> Any:
         if level < len(self.block.options):
@@ -38,6 +38,9 @@ class Shaken:
         return replace(
             weights, **{part: None if value is None else value * (1 + size * noise(value)) for part, value in found.items()}
         )
+
+    def columns(self, level: int) -> Any:
+        return self.block.columns(level if level < len(self.block.options) else self.level)
 
     @staticmethod
     def renewed(level: int, weights: Any) -> Any:  # noqa: ARG004

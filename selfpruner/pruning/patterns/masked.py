@@ -71,10 +71,9 @@ class PrunableMasked:
         """Bytes of a level below dense that are not the model's."""
         return 0 if weights is None else sum(int(getattr(weights, name).nbytes) for name in weights.matrices)
 
-    @property
-    def nested(self) -> bool:
-        """Whether levels are prefixes of each other's channels."""
-        return False
+    def columns(self, level: int) -> slice | Tensor | None:  # noqa: ARG002
+        """None: what the output matrix sees differs from level to level."""
+        return None
 
     def _matrix(self, name: str, level: int, dense: Tensor) -> Tensor:
         stored = self.file.read(f"{name}.{level}")

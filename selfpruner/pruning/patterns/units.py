@@ -85,10 +85,9 @@ class PrunableFfn:
         """Bytes of a level that are not the model's: gate and up are views of the ordered channels and cost nothing more."""
         return 0 if weights is None else _bytes(weights, "down", "down_bias")
 
-    @property
-    def nested(self) -> bool:
-        """Whether levels are prefixes of each other's channels."""
-        return True
+    def columns(self, level: int) -> slice | Tensor | None:
+        """Which of the dense block's channels the level has, as they are."""
+        return slice(self.options[level].channels)
 
     def _base(self) -> FfnWeights:
         # Another session may have used the model with an order of its own; or it may be a layer that was just read.
@@ -128,10 +127,9 @@ class PrunableAttention:
         """Bytes of a level that are not the model's."""
         return 0 if weights is None else _bytes(weights, "q", "k", "v", "o", "o_bias")
 
-    @property
-    def nested(self) -> bool:
-        """Whether levels are prefixes of each other's channels."""
-        return False
+    def columns(self, level: int) -> slice | Tensor | None:
+        """Which of the inputs of the dense block's output matrix, head by head, the level has, as they are."""
+        return slice(None) if level == 0 else _columns(self.heads[level], self.arch.head_dim, self.arch.device)
 
 
 def measure_ffn(
