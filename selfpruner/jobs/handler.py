@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from selfpruner import models
 from selfpruner.architectures import describe
@@ -277,10 +279,7 @@ class SessionHandler:
         if not _fit(prepared, len(plans)):
             rows = {name: MeasureRow(parameters=count) for name, count in parameters.items()}
             return MeasureResult(rows=rows, not_timed="the models to be timed do not fit the memory there is at once")
-        base = prepared.loaded.model
-        built = {}
-        for name, plan in plans.items():
-            built[name] = build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
+        built = {name: self._built(prepared, plan) for name, plan in plans.items()}
         prompt = prepared.tokens("report", [0])[0]
         longest, new_tokens = speed.fitting(prompt.numel(), TIMED_TOKENS if request.decode else 0, prepared.arch.positions)
         progress(f"timing {len(built)} models")
@@ -290,7 +289,7 @@ class SessionHandler:
         )
 
     def _generate(self, session: Session, request: GenerateRequest, progress: OnProgress, cancelled: Cancelled) -> GenerateResult:
-        """One plan after another."""
+        """Plans side by side on the cores of a CPU, else one after another."""
         started = time.perf_counter()
         prepared = self._session(session, progress, cancelled)
         if prepared.loaded.streamed:
@@ -302,14 +301,27 @@ class SessionHandler:
         if not _fit(prepared, 1):
             raise OutOfMemoryError("A pruned model does not fit beside the dense one in the memory there is.")
         longest, new_tokens = speed.fitting(request.prompt, request.new_tokens, prepared.arch.positions)
-        base, prompts = prepared.loaded.model, prepared.tokens(request.text, request.sequences)[:, :longest]
-        rates = {}
-        for name, levels in request.plans.items():
-            progress(f"writing with {name}")
-            model = build(base, *pruned_tensors(prepared, Plan(levels))) if any(levels) else base
+        prompts = prepared.tokens(request.text, request.sequences)[:, :longest]
+        rates: dict[str, float] = {}
+
+        def write(name: str, model: PreTrainedModel) -> None:
             rates[name] = repetition(model, prompts, new_tokens=new_tokens, cancelled=cancelled)
-            del model  # before the next is built
+
+        lanes, names = prepared.engine.lanes, list(request.plans)
+        together = lanes.count if _fit(prepared, lanes.count) else 1
+        for start in range(0, len(names), together):
+            some = names[start : start + together]
+            progress(f"writing with {' and '.join(some)}")
+            built = {name: self._built(prepared, Plan(request.plans[name])) for name in some}
+            lanes.run([partial(write, name, model) for name, model in built.items()])
+            del built  # before the next are
         return GenerateResult(repetition=rates, seconds=time.perf_counter() - started)
+
+    @staticmethod
+    def _built(prepared: Prepared, plan: Plan) -> PreTrainedModel:
+        """The plan's model; the dense one is there."""
+        base = prepared.loaded.model
+        return build(base, *pruned_tensors(prepared, plan)) if any(plan.levels) else base
 
     def _time_blocks(
         self, session: Session, request: TimeBlocksRequest, progress: OnProgress, cancelled: Cancelled
