@@ -27,6 +27,8 @@ def test_two_workers_find_what_one_finds(tmp_path: Path) -> None:
     assert two.report["best_plan"] == one.report["best_plan"]
     assert two.report["tokens"] == one.report["tokens"]
     assert two.report["best"]["kl"] == pytest.approx(one.report["best"]["kl"], rel=1e-5)
+    workers = [{row["stage"]: row["workers"] for row in found.report["stages"]} for found in (one, two)]
+    assert [(rows["loading"], rows["scoring"], rows["export"]) for rows in workers] == [(1, 1, 1), (2, 2, 1)]
     kls = []
     for name in ("one", "two"):
         with Store(tmp_path / name / "selfpruner.db") as store:
