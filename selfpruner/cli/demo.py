@@ -21,6 +21,7 @@ from typing import Literal
 from selfpruner.cli.show import comparison, stages
 from selfpruner.client import Client
 from selfpruner.errors import SelfprunerError
+from selfpruner.files import atomic
 from selfpruner.files.report import Report
 from selfpruner.jobs.live_view import LiveView, account, contributions
 from selfpruner.store.objects import JobObject
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = round(time.monotonic() - started, 1)
     took = {"seconds": seconds, "cores": cores, "load_average": load}
     result = {**{key: value for key, value in report.items() if key in KEPT}, **took, "job": job["id"]}
-    (home / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    atomic.write_text(home / "result.json", json.dumps(result, indent=2) + "\n")
     source = {role: " + ".join(s["source"] for s in text["sources"]) for role, text in report["texts"].items()}
     console.print(comparison(report))
     if "scores" not in report.get("missing", {}):

@@ -15,8 +15,8 @@ from selfpruner import catalogue, models
 from selfpruner.calibration import files
 from selfpruner.cli import shared_options
 from selfpruner.config import Share
-from selfpruner.errors import ConfigError, disk_errors
-from selfpruner.files import places
+from selfpruner.errors import ConfigError
+from selfpruner.files import atomic, places
 from selfpruner.progress import shown
 
 if TYPE_CHECKING:
@@ -183,8 +183,7 @@ def benchmark(
         cache=cache,
     )
     body = report.to_dict()
-    with disk_errors(output):
-        output.write_text(json.dumps(body, indent=1) + "\n", "utf-8")
+    atomic.write_text(output, json.dumps(body, indent=1) + "\n")
     print(json.dumps(body) if as_json else report.markdown(), end="\n" if as_json else "")
     return 0
 
@@ -223,22 +222,19 @@ def criteria(as_json: shared_options.Json = False) -> int:
     return 0
 
 
+@shared_options.spread
 def compare(
     output: shared_options.Output,
+    options: shared_options.ModelOptions,
     more: Annotated[list[str] | None, typer.Argument(metavar="[RATE]...", help="Further rates.", show_default=False)] = None,
     rates: Annotated[str, typer.Option(help="Uniform rates: 0.2,0.3,0.5.")] = "0.2,0.3,0.5",
-    model: shared_options.Model = None,
     patterns: Annotated[str, typer.Option(help=f"Which of {', '.join(catalogue.PATTERNS)}.")] = "structured",
     criteria: Annotated[str | None, typer.Option(help="Which criteria, by commas.", show_default="all of the patterns")] = None,
     compensations: Annotated[str | None, typer.Option(help="Which compensations, by commas.", show_default="all")] = None,
-    calibration: shared_options.Calibration = None,
     text: Text = None,
     sequences: Annotated[int, typer.Option(min=1, max=65_536, help="Sequences of the held-out text.")] = 32,
     length: Annotated[int, typer.Option(min=16, max=32_768, help="Tokens per sequence of it.")] = 512,
-    device: shared_options.Device = None,
     devices: shared_options.Devices = None,
-    config: shared_options.ConfigFile = None,
-    settings: shared_options.Settings = None,
     cache: shared_options.Cache = None,
     as_json: shared_options.Json = False,
 ) -> int:
@@ -252,11 +248,10 @@ def compare(
 
     wanted = _numbers([*rates.split(","), *(more or [])])
     methods = side_by_side.methods_of(_split(patterns), _split(criteria) or None, _split(compensations) or None)
-    body = shared_options.read_config(config, settings, calibration=calibration, model=model, device=device)
     report: dict[str, object] = {"sequences": sequences, "length": length}
     if text:
         report["sources"] = [{"source": name} for name in text]
-    checked = api.config_of({"preset": "evolution", "report_text": report, **body, "rate": wanted[0]})
+    checked = api.config_of({"preset": "evolution", "report_text": report, **options.body(), "rate": wanted[0]})
     workers = api.placed(devices, checked.device) or (checked.device,)
     places.writable_folder(output)
     files.look_at(checked, ("report",))
@@ -266,7 +261,7 @@ def compare(
     cache_dir = cache or api.default_cache()
     with shown(True) as tell:
         asyncio.run(side_by_side.measure(checked, methods, wanted, results, cache=cache_dir, devices=workers, progress=tell))
-    (output / "compare.md").write_text(side_by_side.markdown(results), "utf-8")
+    atomic.write_text(output / "compare.md", side_by_side.markdown(results))
     no_picture = plots.draw(lambda: side_by_side.chart(results), output / "compare.svg")
     if as_json:
         print(json.dumps({"settings": results.settings, "dense": results.dense, "rows": results.rows}))

@@ -92,18 +92,12 @@ Settings = Annotated[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneOptions:
-    """The options of whatever prunes a model."""
+class ModelOptions:
+    """The options of whatever looks at a model by a search's config."""
 
     model: Model = None
-    rate: Rate = None
-    pattern: Pattern = None
-    criterion: Criterion = None
-    compensation: Compensation = None
     calibration: Calibration = None
-    seed: Seed = None
     device: Device = None
-    memory: Memory = None
     config: ConfigFile = None
     settings: Settings = None
 
@@ -111,6 +105,18 @@ class PruneOptions:
         """The request as plain JSON data. Raises ConfigError as :func:`read_config` does."""
         given = asdict(self)
         return read_config(given.pop("config"), given.pop("settings"), **given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneOptions(ModelOptions):
+    """The options of whatever prunes a model."""
+
+    rate: Rate = None
+    pattern: Pattern = None
+    criterion: Criterion = None
+    compensation: Compensation = None
+    seed: Seed = None
+    memory: Memory = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

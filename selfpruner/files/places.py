@@ -45,6 +45,8 @@ def writable_file(file: Path, *, param: str = "output") -> None:
     """The same for a file that will be replaced."""
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; name a file in it.", param=param)
+    if file.exists() and not file.is_file():  # a device, a pipe: replaced, it would be gone
+        raise ConfigError(f"{file} is no ordinary file; name another.", param=param)
     writable_folder(Path(os.path.realpath(file)).parent, param=param)
 
 

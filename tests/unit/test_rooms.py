@@ -126,3 +126,14 @@ def test_a_word_names_nothing_else(word: str, rooms: tuple[str, ...]) -> None:
                 names = (getattr(node, field, None) for field in ("id", "attr", "arg", "name"))
                 said.update(f"{name}: {found}" for found in names if isinstance(found, str) and word in found.lower().split("_"))
     assert said == set()
+
+
+def test_commands_write_files_whole_or_not_at_all() -> None:
+    beside = [
+        f"{name}:{node.lineno}"
+        for name, file in modules().items()
+        if room(name) == "cli"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("write_text", "write_bytes") and ast.unparse(node.value) != "atomic"
+    ]
+    assert beside == []

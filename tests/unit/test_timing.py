@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -508,8 +510,29 @@ def test_bad_input_is_refused(
     assert not output.exists()
 
 
+def test_figures_that_cannot_be_written_leave_those_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(file: Path, text: str, *_: object) -> None:
+        file.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("selfpruner.api.benchmark", lambda *_, **__: report_of("dense"))
+    monkeypatch.setattr(Path, "write_text", half)
+    output = tmp_path / "out.json"
+    output.write_bytes(b"{}")
+    assert cli.run(["benchmark", "m", "-o", str(output)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert ([file.name for file in tmp_path.iterdir()], output.read_bytes()) == (["out.json"], b"{}")
+
+
 def test_where_to_write_is_checked_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for place, says in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "none" / "out.json", "cannot be written")):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for place, says in (
+        (pipe, "is no ordinary file"),
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "none" / "out.json", "cannot be written"),
+    ):
         assert cli.run(["benchmark", "nowhere/at/all", "-o", str(place)]) == 2
         assert says in capsys.readouterr().err
     with pytest.raises(ConfigError, match="once only"):
