@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "transformers", options.prompt_tokens, options.new_tokens, options.repetitions, compiled=options.compile
             )
             named = {"dense": dense, f"{rate:g}, multiples of {multiple}": pruned}
-            how = {"device": options.device, "dtype": options.dtype, "cache": default_cache()}
+            how = {"devices": (options.device,), "dtype": options.dtype, "cache": default_cache()}
             report = asyncio.run(run(named, settings, **how))
             rows.append({"rate": rate, "multiple": multiple, "removed": removed(dense, pruned), **report.to_dict()})
             print("\n".join(_lines(report, rate, multiple, removed(dense, pruned))), flush=True)

@@ -95,7 +95,7 @@ def test_bad_requests_leave_nothing_behind(fields: dict[str, Any], tmp_path: Pat
 def test_a_model_that_cannot_be_pruned_is_refused_before_a_worker_starts(
     fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_pool(*_: Any) -> Any:
+    def no_pool(*_: Any, **__: Any) -> Any:
         raise AssertionError("a worker was started")
 
     monkeypatch.setattr(api, "_with_pool", no_pool)

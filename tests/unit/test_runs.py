@@ -81,7 +81,7 @@ def run(finished: tuple[Path, JobResult], tmp_path: Path) -> Path:
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may be computed."""
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was computed")
 
     monkeypatch.setattr(api, "_with_pool", refuse)

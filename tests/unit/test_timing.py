@@ -336,7 +336,7 @@ def test_a_shape_of_random_weights_needs_no_files(tmp_path: Path) -> None:
         found = speed.read(model, tokens_of(1, 8, vocab=100))
         assert speed.write(model, found.cache, found.token, 2) > 0
     settings = Settings("transformers", 8, 2, 1, batches=(1,))
-    report = asyncio.run(run.run({"dense": fields, "less": less}, settings, device="cpu", dtype="float32", cache=tmp_path))
+    report = asyncio.run(run.run({"dense": fields, "less": less}, settings, devices=("cpu",), dtype="float32", cache=tmp_path))
     assert report.ratio(report.subjects[1], "decode_1").bound > 1
 
 
