@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest test-ray test-vllm test-llamacpp test-evaluate lint types clean
+.PHONY: help install demo test test-slow test-gpu test-oldest test-ray test-vllm test-llamacpp test-evaluate lint types clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -69,6 +69,9 @@ test: install lint types ## lint, types and all tests but the slow ones
 
 test-slow: install ## the heavy tests
 	$(TIED) -m pytest -q -m slow --timeout 1800
+
+test-gpu: install ## everything that only a GPU can show (8 minutes; needs `make install TORCH_INDEX=`)
+	$(TIED) -m benchmarks.gpu
 
 test-llamacpp: install $(LLAMACPP)/installed ## exports in llama.cpp, which is compiled first (minutes)
 	OMP_NUM_THREADS=1 $(LLAMACPP)/bin/python -m pytest -q --timeout 1800 tests/service/test_gguf_llamacpp.py

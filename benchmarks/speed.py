@@ -87,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             how = {"devices": (options.device,), "dtype": options.dtype, "cache": default_cache()}
             report = asyncio.run(run(named, settings, **how))
             rows.append({"rate": rate, "multiple": multiple, "removed": removed(dense, pruned), **report.to_dict()})
+            body = {"shape": options.random_shape, "layers": dense["num_hidden_layers"], "compiled": options.compile, "rows": rows}
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
             print("\n".join(_lines(report, rate, multiple, removed(dense, pruned))), flush=True)
-    body = {"shape": options.random_shape, "layers": dense["num_hidden_layers"], "compiled": options.compile, "rows": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
 def dense_config(shape: str, layers: int | None = None) -> dict[str, Any]:

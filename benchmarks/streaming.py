@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -26,6 +27,8 @@ from selfpruner.workers.lifeline import tied
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 32, "vocab_size": 32000},
+    "llama-2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    | {"num_key_value_heads": 40, "vocab_size": 32000},
     # Two layers as wide as those of a model of a billion parameters.
     "wide": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 32}
     | {"num_key_value_heads": 4, "vocab_size": 4096},
@@ -39,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--random", choices=SHAPES, help="a model of random weights instead")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has, where disk or time are short")
     parser.add_argument("--folder", type=Path, help="where the random model is, or is written to")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -63,7 +67,8 @@ def main() -> None:
         if options.folder is None:
             parser.error("--random needs --folder")
         if not (options.folder / "tokenizer_config.json").is_file():
-            write_random(options.folder, SHAPES[options.random])
+            shape = SHAPES[options.random]
+            write_random(options.folder, shape if options.layers is None else {**shape, "num_hidden_layers": options.layers})
     _child("prepare")
     runs: dict[str, list[dict[str, Any]]] = {"resident": [], "streamed": []}
     for _ in range(options.repeats):
@@ -240,13 +245,17 @@ def write_random(folder: Path, shape: dict[str, int]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tensors = model.state_dict()
-    generator = torch.Generator().manual_seed(0)
+    # Rows of one long draw, from another place for every piece: drawing all of them would take longer than writing them.
+    drawn = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    places = random.Random(0)
 
     def rows(name: str) -> Iterable[torch.Tensor]:
         size = tensors[name].shape
         for start in range(0, size[0], 1024):
-            part = torch.randn(min(1024, size[0] - start), *size[1:], generator=generator) * (0.02 if len(size) > 1 else 0.1)
-            yield (part if len(size) > 1 else part + 1).bfloat16()
+            part = (min(1024, size[0] - start), *size[1:])
+            place = places.randrange(len(drawn) - math.prod(part))
+            piece = drawn[place : place + math.prod(part)].view(part)
+            yield piece if len(size) > 1 else 1 + 5 * piece
 
     write_tensors(folder / "model.safetensors", held_shapes(tensors), rows, {"format": "pt"})
     config.save_pretrained(folder)
