@@ -252,6 +252,7 @@ class EnginePool:
         self.engine = Engine(case.arch, case.blocks, memory_bytes=1 << 42)
         self.sizes: list[int] = []
         self.refused = 0
+        self.workers = 1
 
     async def run(self, session: Session, request: Any, on_progress: object = None) -> Any:  # noqa: ARG002
         import torch
