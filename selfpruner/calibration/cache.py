@@ -22,7 +22,18 @@ from torch import Tensor
 
 from selfpruner.architectures import Architecture
 from selfpruner.calibration.gradients import Gradients, layer_gradients
-from selfpruner.calibration.statistics import OUTPUTS, SITES, BlockStatistics, Moments, Site, check_finite, layer_statistics, mirror
+from selfpruner.calibration.statistics import (
+    OUTPUTS,
+    SITES,
+    BlockStatistics,
+    Moments,
+    Site,
+    check_finite,
+    layer_statistics,
+    merged,
+    mirror,
+    part_of,
+)
 from selfpruner.errors import disk_errors
 from selfpruner.files import atomic
 from selfpruner.files.tensors import TensorFile
@@ -55,7 +66,7 @@ def cached_statistics(
     """
     on = on or arch.device
     stored_in = statistics_place(arch, folder, fingerprint)
-    kinds = [kind for kind, own in _FILES.items() if set(own) & set(sites)]
+    kinds = _kinds(sites)
     missing = [kind for kind in kinds if not _complete(stored_in, kind, arch.layers)]
     collected = None
     if missing:
@@ -82,6 +93,63 @@ def cached_statistics(
             check_finite(arch, layer, found)
         yield found
         del found
+
+
+def collect_part(
+    arch: Architecture,
+    tokens: Tensor,
+    folder: Path,
+    fingerprint: str,
+    part: int,
+    parts: int,
+    sites: Collection[Site] = OUTPUTS,
+    *,
+    memory: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> int:
+    """Collect the statistics of one of ``parts`` of the token ids (sequences, length), for :func:`statistics_of`. How many tokens
+    that were."""
+    own = tokens[part_of(len(tokens), part, parts)]
+    name = _part_name(fingerprint, part, parts)
+    for _ in cached_statistics(arch, own, folder, name, sites, memory=memory, progress=progress, cancelled=cancelled):
+        pass
+    return own.numel()
+
+
+def statistics_of(
+    arch: Architecture,
+    folder: Path,
+    fingerprint: str,
+    layer: int,
+    sites: Collection[Site] = OUTPUTS,
+    *,
+    parts: int = 0,
+    on: torch.device | None = None,
+) -> dict[Site, BlockStatistics]:
+    """One layer's statistics at ``sites``, from what was collected before: as a whole, or with ``parts`` by :func:`collect_part`,
+    which is then merged and written."""
+    place = statistics_place(arch, folder, fingerprint)
+    found: dict[Site, BlockStatistics] = {}
+    for kind in _kinds(sites):
+        file = _files(place, kind, arch.layers)[layer]
+        if parts and not file.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            places = [part_place(arch, folder, fingerprint, part, parts) for part in range(parts)]
+            read = [_read(_files(own, kind, arch.layers)[layer], _FILES[kind], torch.device("cpu")) for own in places]
+            _write(file, {site: merged([part[site] for part in read]) for site in _FILES[kind]})
+        found |= _read(file, [site for site in _FILES[kind] if site in sites], on or arch.device)
+    check_finite(arch, layer, found)
+    return found
+
+
+def part_place(arch: Architecture, folder: Path, fingerprint: str, part: int, parts: int) -> Path:
+    """The folder of what :func:`collect_part` collects."""
+    return statistics_place(arch, folder, _part_name(fingerprint, part, parts))
+
+
+def _part_name(fingerprint: str, part: int, parts: int) -> str:
+    return f"{fingerprint}:{part}/{parts}"
 
 
 def cached_gradients(
@@ -123,6 +191,10 @@ def _sums(tensors: Mapping[str, Tensor], name: str, sequences: int, device: torc
 def statistics_place(arch: Architecture, folder: Path, fingerprint: str) -> Path:
     """The folder of what is measured of a model on a text."""
     return folder / hashlib.sha256(f"{_FORMAT}:{fingerprint}:{arch.dtype}".encode()).hexdigest()[:24]
+
+
+def _kinds(sites: Collection[Site]) -> list[str]:
+    return [kind for kind, own in _FILES.items() if set(own) & set(sites)]
 
 
 def _files(place: Path, kind: str, layers: int) -> list[Path]:

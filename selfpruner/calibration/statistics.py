@@ -8,9 +8,10 @@ matrices float32. Those of the sequences that judge and of the others are summed
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Literal
@@ -226,6 +227,34 @@ def _merged(one: Moments, other: Moments) -> Moments:
         part += other.scatter[strip, rest]
         part.addr_(between[strip], between[rest], alpha=weight)
     return Moments(tokens, one.mean + (other.mean - one.mean) * (other.tokens / tokens), one.scatter)
+
+
+def merged(parts: Sequence[BlockStatistics]) -> BlockStatistics:
+    """The statistics of all ``parts``, which are of different sequences. To be called once: the first one's memory is theirs.
+
+    A judge is kept only where each part has one.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    own = reduce(_merged, (Moments(part.tokens, part.mean, part.scatter) for part in parts))
+    judges = [part.judge for part in parts if part.judge is not None]
+    judge = reduce(_merged, judges) if len(judges) == len(parts) else None
+    spread = own.scatter.diagonal().to(own.mean)
+    return BlockStatistics(
+        own.tokens,
+        sum(part.sequences for part in parts),
+        own.mean,
+        spread / max(own.tokens - 1, 1),
+        torch.stack([part.energy for part in parts]).sum(0),
+        mirror(own.scatter),
+        None if judge is None else Moments(judge.tokens, judge.mean, mirror(judge.scatter)),
+    )
+
+
+def part_of(sequences: int, part: int, parts: int) -> slice:
+    """The sequences of one of ``parts``; every JUDGES-th one of all is a JUDGES-th one of its part."""
+    groups = -(-sequences // JUDGES)
+    return slice(groups * part // parts * JUDGES, groups * (part + 1) // parts * JUDGES)
 
 
 class _Site:

@@ -13,15 +13,18 @@ from selfpruner.architectures import Architecture
 from selfpruner.calibration.cache import (
     cached_gradients,
     cached_statistics,
+    collect_part,
     missing_gradients,
     missing_sites,
+    part_place,
+    statistics_of,
     statistics_place,
 )
 from selfpruner.calibration.gradients import Gradients
 from selfpruner.calibration.statistics import BlockStatistics, Site
 from selfpruner.criteria import Criterion
 from selfpruner.errors import ConfigError
-from selfpruner.files.cache_folder import make_room, use
+from selfpruner.files.cache_folder import discard, make_room, use
 from selfpruner.models import LoadedModel
 from selfpruner.progress import Cancelled, OnProgress
 from selfpruner.pruning import outlook
@@ -76,6 +79,43 @@ class Measurements:
             progress=self.progress,
             cancelled=self.cancelled,
         )
+
+    def collect_part(self, sites: Sequence[Site], part: int, parts: int) -> int:
+        """The statistics of one of ``parts`` of the text, for the cache; how many tokens that were."""
+        self._use()
+        for number in range(parts):
+            use(
+                part_place(self.arch, self.folder, self.fingerprint, number, parts),
+                self.loaded.source.name,
+                f"a part of {self.sources}",
+            )
+        return collect_part(
+            self.arch,
+            self.tokens,
+            self.folder,
+            self.fingerprint,
+            part,
+            parts,
+            sites,
+            memory=self.loaded.memory,
+            progress=self.progress,
+            cancelled=self.cancelled,
+        )
+
+    def statistics_of(self, layer: int, sites: Sequence[Site], parts: int) -> dict[Site, BlockStatistics]:
+        """One layer's, that were collected before, in ``parts`` or (0) as a whole."""
+        self._use()
+        on = where_to_order(self.arch, self.loaded)
+        return statistics_of(self.arch, self.folder, self.fingerprint, layer, sites, parts=parts, on=on)
+
+    def drop_parts(self, parts: int) -> None:
+        """Remove what :meth:`collect_part` left."""
+        for part in range(parts):
+            discard(part_place(self.arch, self.folder, self.fingerprint, part, parts))
+
+    def missing(self, sites: Sequence[Site]) -> bool:
+        """Whether statistics would have to be collected."""
+        return bool(missing_sites(self.arch, self.folder, self.fingerprint, sites))
 
     def gradients(self, criterion: Criterion) -> Callable[[int], dict[str, Gradients] | None]:
         """What gives a layer's gradients by matrix name; None where ``criterion`` needs none."""

@@ -147,6 +147,52 @@ class PrepareRequest(TaskRequest[PrepareResult]):
     output: str | None = None
 
 
+class BeginResult(TaskResult):
+    """What several workers can do of the preparation: ``parts`` into which the calibration text's ``sequences`` may be cut for its
+    statistics, 0 where there are statistics already or one worker has to collect them; and the ``layers`` to make factors or levels
+    of, none where that is for one worker."""
+
+    parts: int
+    layers: tuple[int, ...]
+
+
+class BeginRequest(TaskRequest[BeginResult]):
+    """Look at everything that can be wrong, load the model, make the ``texts``. ``output`` as in :class:`PrepareRequest`. For so
+    many ``workers``."""
+
+    kind: ClassVar[str] = "begin"
+    texts: tuple[Role, ...]
+    workers: int
+    output: str | None = None
+
+
+class StatisticsResult(TaskResult):
+    """``tokens`` that were walked through the model, in ``seconds``."""
+
+    tokens: int
+    seconds: float
+
+
+class StatisticsRequest(TaskRequest[StatisticsResult]):
+    """Collect the statistics of one of ``parts`` of the calibration text into the cache."""
+
+    kind: ClassVar[str] = "statistics"
+    part: int
+    parts: int
+
+
+class MakeResult(TaskResult):
+    seconds: float
+
+
+class MakeRequest(TaskRequest[MakeResult]):
+    """Make factors or levels of ``layers`` in the cache, from statistics that are there in ``parts``, or whole (0)."""
+
+    kind: ClassVar[str] = "make"
+    layers: tuple[int, ...]
+    parts: int
+
+
 class ExpectResult(TaskResult):
     """The search space as it will be, up to what a criterion leaves of weights."""
 

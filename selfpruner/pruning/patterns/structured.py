@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 from selfpruner import compensation, criteria
 from selfpruner.architectures.cost import attention_cost, decoder_parameters, ffn_cost, model_parameters
-from selfpruner.calibration.statistics import OUTPUTS
+from selfpruner.calibration.gradients import Gradients
+from selfpruner.calibration.statistics import OUTPUTS, BlockStatistics, Site
+from selfpruner.compensation import Compensation
 from selfpruner.criteria import UnitCriterion
 from selfpruner.errors import CancelledTaskError
 from selfpruner.files.cache_folder import use
@@ -27,6 +31,7 @@ class Structured(Pattern):
     """Levels of an FFN are widths, those of attention (KV groups, query heads per group)."""
 
     name: ClassVar[str] = "structured"
+    sites: ClassVar[Sequence[Site]] = OUTPUTS
 
     def expected(self, layer: int, block: int) -> Sequence[Option]:  # noqa: ARG002
         if block:
@@ -44,39 +49,19 @@ class Structured(Pattern):
     def blocks(self, measured: Measurements, plan: Plan | None) -> tuple[list[Prunable], Signals]:  # noqa: ARG002
         """All levels come from orders and repairs that are made once and then read from the cache; the model's channels are put in
         the criterion's order."""
-        config, arch = self.config, self.arch
-        criterion, repair = criteria.create(config.criterion, self.name), compensation.create(config.compensation)
-        assert isinstance(criterion, UnitCriterion)
-        files = factor_files(arch, measured.cache / "factors", measured.fingerprint, criterion, repair)
-        use(files[0].parent, measured.loaded.source.name, f"{criterion.name}, {repair.name} on {measured.sources}")
-        if not all(file.exists() for file in files):
-            searched, device = "second_order" in criterion.needs, where_to_order(arch, measured.loaded)
-            measured.announce(
-                criterion,
-                OUTPUTS,
-                outlook.factor_bytes(arch, refitted=repair.refits),
-                lambda: outlook.probe_order(arch, device, searched=searched, refitted=repair.refits),
-            )
-            gradients = measured.gradients(criterion)
+        arch, repair, files = self.arch, self._repair, self._files(measured)
+        use(files[0].parent, measured.loaded.source.name, f"{self.criterion.name}, {repair.name} on {measured.sources}")
+        if unmade := self.unmade(measured):
+            self.announce(measured)
+            gradients = measured.gradients(self.criterion)
             statistics = measured.statistics(OUTPUTS)
             for layer in range(arch.layers):
                 found = next(statistics)  # of one layer at a time: no loop's variable holds the last one's while the next are made
-                if measured.cancelled():
-                    raise CancelledTaskError("Cancelled while ordering units.")
-                release()
-                if not files[layer].exists():
-                    pair, own = (found["attention"], found["ffn"]), gradients(layer)
-                    with at("ordering"):
-                        factors = (
-                            measure_attention(arch, layer, pair[0], criterion, repair, own),
-                            measure_ffn(arch, layer, pair[1], criterion, repair, own),
-                        )
-                    with at("factors"):
-                        write_factors(files[layer], *factors, layer_facts(arch, layer, pair))
-                    del factors, pair, own
+                if layer in unmade:
+                    self.make(measured, layer, found, gradients(layer))
                 del found
                 release()
-                measured.progress(f"units of layer {layer + 1}/{arch.layers} ordered by {criterion.name}")
+                measured.progress(f"units of layer {layer + 1}/{arch.layers} ordered by {self.criterion.name}")
         shapes, widths = self._shapes(), self._widths()
         blocks: list[Prunable] = []
         signals = []
@@ -90,6 +75,48 @@ class Structured(Pattern):
             blocks += [one, other]
         release()
         return blocks, gather(signals)
+
+    @cached_property
+    def criterion(self) -> UnitCriterion:
+        criterion = criteria.create(self.config.criterion, self.name)
+        assert isinstance(criterion, UnitCriterion)
+        return criterion
+
+    @cached_property
+    def _repair(self) -> Compensation:
+        return compensation.create(self.config.compensation)
+
+    def _files(self, measured: Measurements) -> list[Path]:
+        return factor_files(self.arch, measured.cache / "factors", measured.fingerprint, self.criterion, self._repair)
+
+    def unmade(self, measured: Measurements) -> list[int]:
+        return [layer for layer, file in enumerate(self._files(measured)) if not file.exists()]
+
+    def make(
+        self, measured: Measurements, layer: int, found: Mapping[Site, BlockStatistics], gradients: Mapping[str, Gradients] | None
+    ) -> None:
+        if measured.cancelled():
+            raise CancelledTaskError("Cancelled while ordering units.")
+        release()
+        arch, criterion, repair = self.arch, self.criterion, self._repair
+        pair = (found["attention"], found["ffn"])
+        with at("ordering"):
+            factors = (
+                measure_attention(arch, layer, pair[0], criterion, repair, gradients),
+                measure_ffn(arch, layer, pair[1], criterion, repair, gradients),
+            )
+        with at("factors"):
+            write_factors(self._files(measured)[layer], *factors, layer_facts(arch, layer, pair))
+
+    def announce(self, measured: Measurements) -> None:
+        searched, refits = "second_order" in self.criterion.needs, self._repair.refits
+        device = where_to_order(self.arch, measured.loaded)
+        measured.announce(
+            self.criterion,
+            OUTPUTS,
+            outlook.factor_bytes(self.arch, refitted=refits),
+            lambda: outlook.probe_order(self.arch, device, searched=searched, refitted=refits),
+        )
 
     def _shapes(self) -> list[tuple[int, int]]:
         config, arch = self.config, self.arch
