@@ -93,10 +93,7 @@ def prepare(
     errors for texts and budgets that cannot work."""
     started = time.perf_counter()
     arch = describe(loaded.model)
-    _check_head(arch)
-    restore_channels(arch)  # what an earlier session left; a text that the model writes does not depend on it
-    # A budget that cannot be met, or a text that is too short, is found before minutes are spent on statistics.
-    expected_space(config, arch)
+    check(config, arch)
     wanted: tuple[Role, ...] = ("calibration", *roles)
     texts = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in dict.fromkeys(wanted)}
     release()  # what writing text needed is gone before the factors come
@@ -109,6 +106,13 @@ def prepare(
     space = space_of(config, arch, blocks)
     seconds = time.perf_counter() - started
     return Prepared(config, loaded, arch, cache, texts, space, signals, make_engine(arch, loaded, blocks), seconds)
+
+
+def check(config: SearchConfig, arch: Architecture) -> None:
+    """What can be wrong with a model and a budget is found before minutes are spent on statistics. Raises typed errors."""
+    _check_head(arch)
+    restore_channels(arch)  # what an earlier session left; a text that the model writes does not depend on it
+    expected_space(config, arch)
 
 
 def _check_head(arch: Architecture) -> None:

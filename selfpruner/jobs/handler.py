@@ -27,7 +27,7 @@ from selfpruner.errors import CalibrationError, ConfigError, ModelNotFoundError,
 from selfpruner.evaluation import speed
 from selfpruner.evaluation.latency import time_blocks
 from selfpruner.evaluation.race import Race
-from selfpruner.evaluation.session import Prepared, baseline_engine, forget_plan, prepare
+from selfpruner.evaluation.session import Prepared, baseline_engine, check, forget_plan, prepare, text_of
 from selfpruner.evaluation.slopes import slopes
 from selfpruner.evaluation.split import row_of
 from selfpruner.evaluation.tally import Tally
@@ -43,12 +43,15 @@ from selfpruner.models.checks import sampled_digest
 from selfpruner.models.memory import release
 from selfpruner.planning.space import Plan
 from selfpruner.progress import Cancelled, OnProgress
-from selfpruner.pruning.measurements import held_bytes
+from selfpruner.pruning.blocks import collect_part, make_layers, measurements, shares
+from selfpruner.pruning.measurements import Measurements, held_bytes
 from selfpruner.pruning.search_space import expected_space
 from selfpruner.workers.base import Session
 from selfpruner.workers.tasks import (
     BaselineRequest,
     BaselineResult,
+    BeginRequest,
+    BeginResult,
     EvaluateRequest,
     EvaluateResult,
     ExpectRequest,
@@ -57,6 +60,8 @@ from selfpruner.workers.tasks import (
     ExportResult,
     GenerateRequest,
     GenerateResult,
+    MakeRequest,
+    MakeResult,
     MeasureRequest,
     MeasureResult,
     MeasureRow,
@@ -71,6 +76,8 @@ from selfpruner.workers.tasks import (
     SlopesRequest,
     SlopesResult,
     SourceFacts,
+    StatisticsRequest,
+    StatisticsResult,
     TaskRequest,
     TaskResult,
     TextFacts,
@@ -93,6 +100,9 @@ class SessionHandler:
         self._prepared: tuple[str, Prepared] | None = None
         self._files: dict[str, str] = {}  # of its texts, as they were then
         self._tasks: dict[type[TaskRequest[TaskResult]], Callable[..., Any]] = {
+            BeginRequest: self._begin,
+            StatisticsRequest: self._statistics,
+            MakeRequest: self._make,
             PrepareRequest: self._prepare,
             ExpectRequest: self._expect,
             EvaluateRequest: self._evaluate,
@@ -140,17 +150,24 @@ class SessionHandler:
         self, session: Session, progress: OnProgress, cancelled: Cancelled, roles: Sequence[Role] = (), output: str | None = None
     ) -> Prepared:
         if self._prepared is None or self._prepared[0] != session.key:
-            self._prepared = None
-            cache_folder.let_go(keep=[self._loaded[1].source.folder] if self._loaded else [])
-            config, cache = self._looked_at(session, roles)
-            loaded = self._model(config, cache, progress)
-            check_buildable(loaded.model)
-            self._files = _digests(config)
-            if output is not None:
-                size = sum(parameter.nbytes for parameter in loaded.model.parameters())
-                places.room_for(size, Path(output), "The checkpoint")
+            config, cache, loaded = self._ready(session, progress, roles, output)
             self._prepared = session.key, prepare(config, loaded, cache, roles, progress, cancelled, _plan_of(session))
         return self._prepared[1]
+
+    def _ready(
+        self, session: Session, progress: OnProgress, roles: Sequence[Role] = (), output: str | None = None
+    ) -> tuple[SearchConfig, Path, LoadedModel]:
+        """The model of a session that takes the place of the present one, after a look at what can be wrong."""
+        self._prepared = None
+        cache_folder.let_go(keep=[self._loaded[1].source.folder] if self._loaded else [])
+        config, cache = self._looked_at(session, roles)
+        loaded = self._model(config, cache, progress)
+        check_buildable(loaded.model)
+        self._files = _digests(config)
+        if output is not None:
+            size = sum(parameter.nbytes for parameter in loaded.model.parameters())
+            places.room_for(size, Path(output), "The checkpoint")
+        return config, cache, loaded
 
     def _looked_at(self, session: Session, roles: Sequence[Role]) -> tuple[SearchConfig, Path]:
         """Config and cache of the session, after a look at what can be wrong: a model is fetched, converted and read later."""
@@ -173,6 +190,41 @@ class SessionHandler:
             self._prepared = None
 
     # -- tasks -------------------------------------------------------------------------------------------------------
+    def _begin(self, session: Session, request: BeginRequest, progress: OnProgress, cancelled: Cancelled) -> BeginResult:
+        if request.output is not None:
+            refuse_place(Path(request.output))
+        self._forget_what_changed(session)
+        config, cache, loaded = self._ready(session, progress, request.texts, request.output)
+        arch = describe(loaded.model)
+        check(config, arch)
+        made = {role: text_of(config, role, loaded, cache, progress, cancelled) for role in request.texts}
+        if "calibration" not in made:
+            return BeginResult(shares=0, layers=())
+        parts, layers = shares(config, measurements(arch, loaded, made["calibration"], cache, progress, cancelled), request.workers)
+        return BeginResult(shares=parts, layers=layers)
+
+    def _measured(self, session: Session, progress: OnProgress, cancelled: Cancelled) -> tuple[SearchConfig, Measurements]:
+        config, cache, loaded = self._ready(session, progress)
+        arch = describe(loaded.model)
+        text = text_of(config, "calibration", loaded, cache, progress, cancelled)
+        return config, measurements(arch, loaded, text, cache, progress, cancelled)
+
+    def _statistics(
+        self, session: Session, request: StatisticsRequest, progress: OnProgress, cancelled: Cancelled
+    ) -> StatisticsResult:
+        started = time.perf_counter()
+        config, measured = self._measured(session, progress, cancelled)
+        tokens = collect_part(config, measured, request.part, request.parts)
+        return StatisticsResult(tokens=tokens, seconds=time.perf_counter() - started)
+
+    def _make(self, session: Session, request: MakeRequest, progress: OnProgress, cancelled: Cancelled) -> MakeResult:
+        started = time.perf_counter()
+        config, measured = self._measured(session, progress, cancelled)
+        make_layers(config, measured, request.layers, request.parts)
+        if not request.layers:
+            measured.drop_parts(request.parts)
+        return MakeResult(seconds=time.perf_counter() - started)
+
     def _prepare(self, session: Session, request: PrepareRequest, progress: OnProgress, cancelled: Cancelled) -> PrepareResult:
         if request.output is not None:
             refuse_place(Path(request.output))

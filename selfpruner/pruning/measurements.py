@@ -83,12 +83,6 @@ class Measurements:
     def collect_part(self, sites: Sequence[Site], part: int, parts: int) -> int:
         """The statistics of one of ``parts`` of the text, for the cache; how many tokens that were."""
         self._use()
-        for number in range(parts):
-            use(
-                part_place(self.arch, self.folder, self.fingerprint, number, parts),
-                self.loaded.source.name,
-                f"a part of {self.sources}",
-            )
         return collect_part(
             self.arch,
             self.tokens,

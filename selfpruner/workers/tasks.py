@@ -148,11 +148,11 @@ class PrepareRequest(TaskRequest[PrepareResult]):
 
 
 class BeginResult(TaskResult):
-    """What several workers can do of the preparation: ``parts`` into which the calibration text's ``sequences`` may be cut for its
-    statistics, 0 where there are statistics already or one worker has to collect them; and the ``layers`` to make factors or levels
-    of, none where that is for one worker."""
+    """What several workers can do of the preparation. ``shares``: into how many parts the calibration text may be cut for its
+    statistics, 0 where they are there already. ``layers`` are those to make factors or levels of; none where that is for one
+    worker."""
 
-    parts: int
+    shares: int
     layers: tuple[int, ...]
 
 

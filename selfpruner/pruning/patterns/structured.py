@@ -50,7 +50,6 @@ class Structured(Pattern):
         """All levels come from orders and repairs that are made once and then read from the cache; the model's channels are put in
         the criterion's order."""
         arch, repair, files = self.arch, self._repair, self._files(measured)
-        use(files[0].parent, measured.loaded.source.name, f"{self.criterion.name}, {repair.name} on {measured.sources}")
         if unmade := self.unmade(measured):
             self.announce(measured)
             gradients = measured.gradients(self.criterion)
@@ -90,7 +89,9 @@ class Structured(Pattern):
         return factor_files(self.arch, measured.cache / "factors", measured.fingerprint, self.criterion, self._repair)
 
     def unmade(self, measured: Measurements) -> list[int]:
-        return [layer for layer, file in enumerate(self._files(measured)) if not file.exists()]
+        files = self._files(measured)
+        use(files[0].parent, measured.loaded.source.name, f"{self.criterion.name}, {self._repair.name} on {measured.sources}")
+        return [layer for layer, file in enumerate(files) if not file.exists()]
 
     def make(
         self, measured: Measurements, layer: int, found: Mapping[Site, BlockStatistics], gradients: Mapping[str, Gradients] | None

@@ -56,14 +56,12 @@ class ZeroingPattern(Pattern):
         all. See :func:`selfpruner.evaluation.session.forget_plan`."""
         arch, levels, files = self.arch, self.levels(), self._files(measured)
         criterion = self.criterion
-        what = f"{criterion.name}, {self._repair.name} on {measured.sources}"
-        use(files[0].parent, measured.loaded.source.name, what)
         missing = self.unmade(measured)
         if missing and plan is not None:
             if len(missing) == len(files):
                 discard(files[0].parent)
             files = self._files(measured, plan)
-            use(files[0].parent, measured.loaded.source.name, f"one plan, {what}")
+            use(files[0].parent, measured.loaded.source.name, f"one plan, {self._what(measured)}")
             missing = _without_facts(files)
         elif not missing:
             plan = None
@@ -103,7 +101,12 @@ class ZeroingPattern(Pattern):
         return masked.level_files(self.arch, folder, measured.fingerprint, *names, self.levels(), plan)
 
     def unmade(self, measured: Measurements) -> list[int]:
-        return _without_facts(self._files(measured))
+        files = self._files(measured)
+        use(files[0].parent, measured.loaded.source.name, self._what(measured))
+        return _without_facts(files)
+
+    def _what(self, measured: Measurements) -> str:
+        return f"{self.criterion.name}, {self._repair.name} on {measured.sources}"
 
     def announce(self, measured: Measurements, made: Sequence[Sparsity] | None = None) -> None:
         """``made``: the levels, by default all."""
