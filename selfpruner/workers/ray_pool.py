@@ -27,13 +27,23 @@ from selfpruner.progress import OnProgress
 from selfpruner.workers.base import Session
 from selfpruner.workers.process_pool import DeviceGoneError, ProcessPool, Slot
 from selfpruner.workers.ray_relay import Relay, write_file
-from selfpruner.workers.tasks import ExportRequest, PrepareRequest, R, TaskRequest
+from selfpruner.workers.tasks import (
+    BeginRequest,
+    ExportRequest,
+    MakeRequest,
+    PrepareRequest,
+    R,
+    StatisticsRequest,
+    TaskRequest,
+)
 from selfpruner.workers.worker_process import Message
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 NAMESPACE = "selfpruner"
+# What puts into the cache what others need.
+MAKERS = (BeginRequest, StatisticsRequest, MakeRequest, PrepareRequest)
 LOOK_SECONDS = 2.0  # between two looks at the cluster's nodes
 TOUCH_SECONDS = 20.0  # between two signs that a worker is still wanted
 LEASE_SECONDS = 180.0  # after which a worker that nobody asks for ends
@@ -52,6 +62,15 @@ class Place:
     index: int
     cpus: float
     gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Since when, and until when, a worker put what it made for a session into its node's cache."""
+
+    slot: Slot
+    began: float
+    ended: float
 
 
 class RayConnection:
@@ -144,7 +163,8 @@ class RayPool(ProcessPool):
         self._memory = memory
         self._name = name
         self._places: dict[str, Place] = {}
-        self._sources: dict[str, tuple[Slot, float]] = {}  # who has prepared a session, and since when
+        self._makers: dict[str, dict[str, Made]] = {}  # by session and device, what may be in the node's cache alone
+        self._shared: dict[tuple[str, str, str], float] = {}  # when a device got what another one has for a session
         self._watching: asyncio.Task[None] | None = None
         _connect(address)
         if self._device == "auto":
@@ -231,10 +251,8 @@ class RayPool(ProcessPool):
         return RayConnection(relay, place, told["pid"])
 
     async def _attempts(self, slot: Slot, session: Session, request: TaskRequest[R], on_progress: OnProgress | None) -> object:
-        # Who prepares may hold the session already, as far as that needs no more than the model.
-        if slot.session != session.key or isinstance(request, PrepareRequest):
-            await self._share(slot, session)
-        started = time.monotonic()
+        await self._share(slot, session)
+        began = time.monotonic()
         try:
             answer = await super()._attempts(slot, session, request, on_progress)
         except ModelNotFoundError as error:
@@ -242,7 +260,10 @@ class RayPool(ProcessPool):
             raise ModelNotFoundError(
                 f"On node {host}: {error.message} Every node needs the model's files, under the same path.", param=error.param
             ) from error
-        self._sources.setdefault(session.key, (slot, started))
+        if isinstance(request, MAKERS):
+            made = self._makers.setdefault(session.key, {})
+            first = made[slot.device].began if slot.device in made else began
+            made[slot.device] = Made(slot, first, time.monotonic())
         return answer
 
     # -- nodes -----------------------------------------------------------------------------------------------------------
@@ -280,22 +301,25 @@ class RayPool(ProcessPool):
 
     # -- files -----------------------------------------------------------------------------------------------------------
     async def _share(self, slot: Slot, session: Session) -> None:
-        """Give the slot's node what another one has in its cache for the session, as far as it does not see it there."""
+        """Give the slot's node what others have in their caches for the session, as far as it does not see it there."""
         from ray.exceptions import RayError
 
-        source, since = self._sources.get(session.key, (slot, 0.0))
-        if source is slot or source.gone or not isinstance(source.link, RayConnection) or not source.link.alive:
-            return
-        there = source.link.relay
-        here = await self._started(slot)
-        assert isinstance(here, RayConnection)
-        # A node that is lost meanwhile costs only what the other one then computes itself.
-        with contextlib.suppress(RayError):
-            entries = await there.used_entries.remote(session.cache, time.monotonic() - since + 1)
-            wanted = await there.listing.remote(session.cache, entries)
-            has = await here.relay.listing.remote(session.cache, entries)
-            for name in wanted.keys() - has.keys():
-                await here.relay.write.remote(session.cache, name, there.read.remote(session.cache, name))
+        for device, made in self._makers.get(session.key, {}).items():
+            between = (session.key, slot.device, device)
+            link = made.slot.link
+            if made.slot is slot or made.ended <= self._shared.get(between, 0.0) or not isinstance(link, RayConnection):
+                continue
+            here = await self._started(slot)
+            assert isinstance(here, RayConnection)
+            now = time.monotonic()
+            # A node that is lost meanwhile costs only what this one then computes itself.
+            with contextlib.suppress(RayError):
+                entries = await link.relay.used_entries.remote(session.cache, now - made.began + 1)
+                wanted = await link.relay.listing.remote(session.cache, entries)
+                has = await here.relay.listing.remote(session.cache, entries)
+                for name in wanted.keys() - has.keys():
+                    await here.relay.write.remote(session.cache, name, link.relay.read.remote(session.cache, name))
+            self._shared[between] = now
 
     async def _fetch(self, session: Session, directory: Path) -> None:
         """The checkpoint that a worker wrote to ``directory`` of its node, here."""
