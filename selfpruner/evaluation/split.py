@@ -23,23 +23,28 @@ from selfpruner.evaluation.tally import Floats, Score, Tally
 from selfpruner.progress import OnProgress
 from selfpruner.workers.base import Session, WorkerPool
 from selfpruner.workers.tasks import (
+    BeginRequest,
     EvaluateRequest,
     EvaluateResult,
     ExpectRequest,
     GenerateRequest,
     GenerateResult,
     Levels,
+    MakeRequest,
     PrepareRequest,
     PrepareResult,
     ScoreRow,
     SequenceSums,
     SlopesRequest,
     SlopesResult,
+    StatisticsRequest,
 )
 
 # Tasks per worker, and the fewest tokens of one. On fewer, products are slower, and every task makes its levels anew
 # (benchmarks/README.md).
 PER_WORKER, LEAST_TOKENS = 2, 512
+# Pieces per worker that the layers are cut into.
+LAYERS_PER_WORKER = 3
 # Fewest plans of a group.
 LEAST_PLANS = 4
 _TEXTS: dict[Role, str] = {"calibration": "calibration", "fitness": "fitness_text", "report": "report_text"}
@@ -50,21 +55,37 @@ T = TypeVar("T")
 async def prepare(
     pool: WorkerPool, session: Session, request: PrepareRequest, on_progress: OnProgress | None = None
 ) -> PrepareResult:
-    """Make every worker ready for ``session``, as far as other sessions let go of them. One does what the others then read from the
-    cache; meanwhile they load the model, which one has fetched and converted before."""
+    """Make every worker ready for ``session``, as far as other sessions let go of them. What is slow goes through the cache: texts
+    are made side by side, statistics by sequences, and what is made of them by layers."""
     workers = _workers(pool, session)
     if workers == 1:
         return await pool.run(session, request, on_progress)
-    await pool.run(session, ExpectRequest(output=request.output), on_progress)
-    first, _ = await together(
-        [
-            pool.run(session, request, on_progress),
-            together(pool.run(session, ExpectRequest()) for _ in range(workers - 1)),
-        ]
+    await pool.run(session, ExpectRequest(output=request.output), on_progress)  # the model is fetched and converted once
+    if session.plan is None:
+        await _measure(pool, workers, session, request, on_progress)
+    found = await together(pool.run(session, request, on_progress) for _ in range(workers))
+    return found[0].model_copy(update={"peak_mib": max(result.peak_mib for result in found)})
+
+
+async def _measure(
+    pool: WorkerPool, workers: int, session: Session, request: PrepareRequest, on_progress: OnProgress | None
+) -> None:
+    """Put into the cache what several workers can make: sums over sequences merge exactly, and a layer's order and repairs follow
+    from its statistics and weights alone."""
+    roles = dict.fromkeys(("calibration", *request.texts))
+    begun = await together(
+        pool.run(session, BeginRequest(texts=(role,), workers=workers, output=request.output), on_progress) for role in roles
     )
-    others = await together(pool.run(session, PrepareRequest(texts=request.texts)) for _ in range(workers))
-    assert isinstance(first, PrepareResult)
-    return first.model_copy(update={"peak_mib": max(first.peak_mib, *(other.peak_mib for other in others))})
+    shares, layers = begun[0].shares, begun[0].layers
+    await together(
+        pool.run(session, StatisticsRequest(part=part, parts=shares), on_progress if part == 0 else None) for part in range(shares)
+    )
+    pieces = min(LAYERS_PER_WORKER * workers, len(layers))
+    await together(
+        pool.run(session, MakeRequest(layers=layers[piece::pieces], parts=shares), on_progress) for piece in range(pieces)
+    )
+    if shares:
+        await pool.run(session, MakeRequest(layers=(), parts=shares))
 
 
 async def evaluate(pool: WorkerPool, session: Session, request: EvaluateRequest) -> EvaluateResult:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from selfpruner.config import SearchConfig, TextConfig
 from selfpruner.errors import OutOfMemoryError, WorkerError
@@ -195,16 +198,49 @@ def test_a_plan_that_does_not_fit_alone_is_told(session: Session, space: SearchS
     assert all(row.kl for row in found.rows if not row.too_large)
 
 
-def test_every_worker_is_made_ready_after_one_has_done_the_work(session: Session, tmp_path: Path) -> None:
+OTHERS = [
+    {},
+    {"criterion": "flap", "compensation": "bias"},
+    {"pattern": "unstructured", "criterion": "wanda", "compensation": "none"},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=("obs", "flap", "wanda"))
+def test_workers_prepare_together_what_one_prepares_alone(session: Session, tmp_path: Path, changes: dict[str, str]) -> None:
+    config = {**session.config, **changes}
+    places = [tmp_path / name for name in ("alone", "together")]
+    alone, cut = (Session(f"{session.key}-{place.name}", config, str(place)) for place in places)
+    one = with_workers(1, lambda pool: split.prepare(pool, alone, PrepareRequest()))
     pool = SeveralWorkers(3)
-    fresh = Session(session.key, session.config, str(tmp_path / "cache"))
-    one = asyncio.run(split.prepare(pool, fresh, PrepareRequest(texts=("fitness",))))
-    kinds = [request.kind for request in pool.asked]
-    assert kinds[0] == "expect", "the model is fetched and converted once"
-    assert sorted(kinds[1:4]) == ["expect", "expect", "prepare"]
-    assert kinds[4:] == ["prepare"] * 3
-    assert one.model.parameters > 0
+    several = asyncio.run(split.prepare(pool, cut, PrepareRequest()))
+    assert pool.asked[0].kind == "expect", "the model is fetched and converted once"
+    # Sixteen sequences make two parts of eight; then each of four layers is for itself, and the parts are removed.
+    asked = Counter(request.kind for request in pool.asked)
+    assert asked == {"expect": 1, "begin": 3, "statistics": 2, "make": 5, "prepare": 3}
     assert len({id(inner._handler) for inner in pool._pools if inner._handler is not None}) == 3
+    made = [{str(file.relative_to(place)): file for file in place.rglob("layer-*.safetensors")} for place in places]
+    assert made[0].keys() == made[1].keys()
+    for name, file in made[0].items():
+        ours, theirs = load_file(file), load_file(made[1][name])
+        for part, tensor in ours.items():
+            if tensor.is_floating_point() and tensor.numel():
+                assert (tensor - theirs[part]).abs().max() <= 1e-5 * tensor.abs().max(), (name, part)
+            else:
+                assert torch.equal(tensor, theirs[part]), (name, part)
+    assert one.space.target == several.space.target
+    for block, other in zip(one.space.blocks, several.space.blocks, strict=True):
+        assert [replace(option, error=0.0) for option in block.options] == [replace(option, error=0.0) for option in other.options]
+        assert [option.error for option in block.options] == pytest.approx(
+            [option.error for option in other.options], rel=1e-4, abs=1e-6
+        )
+
+
+def test_workers_find_what_is_there(session: Session, tmp_path: Path) -> None:
+    ready = Session(session.key, session.config, str(tmp_path / "cache"))
+    with_workers(1, lambda pool: split.prepare(pool, ready, PrepareRequest()))
+    pool = SeveralWorkers(2)
+    asyncio.run(split.prepare(pool, ready, PrepareRequest()))
+    assert Counter(request.kind for request in pool.asked) == {"expect": 1, "begin": 3, "prepare": 2}
 
 
 def test_a_config_that_names_a_gpu_has_one_worker(session: Session) -> None:
