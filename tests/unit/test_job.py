@@ -344,7 +344,7 @@ def test_a_model_that_is_not_there(place: Place) -> None:
 
 def test_an_unknown_task(place: Place, done: Done) -> None:
     session = session_of(done.config, place.folder)
-    with pytest.raises(ConfigError, match=r"Unknown task 'train'. Known: prepare, expect, evaluate"):
+    with pytest.raises(ConfigError, match=r"Unknown task 'train'. Known: begin, statistics, make, prepare, expect, evaluate"):
         perform(SessionHandler("cpu"), session, "train", {}, lambda _: None, lambda: False)
     with pytest.raises(ContractError, match=r"EvaluateRequest\.plans") as caught:
         perform(SessionHandler("cpu"), session, "evaluate", {"text": "fitness", "sequences": [0]}, lambda _: None, lambda: False)
