@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -29,13 +29,14 @@ from selfpruner.files.cache_folder import default_cache as default_cache
 from selfpruner.files.manifest import NAME as MANIFEST
 from selfpruner.jobs import runs
 from selfpruner.jobs.card import card
-from selfpruner.jobs.lifecycle import JobLife, JobResult, recorded
+from selfpruner.jobs.lifecycle import JobLife, JobResult, MadeCheckpoint
 from selfpruner.jobs.run import run_job, session_of
 from selfpruner.models import saved
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.progress import OnProgress, shown
 from selfpruner.proposers.settings import ProposerSettings
+from selfpruner.store.objects import checkpoint_facts
 from selfpruner.store.store import Store
 from selfpruner.timing.report import BenchmarkReport, Settings
 from selfpruner.workers import devices as workers
@@ -129,7 +130,8 @@ def search(
             assert run.job.result is not None
             if not run.result.is_file():
                 run.write_result(run.job.result)
-            return JobResult(run.job.result, {**recorded(run.done), "path": str(run.checkpoint)}, reused=True)
+            recorded = cast(MadeCheckpoint, checkpoint_facts(run.done))  # its seconds are not known any more
+            return JobResult(run.job.result, {**recorded, "path": str(run.checkpoint)}, reused=True)
 
         async def work(pool: WorkerPool) -> JobResult:
             life = JobLife(store, run.job, run.checkpoint)

@@ -138,6 +138,18 @@ class StoredProgress(TypedDict, total=False):
     data: ProgressData
 
 
+class CheckpointFacts(TypedDict):
+    """An exported and verified checkpoint. ``path`` is on the machine that wrote it."""
+
+    plan_hash: str
+    path: str
+    parameters: int
+    bytes: int
+    manifest_sha256: str
+    verification: Mapping[str, object]
+    metrics: Mapping[str, object]
+
+
 class JobError(TypedDict):
     """What ended a failed job, see :class:`selfpruner.errors.SelfprunerError`."""
 

@@ -18,15 +18,15 @@ import shutil
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Literal, Protocol
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import ConflictError, SelfprunerError
 from selfpruner.files.report import Report
 from selfpruner.proposers.settings import ProposerSettings
-from selfpruner.records import JobError, JobStatus, Recorder
+from selfpruner.records import CheckpointFacts, JobError, JobStatus, Recorder
 from selfpruner.store.store import Store
-from selfpruner.store.tables import Checkpoint, Job
+from selfpruner.store.tables import Job
 from selfpruner.workers.base import WorkerPool
 
 log = logging.getLogger("selfpruner.jobs")
@@ -38,20 +38,12 @@ STOP_SECONDS = 4.5
 Left = Literal["cancelled", "paused", "queued"]
 
 
-class MadeCheckpoint(TypedDict):
-    """The checkpoint of a search: its row in the database, and how it was made where that was now. ``reused``: its files were there
-    already."""
+class MadeCheckpoint(CheckpointFacts, total=False):
+    """The checkpoint of a search, and how it was made where that was now. ``reused``: its files were there already."""
 
-    path: str
-    plan_hash: str
-    parameters: int
-    bytes: int
-    manifest_sha256: str
-    verification: Mapping[str, object]
-    metrics: Mapping[str, object]
-    write_seconds: NotRequired[float]
-    verify_seconds: NotRequired[float]
-    reused: NotRequired[bool]
+    write_seconds: float
+    verify_seconds: float
+    reused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +151,7 @@ class JobLife:
         """Where the job goes after its search has ended; its result is stored here."""
         try:
             result = search.result()
-            made = result.checkpoint
-            self._store.add_checkpoint(
-                self.id,
-                made["plan_hash"],
-                path=made["path"],
-                parameters=made["parameters"],
-                bytes=made["bytes"],
-                manifest_sha256=made["manifest_sha256"],
-                verification=made["verification"],
-                metrics=made["metrics"],
-            )
+            self._store.add_checkpoint(self.id, result.checkpoint)
             self._store.set_result(self.id, result.report)
         except Exception as error:
             self.error = error
@@ -220,16 +202,3 @@ async def discard_partial(folder: Path, to: str) -> None:
     """A job that ended without success leaves no checkpoint behind."""
     if to in ("failed", "cancelled"):
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-
-
-def recorded(row: Checkpoint) -> MadeCheckpoint:
-    """The checkpoint of a :class:`JobResult`, from its row."""
-    return {
-        "path": row.path,
-        "plan_hash": row.plan_hash,
-        "parameters": row.parameters,
-        "bytes": row.bytes,
-        "manifest_sha256": row.manifest_sha256,
-        "verification": row.verification,
-        "metrics": row.metrics,
-    }

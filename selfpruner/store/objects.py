@@ -9,7 +9,7 @@ from pydantic import Field, GetPydanticSchema
 from typing_extensions import ReadOnly, TypedDict
 
 from selfpruner.files.report import Report
-from selfpruner.records import CandidateStatus, JobError, JobStatus, Severity, StoredConfig, StoredProgress
+from selfpruner.records import CandidateStatus, CheckpointFacts, JobError, JobStatus, Severity, StoredConfig, StoredProgress
 
 if TYPE_CHECKING:  # a client needs no database
     from selfpruner.store.tables import CandidateRow, Checkpoint, Event, Job
@@ -76,20 +76,13 @@ class CandidateObject(TypedDict):
     informed_by: int | None
 
 
-class CheckpointObject(TypedDict):
-    """An exported and verified checkpoint. ``path`` is on the server's machine; ``files`` are served below its own address."""
+class CheckpointObject(CheckpointFacts):
+    """``path`` is on the server's machine; ``files`` are served below its own address."""
 
     id: str
     object: Literal["checkpoint"]
     job_id: str
     created_at: int
-    plan_hash: str
-    path: str
-    parameters: int
-    bytes: int
-    manifest_sha256: str
-    verification: Stored[Facts]
-    metrics: Stored[Facts]
 
 
 class FileObject(TypedDict):
@@ -190,12 +183,8 @@ def candidate_object(row: CandidateRow) -> CandidateObject:
     }
 
 
-def checkpoint_object(row: Checkpoint) -> CheckpointObject:
+def checkpoint_facts(row: Checkpoint) -> CheckpointFacts:
     return {
-        "id": row.id,
-        "object": "checkpoint",
-        "job_id": row.job_id,
-        "created_at": row.created_at,
         "plan_hash": row.plan_hash,
         "path": row.path,
         "parameters": row.parameters,
@@ -203,4 +192,14 @@ def checkpoint_object(row: Checkpoint) -> CheckpointObject:
         "manifest_sha256": row.manifest_sha256,
         "verification": row.verification,
         "metrics": row.metrics,
+    }
+
+
+def checkpoint_object(row: Checkpoint) -> CheckpointObject:
+    return {
+        "id": row.id,
+        "object": "checkpoint",
+        "job_id": row.job_id,
+        "created_at": row.created_at,
+        **checkpoint_facts(row),
     }

@@ -28,7 +28,7 @@ from sqlmodel import col, delete, select
 from selfpruner.config import SearchConfig
 from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError
 from selfpruner.files.report import Report
-from selfpruner.records import JobError, JobStatus, StoredConfig
+from selfpruner.records import CheckpointFacts, JobError, JobStatus, StoredConfig
 from selfpruner.store import schema
 from selfpruner.store.database import Database
 from selfpruner.store.recorder import JobRecorder
@@ -299,34 +299,13 @@ class Store:
 
     # Checkpoints
 
-    def add_checkpoint(
-        self,
-        job_id: str,
-        plan_hash: str,
-        *,
-        path: str,
-        parameters: int,
-        bytes: int,
-        manifest_sha256: str,
-        verification: Mapping[str, object],
-        metrics: Mapping[str, object],
-    ) -> Checkpoint:
+    def add_checkpoint(self, job_id: str, checkpoint: CheckpointFacts) -> Checkpoint:
         """Record an exported folder. One per job and plan: exporting again keeps the id and describes the newer files."""
+        facts = {name: value for name, value in checkpoint.items() if name in CheckpointFacts.__required_keys__}
         with self._transaction() as write:
             write.job(job_id)
-            made = Checkpoint(
-                id=new_id("ckpt"),
-                job_id=job_id,
-                plan_hash=plan_hash,
-                created_at=write.now,
-                path=path,
-                parameters=parameters,
-                bytes=bytes,
-                manifest_sha256=manifest_sha256,
-                verification=dict(verification),
-                metrics=dict(metrics),
-            )
-            known = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.plan_hash == plan_hash)
+            made = Checkpoint.model_validate({"id": new_id("ckpt"), "job_id": job_id, "created_at": write.now, **facts})
+            known = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.plan_hash == checkpoint["plan_hash"])
             row = write.session.exec(known).first()
             if row is None:
                 write.session.add(made)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -23,6 +22,7 @@ from selfpruner.errors import ConfigError, CorruptCheckpointError
 from selfpruner.export import proof
 from selfpruner.export.checkpoint import write
 from selfpruner.files import manifest
+from selfpruner.records import CheckpointFacts
 from selfpruner.testing.cut_models import CARD, folder, prune, units_of
 from server.settings import ServerSettings
 from tests.helpers.serving import Running, error_of, running_server, until
@@ -140,8 +140,16 @@ def test_long_names_and_empty_files_survive_an_archive(job: Job, http: httpx.Cli
     (job.folder / ("long" * 50)).write_text("x")
     (job.folder / manifest.NAME).unlink()
     digest = manifest.write(job.folder, plan={}, parameters=1, verification={})
-    fields: dict[str, Any] = {"parameters": 1, "bytes": 1, "verification": {}, "metrics": {}}
-    row = job.server.store.add_checkpoint(job.id, f"{1:016x}", path=str(job.folder), manifest_sha256=digest, **fields)
+    facts: CheckpointFacts = {
+        "plan_hash": f"{1:016x}",
+        "path": str(job.folder),
+        "parameters": 1,
+        "bytes": 1,
+        "manifest_sha256": digest,
+        "verification": {},
+        "metrics": {},
+    }
+    row = job.server.store.add_checkpoint(job.id, facts)
     reply = http.get(f"/v1/jobs/{job.id}/checkpoints/{row.id}/archive")
     with tarfile.open(fileobj=io.BytesIO(reply.content)) as archive:
         found = {member.name.partition("/")[2]: member.size for member in archive}
@@ -269,8 +277,16 @@ def test_a_job_on_a_server_is_exported_here_and_from_elsewhere(
     source, model = folder(tmp_path / "base", "llama")
     case = prune(model, drop=False, biased=False)
     made = write(case.pruned, AutoTokenizer.from_pretrained(source), None, tmp_path / "real", CARD, units=units_of(case))
-    fields = {"parameters": made.parameters, "bytes": made.bytes, "verification": made.verification, "metrics": {}}
-    job.server.store.add_checkpoint(job.id, "f" * 16, path=str(made.path), manifest_sha256=made.manifest_sha256, **fields)
+    facts: CheckpointFacts = {
+        "plan_hash": "f" * 16,
+        "path": str(made.path),
+        "parameters": made.parameters,
+        "bytes": made.bytes,
+        "manifest_sha256": made.manifest_sha256,
+        "verification": made.verification,
+        "metrics": {},
+    }
+    job.server.store.add_checkpoint(job.id, facts)
     line = ["export", job.id, "--format", "masked", "--url", job.server.url, "--json", "-o"]
     assert cli.run([*line, str(tmp_path / "here")]) == 0
     assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "here")

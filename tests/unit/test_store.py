@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError, StoreError
-from selfpruner.records import Candidate, Evaluation, JobStatus, LlmCall, Progress
+from selfpruner.records import Candidate, CheckpointFacts, Evaluation, JobStatus, LlmCall, Progress
 from selfpruner.store.store import Store
 from selfpruner.store.tables import TERMINAL, TRANSITIONS
 
@@ -517,7 +517,8 @@ def test_a_plan_may_be_given_by_the_beginning_of_its_hash(store: Store) -> None:
 
 def test_result_and_checkpoints(store: Store, clock: Clock) -> None:
     job_id = store.create_job(CONFIG, owner="ada")[0].id
-    facts = {
+    facts: CheckpointFacts = {
+        "plan_hash": "a",
         "path": "/c/1",
         "parameters": 10,
         "bytes": 40,
@@ -525,12 +526,12 @@ def test_result_and_checkpoints(store: Store, clock: Clock) -> None:
         "verification": {"max": 0.1},
         "metrics": {},
     }
-    first = store.add_checkpoint(job_id, "a", **facts)
+    first = store.add_checkpoint(job_id, facts)
     clock.now += 5
-    assert store.add_checkpoint(job_id, "a", **facts) == first
-    newer = store.add_checkpoint(job_id, "a", **{**facts, "manifest_sha256": "1" * 64, "metrics": {"kl": 0.2}})
+    assert store.add_checkpoint(job_id, facts) == first
+    newer = store.add_checkpoint(job_id, {**facts, "manifest_sha256": "1" * 64, "metrics": {"kl": 0.2}})
     assert (newer.id, newer.created_at) == (first.id, first.created_at)
-    other = store.add_checkpoint(job_id, "b", **facts)
+    other = store.add_checkpoint(job_id, {**facts, "plan_hash": "b"})
     assert store.checkpoints(job_id) == [newer, other]
     assert first.id.startswith("ckpt_")
     assert store.checkpoint(first.id, owner="ada") == newer
@@ -538,9 +539,9 @@ def test_result_and_checkpoints(store: Store, clock: Clock) -> None:
         with pytest.raises(NotFoundError, match="No checkpoint"):
             wrong()
     with pytest.raises(NotFoundError):
-        store.add_checkpoint("job_x", "a", **facts)
+        store.add_checkpoint("job_x", facts)
     with pytest.raises(StoreError):
-        store.add_checkpoint(job_id, "c", **{**facts, "manifest_sha256": "short"})
+        store.add_checkpoint(job_id, {**facts, "plan_hash": "c", "manifest_sha256": "short"})
     store.set_result(job_id, {"best_plan": "a", "best": {"kl": 0.2}})
     assert store.job(job_id).result == {"best_plan": "a", "best": {"kl": 0.2}}
 

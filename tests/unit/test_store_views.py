@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from selfpruner.config import SearchConfig
-from selfpruner.records import Candidate, Evaluation, LlmCall, Progress
+from selfpruner.records import Candidate, CheckpointFacts, Evaluation, LlmCall, Progress
 from selfpruner.stages import Stage
 from selfpruner.store.store import Store
 
@@ -175,8 +175,16 @@ def test_the_population_is_ranked(store: Store, job: str) -> None:
 
 
 def test_the_result_decides_which_plan_is_best(store: Store, job: str) -> None:
-    ours = {"path": "/c", "parameters": 1, "bytes": 1, "manifest_sha256": "0" * 64, "verification": {}, "metrics": {}}
-    checkpoint = store.add_checkpoint(job, "M", **ours)
+    ours: CheckpointFacts = {
+        "plan_hash": "M",
+        "path": "/c",
+        "parameters": 1,
+        "bytes": 1,
+        "manifest_sha256": "0" * 64,
+        "verification": {},
+        "metrics": {},
+    }
+    checkpoint = store.add_checkpoint(job, ours)
     store.set_result(job, {"best_plan": "M"})
     assert ask(store, "SELECT plan, model, rate, checkpoint, path FROM best WHERE job_id = :job", job) == [
         ("M", "smollm2-135m", 0.2, checkpoint.id, "/c")
