@@ -109,12 +109,14 @@ def search(
     what a finished one found (``reused``) without computing anything. Other settings are another search beside it:
     ``checkpoint-2/``, ``result-2.json``; ``again`` is one with the same settings. ``watch`` is called with what a server's event
     stream sends, see ``Client.follow``: a name and plain data, ``job`` and the job, or the type of an event and the event.
+    If it raises, the search stops, its job waits for the same call as after Ctrl-C, and the exception is raised here.
 
     Raises what can be known before of texts, places and names before anything is computed.
     """
-    from selfpruner.jobs.live_view import watched, watching
+    from selfpruner.jobs.live_view import Listener, watched, watching
 
     config = config_of({"rate": rate, **fields})
+    listener = Listener(watch or (lambda _name, _data: None))
     where = placed(devices, config.device)
     named = {"local": ProposerSettings(), **(proposers or {})}
     if "llm" in config.needs:
@@ -146,11 +148,20 @@ def search(
                     checkpoint_dir=run.checkpoint,
                 )
             )
-            await life.attend()
+            loop = asyncio.get_running_loop()
+            listener.on_error = lambda: loop.call_soon_threadsafe(life.stop, "queued")
+            if listener.error is not None:
+                life.stop("queued")
+            try:
+                await life.attend()
+            finally:
+                listener.on_error = lambda: None  # the loop ends
+            if listener.error is not None:
+                raise listener.error
             return life.result()
 
         with watched(f"{config.model} rate {config.rate:g}", progress) as view:
-            store.on_event = store.on_progress = watching(store, run.job.id, [view, *([watch] if watch else [])])
+            store.on_event = store.on_progress = watching(store, run.job.id, [view, listener])
             try:
                 result = _with_pool(work, devices=where)
             finally:

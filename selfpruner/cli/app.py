@@ -37,16 +37,18 @@ if TYPE_CHECKING:
     from selfpruner.store.objects import JobObject
 
 INTERRUPTED = 130
-# Commands that take up what an interrupted one left: a search, results, files, or statistics in the cache.
-GO_ON = ("search", "prune", "evaluate", "compare", "export", "download")
-# Commands whose work is not the main thread's, so that a signal is seen at once; seconds until they end after one all the same.
-IN_A_THREAD, GRACE = ("search", "prune", "evaluate"), 10.0
+# Commands that, given again, need not do all of it again: they find a search, results, files, or statistics in the cache.
+GO_ON = ("search", "resume", "prune", "evaluate", "compare", "export", "download")
+# Commands that end on SIGTERM as on Ctrl-C, and how many seconds after one they end at the latest. A job is written as queued after
+# a quarter of them; what takes longer is a worker's thread that does not look up, while it imports torch say.
+ENDED, GRACE = ("search", "resume", "prune", "evaluate", "export"), 20.0
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, such as job_...; see `selfpruner jobs`.")]
 JobOrFolder = Annotated[
     str, typer.Argument(metavar="JOB", help="A job on a server; or the folder or database of searches here, see --job.")
 ]
 OfFolder = Annotated[str | None, typer.Option("--job", help="Which job of a folder.", show_default="the newest")]
+WaitingOfFolder = Annotated[str | None, typer.Option("--job", help="Which job of a folder.", show_default="the newest that waits")]
 
 app = typer.Typer(
     help="Prune a language model without retraining, as well as that can be done.",
@@ -125,7 +127,9 @@ def jobs(
     folder: Annotated[
         Path | None, typer.Argument(help="Folder or database of searches here.", show_default="those of the server")
     ] = None,
-    status: Annotated[str | None, typer.Option(help="queued, running, paused, succeeded, failed or cancelled.")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="queued, running, paused, succeeded, failed or cancelled; interrupted in a folder.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     as_json: shared_options.Json = False,
     url: shared_options.Url = shared_options.DEFAULT_URL,
@@ -169,12 +173,12 @@ def show(
 @app.command()
 def cancel(
     source: JobOrFolder,
-    job: OfFolder = None,
+    job: WaitingOfFolder = None,
     as_json: shared_options.Json = False,
     url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
     """Stop a job for good; of a folder one that was interrupted."""
-    with _jobs_of(source, job, url) as (client, job_id):
+    with _jobs_of(source, job, url, waiting=True) as (client, job_id):
         cancelled = client.cancel(job_id)
     _print(cancelled, as_json, f"{cancelled['id']} {cancelled['status']}")
     return 0
@@ -182,22 +186,28 @@ def cancel(
 
 @app.command()
 def pause(job_id: JobId, as_json: shared_options.Json = False, url: shared_options.Url = shared_options.DEFAULT_URL) -> int:
-    """Stop a running job and keep what it found."""
+    """Stop a running job of a server and keep what it found."""
+    if Path(job_id).exists():
+        raise ConfigError(
+            f"{job_id} is a folder or file, and only a server's job is paused. A search in a folder is stopped with Ctrl-C, and "
+            "`selfpruner resume` goes on with it.",
+            param="job_id",
+        )
     return _act(url, as_json, lambda client: client.pause(job_id))
 
 
 @app.command()
 def resume(
     source: JobOrFolder,
-    job: OfFolder = None,
+    job: WaitingOfFolder = None,
     cache: shared_options.Cache = None,
     as_json: shared_options.Json = False,
     url: shared_options.Url = shared_options.DEFAULT_URL,
 ) -> int:
-    """Queue a paused job again; of a folder, go on here with a search that was interrupted."""
+    """Queue a paused job of a server again; of a folder, go on here with a search that has not finished, and wait for its end."""
     from selfpruner.jobs.local_jobs import LocalJobs
 
-    with _jobs_of(source, job, url) as (client, job_id):
+    with _jobs_of(source, job, url, waiting=True) as (client, job_id):
         if not isinstance(client, LocalJobs):
             resumed = client.resume(job_id)
             _print(resumed, as_json, f"{resumed['id']} {resumed['status']}")
@@ -228,7 +238,7 @@ def events(
             when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
             line = f"{event['id']:>5} {when} {event['level']:5} {event['type']}: {event['message']}"
             print(json.dumps(event) if as_json else printable(line).replace("\n", " "), flush=True)
-    return 0
+        return _left(client, client.get(job_id)) if follow else 0
 
 
 @app.command()
@@ -266,13 +276,19 @@ def _here(folder: Path) -> LocalJobs:
 
 
 @contextmanager
-def _jobs_of(source: str, job: str | None, url: str) -> Iterator[tuple[Client | LocalJobs, str]]:
-    """Where the job is that ``source`` means, a server or a folder here, and its id."""
+def _jobs_of(source: str, job: str | None, url: str, *, waiting: bool = False) -> Iterator[tuple[Client | LocalJobs, str]]:
+    """Where the job is that ``source`` means, a server or a folder here, and its id: without ``job`` the newest one's, or that of
+    the newest which waits."""
     if Path(source).exists():
         with _here(Path(source)) as here:
-            yield here, job or here.newest()
+            yield here, job or here.newest(waiting=waiting)
     elif job is not None:
         raise NotFoundError(f"There is no folder {source}; --job is one of a folder's.", param="source")
+    elif not source.startswith("job_"):
+        raise NotFoundError(
+            f"There is no folder {source}, and it is no id of a job, such as job_...; `selfpruner jobs` lists those of a server.",
+            param="source",
+        )
     else:
         with shared_options.client(url) as client:
             yield client, source
@@ -288,6 +304,7 @@ def _act(url: str, as_json: bool, action: Callable[[Client], JobObject]) -> int:
 def _follow(client: Client | LocalJobs, job: JobObject, as_json: bool) -> int:
     """Watch a job to its end. stdout gets the result only, so that ``--json`` is one document."""
     from selfpruner.jobs.live_view import LiveView
+    from selfpruner.jobs.local_jobs import LocalJobs
 
     try:
         with LiveView(f"{job['id']} {job['model']} rate {job['config']['rate']:g}") as view:
@@ -295,10 +312,11 @@ def _follow(client: Client | LocalJobs, job: JobObject, as_json: bool) -> int:
                 view.watch(name, data)
                 job = data if data["object"] == "job" else job
     except KeyboardInterrupt:
-        print(
-            f"{job['id']} goes on. Watch it: selfpruner show -f {job['id']}   Stop it: selfpruner cancel {job['id']}",
-            file=sys.stderr,
-        )
+        if isinstance(client, LocalJobs):
+            goes_on = f"{client.command('show -f', job['id'])}   Stop it: Ctrl-C where it runs"
+        else:
+            goes_on = f"selfpruner show -f {job['id']}   Stop it: selfpruner cancel {job['id']}"
+        print(f"{job['id']} goes on. Watch it: {goes_on}", file=sys.stderr)
         return 130
     if as_json:
         print(json.dumps(job))
@@ -308,9 +326,19 @@ def _follow(client: Client | LocalJobs, job: JobObject, as_json: bool) -> int:
         _complain(f"{job['id']} failed: {error['message']} ({error['code']})")
     elif job["status"] == "cancelled":
         _complain(f"{job['id']} was cancelled")
-    elif job["status"] != "succeeded":
-        _complain(f"{job['id']} is {job['status']} and does not run; the same search goes on with it")
+    else:
+        _left(client, job)
     return 0 if job["status"] == "succeeded" else 1
+
+
+def _left(client: Client | LocalJobs, job: JobObject) -> int:
+    """Say how to go on with a job of a folder that has not finished and does not run; an exit code."""
+    from selfpruner.jobs.local_jobs import LocalJobs
+
+    if job["finished_at"] is not None or not isinstance(client, LocalJobs):
+        return 0
+    _complain(f"{job['id']} is {job['status']} and does not run; go on with it: {client.command('resume', job['id'])}")
+    return 1
 
 
 def _report(client: Client | LocalJobs, job: JobObject) -> None:
@@ -375,7 +403,11 @@ def _complain(message: str) -> None:
 def _interrupted(arguments: Sequence[str]) -> str:
     """What a person who pressed Ctrl-C is told: how to go on, where that is possible."""
     command = next(iter(arguments), "")
-    kept = command in GO_ON and (command != "evaluate" or any(word.startswith(("-o", "--output")) for word in arguments))
+    kept = command in GO_ON
+    if command == "evaluate":
+        kept = any(word.startswith(("-o", "--output")) for word in arguments)
+    elif command == "resume":  # of a server it only asks
+        kept = any(Path(word).exists() for word in arguments[1:])
     if not kept:
         return "interrupted"
     return f"interrupted. What was computed is kept; the same command goes on: {shlex.join(['selfpruner', *arguments])}"
@@ -419,10 +451,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _end_as_interrupted() -> None:
     """SIGTERM, and a terminal that is closed, end a command as Ctrl-C does: its job is queued again, and what it wrote aside is
-    removed. Work that does not stop in time ends with this process."""
+    removed. Work that does not stop in time ends with this process, which then says the same."""
 
-    def end(number: int, _frame: object) -> None:
-        last = threading.Timer(GRACE, os._exit, [128 + number])
+    def give_up() -> None:
+        _complain(_interrupted(sys.argv[1:]))
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+    def end(_number: int, _frame: object) -> None:
+        last = threading.Timer(GRACE, give_up)
         last.daemon = True
         last.start()
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script's background
@@ -435,7 +472,7 @@ def _end_as_interrupted() -> None:
 
 
 def main() -> NoReturn:
-    if sys.argv[1:2] and sys.argv[1] in IN_A_THREAD:
+    if sys.argv[1:2] and sys.argv[1] in ENDED:
         _end_as_interrupted()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -12,6 +12,7 @@ import typer
 
 from selfpruner.cli import shared_options
 from selfpruner.cli.show import print_pruned, print_report
+from selfpruner.config import SearchConfig
 from selfpruner.errors import ConfigError
 
 
@@ -82,6 +83,11 @@ def prune(
     body: dict[str, Any] = options.body()
     given = _plan_file(plan) if plan is not None else {}
     wanted = body.pop("rate", None)
+    known = {*SearchConfig.model_fields, *GivenPlan.__annotations__}
+    if unknown := {key: value for key, value in body.items() if key not in known}:
+        api.config_of({"rate": 0.5, **unknown})
+    if both := given.keys() & body.keys():
+        raise ConfigError(f"{plan} has {', '.join(both)}: leave out --set {', '.join(both)}.", param="plan")
     result = api.prune(output, rate=wanted, **given, cache=cache, devices=devices, **body)
     return print_pruned(result, as_json)
 

@@ -35,8 +35,13 @@ def writable_folder(folder: Path, *, param: str = "output") -> None:
         raise ConfigError(f"{what}; name a folder.", param=param)
     # A look at the mode bits says nothing of disks that can only be read, quotas and lists of who may write.
     try:
-        with disk_errors(nearest), tempfile.TemporaryDirectory(prefix=".tmp-", dir=nearest):
-            pass
+        with disk_errors(nearest):
+            try:
+                with tempfile.TemporaryDirectory(prefix=".tmp-", dir=nearest):
+                    pass
+            except OSError as error:
+                error.filename = str(folder if folder.exists() else nearest)  # not our attempt's
+                raise
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}. Name another folder.", param=param) from error
 
@@ -55,8 +60,8 @@ def room_for(size: int, folder: Path, what: str) -> None:
     free = shutil.disk_usage(_nearest(folder)).free
     if size + SPARE > free:
         raise DiskFullError(
-            f"{what} will take about {_mib(size)} MiB in {folder}, and only {_mib(free)} MiB are free there. Free some, or name "
-            "another place."
+            f"{what} will take about {mib(size)} in {folder}, and only {mib(free)} are free there. Free some, or "
+            "name another place."
         )
 
 
@@ -68,5 +73,6 @@ def _nearest(place: Path) -> Path:
     return folder
 
 
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.0f}"
+def mib(size: int) -> str:
+    """A number of bytes for people; less than one MiB is not none."""
+    return f"{size / (1 << 20):,.0f} MiB" if size >= 1 << 20 else f"{size:,} bytes"

@@ -189,6 +189,25 @@ def watched(title: str, progress: bool | OnProgress) -> Iterator[Watch]:
         yield lambda _name, _data: None
 
 
+class Listener:
+    """A caller's ``watch``, called until it raises. What it raised is ``error``; ``on_error`` is called then, in the thread that
+    wrote what was watched."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.error: Exception | None = None
+        self.on_error: Callable[[], object] = lambda: None
+        self._watch = watch
+
+    def __call__(self, name: str, data: EventObject | JobObject) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._watch(name, data)
+        except Exception as error:
+            self.error = error
+            self.on_error()
+
+
 def watching(store: Store, job_id: str, watches: Sequence[Watch]) -> Callable[..., None]:
     """What tells ``watches`` what is new of a job: to be called after every change, see ``Store.on_event``."""
     feed = Feed(store, job_id)

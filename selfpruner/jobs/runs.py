@@ -28,7 +28,7 @@ from selfpruner.store.tables import Checkpoint, Job
 
 DATABASE = "selfpruner.db"
 CHECKPOINT = "checkpoint"
-_ALL = 1_000_000
+ALL = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def refuse(folder: Path, config: SearchConfig) -> None:
 def find(store: Store, folder: Path, config: SearchConfig, *, again: bool) -> Run:
     """The job that a call with ``config`` means, made if there is none. Raises, where there is work to do, what
     :func:`selfpruner.models.precheck` does."""
-    jobs = [job for job in store.jobs(limit=_ALL).data if job.checkpoint_number is not None]
+    jobs = [job for job in store.jobs(limit=ALL).data if job.checkpoint_number is not None]
     mine = [job for job in jobs if _settings(job.config) == config.model_dump(mode="json")]
     waiting = next((job for job in mine if not job.finished), None)
     if waiting is not None:

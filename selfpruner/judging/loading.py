@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from selfpruner import models
 from selfpruner.errors import ConfigError
+from selfpruner.files.places import mib
 from selfpruner.models import LoadedModel, checks, saved
 from selfpruner.models.family_layouts import whole_number
 
@@ -39,8 +40,8 @@ def share(memory: int | None, names: Sequence[str], cache: Path, tokens: int) ->
     logits = sum(_vocabulary(name, cache) * (tokens + COPIES * CHUNK) * _FLOAT for name in names)
     if logits >= memory:
         raise ConfigError(
-            f"The logits of {tokens:,} tokens take {logits / 2**20:,.0f} MiB, and memory is {memory / 2**20:,.0f} MiB. Use shorter "
-            "sequences, or more memory.",
+            f"The logits of {tokens:,} tokens take {mib(logits)}, and memory is {mib(memory)}. Use shorter sequences, "
+            "or more memory.",
             param="memory",
         )
     return (memory - logits) // len(names)

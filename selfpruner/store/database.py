@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -61,6 +62,20 @@ class Database:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def is_written(self) -> bool:
+        """Whether a process has this file open for writing, this one perhaps. Changes nothing."""
+        try:
+            lock = os.open(_lock_of(self.path), os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -143,17 +158,22 @@ def _no_space(path: Path) -> bool:
         return False
 
 
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
 def _take_lock(path: Path) -> FileLock:
-    place = path.with_name(path.name + ".lock")
+    place = _lock_of(path)
     # Whoever closes the database lets go, in whatever thread; a lock that a file system lacks is not replaced by a weaker one.
     lock = FileLock(place, mode=0o600, thread_local=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.2, poll_interval=0.02)  # somebody who looks whether it is held has it for a moment
     except Timeout as error:
         holder = place.read_text(errors="replace").strip() or "unknown"
         raise StoreError(
-            f"Another process (pid {holder}) writes {path}. Stop it, use its HTTP API, or choose another database.",
+            f"Another process (pid {holder}) writes {path}. Wait until it has finished, or stop it; a server is asked over HTTP, "
+            f"and a search is watched with `selfpruner show -f {path.parent}`.",
             code="store_locked",
         ) from error
     except OSError as error:
@@ -169,12 +189,20 @@ def _to_json(value: object) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def _reading(path: Path) -> str:
+    """How SQLite opens a file to read it. Beside one in WAL mode it writes an index; where it may not, as on a disk that can only
+    be read, it takes the index that is there, or the file as it is, which then nobody changes."""
+    if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+        return "mode=rw"
+    return "mode=ro" if path.with_name(path.name + "-wal").exists() else "immutable=1"
+
+
 def _engine(path: Path, read_only: bool) -> Engine:
-    mode = "rw" if read_only else "rwc"
+    mode = _reading(path) if read_only else "mode=rwc"
     engine = create_engine(
         "sqlite://",
         creator=lambda: sqlite3.connect(
-            f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            f"{path.as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         ),
         json_serializer=_to_json,
         poolclass=QueuePool,

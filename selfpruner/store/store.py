@@ -101,6 +101,10 @@ class Store:
     def path(self) -> Path:
         return self._database.path
 
+    def is_written(self) -> bool:
+        """Whether a process has the database open for writing: without one, a job that is ``running`` was interrupted."""
+        return self._database.is_written()
+
     # Jobs
 
     def create_job(

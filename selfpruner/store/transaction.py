@@ -31,13 +31,13 @@ class Transaction:
 
     def move(self, job: Job, to: JobStatus, error: JobError | None = None) -> Job:
         """See ``Store.transition``."""
-        if job.cancel_requested and to in ("queued", "paused"):
-            to = "cancelled"
         status = job.status
         if to not in TRANSITIONS[status]:
             onward = ", ".join(TRANSITIONS[status])
             hint = f"From there it can become: {onward}." if onward else "It has finished; submit a new job instead."
             raise ConflictError(f"Job {job.id} is {status} and cannot become {to}. {hint}", code=f"job_{status}")
+        if job.cancel_requested and to in ("queued", "paused"):
+            to = "cancelled"
         if (to == "failed") != (error is not None):
             raise StoreError(f"Job {job.id} cannot become {to}: an error belongs to a failed job and to no other.")
         job.status = to

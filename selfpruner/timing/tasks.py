@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import JsonValue
 
 from selfpruner.errors import OutOfMemoryError
+from selfpruner.files.places import mib
 from selfpruner.timing.model_cost import ModelCost
 from selfpruner.workers.tasks import Contract, TaskRequest, TaskResult
 
@@ -32,8 +33,8 @@ def refuse_larger(name: object, weights: int, memory: int | None) -> None:
     """Raise OutOfMemoryError for a model that does not fit beside those that are there already."""
     if memory is not None and weights > memory:
         raise OutOfMemoryError(
-            f"{name} takes {weights / 2**20:,.0f} MiB, and {max(memory, 0) / 2**20:,.0f} MiB of memory are left for it. Give more, "
-            "or time fewer models at once; a model that is streamed from its files has no speed to compare.",
+            f"{name} takes {mib(weights)}, and {mib(max(memory, 0))} of memory are left for it. Give more, or "
+            "time fewer models at once; a model that is streamed from its files has no speed to compare.",
             param="memory",
         )
 

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
 from selfpruner.config import Role
 from selfpruner.errors import ContractError
@@ -218,6 +218,12 @@ class ScoreRow(Contract):
     reason: str | None = None
     rejected: bool = False
     too_large: bool = False
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.kl is None) != (self.nll is None):
+            raise ValueError("kl and nll are both numbers, or both null")
+        return self
 
 
 class RaceTerms(Contract):

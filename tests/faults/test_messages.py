@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,22 @@ import typer.main
 from selfpruner import api, catalogue, errors
 from selfpruner.cli import app as cli
 from selfpruner.config import SearchConfig, differences, field_names
-from selfpruner.errors import ConfigError, NoPermissionError, SelfprunerError, UnknownNameError, disk_errors
+from selfpruner.criteria.magnitude import Magnitude
+from selfpruner.errors import (
+    ConfigError,
+    ContractError,
+    NoPermissionError,
+    OutOfMemoryError,
+    SelfprunerError,
+    UnknownNameError,
+    disk_errors,
+)
+from selfpruner.files import places
 from selfpruner.jobs import comparison
 from selfpruner.models import choose_device
+from selfpruner.testing.criterion_suites import registered
+from selfpruner.timing.tasks import refuse_larger
+from selfpruner.workers.tasks import ScoreRow
 from server.settings import load_settings
 from tests.helpers import ROOT
 
@@ -53,6 +67,46 @@ def test_what_a_search_is_refused_with(body: dict[str, Any], says: str) -> None:
         api.config_of(body)
     assert says in error.value.message
     assert "pattern" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("prune -o {folder}/o -r 20% -s cache=/tmp/x", "cache: unknown field"),
+        ("prune -o {folder}/o -r 20% -s directory=x", "directory: unknown field"),
+        ("pause {folder}", "only a server's job is paused"),
+        ("resume {folder}/missing", "There is no folder"),
+        ("show missing", "There is no folder missing"),
+    ],
+)
+def test_what_a_command_is_refused_with(line: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(line.format(folder=tmp_path).split()) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_is_named_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **how: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", f"{how['dir']}/.tmp-5a88lgcw")
+
+    monkeypatch.setattr("selfpruner.files.places.tempfile.TemporaryDirectory", closed)
+    with pytest.raises(NoPermissionError, match=f"^{tmp_path} is on a disk that can only be read"):
+        places.writable_folder(tmp_path)
+
+
+def test_less_than_a_mebibyte_is_not_none() -> None:
+    with pytest.raises(OutOfMemoryError, match="m takes 3 MiB, and 1,000 bytes of memory are left"):
+        refuse_larger("m", 3 << 20, 1000)
+
+
+def test_a_score_has_both_figures_or_none() -> None:
+    with pytest.raises(ContractError, match="both numbers, or both null"):
+        ScoreRow.read({"kl": 0.5, "nll": None, "tokens": 1})
+
+
+def test_a_criterion_that_is_not_installed() -> None:
+    criterion = type("Own", (Magnitude,), {"name": "own"})
+    with pytest.raises(pytest.fail.Exception, match="Install the package whose entry point"):
+        registered(criterion, "structured")
 
 
 def test_every_field_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,6 +230,78 @@ def test_jobs_of_a_folder_are_shown_as_a_servers(
         LocalJobs(tmp_path)
 
 
+def test_a_search_that_was_killed_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is shown as that, following it ends, and `resume` goes on with the newest that waits."""
+    first, home = InThisProcess(tmp_path / "first", monkeypatch), tmp_path / "home"
+
+    def kill() -> None:
+        assert json.loads(printed("jobs", str(first.home), "--status", "running", "--json"))["data"]
+        home.mkdir()
+        for target in (home / "selfpruner.db", home / "copy.db"):
+            with closing(sqlite3.connect(first.database)) as source, closing(sqlite3.connect(target)) as copy:
+                source.backup(copy)
+
+    def printed(*line: str, code: int = 0) -> str:
+        assert cli.run([*line]) == code
+        return capsys.readouterr().out
+
+    first.interrupt(WAITS_ONCE, kill)
+    second = InThisProcess(home, monkeypatch)
+    job = job_in(second.database)["id"]
+    (shown,) = json.loads(printed("jobs", str(home), "--json"))["data"]
+    assert shown["status"] == "interrupted"
+    assert job in printed("jobs", str(home), "--status", "interrupted")
+    assert job not in printed("jobs", str(home), "--status", "running")
+    assert "interrupted" in printed("show", str(home))
+    capsys.readouterr()
+    for command in ("show", "events"):
+        assert cli.run([command, "-f", str(home)]) == 1
+        assert f"is interrupted and does not run; go on with it: selfpruner resume {home} --job {job}" in capsys.readouterr().err
+    assert job_in(second.database)["status"] == "running", "nothing was written"
+    for command in ("resume", "cancel"):
+        assert cli.run([command, str(home / "copy.db")]) == 2
+        assert "is another database: it is only read" in capsys.readouterr().err
+    with Store(second.database) as store:
+        config = store.job(job).config
+        store.requeue_running()
+    second.run(QUICK)
+    with LocalJobs(home) as jobs:
+        assert jobs.newest() != jobs.newest(waiting=True) == job
+    printed("resume", str(home), "--cache", str(home / "cache"))
+    with Store(second.database, read_only=True) as store:
+        assert (store.job(job).status, store.job(job).config) == ("succeeded", config)
+
+
+def test_ctrl_c_while_watching_a_folder_names_its_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = InThisProcess(tmp_path / "home", monkeypatch)
+    here.run(QUICK)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalJobs, "follow", interrupted)
+    assert cli.run(["show", "-f", str(here.home)]) == 130
+    job = job_in(here.database)["id"]
+    assert f"selfpruner show -f {here.home} --job {job}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["job.queued", "job.running", "candidate.evaluated", "job.succeeded"])
+def test_what_watch_raises_reaches_the_caller(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = InThisProcess(tmp_path / "home", monkeypatch)
+
+    def watch(name: str, _data: object) -> None:
+        if name == at:
+            raise LookupError("the caller's own")
+
+    with pytest.raises(LookupError, match="the caller's own"):
+        here._search(QUICK if at == "job.succeeded" else WAITS_ONCE, watch)
+    assert job_in(here.database)["status"] == ("succeeded" if at == "job.succeeded" else "queued")
+
+
 def test_a_servers_job_is_left_to_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -196,6 +196,8 @@ def test_on_a_terminal_one_line_changes() -> None:
         ("evaluate m", False),
         ("benchmark a b -o speed.json", False),
         ("jobs", False),
+        ("resume .", True),
+        ("resume job_1", False),
     ],
 )
 def test_an_interrupted_command_says_how_to_go_on(
@@ -210,6 +212,38 @@ def test_an_interrupted_command_says_how_to_go_on(
     err = capsys.readouterr().err
     assert err.startswith("selfpruner: interrupted")
     assert (f"the same command goes on: selfpruner {line}" in err) == goes_on
+
+
+ENDED = """
+import sys, time
+from selfpruner.cli import app
+app.GRACE = 0.3
+def work(**_):
+    while True:
+        try:
+            print("begun", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            if {stops}:
+                raise
+app.app = work
+sys.argv = ["selfpruner", *{line!r}]
+app.main()
+"""
+
+
+@pytest.mark.parametrize("line", [["resume", "."], ["export", "a", "-o", "b"], ["search", "-o", "a"]], ids=lambda line: line[0])
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_command_that_is_ended_says_how_to_go_on(line: list[str], stops: bool) -> None:
+    """Also when its work does not stop in time, and the process ends without it."""
+    code = ENDED.format(stops=stops, line=line)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert f"the same command goes on: selfpruner {shlex.join(line)}" in err
 
 
 @pytest.mark.parametrize(
@@ -232,7 +266,8 @@ def test_a_search_that_is_ended_and_the_same_command_again(
     assert process.stderr is not None
     assert process.stderr.readline()  # it says something at once
     process.send_signal(number)
-    err = process.communicate(timeout=60)[1]
+    # On a loaded machine its worker's thread, which imports torch, does not look up for long; Ctrl-C waits for it.
+    err = process.communicate(timeout=240)[1]
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "the same command goes on: selfpruner search" in err

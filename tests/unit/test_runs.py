@@ -326,7 +326,7 @@ def test_a_disk_without_room_is_found_before_the_work(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(places.shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, 1 << 20))
-    with pytest.raises(DiskFullError, match=r"The checkpoint will take about .* MiB in .*, and only 1 MiB are free there"):
+    with pytest.raises(DiskFullError, match=r"The checkpoint will take about .* in .*, and only 1 MiB are free there"):
         api.prune(tmp_path / "o", rate=0.2, cache=tmp_path / "c", **fields)
     assert not (tmp_path / "c" / "statistics").exists()
 

@@ -74,6 +74,27 @@ def dump(store: Store) -> list[str]:
 # Jobs
 
 
+def test_what_cannot_be_is_refused_by_its_name(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.db") as store:
+        job = store.create_job(CONFIG)[0].id
+        store.transition(job, "running")
+        store.request_cancel(job)
+        assert store.transition(job, "queued").status == "cancelled"
+        with pytest.raises(ConflictError, match="is cancelled and cannot become queued"):
+            store.transition(job, "queued")
+
+
+def test_a_database_on_a_disk_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "store.db"
+    with Store(path) as store:
+        job = store.create_job(CONFIG)[0].id
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("selfpruner.store.database.os.access", lambda *_: False)
+    with Store(path, read_only=True) as store:
+        assert store.job(job).status == "queued"
+        assert sorted(tmp_path.iterdir()) == before, "SQLite writes nothing beside it"
+
+
 def test_a_new_job_is_queued_and_comes_back_as_given(store: Store, clock: Clock) -> None:
     job, created = store.create_job(CONFIG, metadata={"team": "naïve 🦙 \u202e"}, owner="ada")
     found = store.job(job.id)
