@@ -460,7 +460,7 @@ def benchmark(
     still have to be here, for the bounds. ``prompt_tokens`` are 512 by default, or as many as all models have positions for.
     ``memory`` bounds what all models together may take; what would have to be streamed is refused. ``compiled`` decodes by
     torch.compile with a cache of fixed size. With several ``devices`` the models are put on them in turn, and still timed one at a
-    time. ``BenchmarkReport.markdown()`` and ``BenchmarkReport.to_dict()`` say what was
+    time. ``BenchmarkReport.markdown()`` and ``BenchmarkReport.to_dict()`` say what was seen.
     """
     from selfpruner.timing import run as timing
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from selfpruner.export.build import build, shapes_of
-from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import opened, write
 from selfpruner.export.folder import Exported
 from selfpruner.export.modeling_files import MODELING_FILES
+from selfpruner.files.card_info import CardInfo
 from selfpruner.models import saved
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import metadata_load
 
 from selfpruner.export.older import requirement
+from selfpruner.files.card_info import CardInfo
 from selfpruner.files.manifest import PlanFile
 from selfpruner.pruning.layer_shapes import LayerShape
 
@@ -24,35 +25,6 @@ _KNOWN: Mapping[str, Mapping[str, object]] = {
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # How a licence's text begins, by the hub's name for it.
 _LICENSES = {"apache-2.0": ("Apache License", "Version 2.0"), "mit": ("Permission is hereby granted, free of charge",)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardInfo:
-    """What the export cannot see in the model.
-
-    ``base_model`` is the name by which it was loaded; only the last part of a path is ever written. ``rate`` is removed /
-    original parameters of ``of``, None where what was done to the model is not known; ``layer_rates`` the same per layer.
-    ``metrics`` maps a name ("dense", "pruned", "uniform") to its numbers ({"perplexity": 37.1}); the card shows them as one table.
-    ``nonzeros`` counts the model's parameters without those that the pattern made zero, where shapes stay as they are. ``terms``
-    are what the front matter says of the base model (base_model on the hub, license, license_name, license_link, language), see
-    :func:`with_terms`. ``made_from`` identifies the content of what it was made from.
-    """
-
-    base_model: str
-    rate: float | None
-    of: str = "decoder"
-    pattern: str = "structured"
-    criterion: str = ""
-    compensation: str = ""
-    calibration: Sequence[str] = ()
-    plan_hash: str = ""
-    levels: Sequence[int] = ()
-    layer_rates: Sequence[float] = ()
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    job_id: str | None = None
-    terms: Mapping[str, object] = field(default_factory=dict)
-    nonzeros: int | None = None
-    made_from: Mapping[str, str] = field(default_factory=dict)
 
 
 def with_origin(

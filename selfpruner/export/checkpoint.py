@@ -25,11 +25,12 @@ from selfpruner.errors import CancelledTaskError, ExportError, ModelError
 from selfpruner.export import proof, verify_streamed
 from selfpruner.export import verify as verify_script
 from selfpruner.export.build import build, count_parameters, expected_parameters, plain_config, shapes_of
-from selfpruner.export.card import CardInfo, model_card, plan, with_terms
+from selfpruner.export.card import model_card, plan, with_terms
 from selfpruner.export.folder import Exported, write_folder
 from selfpruner.export.modeling_files import modeling_file_of
 from selfpruner.export.older import save_tokenizer, with_older_fields
 from selfpruner.files import manifest
+from selfpruner.files.card_info import CardInfo
 from selfpruner.files.manifest import Verification
 from selfpruner.files.tensors import held_shapes, write_tensors
 from selfpruner.models import LoadedModel, ModelSource, quiet, saved

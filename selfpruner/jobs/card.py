@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 from selfpruner.config import SearchConfig
+from selfpruner.files.card_info import CardInfo
 from selfpruner.files.report import Report
 from selfpruner.planning.space import Plan, SearchSpace
-from selfpruner.workers.tasks import CardFields, PrepareResult
+from selfpruner.workers.tasks import PrepareResult
 
 # Figures of a report that the card and the database keep with the checkpoint, for these models.
 FIGURES: tuple[Literal["parameters", "kl", "perplexity", "prefill_tps", "decode_tps"], ...] = (
@@ -29,9 +30,9 @@ def card(
     *,
     job_id: str | None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
-) -> CardFields:
-    """The fields of :class:`selfpruner.export.card.CardInfo`. ``rate`` is the one asked for where the plan meets it."""
-    return CardFields(
+) -> CardInfo:
+    """``rate`` is the one asked for where the plan meets it."""
+    return CardInfo(
         base_model=prepared.model.name,
         rate=config.rate if space.meets_budget(plan) else space.removed(plan) / space.total,
         of=config.of,

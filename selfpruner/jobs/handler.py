@@ -32,7 +32,7 @@ from selfpruner.evaluation.slopes import slopes
 from selfpruner.evaluation.split import row_of
 from selfpruner.evaluation.tally import Tally
 from selfpruner.export.build import build, check_buildable, count_parameters
-from selfpruner.export.card import CardInfo, with_origin
+from selfpruner.export.card import with_origin
 from selfpruner.export.checkpoint import write
 from selfpruner.export.folder import refuse_place
 from selfpruner.export.pruned import kept_units, needs_files, pruned_tensors, streamed_export, zeros
@@ -395,7 +395,7 @@ class SessionHandler:
         found = count_parameters(model)
         origin = prepared.loaded.source
         card = with_origin(
-            CardInfo(**request.card.model_dump()),
+            request.card,
             origin.folder,
             {"model": origin.fingerprint[:16], "calibration": prepared.texts["calibration"].fingerprint},
             base_model=prepared.config.base_model,

@@ -16,8 +16,8 @@ from transformers.models.auto import AutoModelForCausalLM
 
 import selfpruner.testing.tiny_models as tiny
 from selfpruner.export.build import shapes_of
-from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import LayerShape, build
+from selfpruner.files.card_info import CardInfo
 from selfpruner.models.family_layouts import Widths, layout_of
 from selfpruner.pruning.layer_shapes import KeptUnits
 from selfpruner.testing.device import DEVICE

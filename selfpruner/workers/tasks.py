@@ -13,13 +13,13 @@ each cut into pieces of ``piece`` tokens where that is given. KL and NLL are nat
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 
 from selfpruner.config import Role
 from selfpruner.errors import ContractError
+from selfpruner.files.card_info import CardInfo
 from selfpruner.files.report import Figures
 from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import SearchSpace
@@ -402,23 +402,6 @@ class ProposeRequest(TaskRequest[ProposeResult]):
     seed: int
 
 
-class CardFields(Contract):
-    """What the model card says that a worker cannot see; see :class:`selfpruner.export.card.CardInfo`."""
-
-    base_model: str
-    rate: float | None
-    of: str = "decoder"
-    pattern: str = "structured"
-    criterion: str = ""
-    compensation: str = ""
-    calibration: tuple[str, ...] = ()
-    plan_hash: str = ""
-    levels: Levels = ()
-    layer_rates: tuple[float, ...] = ()
-    metrics: Mapping[str, Mapping[str, int | float]] = {}
-    job_id: str | None = None
-
-
 class ExportResult(TaskResult):
     """The checkpoint in the folder ``path``. ``bytes`` are those of its weight files; ``reused``: it was there already."""
 
@@ -438,4 +421,4 @@ class ExportRequest(TaskRequest[ExportResult]):
     kind: ClassVar[str] = "export"
     plan: Levels
     directory: str
-    card: CardFields
+    card: CardInfo

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto import AutoTokenizer
 
-from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import write
 from selfpruner.export.modeling_files import MODELING_FILES
+from selfpruner.files.card_info import CardInfo
 from selfpruner.testing.cut_models import CARD, Case, masked_dense, units_of
 
 

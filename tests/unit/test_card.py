@@ -14,9 +14,12 @@ from transformers.models.auto import AutoTokenizer
 import selfpruner
 import selfpruner.testing.tiny_models as tiny
 from selfpruner import api
+from selfpruner.errors import ContractError
 from selfpruner.export import formats, proof
-from selfpruner.export.card import CardInfo, converted, with_origin, with_terms
+from selfpruner.export.card import converted, with_origin, with_terms
+from selfpruner.files.card_info import CardInfo
 from selfpruner.testing.cut_models import CARD, folder, prune
+from selfpruner.workers.tasks import ExportRequest
 from tests.helpers.exports import written
 
 
@@ -141,3 +144,12 @@ def test_no_file_of_a_checkpoint_says_where_it_was_made(tmp_path: Path) -> None:
     text.write_text(tiny.sample_text(6000, seed=1))
     other = api.prune(tmp_path / "other", rates=rates, model=str(base), cache=tmp_path / "secret" / "cache", **fields).path
     assert json.loads((other / "plan.json").read_text())["made_from"]["calibration"] != plan["made_from"]["calibration"]
+
+
+def test_a_card_goes_to_a_worker_as_it_is() -> None:
+    sent = ExportRequest(plan=(0, 1), directory="out", card=CARD).to_json()
+    assert ExportRequest.read(json.loads(json.dumps(sent))).card == CARD
+    card = sent["card"]
+    assert isinstance(card, dict)
+    with pytest.raises(ContractError, match="colour"):
+        ExportRequest.read({**sent, "card": {**card, "colour": "red"}})

@@ -16,8 +16,8 @@ from selfpruner.config import SearchConfig
 from selfpruner.evaluation.session import Prepared, prepare
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build, count_parameters
-from selfpruner.export.card import CardInfo
 from selfpruner.export.pruned import pruned_tensors, streamed_export
+from selfpruner.files.card_info import CardInfo
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import run_job
 from selfpruner.models import LoadedModel, checks, load, resolve, streaming

@@ -18,11 +18,11 @@ from selfpruner.cli import app as cli
 from selfpruner.errors import ConfigError, CorruptCheckpointError, ExportError, FormatError, NotFoundError
 from selfpruner.export import formats, modeling_selfpruner, proof
 from selfpruner.export import verify as verify_script
-from selfpruner.export.card import CardInfo
 from selfpruner.export.checkpoint import load, write
 from selfpruner.export.proof import reference_tokens, write_reference
 from selfpruner.export.transformers_format import Transformers
 from selfpruner.files import manifest
+from selfpruner.files.card_info import CardInfo
 from selfpruner.files.tensors import TensorFile
 from selfpruner.models.family_layouts import Widths, layout_of
 from selfpruner.testing.cut_models import Case, Keep, folder, prune

@@ -11,9 +11,9 @@ from transformers.models.auto import AutoConfig
 from selfpruner.evaluation.session import prepare
 from selfpruner.export import checkpoint
 from selfpruner.export.build import build
-from selfpruner.export.card import CardInfo
 from selfpruner.export.formats import convert
 from selfpruner.export.pruned import kept_units, pruned_tensors, streamed_export
+from selfpruner.files.card_info import CardInfo
 from selfpruner.models import LoadedModel, checks, load, resolve, streaming
 from selfpruner.testing.tiny_models import FAMILIES, sample_text, tiny_model
 from tests.helpers.pruned import random_plans

@@ -29,6 +29,7 @@ from selfpruner.evaluation.pieces import divergences_in_pieces
 from selfpruner.evaluation.session import make_engine
 from selfpruner.export import checkpoint
 from selfpruner.export.verify_streamed import verify
+from selfpruner.files.card_info import CardInfo
 from selfpruner.files.tensors import TensorFile, held_shapes, write_tensors
 from selfpruner.jobs.handler import SessionHandler
 from selfpruner.jobs.run import session_of
@@ -37,7 +38,7 @@ from selfpruner.planning.space import Plan
 from selfpruner.pruning.measurements import held_bytes
 from selfpruner.testing.prepared_models import ready
 from selfpruner.testing.tiny_models import sample_text, tiny_model, tokens_of
-from selfpruner.workers.tasks import CardFields, ExportRequest, MeasureRequest, PrepareRequest, ProposeRequest, TaskRequest
+from selfpruner.workers.tasks import ExportRequest, MeasureRequest, PrepareRequest, ProposeRequest, TaskRequest
 from selfpruner.workers.thread_pool import InProcessPool
 from tests.helpers import ROOT
 from tests.helpers.pruned import random_plans
@@ -303,7 +304,7 @@ def test_a_streamed_export_is_the_resident_one(place: Path, tmp_path: Path, meth
         last = [len(block.options) - 1 for block in blocks]
         plan = (0, 1, 1, 0, last[4], 3, 2, last[7], *[min(1, index % 3) for index in range(len(blocks) - 8)])
         directory = tmp_path / str(memory)
-        card = CardFields(base_model="tiny", rate=0.25, criterion="obs", compensation=method, levels=plan)
+        card = CardInfo(base_model="tiny", rate=0.25, criterion="obs", compensation=method, levels=plan)
         done, timed = run(
             config,
             place / "cache",
@@ -328,7 +329,7 @@ def test_verification_sees_a_wrong_tensor(place: Path, tmp_path: Path) -> None:
     directory = tmp_path / "out"
     blocks = run(config, place / "cache", PrepareRequest())[0].space.blocks
     plan = (0, 1) * (len(blocks) // 2)
-    card = CardFields(base_model="tiny", rate=0.25, criterion="obs", compensation="least_squares", levels=plan)
+    card = CardInfo(base_model="tiny", rate=0.25, criterion="obs", compensation="least_squares", levels=plan)
     run(config, place / "cache", ExportRequest(plan=plan, directory=str(directory), card=card))
     model: Any = checkpoint.load(directory)
     tokens = tokens_of(2, 16, vocab=500)
