@@ -65,7 +65,7 @@ def slopes(
     walk = _Walk(engine, plan, moves, cancelled)
     # No logits are there while streams are; the head later takes what they leave.
     per_sequence = tokens.shape[1] * arch.hidden * 4 * (2 * walk.stride + 3)
-    batch = max(1, min((engine.stream_bytes + engine.logit_bytes) // per_sequence, tokens.shape[0]))
+    batch = max(1, min(engine.survey_bytes // per_sequence, tokens.shape[0]))
     kl = sum(walk.forth_and_back(part.to(arch.device)) for part in tokens.split(batch))
     count = tokens.numel()
     energy = walk.energy[[block for block, _ in moves]]
@@ -223,7 +223,7 @@ def _head(engine: Engine, dense: Tensor, final: Tensor) -> tuple[float, Tensor]:
     (q - p) W for the pruned and dense distributions q and p, times what a cap lets through."""
     arch = engine.arch
     head = arch.head_weight
-    chunk = max(16, (engine.stream_bytes // 2 + engine.logit_bytes) // (16 * head.shape[0]))
+    chunk = max(16, engine.survey_bytes * 5 // 7 // (16 * head.shape[0]))
     with torch.enable_grad():
         state = arch.final_norm(final.requires_grad_())
     reference = arch.final_norm(dense).flatten(0, 1)

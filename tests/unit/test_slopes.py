@@ -77,7 +77,7 @@ def test_batches_do_not_matter_and_nothing_moved_is_nothing() -> None:
     tokens = tokens_of(4, 16, seed=2)
     moves = [(block, level) for block, here in enumerate(plan.levels) for level in {here, 0, len(case.blocks[block].options) - 1}]
     whole = slopes(case.engine, plan, moves, tokens)
-    case.engine.stream_bytes = 1
+    case.engine.survey_bytes = 1
     parts = slopes(case.engine, plan, moves, tokens)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-5)
     assert parts.first == pytest.approx(whole.first, rel=1e-3, abs=1e-6)
