@@ -41,7 +41,7 @@ def _run(options: argparse.Namespace) -> None:
     from selfpruner.evolution.survey import FORESIGHT, probe_level, steps, weighed
     from selfpruner.evolution.windows import PIECE
     from selfpruner.planning.allocation import cheapest
-    from selfpruner.planning.landscape import Landscape
+    from selfpruner.planning.landscape import Landscape, Reference
     from selfpruner.planning.space import Plan
     from selfpruner.pruning.blocks import prepare_blocks
     from selfpruner.pruning.search_space import space_of
@@ -81,19 +81,11 @@ def _run(options: argparse.Namespace) -> None:
             here = cheapest(replace(space, rate=factor * space.rate), landscape.losses())
             moves = steps(space, here)
             found = slopes(engine, here, moves, part)
+            reference = Reference(here, found.kl, str(window), part.numel(), 1, FORESIGHT)
             for (block, level), term, size in zip(moves, found.first, found.size, strict=True):
                 expected = max(found.kl + FIRST * term + OWN * landscape.weights[block] * size, 0.0)
                 moved = Plan((*here.levels[:block], level, *here.levels[block + 1 :]))
-                landscape.observe(
-                    moved,
-                    here,
-                    expected - found.kl,
-                    base=found.kl,
-                    window=str(window),
-                    tokens=part.numel(),
-                    generation=1,
-                    misfit=FORESIGHT,
-                )
+                landscape.observe(moved, expected - found.kl, reference)
             landscape.fit(1)
             ways = {
                 "near": landscape.losses(around=leader, radius=0.1),

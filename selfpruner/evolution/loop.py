@@ -27,7 +27,7 @@ from selfpruner.evolution.survey import Surveyor
 from selfpruner.evolution.windows import Windows
 from selfpruner.operators import OPERATORS, Offspring
 from selfpruner.operators.closed_form import Ramp, Uniform
-from selfpruner.planning.landscape import Landscape, spearman
+from selfpruner.planning.landscape import Landscape, Reference, spearman
 from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.proposers.in_flight import in_flight
@@ -212,11 +212,9 @@ class Search:
             if foreseen is not None:
                 self._correlations[self.generation] = round(foreseen, 3)
         name = "+".join(window.name for window in used)
+        reference = Reference(here, base.kl, name, base.tokens, self.generation)
         for candidate in scored:
-            change = scores[candidate.plan_hash].kl - base.kl
-            landscape.observe(
-                Plan(candidate.levels), here, change, base=base.kl, window=name, tokens=base.tokens, generation=self.generation
-            )
+            landscape.observe(Plan(candidate.levels), scores[candidate.plan_hash].kl - base.kl, reference)
         landscape.fit(self.generation)
 
     def _may_stay(self, candidate: Candidate) -> bool:

@@ -22,7 +22,7 @@ from statistics import median
 from selfpruner.evolution.evaluator import SLOPE_PASSES, Evaluator
 from selfpruner.evolution.windows import Windows
 from selfpruner.planning.allocation import cheapest
-from selfpruner.planning.landscape import Landscape
+from selfpruner.planning.landscape import Landscape, Reference
 from selfpruner.planning.space import Block, Plan, SearchSpace
 from selfpruner.records import Recorder
 
@@ -105,11 +105,10 @@ class Surveyor:
         else:
             around, how = harder, "foreseen"
             base, changes = foreseen
+            reference = Reference(harder, base, window.name, tokens, generation, FORESIGHT)
             for (block, level), change in changes.items():
                 moved = Plan((*harder.levels[:block], level, *harder.levels[block + 1 :]))
-                landscape.observe(
-                    moved, harder, change, base=base, window=window.name, tokens=tokens, generation=generation, misfit=FORESIGHT
-                )
+                landscape.observe(moved, change, reference)
             count, seconds = len(changes), self._evaluator.seconds - before
         self._recorder.event(
             f"survey-{number}",
@@ -131,10 +130,10 @@ class Surveyor:
         scores = await self._evaluator.score([here, *probes], [window])
         self._evaluator.plans.difference_update(plan.hash for plan in probes)
         base = scores[here.hash]
+        reference = Reference(here, base.kl, window.name, base.tokens, generation)
         for plan in probes:
             if math.isfinite(scores[plan.hash].kl) and math.isfinite(base.kl):
-                change = scores[plan.hash].kl - base.kl
-                landscape.observe(plan, here, change, base=base.kl, window=window.name, tokens=base.tokens, generation=generation)
+                landscape.observe(plan, scores[plan.hash].kl - base.kl, reference)
         return len(probes), base.tokens, sum(score.seconds for score in scores.values())
 
 

@@ -64,6 +64,19 @@ class Difference:
     misfit: float = MISFIT
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The plan that others are compared with: its ``kl`` on ``tokens`` of ``window``, in ``generation``. ``misfit``: what a sum of
+    losses, or an estimate, cannot say of the differences, as a share of the terms."""
+
+    plan: Plan
+    kl: float
+    window: str
+    tokens: int
+    generation: int
+    misfit: float = MISFIT
+
+
 class Landscape:
     """The model of one job. ``sensitivities`` and ``probe_levels`` are those of the dense model's probes (one per block)."""
 
@@ -115,23 +128,13 @@ class Landscape:
         return slice(self._start[block], self._start[block] + len(self.space.blocks[block].options))
 
     # -- learning ------------------------------------------------------------------------------------------------------
-    def observe(
-        self,
-        plan: Plan,
-        reference: Plan,
-        change: float,
-        *,
-        base: float,
-        window: str,
-        tokens: int,
-        generation: int,
-        misfit: float = MISFIT,
-    ) -> None:
-        """Take note of KL(plan) - KL(reference) on the same tokens, where the reference's is ``base``. ``misfit``: what a sum of
-        losses, or an estimate, cannot say, as a share of the terms. Equal plans say nothing."""
-        if plan.levels != reference.levels and base > 0:
-            self.differences.append(Difference(plan.levels, reference.levels, change, base, window, tokens, generation, misfit))
-            for block, (there, here) in enumerate(zip(plan.levels, reference.levels, strict=True)):
+    def observe(self, plan: Plan, change: float, reference: Reference) -> None:
+        """Take note of ``change``, KL(plan) - KL(reference) on the same tokens. Equal plans say nothing."""
+        levels = reference.plan.levels
+        if plan.levels != levels and reference.kl > 0:
+            of = reference
+            self.differences.append(Difference(plan.levels, levels, change, of.kl, of.window, of.tokens, of.generation, of.misfit))
+            for block, (there, here) in enumerate(zip(plan.levels, levels, strict=True)):
                 if there != here:
                     self._known |= {(block, there), (block, here)}
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from selfpruner.planning.allocation import FORBIDDEN, cheapest, predicted_losses
-from selfpruner.planning.landscape import Landscape, spearman
+from selfpruner.planning.landscape import Landscape, Reference, spearman
 from selfpruner.planning.space import Plan, SearchSpace
 from selfpruner.testing.spaces import space_of
 
@@ -57,7 +57,7 @@ def middle(space: SearchSpace) -> Plan:
 
 def told(landscape: Landscape, pairs: Sequence[tuple[Plan, Plan, float]], windows: Sequence[str], generation: int = 0) -> Landscape:
     for (plan, reference, change), window in zip(pairs, windows, strict=True):
-        landscape.observe(plan, reference, change, base=1.0, window=window, tokens=TOKENS, generation=0)
+        landscape.observe(plan, change, Reference(reference, 1.0, window, TOKENS, 0))
     landscape.fit(generation)
     return landscape
 
@@ -73,7 +73,7 @@ def test_a_sum_over_blocks_is_recovered_from_noisy_differences(seed: int) -> Non
         window = f"g{generation}"
         for child in children:
             change = world.kl(child, window) - world.kl(reference, window)
-            landscape.observe(child, reference, change, base=1.0, window=window, tokens=TOKENS, generation=generation)
+            landscape.observe(child, change, Reference(reference, 1.0, window, TOKENS, generation))
         landscape.fit(generation)
     unseen = plans_of(space, 40, seed=99)
     true = np.array([world.kl(plan) - world.kl(unseen[0]) for plan in unseen])
@@ -92,7 +92,7 @@ def test_with_nothing_learnt_the_probes_decide() -> None:
     landscape = world.landscape()
     landscape.fit(0)
     plan = plans_of(space, 1)[0]
-    landscape.observe(plan, plan, 0.0, base=1.0, window="w", tokens=TOKENS, generation=0)
+    landscape.observe(plan, 0.0, Reference(plan, 1.0, "w", TOKENS, 0))
     assert landscape.differences == [], "a plan does not differ from itself"
     landscape.fit(3)
     losses, expected = landscape.losses(), predicted_losses(space, world.probes, world.levels)
@@ -129,7 +129,7 @@ def test_few_tokens_and_old_differences_say_less() -> None:
     def believed(tokens: int, generation: int) -> float:
         landscape = World(space).landscape()
         change = 3 * landscape.change(there, here)
-        landscape.observe(there, here, change, base=1.0, window="w", tokens=tokens, generation=0)
+        landscape.observe(there, change, Reference(here, 1.0, "w", tokens, 0))
         landscape.fit(generation)
         return landscape.change(there, here) / change
 
