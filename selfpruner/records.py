@@ -124,7 +124,7 @@ class Progress:
 
 
 class StoredProgress(TypedDict, total=False):
-    """:class:`Progress` as it is stored and sent."""
+    """:class:`Progress` as it is stored and sent; an earlier version may have stored less of it."""
 
     stage: str
     generation: int

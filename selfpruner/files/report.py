@@ -30,7 +30,7 @@ class Figures(TypedDict, total=False):
 
 
 class SourceUsed(TypedDict):
-    """See :class:`selfpruner.workers.tasks.SourceFacts`."""
+    """One source of a text as it was used: its share of the whole, and how many sequences that made."""
 
     source: str
     weight: float
@@ -38,7 +38,7 @@ class SourceUsed(TypedDict):
 
 
 class TextUsed(TypedDict):
-    """See :class:`selfpruner.workers.tasks.TextFacts`."""
+    """:class:`selfpruner.workers.tasks.TextFacts` in a report; those of earlier versions have no fingerprint."""
 
     sources: list[SourceUsed]
     sequences: int
@@ -47,7 +47,7 @@ class TextUsed(TypedDict):
 
 
 class ModelUsed(TypedDict):
-    """See :class:`selfpruner.workers.tasks.ModelFacts`."""
+    """:class:`selfpruner.workers.tasks.ModelFacts` in a report; those of earlier versions have no fingerprint."""
 
     name: str
     fingerprint: NotRequired[str]

@@ -39,7 +39,7 @@ def card(
         pattern=config.pattern,
         criterion=config.criterion,
         compensation=config.compensation,
-        calibration=tuple(share.source for share in prepared.texts["calibration"].sources),
+        calibration=tuple(share["source"] for share in prepared.texts["calibration"].sources),
         plan_hash=plan.hash,
         levels=plan.levels,
         layer_rates=tuple(space.layer_rates(plan)),

@@ -37,6 +37,7 @@ from selfpruner.export.checkpoint import write
 from selfpruner.export.folder import refuse_place
 from selfpruner.export.pruned import kept_units, needs_files, pruned_tensors, streamed_export, zeros
 from selfpruner.files import cache_folder, places
+from selfpruner.files.report import SourceUsed
 from selfpruner.judging.repetition import repetition
 from selfpruner.models import LoadedModel
 from selfpruner.models.checks import sampled_digest
@@ -75,7 +76,6 @@ from selfpruner.workers.tasks import (
     SequenceSums,
     SlopesRequest,
     SlopesResult,
-    SourceFacts,
     StatisticsRequest,
     StatisticsResult,
     TaskRequest,
@@ -250,7 +250,9 @@ class SessionHandler:
             ),
             texts={
                 role: TextFacts(
-                    sources=tuple(SourceFacts(**asdict(share)) for share in text.sources),
+                    sources=tuple(
+                        SourceUsed(source=share.source, weight=share.weight, sequences=share.sequences) for share in text.sources
+                    ),
                     sequences=text.tokens.shape[0],
                     length=text.tokens.shape[1],
                     fingerprint=text.fingerprint,

@@ -242,4 +242,4 @@ def _refuse_other_inputs(before: Mapping[str, object] | None, prepared: PrepareR
 
 
 def _sources(prepared: PrepareResult, role: Role) -> str:
-    return " + ".join(source.source for source in prepared.texts[role].sources)
+    return " + ".join(source["source"] for source in prepared.texts[role].sources)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_va
 from selfpruner.config import Role
 from selfpruner.errors import ContractError
 from selfpruner.files.card_info import CardInfo
-from selfpruner.files.report import Figures
+from selfpruner.files.report import Figures, SourceUsed
 from selfpruner.planning.signals import Signals
 from selfpruner.planning.space import SearchSpace
 from selfpruner.stages import Stage
@@ -107,18 +107,10 @@ class ModelFacts(Contract):
     decoder_parameters: int
 
 
-class SourceFacts(Contract):
-    """One source of a text as it was used: its share of the whole, and how many sequences that made."""
-
-    source: str
-    weight: float
-    sequences: int
-
-
 class TextFacts(Contract):
     """One text: ``sequences`` of ``length`` tokens each; ``fingerprint`` identifies exactly these tokens."""
 
-    sources: tuple[SourceFacts, ...]
+    sources: tuple[SourceUsed, ...]
     sequences: int
     length: int
     fingerprint: str

@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,9 +21,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from selfpruner.config import SearchConfig
 from selfpruner.errors import AmbiguousNameError, ConfigError, ConflictError, NotFoundError, StoreError
-from selfpruner.records import Candidate, CheckpointFacts, Evaluation, JobStatus, LlmCall, Progress
+from selfpruner.files.report import ModelUsed, TextUsed
+from selfpruner.records import Candidate, CheckpointFacts, Evaluation, JobStatus, LlmCall, Progress, StoredProgress
 from selfpruner.store.store import Store
 from selfpruner.store.tables import TERMINAL, TRANSITIONS
+from selfpruner.workers.tasks import ModelFacts, TextFacts
 
 CONFIG = SearchConfig(rate=0.2)
 ERROR = {"message": "the worker died", "type": "server_error", "param": None, "code": "worker_failed"}
@@ -531,6 +533,19 @@ def test_a_plan_may_be_given_by_the_beginning_of_its_hash(store: Store) -> None:
     for nothing in ("", "%", "_bc", "abcd"):
         with pytest.raises(NotFoundError, match="selfpruner show"):
             store.candidate(job_id, nothing)
+
+
+@pytest.mark.parametrize(
+    ("stored", "now"),
+    [
+        (StoredProgress, {field.name for field in fields(Progress)}),
+        (ModelUsed, set(ModelFacts.model_fields)),
+        (TextUsed, set(TextFacts.model_fields)),
+    ],
+)
+def test_what_is_stored_is_typed_with_all_its_fields(stored: Any, now: set[str]) -> None:
+    """These have two types, because an earlier version may have stored less than what is said now."""
+    assert set(stored.__annotations__) == now
 
 
 # Results and checkpoints
