@@ -1,7 +1,8 @@
 """The Python API: ``search``, ``prune``, ``evaluate``, ``quality``, ``benchmark``, ``export`` and ``load``, run in this process.
 
 ``devices`` are those of several worker processes instead, which do the work of one call together: ``"cuda:0,cuda:1"``, or
-``"cpu*2"`` for two that share the cores. Each holds the model.
+``"cpu*2"`` for two that share the cores. Each holds the model. ``ray``, of ``search`` and ``prune``, is the HOST:PORT of a
+Ray cluster: then they are those of each of its nodes.
 
 Calls block and take plain arguments; results are dataclasses. Errors are those of :mod:`selfpruner.errors`. ``progress`` shows on
 stderr what is being done and how long it will take. Give it a function to receive these texts instead, or False for silence.
@@ -100,6 +101,7 @@ def search(
     watch: Watch | None = None,
     again: bool = False,
     devices: str | Sequence[str] | None = None,
+    ray: str | None = None,
     progress: bool | OnProgress = True,
     **fields: object,
 ) -> JobResult:
@@ -117,7 +119,7 @@ def search(
 
     config = config_of({"rate": rate, **fields})
     listener = Listener(watch or (lambda _name, _data: None))
-    where = placed(devices, config.device)
+    where = placed(devices, config.device, ray)
     named = {"local": ProposerSettings(), **(proposers or {})}
     if "llm" in config.needs:
         catalogue.check_proposer(config.proposer, named)
@@ -163,7 +165,7 @@ def search(
         with watched(f"{config.model} rate {config.rate:g}", progress) as view:
             store.on_event = store.on_progress = watching(store, run.job.id, [view, listener])
             try:
-                result = _with_pool(work, devices=where)
+                result = _with_pool(work, devices=where, ray=ray)
             finally:
                 store.requeue_running()  # a signal may come before the job is attended to
     run.write_result(result.report)
@@ -178,6 +180,7 @@ def prune(
     levels: Sequence[int] | None = None,
     cache: Path | None = None,
     devices: str | Sequence[str] | None = None,
+    ray: str | None = None,
     progress: bool | OnProgress = True,
     **fields: object,
 ) -> Pruned:
@@ -192,7 +195,7 @@ def prune(
             raise ConfigError("Say what to remove: rate, rates or levels.", param="rate")
         rate = _average(rates) if rates is not None else 1e-6
     config = config_of({"rate": rate, "preset": "evolution", **fields})
-    where = placed(devices, config.device)
+    where = placed(devices, config.device, ray)
     from selfpruner import models
     from selfpruner.export.card import named
     from selfpruner.export.folder import refuse_place
@@ -213,7 +216,7 @@ def prune(
         return await _write(pool, config, cache or default_cache(), choose, Path(directory), None, tell)
 
     with shown(progress) as tell:
-        return _with_pool(run, devices=where)
+        return _with_pool(run, devices=where, ray=ray)
 
 
 def export(
@@ -548,30 +551,30 @@ def _ceiling(memory: int | str | None) -> int | None:
         raise from_problems([problem]) from None
 
 
-def placed(devices: str | Sequence[str] | None, device: str) -> tuple[str, ...] | None:
-    """A device for each worker process, all of which are here; None for a worker in this process."""
+def placed(devices: str | Sequence[str] | None, device: str, ray: str | None = None) -> tuple[str, ...] | None:
+    """A device for each worker process, all of which are here, or of every node of the cluster ``ray``; None for a worker in this
+    process."""
     if devices is None:
-        return None
+        return None if ray is None else (device,)
     if device != "auto":
         raise ConfigError("Give device or devices, not both.", param="devices")
     found = workers.parse(devices)
-    workers.check_here(found)
+    if ray is None:
+        workers.check_here(found)
     return found
 
 
 def _with_pool(
-    work: Callable[[WorkerPool], Coroutine[object, None, T]], handler: str = _SEARCH, devices: Sequence[str] | None = None
+    work: Callable[[WorkerPool], Coroutine[object, None, T]],
+    handler: str = _SEARCH,
+    devices: Sequence[str] | None = None,
+    ray: str | None = None,
 ) -> T:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # of use where torch is not imported yet, as on the command line
 
     async def run() -> T:
-        from selfpruner.workers.process_pool import ProcessPool
-        from selfpruner.workers.thread_pool import InProcessPool
-
-        pool: WorkerPool = InProcessPool(lambda: load_handler(handler, "auto"))
-        if devices is not None:
-            pool = ProcessPool(devices, handler=handler)
+        pool = _pool(handler, devices, ray)
         try:
             return await work(pool)
         finally:
@@ -582,6 +585,20 @@ def _with_pool(
     except KeyboardInterrupt as error:
         error.add_note("Interrupted. What was computed is kept: the same call goes on from there.")
         raise
+
+
+def _pool(handler: str, devices: Sequence[str] | None, ray: str | None) -> WorkerPool:
+    if ray is not None:
+        from selfpruner.workers.ray_pool import RayPool
+
+        return RayPool(ray, devices=devices or ("auto",), handler=handler)
+    if devices is not None:
+        from selfpruner.workers.process_pool import ProcessPool
+
+        return ProcessPool(devices, handler=handler)
+    from selfpruner.workers.thread_pool import InProcessPool
+
+    return InProcessPool(lambda: load_handler(handler, "auto"))
 
 
 def _average(rates: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Literal
 
 from selfpruner.config import SearchConfig
-from selfpruner.errors import ConfigError, ConflictError, SelfprunerError
+from selfpruner.errors import ConflictError, SelfprunerError
 from selfpruner.jobs.lifecycle import STOP_SECONDS, JobLife, JobResult, RunJob, discard_partial
 from selfpruner.models.memory import ENVIRONMENT
 from selfpruner.store.store import Store
@@ -183,12 +183,9 @@ def default_pool(settings: ServerSettings) -> WorkerPool:
         return ProcessPool(settings.devices, handler=HANDLER, log_dir=settings.logs)
     from selfpruner.workers.ray_pool import RayPool
 
-    if len(set(settings.devices)) > 1:
-        raise ConfigError("On a Ray cluster SELFPRUNER_DEVICES is one of auto, cuda, cpu or cpu*N.", param="devices")
-    device, count = settings.devices[0].partition(":")[0], len(settings.devices)
     return RayPool(
         settings.ray,
-        device=device if count == 1 else f"{device}*{count}",
+        devices=settings.devices,
         memory=settings.ray_memory,
         # The same server finds its workers again, another one does not take them.
         name=f"selfpruner-{hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]}",

@@ -21,12 +21,13 @@ def search(
     output: shared_options.Output,
     options: shared_options.SearchOptions,
     devices: shared_options.Devices = None,
+    ray: shared_options.Ray = None,
     cache: shared_options.Cache = None,
     again: Annotated[bool, typer.Option("--again", help="Search once more with the same settings.")] = False,
     as_json: shared_options.Json = False,
 ) -> int:
     """Search in this process, without a server. The same call again goes on where it was interrupted, or shows what was found."""
-    return run_search(options.body(), output, cache, devices=devices, again=again, as_json=as_json)
+    return run_search(options.body(), output, cache, devices=devices, ray=ray, again=again, as_json=as_json)
 
 
 def run_search(
@@ -35,6 +36,7 @@ def run_search(
     cache: Path | None,
     *,
     devices: str | None = None,
+    ray: str | None = None,
     again: bool = False,
     as_json: bool = False,
 ) -> int:
@@ -46,7 +48,7 @@ def run_search(
     checked = api.config_of(body)
     proposers = from_environment() if "llm" in checked.needs else {}
     fields: dict[str, Any] = {key: value for key, value in body.items() if key != "rate"}
-    result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, devices=devices, **fields)
+    result = api.search(checked.rate, output, cache=cache, proposers=proposers, again=again, devices=devices, ray=ray, **fields)
     if result.reused:
         print(f"{output} holds this search already, finished; nothing was computed. --again searches once more.", file=sys.stderr)
     if as_json:
@@ -74,6 +76,7 @@ def prune(
         Path | None, typer.Option(help='JSON with "levels", or "rates" per layer or block; a checkpoint\'s plan.json will do.')
     ] = None,
     devices: shared_options.Devices = None,
+    ray: shared_options.Ray = None,
     cache: shared_options.Cache = None,
     as_json: shared_options.Json = False,
 ) -> int:
@@ -88,7 +91,7 @@ def prune(
         api.config_of({"rate": 0.5, **unknown})
     if both := given.keys() & body.keys():
         raise ConfigError(f"{plan} has {', '.join(both)}: leave out --set {', '.join(both)}.", param="plan")
-    result = api.prune(output, rate=wanted, **given, cache=cache, devices=devices, **body)
+    result = api.prune(output, rate=wanted, **given, cache=cache, devices=devices, ray=ray, **body)
     return print_pruned(result, as_json)
 
 

@@ -73,6 +73,12 @@ Devices = Annotated[
         help="Several workers that share the work: cuda:0,cuda:1, or cpu*2. Each holds the model.", show_default="one, of --device"
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="A Ray cluster that does the work; --devices are then each node's.", show_default="none"
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(help="Ceiling for the model and the work with it, 2GiB say; a larger model is streamed.", show_default="none"),

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -137,7 +136,7 @@ class RayPool(ProcessPool):
     """A :class:`~selfpruner.workers.base.WorkerPool` on the cluster at ``address`` (``HOST:PORT`` of its head).
 
     Args:
-        device: which workers a node gets. ``cuda``: one per GPU; ``cpu``: one with all its cores; ``cpu*2``: two that share them;
+        devices: which workers a node gets. ``cuda``: one per GPU; ``cpu``: one with all its cores, twice: two that share them;
             ``auto``: ``cuda`` where any node has a GPU, else ``cpu``.
         memory: bytes of the node's memory that each worker reserves, so that Ray places nothing else there.
         name: with a name, workers outlive this process for :data:`LEASE_SECONDS`, and a pool of the same name finds them again.
@@ -149,7 +148,7 @@ class RayPool(ProcessPool):
         self,
         address: str,
         *,
-        device: str = "auto",
+        devices: Sequence[str] = ("auto",),
         memory: int | None = None,
         name: str | None = None,
         handler: str = "selfpruner.jobs.handler:SessionHandler",
@@ -159,7 +158,7 @@ class RayPool(ProcessPool):
         environment: Mapping[str, str] = ENVIRONMENT,
     ) -> None:
         self._address = address
-        self._device, self._per_node = _parsed(device)
+        self._device, self._per_node = _of_nodes(devices)
         self._memory = memory
         self._name = name
         self._places: dict[str, Place] = {}
@@ -343,12 +342,14 @@ async def _reply(reference: Any) -> Any:
     return await reference
 
 
-def _parsed(device: str) -> tuple[str, int]:
-    """``cpu*2`` as ("cpu", 2)."""
-    match = re.fullmatch(r"(auto|cuda|cpu)(?:(?<=cpu)\*([1-9]\d{0,2}))?", device, re.ASCII)
-    if match is None:
-        raise ConfigError(f"On a Ray cluster the device is auto, cuda, cpu or cpu*N, not {device!r}.", param="devices")
-    return match[1], int(match[2] or 1)
+def _of_nodes(devices: Sequence[str]) -> tuple[str, int]:
+    """("cpu", 2) for two workers of every node, who share its cores. Raises ConfigError for what nodes differ in."""
+    device, count = devices[0].removesuffix(":0"), len(devices)
+    if len(set(devices)) > 1 or device not in ("auto", "cuda", "cpu") or (count > 1 and device != "cpu"):
+        raise ConfigError(
+            "On a Ray cluster devices are those of every node: auto, cuda (all its GPUs), cpu or cpu*N.", param="devices"
+        )
+    return device, count
 
 
 def _connect(address: str) -> None:
