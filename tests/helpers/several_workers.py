@@ -28,12 +28,14 @@ from selfpruner.workers.thread_pool import InProcessPool
 
 
 class SeveralWorkers:
-    """A pool of ``workers``, each a thread with a model of its own; ``asked`` are all requests in order."""
+    """A pool of ``workers``, each with a model of its own; ``asked`` are all requests in order. They take turns, because what a
+    process notes of the cache it uses is for one worker in it."""
 
     def __init__(self, workers: int, handler: Callable[[str], TaskHandler] = SessionHandler) -> None:
         self.workers = workers
         self.asked: list[TaskRequest[Any]] = []
         self._pools = [InProcessPool(lambda: handler("cpu")) for _ in range(workers)]
+        self._turn = asyncio.Lock()
         self._idle: asyncio.Queue[InProcessPool] = asyncio.Queue()
         for pool in self._pools:
             self._idle.put_nowait(pool)
@@ -42,7 +44,8 @@ class SeveralWorkers:
         self.asked.append(request)
         pool = await self._idle.get()
         try:
-            return await pool.run(session, request, on_progress)
+            async with self._turn:
+                return await pool.run(session, request, on_progress)
         finally:
             self._idle.put_nowait(pool)
 
