@@ -25,7 +25,7 @@ from selfpruner.progress import Foreseen
 
 # Factorisations of a layer's width that ordering and repairing it is worth, and how that grows with the width.
 _PROBE, _REFERENCE, _GROWTH = 768, 1536, 2.2
-_ORDER, _REPAIR, _OTHER = 13, 18, 4
+_ORDER, _REPAIR, _OTHER = 9, 5, 3
 _LOW, _HIGH = 0.6, 1.8
 
 
