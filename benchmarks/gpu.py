@@ -120,7 +120,7 @@ def _section(key: str, scale: Scale, limit: float) -> dict[str, Any]:
         return {"status": "failed", "why": f"took more than {limit:.0f} s"}
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        return {"status": "failed", "why": said[-1][:300].replace("|", "/")}
+        return {"status": "failed", "why": " / ".join(said[-2:])[:300].replace("|", "/")}
     return {"status": "ok", "figures": json.loads(done.stdout.splitlines()[-1])}
 
 
