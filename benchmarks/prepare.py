@@ -53,6 +53,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, object]:
     config = config_of(
         {"model": str(options.folder), "rate": options.rate, "preset": "evolution", "calibration": text, "device": "cpu"}
     )
+    fresh_peak_mib()  # of writing the model
     libraries, handler, session = fresh_peak_mib(), SessionHandler("cpu"), session_of(config, scratch / "cache")
     stages, wall, cpu = Stages(peak=fresh_peak_mib), time.perf_counter(), _cpu()
     with collecting(stages):
