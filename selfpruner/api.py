@@ -25,6 +25,7 @@ from selfpruner import catalogue
 from selfpruner.calibration import files
 from selfpruner.config import Bytes, SearchConfig, Source, TextConfig, field_names
 from selfpruner.errors import ConfigError, NotFoundError, from_problems
+from selfpruner.evaluation import split
 from selfpruner.files import manifest, places
 from selfpruner.files.cache_folder import default_cache as default_cache
 from selfpruner.files.manifest import NAME as MANIFEST
@@ -531,6 +532,7 @@ async def _ready(
             space = prepared.space
             if space.meets_budget(plan) or choose(space) == plan:
                 return session, prepared, plan
+    await split.measure(pool, whole, asked, progress)
     prepared = await pool.run(whole, asked, progress)
     return whole, prepared, choose(prepared.space)
 

@@ -55,23 +55,19 @@ T = TypeVar("T")
 async def prepare(
     pool: WorkerPool, session: Session, request: PrepareRequest, on_progress: OnProgress | None = None
 ) -> PrepareResult:
-    """Make every worker ready for ``session``, as far as other sessions let go of them. What is slow goes through the cache: texts
-    are made side by side, statistics by sequences, and what is made of them by layers."""
-    workers = _workers(pool, session)
-    if workers == 1:
-        return await pool.run(session, request, on_progress)
-    await pool.run(session, ExpectRequest(output=request.output), on_progress)  # the model is fetched and converted once
-    if session.plan is None:
-        await _measure(pool, workers, session, request, on_progress)
-    found = await together(pool.run(session, request, on_progress) for _ in range(workers))
+    """Make every worker ready for ``session``, as far as other sessions let go of them."""
+    await measure(pool, session, request, on_progress)
+    found = await together(pool.run(session, request, on_progress) for _ in range(_workers(pool, session)))
     return found[0].model_copy(update={"peak_mib": max(result.peak_mib for result in found)})
 
 
-async def _measure(
-    pool: WorkerPool, workers: int, session: Session, request: PrepareRequest, on_progress: OnProgress | None
-) -> None:
-    """Put into the cache what several workers can make: sums over sequences merge exactly, and a layer's order and repairs follow
-    from its statistics and weights alone."""
+async def measure(pool: WorkerPool, session: Session, request: PrepareRequest, on_progress: OnProgress | None = None) -> None:
+    """Put into the cache what several workers can make of what is slow: texts side by side, statistics by sequences, whose sums merge
+    exactly, and by layers what follows from a layer's statistics and weights alone. One worker does it when it is made ready."""
+    workers = _workers(pool, session)
+    if workers == 1 or session.plan is not None:
+        return
+    await pool.run(session, ExpectRequest(output=request.output), on_progress)  # the model is fetched and converted once
     roles = dict.fromkeys(("calibration", *request.texts))
     begun = await together(
         pool.run(session, BeginRequest(texts=(role,), workers=workers, output=request.output), on_progress) for role in roles
