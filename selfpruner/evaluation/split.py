@@ -62,8 +62,8 @@ async def prepare(
 
 
 async def measure(pool: WorkerPool, session: Session, request: PrepareRequest, on_progress: OnProgress | None = None) -> None:
-    """Put into the cache what several workers can make of what is slow: texts side by side, statistics by sequences, whose sums merge
-    exactly, and by layers what follows from a layer's statistics and weights alone. One worker does it when it is made ready."""
+    """Put into the cache what several workers can make of what is slow: texts side by side, statistics by sequences, whose sums
+    merge exactly, and by layers what follows from a layer's statistics and weights. One worker does it when it is made ready."""
     workers = _workers(pool, session)
     if workers == 1 or session.plan is not None:
         return
