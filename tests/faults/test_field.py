@@ -315,7 +315,7 @@ def test_a_job_does_not_go_on_with_other_files(then: dict[str, str], words: str)
 
     recorder = MemoryRecorder()
     recorder.event("prepared", "search.prepared", "", data=now)
-    asked: Any = SimpleNamespace(run=prepared)
+    asked: Any = SimpleNamespace(run=prepared, workers=1)
     with pytest.raises(ConflictError, match=f"began with other files: .*{words}"):
         asyncio.run(
             run_job(

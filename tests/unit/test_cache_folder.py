@@ -217,7 +217,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_measured(
     told = list[str]()
     config, loaded = config_of(tmp_path), load(resolve(str(tiny_llama), tmp_path), "cpu", "float32")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000))
-    with pytest.raises(DiskFullError, match=r"selfpruner cache .* only 0 MiB are free"):
+    with pytest.raises(DiskFullError, match=r"selfpruner cache .* only 50,000 bytes are free"):
         prepare(config, loaded, tmp_path / "cache", ["calibration"], told.append, lambda: False)
     assert not [text for text in told if "layer" in text]
 

@@ -17,7 +17,7 @@ def test_every_test_file_is_in_a_room() -> None:
 
 def test_only_files_of_tests_are_in_the_rooms() -> None:
     others = [file for room in ROOMS for file in (ROOT / "tests" / room).rglob("*.py") if not file.name.startswith("test_")]
-    assert {file.name for file in others} == {"__init__.py"}
+    assert {file.name for file in others} <= {"__init__.py", "conftest.py"}
 
 
 def test_nothing_is_imported_from_a_test() -> None:
